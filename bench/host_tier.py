@@ -1,0 +1,240 @@
+"""Host tier: store and load through the OffloadingConnector's own worker, against a bare paged gather and scatter.
+
+store   pool blocks -> arena slots, digest of each slot included, on the connector's copy thread
+load    arena slots -> pool blocks, generation checks included, on the connector's copy thread
+bound   numpy: `take(pool, ids, out=host)` and `pool[ids] = host`, whole blocks, one thread, all memory touched before
+
+Both move the same shuffled blocks; every round measures all four in turn, so that other work on the machine hits all
+alike. Ratios are per round. Rates are in GB/s (1e9) of wall time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import record
+import torch
+from matplotlib.figure import Figure
+
+from kvferry.connectors.offloading.messages import ChunkPart, CopyJob, StepMetadata
+from kvferry.connectors.offloading.worker import OffloadingWorkerSide
+from kvferry.contract import FullAttentionSpec, make_kv_cache_config
+from kvferry.contract.host import HostInfo
+from kvferry.store.arena import Arena
+from kvferry.types import AttentionKind, GroupInfo, SlotRef
+
+BLOCK_TOKENS = 16
+CHUNK_TOKENS = 64
+BLOCKS_PER_CHUNK = CHUNK_TOKENS // BLOCK_TOKENS
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A model's KV per token."""
+
+    name: str
+    num_layers: int
+    num_kv_heads: int
+    head_size: int
+    num_tokens: int
+    """Moved per sample."""
+
+
+SHAPES = (
+    Shape("SmolLM2-135M bf16", 30, 3, 64, 8192),
+    Shape("Llama-3-8B bf16", 32, 8, 128, 2048),
+)
+
+
+class Subject:
+    """A pool twice the size of what is moved, an arena that holds it, and the connector's worker between them."""
+
+    def __init__(self, shape: Shape, seed: int) -> None:
+        self.num_chunks = shape.num_tokens // CHUNK_TOKENS
+        num_blocks = 1 + 2 * self.num_chunks * BLOCKS_PER_CHUNK
+        spec = FullAttentionSpec(
+            block_size=BLOCK_TOKENS,
+            num_kv_heads=shape.num_kv_heads,
+            head_size=shape.head_size,
+            dtype=torch.bfloat16,
+        )
+        names = [f"layer.{i}" for i in range(shape.num_layers)]
+        config = make_kv_cache_config(num_blocks, dict.fromkeys(names, spec))
+        self.block_bytes = config.kv_cache_tensors[0].block_stride
+        self.num_bytes = self.num_chunks * BLOCKS_PER_CHUNK * self.block_bytes
+        storage = torch.randint(-128, 128, (num_blocks * self.block_bytes,), dtype=torch.int8)
+        self.pool = storage.numpy().view(np.int64).reshape(num_blocks, -1)
+        self.block_ids = random.Random(seed).sample(range(1, num_blocks), self.num_chunks * BLOCKS_PER_CHUNK)
+        self.ids = np.array(self.block_ids)
+        self.host = np.zeros((len(self.ids), self.pool.shape[1]), dtype=np.int64)
+        self.host.fill(1)  # touched, so that no page fault is timed
+        self.arena = self._arena()
+        self.worker = OffloadingWorkerSide(_host_info(names, num_blocks))
+        self.worker.register_kv_caches(_views(storage, config, spec))
+
+    def _arena(self) -> Arena:
+        slot_bytes = -(-BLOCKS_PER_CHUNK * self.block_bytes // 4096) * 4096
+        return Arena.create(engine_id="bench", num_slots=self.num_chunks, slot_bytes=slot_bytes)
+
+    def jobs(self) -> list[CopyJob]:
+        """One job per chunk, as the scheduler side makes them."""
+        return [
+            CopyJob(i, f"request{i}", (ChunkPart(0, 0, self._blocks(i), (self._slot(i),)),))
+            for i in range(self.num_chunks)
+        ]
+
+    def _blocks(self, chunk: int) -> tuple[int, ...]:
+        return tuple(self.block_ids[chunk * BLOCKS_PER_CHUNK : (chunk + 1) * BLOCKS_PER_CHUNK])
+
+    def _slot(self, chunk: int) -> SlotRef:
+        return SlotRef(chunk, self.arena.generation(chunk))
+
+    def store(self) -> None:
+        """Pool -> arena through the connector's worker."""
+        self.worker.wait_for_save(StepMetadata(self.arena.info, [], self.jobs()))
+        self._wait()
+
+    def load(self) -> None:
+        """Arena -> pool through the connector's worker."""
+        self.worker.start_load_kv(StepMetadata(self.arena.info, self.jobs(), []))
+        self._wait()
+
+    def _wait(self) -> None:
+        waiting = self.num_chunks
+        while waiting:
+            self.worker.get_transfer_results(set())
+            report = self.worker.build_connector_worker_meta()
+            for item in report.reports if report is not None else ():
+                assert item.error is None, item.error
+                waiting -= 1
+            time.sleep(0.0002)
+
+    def gather(self) -> None:
+        """The bound of a store."""
+        np.take(self.pool, self.ids, axis=0, out=self.host, mode="clip")
+
+    def scatter(self) -> None:
+        """The bound of a load."""
+        self.pool[self.ids] = self.host
+
+    def check(self) -> None:
+        """What was stored and loaded is what was there."""
+        before = self.pool.copy()
+        self.store()
+        self.pool[self.ids] = 0
+        self.load()
+        assert np.array_equal(self.pool, before), "loaded blocks differ from stored ones"
+
+    def close(self) -> None:
+        """Release worker and arena."""
+        self.worker.shutdown()
+        self.arena.close()
+
+
+def _views(storage: torch.Tensor, config: Any, spec: FullAttentionSpec) -> dict[str, torch.Tensor]:
+    tensor = config.kv_cache_tensors[0]
+    typed = storage.view(torch.bfloat16)
+    content = 2 * spec.head_size
+    shape = (config.num_blocks, spec.num_kv_heads, BLOCK_TOKENS, content)
+    strides = (tensor.block_stride // 2, content, spec.num_kv_heads * content, 1)
+    return {
+        name: typed.as_strided(shape, strides, i * tensor.layer_stride // 2) for i, name in enumerate(tensor.layers)
+    }
+
+
+def _host_info(names: list[str], num_blocks: int) -> HostInfo:
+    return HostInfo(
+        engine_id="bench",
+        model="none",
+        weights_are_random=True,
+        max_model_len=1 << 20,
+        num_blocks=num_blocks,
+        groups=(GroupInfo(0, tuple(names), BLOCK_TOKENS, AttentionKind.FULL),),
+        tp_size=1,
+        pp_size=1,
+        rank=0,
+        load_failure_policy="recompute",
+        extra_config={},
+    )
+
+
+def _rate(subject: Subject, action: Callable[[], None]) -> float:
+    started = time.perf_counter()
+    action()
+    return subject.num_bytes / (time.perf_counter() - started) / 1e9
+
+
+def measure(shape: Shape, rounds: int, seed: int) -> dict[str, Any]:
+    """All rates of one shape, one sample a round, and the ratios of their medians."""
+    subject = Subject(shape, seed)
+    try:
+        subject.check()
+        actions = {name: getattr(subject, name) for name in ("store", "gather", "load", "scatter")}
+        samples: dict[str, list[float]] = {name: [] for name in actions}
+        for _ in range(rounds):
+            for name, action in actions.items():
+                samples[name].append(_rate(subject, action))
+    finally:
+        subject.close()
+    ratios = {
+        name: statistics.median(a / b for a, b in zip(samples[name], samples[bound], strict=True))
+        for name, bound in (("store", "gather"), ("load", "scatter"))
+    }
+    return {
+        "shape": shape.name,
+        "bytes_per_sample": subject.num_bytes,
+        "block_bytes": subject.block_bytes,
+        "median_gb_per_s": {name: statistics.median(values) for name, values in samples.items()},
+        "ratio_to_bound": ratios,
+        "samples_gb_per_s": samples,
+    }
+
+
+def plot(results: list[dict[str, Any]], path: Path) -> None:
+    """Connector beside bound, per shape and direction."""
+    figure = Figure(figsize=(8, 3), layout="constrained")
+    axes = figure.subplots()
+    labels = [f"{result['shape']}\n{kind}" for result in results for kind in ("store", "load")]
+    pairs = [("kvferry", ("store", "load"), "#4a9a5b"), ("bare gather / scatter", ("gather", "scatter"), "#b0b0b0")]
+    for i, (label, kinds, colour) in enumerate(pairs):
+        rates = [result["median_gb_per_s"][kind] for result in results for kind in kinds]
+        bars = axes.bar([x + 0.4 * i for x in range(len(labels))], rates, width=0.38, label=label, color=colour)
+        axes.bar_label(bars, fmt="%.1f", fontsize=8)
+    axes.set_xticks([x + 0.2 for x in range(len(labels))], labels, fontsize=8)
+    axes.set_ylabel("GB/s, median")
+    axes.margins(y=0.15)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False, fontsize=8)
+    figure.savefig(path, dpi=130)
+
+
+def main() -> None:
+    """Measure, print, write bench/results/host_tier.{json,png}."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--seed", type=int, default=7)
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    results = [measure(shape, options.rounds, options.seed) for shape in SHAPES]
+    for result in results:
+        print(result["shape"])
+        for kind, bound in (("store", "gather"), ("load", "scatter")):
+            rates = result["median_gb_per_s"]
+            print(
+                f"  {kind:5} {rates[kind]:6.2f} GB/s   {bound:7} {rates[bound]:6.2f} GB/s"
+                f"   ratio {result['ratio_to_bound'][kind]:.2f}"
+            )
+    path = record.write("host_tier", {"machine": record.machine(), "seed": options.seed, "results": results})
+    plot(results, path.with_suffix(".png"))
+
+
+if __name__ == "__main__":
+    main()

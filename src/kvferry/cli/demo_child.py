@@ -1,0 +1,242 @@
+"""The demo's engine process: reads one JSON command a line from standard input, answers each with one line.
+
+What the demo proves about the pool it reads here from the engine's KV memory itself, not through the connector.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import sys
+import time
+from itertools import takewhile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from kvferry import LLM, SamplingParams
+from kvferry.engine import RequestOutput
+from kvferry.errors import ConfigError, KVFerryError
+from kvferry.fingerprint import fingerprint_folder
+from kvferry.hashing import Identity, KeyChain, store_key
+
+logger = logging.getLogger(__name__)
+
+MAX_TOKENS = 24
+POISON = 0x5A
+"""Finite in every float type: a poisoned entry that is wrongly read changes the answer, a masked one does not."""
+_WARM_UP_TOKENS = 40  # fewer than a chunk, so that nothing of it is stored
+_TAIL_REPEATS = 3
+_TAIL_BUDGET_S = 2.0
+_COPY_REPEATS = 5
+_SETTLE_TIMEOUT_S = 10.0
+_SETTLE_REST_S = 0.005
+
+
+class DemoEngine:
+    """An engine and the demo's prompts; its public methods are the commands.
+
+    Without a `store` folder it has neither connector nor prefix cache.
+    """
+
+    def __init__(
+        self, model: str, document: str, questions: list[str], chunk_tokens: int, store: str | None, host_bytes: int
+    ) -> None:
+        self._chunk_tokens = chunk_tokens
+        self._store = None if store is None else Path(store)
+        self._llm = LLM(
+            model,
+            dtype="float32",
+            enable_prefix_caching=store is not None,
+            kv_transfer_config=None if store is None else _transfer_config(store, chunk_tokens, host_bytes),
+        )
+        texts = [f"{document}\n\nQuestion: {question}" for question in questions]
+        self._prompts = [_chat_prompt(self._llm.tokenizer, text) for text in texts]
+        self._block_tokens = self._llm.config.cache_config.block_size
+        self._pool = _pool_bytes(self._llm)
+        self._run(list(range(100, 100 + _WARM_UP_TOKENS)), max_tokens=2)
+
+    def shape(self) -> dict[str, Any]:
+        """What the parent must know of engine and prompts."""
+        same = takewhile(lambda pair: pair[0] == pair[1], zip(*self._prompts, strict=False))
+        return {
+            "block_tokens": self._block_tokens,
+            "kv_bytes_per_token": self._pool.shape[1] // self._block_tokens,
+            "shared_tokens": len(list(same)),
+            "keys": [key.hex() for key in self._keys(self._prompts[0])],
+        }
+
+    def ask(self, question: int) -> dict[str, Any]:
+        """Answer a question. Digests of the prompt's blocks are taken once the first token is there."""
+        before = _hit_tokens(self._llm)
+        prompt = self._prompts[question]
+        output, digests = self._run(prompt, MAX_TOKENS)
+        from_host, from_disk = (now - then for now, then in zip(_hit_tokens(self._llm), before, strict=True))
+        if from_host + from_disk != output.num_external_tokens:  # a load failed after it had been claimed
+            raise KVFerryError(f"{from_host} + {from_disk} tokens were claimed, {output.num_external_tokens} loaded")
+        return {
+            "ttft_s": output.metrics.ttft_s,
+            "prompt_tokens": len(prompt),
+            "tokens_from_host": from_host,
+            "tokens_from_disk": from_disk,
+            "tokens_computed": len(prompt) - output.num_cached_tokens,
+            "token_ids": output.outputs[0].token_ids,
+            "text": output.outputs[0].text,
+            "block_digests": digests,
+        }
+
+    def settle(self) -> dict[str, Any]:
+        """Step until every whole chunk of the first prompt has its file, or none was added for a while."""
+        assert self._store is not None
+        missing = {key.hex() for key in self._keys(self._prompts[0])}
+        deadline_s = time.monotonic() + _SETTLE_TIMEOUT_S
+        while missing and time.monotonic() < deadline_s:
+            arrived = missing & {file.stem for file in self._store.rglob("*.kv")}
+            if arrived:
+                missing -= arrived
+                deadline_s = time.monotonic() + _SETTLE_TIMEOUT_S
+            self._llm.step()
+            time.sleep(_SETTLE_REST_S)
+        return {"num_missing": len(missing)}
+
+    def forget(self) -> dict[str, Any]:
+        """Empty the engine's own cache and overwrite its whole pool; says how many blocks are pure poison then."""
+        if not self._llm.reset_prefix_cache():
+            raise KVFerryError("the engine could not forget its cache: some block is still held")
+        self._pool.fill(POISON)
+        num_poisoned = int((self._pool == POISON).all(axis=1).sum())
+        return {"num_blocks": len(self._pool), "num_poisoned": num_poisoned, "poison": POISON}
+
+    def time_tail(self, question: int, num_known_tokens: int) -> dict[str, Any]:
+        """Seconds to the first token when the first `num_known_tokens` are in the engine's own cache; best of some.
+
+        The prompt is the question's with another token there, so that exactly the tail is computed.
+        """
+        prompt = list(self._prompts[question])
+        seconds: list[float] = []
+        while len(seconds) < _TAIL_REPEATS and sum(seconds) < _TAIL_BUDGET_S:
+            prompt[num_known_tokens] = 200 + len(seconds)
+            output, _ = self._run(prompt, max_tokens=1)
+            if output.num_cached_tokens != num_known_tokens or output.num_external_tokens:
+                raise KVFerryError(f"{output.num_cached_tokens} tokens were in the cache, not {num_known_tokens}")
+            assert output.metrics.ttft_s is not None
+            seconds.append(output.metrics.ttft_s)
+        return {"seconds": min(seconds)}
+
+    def copy_rate(self, num_bytes: int) -> dict[str, Any]:
+        """Bytes per second of one plain copy of `num_bytes` between buffers touched before; best of some."""
+        source, target = np.ones(num_bytes, dtype=np.uint8), np.ones(num_bytes, dtype=np.uint8)
+        best_s = float("inf")
+        for _ in range(_COPY_REPEATS):
+            started_s = time.perf_counter()
+            np.copyto(target, source)
+            best_s = min(best_s, time.perf_counter() - started_s)
+        return {"bytes_per_s": num_bytes / best_s}
+
+    def stop(self) -> dict[str, Any]:
+        """Shut the engine down."""
+        self._llm.shutdown()
+        return {}
+
+    def _run(self, prompt: list[int], max_tokens: int) -> tuple[RequestOutput, list[str]]:
+        """Generate greedily; also the digests of the prompt's full blocks, taken right after the first token."""
+        params = SamplingParams(max_tokens=max_tokens, temperature=0, ignore_eos=True)
+        request_id = self._llm.add_request(prompt, params)
+        digests: list[str] = []
+        while True:
+            finished = self._llm.step()
+            if finished:
+                return finished[0], digests
+            running = self._llm.scheduler.running
+            if not digests and running and running[0].num_output_tokens:
+                digests = self._digests(self._llm.scheduler.manager.get_block_ids(request_id)[0], len(prompt))
+
+    def _digests(self, block_ids: list[int], num_tokens: int) -> list[str]:
+        """SHA-256 (hex) of the pool's bytes of each full block."""
+        full = block_ids[: num_tokens // self._block_tokens]
+        return [hashlib.sha256(self._pool[block_id]).hexdigest() for block_id in full]
+
+    def _keys(self, prompt: list[int]) -> list[bytes]:
+        """Keys of the prompt's whole chunks, as docs/keys.md defines them."""
+        chain = KeyChain(Identity(fingerprint_folder(Path(self._llm.config.model_config.model))))
+        chain.extend(prompt)
+        ends = range(self._chunk_tokens, len(prompt) + 1, self._chunk_tokens)
+        return [store_key(chain.value_at(end), group_id=0, rank=0) for end in ends]
+
+
+def _transfer_config(store: str, chunk_tokens: int, host_bytes: int) -> dict[str, Any]:
+    return {
+        "kv_connector": "OffloadingConnector",
+        "kv_role": "kv_both",
+        "kv_load_failure_policy": "recompute",
+        "kv_connector_extra_config": {
+            "cpu_bytes_to_use": host_bytes,
+            "chunk_tokens": chunk_tokens,
+            "secondary_tiers": [{"type": "fs", "path": store}],
+        },
+    }
+
+
+def _chat_prompt(tokenizer: Any, text: str) -> list[int]:
+    """Token ids of `text` as a user's message, or of the bare text when the model has no chat template."""
+    if tokenizer is None:
+        raise ConfigError("the model has no tokenizer, so it cannot be asked about a text")
+    if tokenizer.chat_template is None:
+        return list(tokenizer(text + "\nAnswer:")["input_ids"])
+    message = [{"role": "user", "content": text}]
+    prompt = tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
+    return list(tokenizer(prompt, add_special_tokens=False)["input_ids"])
+
+
+def _pool_bytes(llm: LLM) -> np.ndarray[Any, np.dtype[np.uint8]]:
+    """The engine's KV memory as uint8 [blocks, bytes]: a block of all layers is one run of bytes. Not a copy."""
+    config = llm.kv_cache_config
+    if len(config.kv_cache_groups) != 1:
+        raise ConfigError("the demo knows models with one KV cache group only")
+    storage = next(iter(llm.kv_caches.values())).untyped_storage()
+    flat = torch.empty(0, dtype=torch.uint8).set_(storage)
+    return flat.view(config.num_blocks, -1).numpy()
+
+
+def _hit_tokens(llm: LLM) -> tuple[int, int]:
+    """(tokens from host memory, tokens from disk) that the connector has claimed so far."""
+    guard = llm._hosted.scheduler._guard
+    if guard is None:
+        return 0, 0
+    counters = guard.connector._scheduler_side.counters  # type: ignore[attr-defined]
+    return counters.host_hit_tokens, counters.disk_hit_tokens
+
+
+def _answer(engine: DemoEngine | None, command: dict[str, Any]) -> tuple[DemoEngine | None, dict[str, Any]]:
+    op = command.pop("op")
+    if op == "open":
+        engine = DemoEngine(**command)
+        return engine, engine.shape()
+    assert engine is not None, "open comes first"
+    return engine, getattr(engine, op)(**command)
+
+
+def main() -> None:
+    """Serve commands until `stop` or the end of input. Only answers go to the pipe; all else goes to the log."""
+    logging.basicConfig(level=logging.INFO, stream=sys.stderr)
+    answers = os.fdopen(os.dup(1), "w", buffering=1)
+    os.dup2(2, 1)
+    engine: DemoEngine | None = None
+    for line in sys.stdin:
+        command = json.loads(line)
+        is_last = command["op"] == "stop"
+        try:
+            engine, answer = _answer(engine, command)
+        except KVFerryError as error:
+            answer = {"error": str(error), "is_config_error": isinstance(error, ConfigError)}
+        answers.write(json.dumps(answer) + "\n")
+        if is_last:
+            return
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,131 @@
+"""What the demo measured, as a table with bars, as JSON and as a picture."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.box import SIMPLE_HEAD
+from rich.table import Table
+from rich.text import Text
+
+from kvferry.errors import ConfigError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+_BAR_CELLS = 40
+_COLOURS = {"cold": "blue", "host": "green", "disk": "yellow", "corrupt": "red"}
+
+
+@dataclass(frozen=True, slots=True)
+class Act:
+    """One question asked, and what its answer was held against."""
+
+    name: str
+    """cold, host, disk or corrupt."""
+    ttft_s: float
+    limit_s: float
+    """Bytes moved / measured rate + measured prefill of what had to be computed."""
+    prompt_tokens: int
+    tokens_from_host: int
+    tokens_from_disk: int
+    tokens_computed: int
+    kv_bytes_equal: bool
+    """Loaded blocks equal the cold pool's; in the cold act: stored chunks equal the pool."""
+    tokens_equal: bool
+    """Equal to an engine without connector and prefix cache."""
+
+
+@dataclass(frozen=True, slots=True)
+class Proof:
+    """A claim the demo makes, and whether it held."""
+
+    held: bool
+    claim: str
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """Everything a run found."""
+
+    acts: list[Act]
+    proofs: list[Proof]
+    context: dict[str, Any]
+    """Versions, model, sizes and rates the limits were computed from."""
+
+    @property
+    def held(self) -> bool:
+        """True when every proof held."""
+        return all(proof.held for proof in self.proofs)
+
+    def write_json(self, path: Path) -> None:
+        """`{"acts": [...], "proofs": [...], "context": {...}}`."""
+        content = {
+            "acts": [asdict(act) for act in self.acts],
+            "proofs": [asdict(proof) for proof in self.proofs],
+            "context": self.context,
+        }
+        path.write_text(json.dumps(content, indent=2) + "\n")
+
+    def print(self, console: Console) -> None:
+        """The proofs, then the table, then a bar for each time; `|` on a bar is the limit."""
+        for proof in self.proofs:
+            verdict = ("held  ", "green") if proof.held else ("FAILED", "bold red")
+            console.print(Text.assemble("  ", verdict, "  ", proof.claim), soft_wrap=True)
+        console.print(self._table())
+        longest_s = max(act.ttft_s for act in self.acts)
+        for act in self.acts:
+            console.print(Text.assemble(f"  {act.name:>7}  ", _bar(act, longest_s), f"  {act.ttft_s:.2f} s"))
+        console.print("           time to first token; | is the limit it is held against", style="dim", highlight=False)
+
+    def _table(self) -> Table:
+        table = Table(box=SIMPLE_HEAD, collapse_padding=True, pad_edge=False)
+        table.add_column("act")
+        for heading in ("seconds", "limit", "gain", "tokens", "host", "disk", "computed", "KV", "answer"):
+            table.add_column(heading, justify="right", no_wrap=True)
+        for act in self.acts:
+            table.add_row(
+                Text(act.name, style=_COLOURS[act.name]),
+                f"{act.ttft_s:.3f}",
+                f"{act.limit_s:.3f}",
+                f"{self.acts[0].ttft_s / act.ttft_s:.1f}x",
+                str(act.prompt_tokens),
+                str(act.tokens_from_host),
+                str(act.tokens_from_disk),
+                str(act.tokens_computed),
+                "equal" if act.kv_bytes_equal else "DIFFERS",
+                "equal" if act.tokens_equal else "DIFFERS",
+            )
+        return table
+
+    def write_plot(self, path: Path) -> None:
+        """The bars and their limits as a PNG. ConfigError when matplotlib is missing."""
+        try:
+            from matplotlib.figure import Figure
+        except ModuleNotFoundError:
+            raise ConfigError("--plot needs matplotlib: pip install 'kvferry[plot]'") from None
+        figure = Figure(figsize=(8, 2.8), layout="constrained")
+        axes = figure.subplots()
+        names = [act.name for act in self.acts]
+        axes.barh(names, [act.ttft_s for act in self.acts], color=["#3b6ea8", "#4a9a5b", "#c9a227", "#b5483a"])
+        for row, act in enumerate(self.acts):
+            axes.plot([act.limit_s] * 2, [row - 0.42, row + 0.42], color="black", label=None if row else "limit")
+            axes.text(max(act.ttft_s, act.limit_s), row, f"  {act.ttft_s:.2f} s", verticalalignment="center")
+        axes.invert_yaxis()
+        axes.margins(x=0.12)
+        axes.set_xlabel(f"seconds to first token, {self.acts[0].prompt_tokens}-token prompt")
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.legend(frameon=False, loc="lower right")
+        figure.savefig(path, dpi=130)
+
+
+def _bar(act: Act, longest_s: float) -> Text:
+    """A bar of `_BAR_CELLS` cells for `longest_s` (longer times are cut), with the limit marked."""
+    filled = max(1, min(_BAR_CELLS, round(act.ttft_s / longest_s * _BAR_CELLS)))
+    cells = list("█" * filled + " " * (_BAR_CELLS - filled))
+    text = Text("".join(cells), style=_COLOURS[act.name])
+    mark = min(_BAR_CELLS - 1, round(act.limit_s / longest_s * _BAR_CELLS))
+    return Text.assemble(text[:mark], ("|", "bold reverse"), text[mark + 1 :])

@@ -1,0 +1,62 @@
+"""The `kvferry` command."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+import kvferry
+from kvferry.cli.demo import DemoOptions, run_demo
+from kvferry.errors import KVFerryError
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"kvferry {kvferry.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _kvferry(
+    version: Annotated[bool, typer.Option("--version", callback=_print_version, is_eager=True)] = False,
+) -> None:
+    """Moves KV caches between an LLM engine, memory, disks and other engines."""
+
+
+@app.command()
+def demo(
+    model: Annotated[str, typer.Option(help="Folder, .gguf file, or smollm2.")] = "smollm2",
+    document: Annotated[
+        Path | None, typer.Option(help="Text file to ask about; by default a text kvferry ships.")
+    ] = None,
+    json_path: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the figures here.")] = None,
+    plot: Annotated[Path | None, typer.Option(metavar="FILE.png", help="Draw the figures here.")] = None,
+    host_bytes: Annotated[int, typer.Option(help="Host memory for KV, in bytes.")] = 1 << 30,
+) -> None:
+    """Prefill once; find the KV again in host memory, on disk after a SIGKILL, and with one byte of it flipped.
+
+    The exit status is 0 when every proof held, 1 when one failed, 2 when the demo could not run.
+    """
+    console = Console()
+    report = run_demo(DemoOptions(model=model, document=document, host_bytes=host_bytes), console)
+    report.print(console)
+    if json_path is not None:
+        report.write_json(json_path)
+    if plot is not None:
+        report.write_plot(plot)
+    raise typer.Exit(0 if report.held else 1)
+
+
+def main() -> None:
+    """Entry point: errors of kvferry's own are one clear line, and exit status 2."""
+    try:
+        app()
+    except KVFerryError as error:
+        Console(stderr=True).print(f"kvferry: {error}", style="bold red", markup=False, highlight=False)
+        sys.exit(2)

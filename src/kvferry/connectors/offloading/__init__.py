@@ -1,0 +1,20 @@
+"""OffloadingConnector: KV outlives the engine, in host memory and in the tiers below it."""
+
+from kvferry.connectors.offloading.scheduler import OffloadingSchedulerSide
+from kvferry.connectors.offloading.worker import OffloadingWorkerSide
+from kvferry.contract.base import KVConnectorBase_V1, KVConnectorRole, SupportsHMA
+from kvferry.contract.facade import facade_mixin
+
+
+class OffloadingConnector(
+    facade_mixin(OffloadingSchedulerSide, OffloadingWorkerSide, KVConnectorRole.SCHEDULER),  # type: ignore[misc]
+    KVConnectorBase_V1,
+    SupportsHMA,
+):
+    """Stores KV chunks in host memory and in tiers below it, and loads them for requests with the same prefix.
+
+    Settings stand in `kv_connector_extra_config`: see `kvferry.connectors.offloading.config.OffloadingConfig`.
+    """
+
+
+__all__ = ["OffloadingConnector", "OffloadingSchedulerSide", "OffloadingWorkerSide"]

@@ -1,0 +1,116 @@
+"""Settings of the OffloadingConnector (`kv_connector_extra_config`) and the sizes that follow from them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from kvferry.config import Settings
+from kvferry.errors import ConfigError
+from kvferry.hashing import UNIT_TOKENS
+from kvferry.types import AttentionKind, GroupInfo
+
+EXTRA_CONFIG = "kv_connector_extra_config"
+_SLOT_ALIGNMENT_BYTES = 4096
+_DEFAULT_CHUNK_TOKENS = 64
+
+
+@dataclass(frozen=True, slots=True)
+class OffloadingConfig:
+    """What the user may set; every key is checked, unknown keys are errors that name the nearest known one."""
+
+    cpu_bytes_to_use: int
+    """Host memory for KV, in bytes, in all (not per worker)."""
+    load_async: bool
+    """Load while other requests compute (one more engine step), or within the step that needs the KV."""
+    chunk_tokens: int | None
+    """Tokens per stored chunk: a multiple of 16 and of every block size; by default the smallest from 64 on."""
+    secondary_tiers: tuple[Mapping[str, Any], ...]
+    """Tiers below host memory, nearest first, e.g. {"type": "fs", "path": ..., "max_bytes": ...}."""
+    weights_version: str | None
+    """Names the weights in keys instead of a fingerprint of the files; required for random weights."""
+    arena_dir: Path | None
+    """Folder for the host tier's mapping when shared memory is too small."""
+    stall_timeout_s: float
+    """A request waits for tiers below host memory at most this long without progress."""
+    shutdown_timeout_s: float
+    """At shutdown, how long pending writes to the tiers may take."""
+
+    @classmethod
+    def parse(cls, extra_config: Mapping[str, Any]) -> OffloadingConfig:
+        """Read `kv_connector_extra_config`. Raises ConfigError naming key, value and remedy."""
+        settings = Settings(extra_config, EXTRA_CONFIG)
+        cpu_bytes = settings.take_int("cpu_bytes_to_use", minimum=1)
+        arena_dir = settings.take_str("arena_dir")
+        config = cls(
+            cpu_bytes_to_use=cpu_bytes or 0,
+            load_async=settings.take_bool("load_async", True),
+            chunk_tokens=settings.take_int("chunk_tokens", minimum=UNIT_TOKENS),
+            secondary_tiers=tuple(settings.take_list("secondary_tiers")),
+            weights_version=settings.take_str("weights_version"),
+            arena_dir=Path(arena_dir) if arena_dir else None,
+            stall_timeout_s=settings.take_float("stall_timeout_s", 2.0),
+            shutdown_timeout_s=settings.take_float("shutdown_timeout_s", 30.0),
+        )
+        settings.finish()
+        if cpu_bytes is None:
+            raise ConfigError(f"{EXTRA_CONFIG}.cpu_bytes_to_use is missing: give the bytes of host memory for KV")
+        return config
+
+
+@dataclass(frozen=True, slots=True)
+class ChunkGeometry:
+    """Sizes of chunks and slots for one engine."""
+
+    chunk_tokens: int
+    block_alignment_tokens: int
+    """Claims end at multiples of this: the least common multiple of the groups' block sizes."""
+    payload_bytes: tuple[int, ...]
+    """Bytes of one chunk of one worker, per group."""
+    slot_bytes: int
+    num_slots: int
+
+    @classmethod
+    def of(
+        cls, config: OffloadingConfig, groups: Sequence[GroupInfo], block_bytes: Sequence[int], world_size: int
+    ) -> ChunkGeometry:
+        """Derive the sizes. Raises ConfigError when host memory does not hold one chunk of every group and worker."""
+        alignment = math.lcm(*(group.block_tokens for group in groups))
+        chunk_tokens = _chunk_tokens(config.chunk_tokens, math.lcm(alignment, UNIT_TOKENS))
+        payloads = tuple(
+            chunk_tokens // group.block_tokens * size for group, size in zip(groups, block_bytes, strict=True)
+        )
+        slot_bytes = -(-max(payloads) // _SLOT_ALIGNMENT_BYTES) * _SLOT_ALIGNMENT_BYTES
+        num_slots = config.cpu_bytes_to_use // slot_bytes
+        need = len(groups) * world_size
+        if num_slots < need:
+            raise ConfigError(
+                f"{EXTRA_CONFIG}.cpu_bytes_to_use={config.cpu_bytes_to_use} holds {num_slots} slots of "
+                f"{slot_bytes} bytes; "
+                f"one chunk of {chunk_tokens} tokens needs {need}: raise it to at least {need * slot_bytes}"
+            )
+        return cls(chunk_tokens, alignment, payloads, slot_bytes, num_slots)
+
+
+def _chunk_tokens(configured: int | None, unit: int) -> int:
+    if configured is None:
+        return -(-_DEFAULT_CHUNK_TOKENS // unit) * unit
+    if configured % unit:
+        raise ConfigError(
+            f"{EXTRA_CONFIG}.chunk_tokens={configured} must be a multiple of {unit} (16 and every block size); "
+            f"the nearest are {configured // unit * unit or unit} and {-(-configured // unit) * unit}"
+        )
+    return configured
+
+
+def check_groups(groups: Sequence[GroupInfo]) -> None:
+    """Refuse KV that tokens do not address. Raises ConfigError naming the layers."""
+    for group in groups:
+        if group.kind is AttentionKind.OTHER:
+            raise ConfigError(
+                f"KV cache group {group.group_id} (layers {', '.join(group.layer_names[:3])} ...) is neither full nor "
+                "sliding-window attention; the OffloadingConnector cannot store it yet"
+            )

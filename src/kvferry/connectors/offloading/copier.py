@@ -1,0 +1,103 @@
+"""Copies between a worker's KV pool and arena slots, as byte ranges."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Protocol
+
+from kvferry.layout import ByteRange
+
+if TYPE_CHECKING:
+    import torch
+
+
+class Copier(Protocol):
+    """Moves ranges of the pool to or from one contiguous host buffer. Blocks the calling thread until done."""
+
+    def mark(self) -> Any:
+        """Called by the model's thread: what copies must wait for, so that they see all work launched so far."""
+        ...
+
+    def gather(self, mark: Any, ranges: Sequence[ByteRange], address: int) -> None:
+        """Pool -> host bytes starting at `address`, in the order of `ranges`."""
+        ...
+
+    def scatter(self, mark: Any, address: int, ranges: Sequence[ByteRange]) -> None:
+        """Host bytes starting at `address` -> pool, in the order of `ranges`."""
+        ...
+
+
+class HostCopier:
+    """KV in host memory: plain memmove, which releases the GIL."""
+
+    def __init__(self, anchors: Sequence[torch.Tensor]) -> None:
+        self._anchors = list(anchors)  # keeps the storages alive
+        self._bases = [tensor.untyped_storage().data_ptr() for tensor in anchors]
+
+    def mark(self) -> None:
+        """Nothing to wait for: host kernels have finished when they return."""
+
+    def gather(self, mark: None, ranges: Sequence[ByteRange], address: int) -> None:
+        """Pool -> host."""
+        for storage, offset, length in ranges:
+            ctypes.memmove(address, self._bases[storage] + offset, length)
+            address += length
+
+    def scatter(self, mark: None, address: int, ranges: Sequence[ByteRange]) -> None:
+        """Host -> pool."""
+        for storage, offset, length in ranges:
+            ctypes.memmove(self._bases[storage] + offset, address, length)
+            address += length
+
+
+class DeviceCopier:
+    """KV in an accelerator's memory: ranges of a flat byte view, on a stream of their own, ordered by an event."""
+
+    def __init__(self, anchors: Sequence[torch.Tensor]) -> None:
+        import torch
+
+        self._torch = torch
+        self._device = anchors[0].device
+        self._flat = [
+            torch.empty(0, dtype=torch.uint8, device=self._device).set_(tensor.untyped_storage()) for tensor in anchors
+        ]
+        self._stream = torch.Stream(device=self._device)
+
+    def mark(self) -> Any:
+        """An event behind all work launched so far on the model's stream."""
+        event = self._torch.Event(device=self._device)
+        event.record(self._torch.accelerator.current_stream(self._device))
+        return event
+
+    def gather(self, mark: Any, ranges: Sequence[ByteRange], address: int) -> None:
+        """Device -> host."""
+        self._run(mark, [(self._host(at, n), self._flat[s][o : o + n]) for (s, o, n), at in _placed(ranges, address)])
+
+    def scatter(self, mark: Any, address: int, ranges: Sequence[ByteRange]) -> None:
+        """Host -> device."""
+        self._run(mark, [(self._flat[s][o : o + n], self._host(at, n)) for (s, o, n), at in _placed(ranges, address)])
+
+    def _host(self, address: int, length: int) -> torch.Tensor:
+        buffer = (ctypes.c_uint8 * length).from_address(address)
+        return self._torch.frombuffer(buffer, dtype=self._torch.uint8)
+
+    def _run(self, mark: Any, copies: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
+        self._stream.wait_event(mark)
+        with self._stream:
+            for destination, source in copies:
+                destination.copy_(source, non_blocking=True)
+        self._stream.synchronize()
+
+
+def _placed(ranges: Sequence[ByteRange], address: int) -> list[tuple[ByteRange, int]]:
+    placed = []
+    for r in ranges:
+        placed.append((r, address))
+        address += r.length
+    return placed
+
+
+def make_copier(anchors: Sequence[torch.Tensor]) -> Copier:
+    """The copier for the device the pool lives on."""
+    return HostCopier(anchors) if anchors[0].device.type == "cpu" else DeviceCopier(anchors)

@@ -1,0 +1,98 @@
+"""What the scheduler side remembers of one request, and how a prefix becomes store keys."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from enum import Enum
+from pathlib import Path
+
+from kvferry.connectors.offloading.config import ChunkGeometry
+from kvferry.contract.views import RequestView
+from kvferry.errors import ConfigError
+from kvferry.fingerprint import fingerprint_folder
+from kvferry.hashing import Identity, KeyChain, store_key
+from kvferry.types import AttentionKind, GroupInfo, SlotRef, StoreKey
+
+logger = logging.getLogger(__name__)
+
+
+class LoadState(Enum):
+    """How far a request's external load is."""
+
+    NONE = "none"
+    RUNNING = "running"
+    FAILED = "failed"  # this request claims nothing any more, so that a persistent failure cannot loop
+
+
+@dataclass(slots=True)
+class RequestState:
+    """One live request."""
+
+    view: RequestView
+    chain: KeyChain | None
+    """None when the request's tokens do not identify its KV (prompt embeddings, unreadable adapter)."""
+    num_local_tokens: int = 0
+    """Tokens the engine's own cache holds, as of the last lookup."""
+    num_chunks_seen: int = 0
+    """Chunks already considered for storing."""
+    pins: dict[StoreKey, SlotRef] = field(default_factory=dict)
+    """Slots this request keeps from eviction until its load is planned."""
+    promoted: set[StoreKey] = field(default_factory=set)
+    """Keys fetched from a tier below for this request, for the statistics."""
+    load: LoadState = LoadState.NONE
+    is_finished: bool = False
+    wait_until_s: float | None = None
+    """While waiting for tiers below: give up at this time unless there is progress."""
+    num_pins_seen: int = 0
+    """Pins held when the wait was last extended: more of them now is progress."""
+
+
+class KeyMaker:
+    """From requests to keys."""
+
+    def __init__(self, model_fingerprint: str, groups: tuple[GroupInfo, ...], world_size: int) -> None:
+        self._model = model_fingerprint
+        self._groups = groups
+        self._world_size = world_size
+        self._lora: dict[str, str | None] = {}
+
+    def chain(self, request: RequestView) -> KeyChain | None:
+        """An empty chain with the request's identity, or None when it must not be cached."""
+        if request.has_unhashable_input:
+            return None
+        lora = None
+        if (path := request.lora_path) is not None:
+            lora = self._lora_fingerprint(path)
+            if lora is None:
+                return None
+        return KeyChain(Identity(self._model, request.cache_salt, lora), request.multimodal_items)
+
+    def _lora_fingerprint(self, path: str) -> str | None:
+        if path not in self._lora:
+            try:
+                self._lora[path] = fingerprint_folder(Path(path))
+            except (ConfigError, OSError) as err:
+                logger.warning("KV of LoRA adapter %s is not cached: %s", path, err)
+                self._lora[path] = None
+        return self._lora[path]
+
+    def shards(self, chain_value: bytes, group_id: int) -> list[StoreKey]:
+        """The keys of one chunk of one group: one per worker, in rank order."""
+        return [store_key(chain_value, group_id, rank) for rank in range(self._world_size)]
+
+
+def groups_needed(
+    groups: tuple[GroupInfo, ...], geometry: ChunkGeometry, chunk: int, hit_tokens: int
+) -> Iterator[GroupInfo]:
+    """The groups whose part of `chunk` a hit of `hit_tokens` tokens reads.
+
+    tokens   0 ............. hit - (window - 1) ............ hit
+    full     |====================== all ====================|
+    window                   |========= tail only ===========|
+    """
+    chunk_end = (chunk + 1) * geometry.chunk_tokens
+    for group in groups:
+        if group.kind is AttentionKind.FULL or chunk_end > hit_tokens - ((group.window_tokens or 1) - 1):
+            yield group

@@ -1,0 +1,533 @@
+"""Scheduler side of the OffloadingConnector: what is claimed, loaded and stored, over a TieredStore.
+
+A chunk's life:
+
+    computed by the engine -> slot reserved, blocks pinned -> copied by every worker -> digest committed: in HOST
+    -> written to the tiers below in the background -> (evicted from HOST) -> found below -> promoted -> HOST
+    -> slot pinned -> copied into the pool by every worker -> slot unpinned
+
+Claims cover only chunks whose every shard is in HOST, hence proved. Chunks found only below are promoted first while
+the request waits (lookup answers None), at most `stall_timeout_s` without progress. No call here waits for anything.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from kvferry.clock import Clock, SystemClock
+from kvferry.connectors.offloading.config import EXTRA_CONFIG, ChunkGeometry, OffloadingConfig, check_groups
+from kvferry.connectors.offloading.messages import (
+    ChunkPart,
+    CopyJob,
+    JobReport,
+    StepMetadata,
+    WorkerHandshake,
+    WorkerReport,
+)
+from kvferry.connectors.offloading.requests import KeyMaker, LoadState, RequestState, groups_needed
+from kvferry.contract.base import CacheHitSource, KVConnectorHandshakeMetadata
+from kvferry.contract.host import HostInfo
+from kvferry.contract.kv_cache import KVConnectorOutput
+from kvferry.contract.sides import SchedulerSide
+from kvferry.contract.views import BlockIds, RequestView, ScheduledRequest, StepView
+from kvferry.errors import ConfigError
+from kvferry.fingerprint import fingerprint_folder
+from kvferry.store.arena import Arena
+from kvferry.store.registry import create_tier
+from kvferry.store.tiered import OnDurable, TieredStore
+from kvferry.types import NULL_BLOCK_ID, GroupInfo, Namespace, Presence, SlotRef, StoreKey
+
+logger = logging.getLogger(__name__)
+
+STORE_FORMAT_VERSION = 1
+_JOB_DEADLINE_S = 30.0
+_SCRUB_SLOTS = 1  # proved again in each idle step
+
+
+@dataclass(slots=True)
+class _Job:
+    """A copy job that workers have not all reported yet. Failures are remembered per (part, rank)."""
+
+    job: CopyJob
+    deadline_s: float
+    pinned_blocks: list[Any]
+    keys: tuple[tuple[StoreKey, ...], ...]
+    """Per part, the key of each rank's shard."""
+    reports: dict[int, JobReport]
+    is_load: bool
+
+
+@dataclass(slots=True)
+class OffloadingCounters:
+    """Totals since start. Tokens and chunks, not bytes; the store has byte counters of its own."""
+
+    num_lookups: int = 0
+    host_hit_tokens: int = 0
+    disk_hit_tokens: int = 0
+    stored_chunks: int = 0
+    dropped_stores: int = 0
+    failed_loads: int = 0
+    failed_stores: int = 0
+    stalled_waits: int = 0
+
+
+class OffloadingSchedulerSide(SchedulerSide):
+    """Index, policy and tier I/O; one instance per engine, in the scheduler's thread."""
+
+    cache_hit_source = CacheHitSource.HOST
+
+    def __init__(self, host: HostInfo, clock: Clock | None = None) -> None:
+        super().__init__(host)
+        check_groups(host.groups)
+        self.config = OffloadingConfig.parse(host.extra_config)
+        self.counters = OffloadingCounters()
+        self.on_durable: OnDurable | None = None
+        """Called with (key, digest, tier name) when a chunk will outlive this process in a tier."""
+        self._clock = clock or SystemClock()
+        self._is_async = self.config.load_async or len(host.groups) > 1  # hybrid sync loads could not report failure
+        self._keys = KeyMaker(_model_identity(host, self.config), host.groups, host.world_size)
+        self._requests: dict[str, RequestState] = {}
+        self._jobs: dict[int, _Job] = {}
+        self._next_job_id = 0
+        self._new_loads: list[CopyJob] = []
+        self._num_pinned_blocks = 0
+        self._pool: Any = None
+        self._geometry: ChunkGeometry | None = None
+        self._store: TieredStore | None = None
+        self._arena: Arena | None = None
+
+    # ---- start and stop ---------------------------------------------------------------------------------------
+
+    def bind_gpu_block_pool(self, gpu_block_pool: Any) -> None:
+        """The pool whose blocks are pinned while they are copied."""
+        self._pool = gpu_block_pool
+
+    def set_xfer_handshake_metadata(self, metadata: dict[int, KVConnectorHandshakeMetadata]) -> None:
+        """Open arena and tiers, now that the workers' layout is known. Workers must agree on it."""
+        shakes = [shake for _, shake in sorted(metadata.items()) if isinstance(shake, WorkerHandshake)]
+        if len(shakes) != self.host.world_size:
+            raise ConfigError(
+                f"{len(shakes)} of {self.host.world_size} workers sent their KV layout; "
+                "all must run kvferry's OffloadingConnector"
+            )
+        first = shakes[0]
+        for shake in shakes[1:]:
+            if (shake.payload_description, shake.block_bytes) != (first.payload_description, first.block_bytes):
+                raise ConfigError(f"workers {first.rank} and {shake.rank} have different KV layouts")
+        geometry = ChunkGeometry.of(self.config, self.host.groups, first.block_bytes, self.host.world_size)
+        namespace = _namespace(self.host, geometry, first.payload_description)
+        with ExitStack() as undo:  # a failure below must leave no folder locked and no segment behind
+            tiers = []
+            for i, config in enumerate(self.config.secondary_tiers):
+                where = f"{EXTRA_CONFIG}.secondary_tiers[{i}]"
+                tiers.append(create_tier(config, namespace, self._clock, where=where))
+                undo.callback(tiers[-1].close)
+            arena = Arena.create(
+                engine_id=self.host.engine_id,
+                num_slots=geometry.num_slots,
+                slot_bytes=geometry.slot_bytes,
+                directory=self.config.arena_dir,
+            )
+            undo.callback(arena.close)
+            self._geometry = geometry
+            self._store = TieredStore(
+                arena, tiers, payload_bytes=self._payload_bytes, clock=self._clock, on_durable=self._durable
+            )
+            self._arena = arena
+            undo.pop_all()
+        logger.info(
+            "offloading: %d slots of %d bytes, chunks of %d tokens, tiers: host%s",
+            geometry.num_slots,
+            geometry.slot_bytes,
+            geometry.chunk_tokens,
+            "".join(f", {tier.name}" for tier in tiers),
+        )
+
+    def _durable(self, key: StoreKey, digest: bytes, tier: str) -> None:
+        if self.on_durable is not None:
+            self.on_durable(key, digest, tier)
+
+    @property
+    def store(self) -> TieredStore:
+        """The store; open once the workers' handshake has arrived."""
+        assert self._store is not None, "set_xfer_handshake_metadata comes first"
+        return self._store
+
+    @property
+    def geometry(self) -> ChunkGeometry:
+        """Chunk and slot sizes; known once the workers' handshake has arrived."""
+        assert self._geometry is not None, "set_xfer_handshake_metadata comes first"
+        return self._geometry
+
+    def shutdown(self) -> None:
+        """Write what is still owed to the tiers (bounded), then close them and release the arena."""
+        if self._store is not None:
+            if not self._store.flush(self.config.shutdown_timeout_s):
+                logger.warning("shutdown: some chunks were not written below host memory in time and are lost")
+            self._store.close(self.config.shutdown_timeout_s)
+            self._store = None
+        if self._arena is not None:
+            self._arena.close()
+            self._arena = None
+
+    # ---- lookup -----------------------------------------------------------------------------------------------
+
+    def on_new_request(self, request: RequestView) -> None:
+        """Begin to remember the request."""
+        self._state(request)
+
+    def _state(self, request: RequestView) -> RequestState:
+        state = self._requests.get(request.request_id)
+        if state is None:
+            state = self._requests[request.request_id] = RequestState(request, self._keys.chain(request))
+        return state
+
+    def get_num_new_matched_tokens(self, request: RequestView, num_computed_tokens: int) -> tuple[int | None, bool]:
+        """Claim the proved prefix; answer None while chunks are on their way up from a tier below."""
+        state = self._state(request)
+        state.num_local_tokens = num_computed_tokens
+        self.counters.num_lookups += 1
+        if state.chain is None or state.load is LoadState.FAILED or request.skip_reading_prefix_cache:
+            return 0, False
+        self.store.poll()
+        state.chain.extend(request.token_ids)
+        limit = request.num_tokens if self._is_async else request.num_tokens - 1
+        hit = self._ready_hit(state, limit)
+        if hit is None:
+            return None, False
+        if hit <= num_computed_tokens:
+            self._release_pins(state)
+            return 0, False
+        return hit - num_computed_tokens, self._is_async
+
+    def _ready_hit(self, state: RequestState, limit: int) -> int | None:
+        """The longest prefix of at most `limit` tokens that is local or pinned in HOST; None while one is on its way.
+
+        Starts promotions and pins what is ready, so that repeated calls only add to it.
+        """
+        chunk_tokens, alignment = self.geometry.chunk_tokens, self.geometry.block_alignment_tokens
+        first = state.num_local_tokens // chunk_tokens
+        num_known = self._num_known_chunks(state)
+        while num_known > first:
+            hit = min(num_known * chunk_tokens, limit) // alignment * alignment
+            found = [self._fetch(state, chunk, hit) for chunk in range(first, -(-hit // chunk_tokens))]
+            if Presence.MISS in found:
+                num_known = first + found.index(Presence.MISS)  # a shorter hit: windowed groups need other chunks
+            elif Presence.PENDING not in found:
+                return hit
+            elif self._may_wait(state):
+                return None
+            else:
+                num_known = first + found.index(Presence.PENDING)
+        return state.num_local_tokens
+
+    def _num_known_chunks(self, state: RequestState) -> int:
+        """Chunks from 0 on that are somewhere in the store in every full-attention group (local ones not asked)."""
+        assert state.chain is not None
+        chunk_tokens = self.geometry.chunk_tokens
+        chunk = state.num_local_tokens // chunk_tokens
+        while (chunk + 1) * chunk_tokens <= state.chain.num_hashed_tokens:
+            needed = groups_needed(self.host.groups, self.geometry, chunk, 1 << 62)
+            if any(self.store.lookup(key) is Presence.MISS for key in self._chunk_keys(state, chunk, needed)):
+                break
+            chunk += 1
+        return chunk
+
+    def _chunk_keys(self, state: RequestState, chunk: int, groups: Iterable[GroupInfo]) -> Iterator[StoreKey]:
+        assert state.chain is not None
+        value = state.chain.value_at((chunk + 1) * self.geometry.chunk_tokens)
+        for group in groups:
+            yield from self._keys.shards(value, group.group_id)
+
+    def _fetch(self, state: RequestState, chunk: int, hit_tokens: int) -> Presence:
+        """HOST when all needed shards of the chunk are pinned for this request; starts what is missing."""
+        result = Presence.HOST
+        needed = groups_needed(self.host.groups, self.geometry, chunk, hit_tokens)
+        for key in self._chunk_keys(state, chunk, needed):
+            if key in state.pins:
+                continue
+            presence = self.store.lookup(key)
+            if presence is Presence.TIER:
+                presence = self.store.promote(key, self._payload_bytes(key))
+                state.promoted.add(key)
+            if presence is Presence.HOST:
+                ref = self.store.pin(key)
+                assert ref is not None, "a chunk in HOST can be pinned"
+                state.pins[key] = ref
+            elif presence is Presence.MISS:
+                return Presence.MISS
+            else:
+                result = Presence.PENDING
+        return result
+
+    def _payload_bytes(self, key: StoreKey) -> int:
+        group_id = int.from_bytes(key[32:34], "little")
+        return self.geometry.payload_bytes[group_id]
+
+    def _may_wait(self, state: RequestState) -> bool:
+        """True while promotions make progress; a stalled tier costs a request at most `stall_timeout_s`."""
+        now = self._clock.now()
+        progress = len(state.pins)
+        if state.wait_until_s is None or progress > state.num_pins_seen:
+            state.num_pins_seen = progress
+            state.wait_until_s = now + self.config.stall_timeout_s
+        if now < state.wait_until_s:
+            return True
+        self.counters.stalled_waits += 1
+        logger.warning("request %s stops waiting for tiers below host memory", state.view.request_id)
+        return False
+
+    def _release_pins(self, state: RequestState) -> None:
+        for ref in state.pins.values():
+            self.store.unpin(ref)
+        state.pins.clear()
+
+    # ---- load -------------------------------------------------------------------------------------------------
+
+    def update_state_after_alloc(self, request: RequestView, block_ids: BlockIds, num_external_tokens: int) -> None:
+        """Plan the load of `num_external_tokens` tokens into the blocks behind the local ones."""
+        state = self._state(request)
+        state.wait_until_s = None
+        if num_external_tokens > 0:
+            self._plan_load(state, block_ids, num_external_tokens)
+        if state.load is not LoadState.RUNNING:
+            self._release_pins(state)
+
+    def _plan_load(self, state: RequestState, block_ids: BlockIds, num_external_tokens: int) -> None:
+        start = state.num_local_tokens
+        end = start + num_external_tokens
+        parts: list[ChunkPart] = []
+        keys: list[tuple[StoreKey, ...]] = []
+        for chunk in range(start // self.geometry.chunk_tokens, -(-end // self.geometry.chunk_tokens)):
+            for group in groups_needed(self.host.groups, self.geometry, chunk, end):
+                part_keys = tuple(self._chunk_keys(state, chunk, (group,)))
+                slots = tuple(state.pins[key] for key in part_keys)
+                part = self._load_part(group, chunk, block_ids[group.group_id], slots, (start, end))
+                if part is not None:
+                    parts.append(part)
+                    keys.append(part_keys)
+        self.store.touch([key for part_keys in keys for key in part_keys])
+        job = self._new_job(state, tuple(parts), tuple(keys), is_load=True)
+        state.load = LoadState.RUNNING
+        self._new_loads.append(job.job)
+
+    def _load_part(
+        self, group: GroupInfo, chunk: int, table: list[int], slots: tuple[SlotRef, ...], span: tuple[int, int]
+    ) -> ChunkPart | None:
+        """The blocks of `chunk` within tokens `span` that the request really owns (null blocks lead the list)."""
+        per_chunk = self.geometry.chunk_tokens // group.block_tokens
+        first = max(chunk * per_chunk, span[0] // group.block_tokens)
+        last = min((chunk + 1) * per_chunk, span[1] // group.block_tokens)
+        while first < last and table[first] == NULL_BLOCK_ID:
+            first += 1
+        if first >= last:
+            return None
+        return ChunkPart(group.group_id, first - chunk * per_chunk, tuple(table[first:last]), slots)
+
+    def get_external_cache_hit_sources(
+        self, request: RequestView, num_external_tokens: int
+    ) -> dict[CacheHitSource, int]:
+        """Tokens from chunks that were in host memory already, and from chunks fetched from below for this request."""
+        state = self._state(request)
+        assert state.chain is not None
+        chunk_tokens = self.geometry.chunk_tokens
+        start, end = state.num_local_tokens, state.num_local_tokens + num_external_tokens
+        disk = 0
+        for chunk in range(start // chunk_tokens, -(-end // chunk_tokens)):
+            groups = groups_needed(self.host.groups, self.geometry, chunk, end)
+            if any(key in state.promoted for key in self._chunk_keys(state, chunk, groups)):
+                disk += min(end, (chunk + 1) * chunk_tokens) - max(start, chunk * chunk_tokens)
+        self.counters.disk_hit_tokens += disk
+        self.counters.host_hit_tokens += num_external_tokens - disk
+        sources = {CacheHitSource.HOST: num_external_tokens - disk, CacheHitSource.DISK: disk}
+        return {source: tokens for source, tokens in sources.items() if tokens}
+
+    # ---- store ------------------------------------------------------------------------------------------------
+
+    def build_connector_meta(self, step: StepView) -> StepMetadata:
+        """This step's loads, and stores of the chunks that this step completes."""
+        assert self._arena is not None, "set_xfer_handshake_metadata comes first"
+        self.store.poll()
+        if not step.scheduled:
+            self.store.scrub(_SCRUB_SLOTS)
+        loads, self._new_loads = self._new_loads, []
+        metadata = StepMetadata(self._arena.info, loads)
+        for scheduled in step.scheduled:
+            state = self._requests.get(scheduled.request_id)
+            if state is not None and state.chain is not None:
+                metadata.stores.extend(self._plan_stores(state, scheduled))
+        return metadata
+
+    def _plan_stores(self, state: RequestState, scheduled: ScheduledRequest) -> Iterator[CopyJob]:
+        assert state.chain is not None
+        state.chain.extend(state.view.token_ids)
+        computed = scheduled.num_computed_tokens + scheduled.num_scheduled_tokens
+        # Tokens beyond the chain are not known yet (sampled in this very step, or speculative).
+        num_chunks = min(computed, state.chain.num_hashed_tokens) // self.geometry.chunk_tokens
+        for chunk in range(state.num_chunks_seen, num_chunks):
+            for group in self.host.groups:
+                job = self._plan_store(state, chunk, group, scheduled.block_ids[group.group_id])
+                if job is not None:
+                    yield job
+        state.num_chunks_seen = max(state.num_chunks_seen, num_chunks)
+
+    def _plan_store(self, state: RequestState, chunk: int, group: GroupInfo, table: list[int]) -> CopyJob | None:
+        """Reserve slots and pin blocks for one chunk of one group; None when it is stored or there is no room."""
+        keys = tuple(self._chunk_keys(state, chunk, (group,)))
+        present = [key for key in keys if self.store.lookup(key) is not Presence.MISS]
+        if len(present) == len(keys):
+            return None
+        per_chunk = self.geometry.chunk_tokens // group.block_tokens
+        blocks = table[chunk * per_chunk : (chunk + 1) * per_chunk]
+        if NULL_BLOCK_ID in blocks:
+            return None  # behind the window already
+        if self._num_pinned_blocks + len(blocks) > self.host.num_blocks * 3 // 4:
+            self.counters.dropped_stores += 1
+            return None
+        for key in present:
+            self.store.invalidate(key, "another worker's shard of its chunk is missing")
+        refs = self._reserve(keys)
+        if refs is None:
+            self.counters.dropped_stores += 1
+            return None
+        part = ChunkPart(group.group_id, 0, tuple(blocks), refs)
+        pinned = [self._pool.blocks[block_id] for block_id in blocks]
+        self._pool.touch(pinned)
+        self._num_pinned_blocks += len(pinned)
+        return self._new_job(state, (part,), (keys,), is_load=False, pinned=pinned).job
+
+    def _reserve(self, keys: tuple[StoreKey, ...]) -> tuple[SlotRef, ...] | None:
+        """A slot for each shard, or none at all."""
+        refs: list[SlotRef] = []
+        for key in keys:
+            ref = self.store.reserve(key)
+            if ref is None:
+                for taken in refs:
+                    self.store.abort(taken)
+                return None
+            refs.append(ref)
+        return tuple(refs)
+
+    # ---- jobs -------------------------------------------------------------------------------------------------
+
+    def _new_job(
+        self,
+        state: RequestState,
+        parts: tuple[ChunkPart, ...],
+        keys: tuple[tuple[StoreKey, ...], ...],
+        *,
+        is_load: bool,
+        pinned: list[Any] | None = None,
+    ) -> _Job:
+        self._next_job_id += 1
+        job = CopyJob(self._next_job_id, state.view.request_id, parts, self._is_async)
+        deadline_s = self._clock.now() + _JOB_DEADLINE_S
+        record = _Job(job, deadline_s, pinned or [], keys, {}, is_load)
+        self._jobs[job.job_id] = record
+        return record
+
+    def update_connector_output(self, connector_output: KVConnectorOutput) -> None:
+        """Take in the workers' reports; a job ends when every worker has reported it."""
+        report = connector_output.kv_connector_worker_meta
+        if not isinstance(report, WorkerReport):
+            return
+        for item in report.reports:
+            record = self._jobs.get(item.job_id)
+            if record is None:
+                continue
+            record.reports[item.rank] = item
+            if len(record.reports) == self.host.world_size:
+                del self._jobs[item.job_id]
+                self._end_load(record) if record.is_load else self._end_store(record)
+
+    def _end_store(self, record: _Job) -> None:
+        for i, (part, keys) in enumerate(zip(record.job.parts, record.keys, strict=True)):
+            payload = self.geometry.payload_bytes[part.group_id]
+            digests = [record.reports[rank].digests[i] for rank in range(len(keys))]
+            is_good = None not in digests
+            for ref, value in zip(part.slots, digests, strict=True):
+                if is_good and value is not None:
+                    self.store.commit(ref, value, payload)
+                else:
+                    self.store.abort(ref)
+            self.counters.stored_chunks += is_good
+            self.counters.failed_stores += not is_good
+        self._num_pinned_blocks -= len(record.pinned_blocks)
+        self._pool.free_blocks(reversed(record.pinned_blocks))
+
+    def _end_load(self, record: _Job) -> None:
+        state = self._requests.get(record.job.request_id)
+        failed = [
+            key
+            for i, keys in enumerate(record.keys)
+            for rank, key in enumerate(keys)
+            if record.reports[rank].digests[i] is None
+        ]
+        if state is not None:
+            self._release_pins(state)
+            state.load = LoadState.FAILED if failed else LoadState.NONE
+            if state.is_finished:
+                del self._requests[record.job.request_id]
+        for key in failed:
+            self.counters.failed_loads += 1
+            self.store.invalidate(key, "a worker could not load it")
+
+    def has_pending_push_work(self) -> bool:
+        """True while copies are out (their results arrive only while the engine steps), up to a deadline each."""
+        now = self._clock.now()
+        return bool(self._new_loads) or any(now < record.deadline_s for record in self._jobs.values())
+
+    # ---- ends -------------------------------------------------------------------------------------------------
+
+    def request_finished(self, request: RequestView, block_ids: BlockIds) -> tuple[bool, dict[str, Any] | None]:
+        """Never delays the free: blocks being stored are pinned, and a running load is held by the host."""
+        state = self._requests.get(request.request_id)
+        if state is not None:
+            if state.load is LoadState.RUNNING:
+                state.is_finished = True
+            else:
+                self._release_pins(state)
+                del self._requests[request.request_id]
+        return False, None
+
+    def reset_cache(self) -> bool:
+        """Forget every stored chunk in every tier; the store lets go of copies under way when they end."""
+        for state in self._requests.values():
+            if state.load is not LoadState.RUNNING:
+                self._release_pins(state)
+        for receipt in self.store.clear():
+            logger.info("reset: %s dropped %d chunks", receipt.tier, receipt.num_chunks)
+        return True
+
+
+def _model_identity(host: HostInfo, config: OffloadingConfig) -> str:
+    """The model's part of every key: the user's `weights_version`, or a fingerprint of the files."""
+    if config.weights_version is not None:
+        return f"version:{config.weights_version}"
+    where = "set weights_version in kv_connector_extra_config to a name that changes with the weights"
+    if host.weights_are_random:
+        raise ConfigError(f"the model's weights are random (load_format dummy), so KV has no lasting identity: {where}")
+    if not Path(host.model).is_dir():
+        raise ConfigError(f"model {host.model!r} is not a folder, so its weights cannot be fingerprinted: {where}")
+    logger.info("taking the fingerprint of %s", host.model)
+    return fingerprint_folder(Path(host.model))
+
+
+def _namespace(host: HostInfo, geometry: ChunkGeometry, payload: dict[str, Any]) -> Namespace:
+    """Everything beside the key on which stored payloads must agree."""
+    description = {
+        "store_format": STORE_FORMAT_VERSION,
+        "chunk_tokens": geometry.chunk_tokens,
+        "tp_size": host.tp_size,
+        "pp_size": host.pp_size,
+        **payload,
+    }
+    canonical = json.dumps(description, sort_keys=True, separators=(",", ":")).encode()
+    return Namespace(hashlib.sha256(canonical).hexdigest()[:32], description)

@@ -1,0 +1,69 @@
+"""Makes host-facing connector classes out of the hook table: each hook converts its arguments and calls a side."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from kvferry.contract.hooks import HOOKS, Hook, HookSide
+from kvferry.contract.host import host_info
+from kvferry.contract.sides import SchedulerSide, WorkerSide
+from kvferry.errors import ContractError
+
+
+def facade_mixin(scheduler_side: type[SchedulerSide], worker_side: type[WorkerSide], scheduler_role: Any) -> type[Any]:
+    """A mixin that implements every instance hook of the table over the two sides.
+
+    Put it before the host's connector base in the bases of the final class. `scheduler_role` is the host's
+    `KVConnectorRole.SCHEDULER`. Hooks called on the wrong role raise ContractError.
+    """
+
+    class HookFacade:
+        __doc__ = f"Facade over {scheduler_side.__name__} and {worker_side.__name__}."
+
+        def __init__(self, vllm_config: Any, role: Any, kv_cache_config: Any) -> None:
+            super().__init__(vllm_config, role, kv_cache_config)  # type: ignore[call-arg]  # the host's base is next
+            host = host_info(vllm_config, kv_cache_config)
+            is_scheduler = role == scheduler_role
+            self._scheduler_side = scheduler_side(host) if is_scheduler else None
+            self._worker_side = None if is_scheduler else worker_side(host)
+
+    for hook in HOOKS:
+        if hook.side is not HookSide.CLASS and not hook.bound_by_facade:
+            method = _delegate(hook)
+            setattr(HookFacade, hook.name, property(method) if hook.is_property else method)
+    return HookFacade
+
+
+def _delegate(hook: Hook) -> Callable[..., Any]:
+    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        side = _side(self, hook)
+        if hook.is_property:
+            return getattr(side, hook.method)
+        if hook.passes_metadata:
+            return getattr(side, hook.method)(self._get_connector_metadata())
+        if hook.converts:
+            args = _convert(hook, args)
+        if hook.side is HookSide.WORKER:
+            kwargs = {}  # what runners add by keyword differs between them; no side needs it
+        return getattr(side, hook.method)(*args, **kwargs)
+
+    call.__name__ = hook.name
+    call.__doc__ = f"Hook, called {hook.when}."
+    return call
+
+
+def _convert(hook: Hook, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    head = [arg if fn is None else fn(arg) for fn, arg in zip(hook.converts, args, strict=False)]
+    return (*head, *args[len(head) :])
+
+
+def _side(connector: Any, hook: Hook) -> SchedulerSide | WorkerSide:
+    scheduler: SchedulerSide | None = connector._scheduler_side
+    worker: WorkerSide | None = connector._worker_side
+    side = {HookSide.SCHEDULER: scheduler, HookSide.WORKER: worker}.get(hook.side, scheduler or worker)
+    if side is None:
+        raise ContractError(
+            f"{type(connector).__name__}.{hook.name} is a {hook.side.value} hook, called on the other role"
+        )
+    return side

@@ -1,0 +1,81 @@
+"""The host's configuration, read once into frozen types, so that no other code touches host configs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from kvferry.errors import ConfigError
+from kvferry.types import AttentionKind, GroupInfo
+
+if TYPE_CHECKING:
+    from kvferry.contract.kv_cache import KVCacheConfig
+
+
+@dataclass(frozen=True, slots=True)
+class HostInfo:
+    """All that built-in connectors know of the engine they serve."""
+
+    engine_id: str
+    model: str
+    """Folder (or hub name) of the model, as the user gave it."""
+    weights_are_random: bool
+    """True when the host was told to make weights up."""
+    max_model_len: int
+    num_blocks: int
+    groups: tuple[GroupInfo, ...]
+    tp_size: int
+    pp_size: int
+    rank: int
+    """Rank of this worker within the engine (tp rank while pp_size is 1)."""
+    load_failure_policy: str
+    extra_config: Mapping[str, Any]
+
+    @property
+    def world_size(self) -> int:
+        """Number of workers that each hold a shard of every block."""
+        return self.tp_size * self.pp_size
+
+
+def host_info(vllm_config: Any, kv_cache_config: KVCacheConfig) -> HostInfo:
+    """Read a host's configuration objects (vLLM's or the embedded engine's: the attributes are named alike)."""
+    transfer = vllm_config.kv_transfer_config
+    parallel = vllm_config.parallel_config
+    model = vllm_config.model_config
+    load_format = str(getattr(getattr(vllm_config, "load_config", None), "load_format", "auto")).lower()
+    return HostInfo(
+        engine_id=str(transfer.engine_id),
+        model=str(model.model),
+        weights_are_random="dummy" in load_format,
+        max_model_len=int(model.max_model_len),
+        num_blocks=int(kv_cache_config.num_blocks),
+        groups=tuple(_group_info(i, group) for i, group in enumerate(kv_cache_config.kv_cache_groups)),
+        tp_size=int(parallel.tensor_parallel_size),
+        pp_size=int(parallel.pipeline_parallel_size),
+        rank=int(getattr(parallel, "rank", 0)),
+        load_failure_policy=str(transfer.kv_load_failure_policy),
+        extra_config=dict(transfer.kv_connector_extra_config),
+    )
+
+
+def _group_info(group_id: int, group: Any) -> GroupInfo:
+    spec = group.kv_cache_spec
+    kinds = {_kind(s) for s in getattr(spec, "kv_cache_specs", {"": spec}).values()}
+    if len(kinds) != 1:
+        raise ConfigError(
+            f"KV cache group {group_id} mixes kinds of attention layers: {sorted(k.value for k in kinds)}"
+        )
+    kind = kinds.pop()
+    window = int(spec.sliding_window) if kind is AttentionKind.SLIDING_WINDOW else None
+    return GroupInfo(group_id, tuple(group.layer_names), int(spec.block_size), kind, window)
+
+
+def _kind(spec: Any) -> AttentionKind:
+    # By class name along the MRO: hosts have their own spec classes, and ours must not import theirs.
+    names = [cls.__name__ for cls in type(spec).__mro__]
+    if "SlidingWindowSpec" in names:
+        return AttentionKind.SLIDING_WINDOW
+    if "FullAttentionSpec" in names:
+        return AttentionKind.FULL
+    return AttentionKind.OTHER

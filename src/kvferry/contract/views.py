@@ -1,0 +1,142 @@
+"""Our small view of the host's objects. Built-in connectors see these and nothing of the host.
+
+Both hosts name the fields alike (facts: vLLM 0.32), so one set of readers serves both. Views of requests are live:
+they read the host's request when asked, and hold nothing but a reference to it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from kvferry.types import MultimodalItem
+
+BlockIds = tuple[list[int], ...]
+"""Block ids per group; position i of a group's list holds tokens [i * block_size, (i + 1) * block_size)."""
+
+
+class RequestView:
+    """A live view of a host's request."""
+
+    __slots__ = ("_request",)
+
+    def __init__(self, request: Any) -> None:
+        self._request = request
+
+    @property
+    def request_id(self) -> str:
+        """Unique within the engine's life."""
+        return str(self._request.request_id)
+
+    @property
+    def token_ids(self) -> Sequence[int]:
+        """Prompt and generated tokens so far."""
+        tokens: Sequence[int] = self._request.all_token_ids
+        return tokens
+
+    @property
+    def num_tokens(self) -> int:
+        """Length of `token_ids`."""
+        return int(self._request.num_tokens)
+
+    @property
+    def num_computed_tokens(self) -> int:
+        """Tokens whose KV the host counts as computed."""
+        return int(self._request.num_computed_tokens)
+
+    @property
+    def cache_salt(self) -> str | None:
+        """The tenant's salt; requests of different salts never share KV."""
+        return getattr(self._request, "cache_salt", None)
+
+    @property
+    def lora_path(self) -> str | None:
+        """Folder of the LoRA adapter in use, or None."""
+        lora = getattr(self._request, "lora_request", None)
+        return None if lora is None else str(lora.lora_path)
+
+    @property
+    def multimodal_items(self) -> tuple[MultimodalItem, ...]:
+        """Media items in the prompt, by position."""
+        features = getattr(self._request, "mm_features", None) or ()
+        return tuple(MultimodalItem(f.identifier, f.mm_position.offset, f.mm_position.length) for f in features)
+
+    @property
+    def has_unhashable_input(self) -> bool:
+        """True when the prompt is not (only) token ids, so that tokens do not identify the KV."""
+        return getattr(self._request, "prompt_embeds", None) is not None
+
+    @property
+    def skip_reading_prefix_cache(self) -> bool:
+        """True when this request wants everything computed."""
+        getter = getattr(self._request, "get_skip_reading_prefix_cache", None)
+        return (
+            bool(getter()) if getter is not None else bool(getattr(self._request, "skip_reading_prefix_cache", False))
+        )
+
+    @property
+    def kv_transfer_params(self) -> dict[str, Any] | None:
+        """The user's parameters for this transfer; never mutate them."""
+        params: dict[str, Any] | None = getattr(self._request, "kv_transfer_params", None)
+        return params
+
+
+@dataclass(frozen=True, slots=True)
+class ScheduledRequest:
+    """One request's share of a step."""
+
+    request_id: str
+    num_computed_tokens: int
+    """Tokens whose KV exists when the step starts (loaded ones included)."""
+    num_scheduled_tokens: int
+    block_ids: BlockIds
+    """The request's whole current block table."""
+
+
+@dataclass(slots=True)
+class StepView:
+    """What the scheduler decided for one step."""
+
+    scheduled: list[ScheduledRequest] = field(default_factory=list)
+    finished_req_ids: frozenset[str] = frozenset()
+    preempted_req_ids: frozenset[str] = frozenset()
+
+
+def request_view(request: Any) -> RequestView:
+    """The view of a host's request."""
+    return RequestView(request)
+
+
+def block_ids_of(blocks: Any) -> BlockIds:
+    """Block ids per group of a host's KVCacheBlocks (None stands for no blocks)."""
+    return () if blocks is None else tuple(list(group) for group in blocks.get_block_ids())
+
+
+def as_groups(block_ids: list[int] | BlockIds) -> BlockIds:
+    """One list per group, also from hosts that pass a flat list for their only group."""
+    if isinstance(block_ids, tuple):
+        return block_ids
+    return (list(block_ids),)
+
+
+def step_view(output: Any) -> StepView:
+    """The view of a host's SchedulerOutput; block tables come from the host, which alone knows them."""
+    view = StepView(
+        finished_req_ids=frozenset(output.finished_req_ids or ()),
+        preempted_req_ids=frozenset(output.preempted_req_ids or ()),
+    )
+    resolve = output.kv_connector_block_state.get_block_ids if output.num_scheduled_tokens else None
+    for request_id, num_computed in _scheduled(output):
+        num_new = output.num_scheduled_tokens.get(request_id, 0)
+        if num_new and resolve is not None:
+            table = tuple(list(group) for group in resolve(request_id))
+            view.scheduled.append(ScheduledRequest(request_id, num_computed, num_new, table))
+    return view
+
+
+def _scheduled(output: Any) -> Iterator[tuple[str, int]]:
+    for new in output.scheduled_new_reqs:
+        yield new.req_id, new.num_computed_tokens
+    cached = output.scheduled_cached_reqs
+    yield from zip(cached.req_ids, cached.num_computed_tokens, strict=True)

@@ -1,0 +1,187 @@
+"""What a user may set on the embedded engine, checked once, and the frozen configuration connectors see.
+
+`EngineOptions` is what the user said. `EngineConfig` is what the engine resolved from it and from the model; it bears
+vLLM's attribute names as far as connectors read them, and nothing changes it later.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from kvferry.errors import ConfigError
+
+if TYPE_CHECKING:
+    import torch
+
+    from kvferry.config import KVTransferConfig
+
+DEFAULT_KV_CACHE_BYTES = 1 << 30
+DTYPE_NAMES = ("auto", "float32", "bfloat16", "float16")
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingParams:
+    """How one request's tokens are chosen and when it ends. Names and defaults are vLLM's."""
+
+    max_tokens: int = 16
+    """Most tokens to generate."""
+    temperature: float = 1.0
+    """0 chooses the likeliest token (greedy)."""
+    top_p: float = 1.0
+    top_k: int = 0
+    """0 or -1: no limit."""
+    seed: int | None = None
+    """Makes this request's draws repeatable, whatever else runs; the engine's seed and the request's number if None."""
+    ignore_eos: bool = False
+    stop_token_ids: tuple[int, ...] = ()
+    skip_special_tokens: bool = True
+    extra_args: dict[str, Any] | None = None
+    """`{"kv_transfer_params": {...}}` reaches the connector as `request.kv_transfer_params`."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids))
+        _require_int("max_tokens", self.max_tokens, 1)
+        if self.temperature < 0:
+            raise ConfigError(f"temperature={self.temperature} must be 0 (greedy) or more")
+        if not 0 < self.top_p <= 1:
+            raise ConfigError(f"top_p={self.top_p} must be above 0 and at most 1")
+        _require_int("top_k", self.top_k, -1)
+        if not isinstance((self.extra_args or {}).get("kv_transfer_params", {}), dict):
+            raise ConfigError("extra_args['kv_transfer_params'] must be an object")
+
+
+@dataclass(frozen=True, slots=True)
+class EngineOptions:
+    """The settings of `LLM(...)`, checked as far as that is possible without the model."""
+
+    block_size: int = 16
+    num_kv_blocks: int | None = None
+    kv_cache_bytes: int | None = None
+    max_model_len: int | None = None
+    max_num_seqs: int = 64
+    max_num_batched_tokens: int = 512
+    dtype: str = "auto"
+    device: str = "cpu"
+    enable_prefix_caching: bool = True
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("block_size", "max_num_seqs", "max_num_batched_tokens"):
+            _require_int(name, getattr(self, name), 1)
+        for name in ("num_kv_blocks", "kv_cache_bytes", "max_model_len"):
+            if getattr(self, name) is not None:
+                _require_int(name, getattr(self, name), 1)
+        if self.num_kv_blocks is not None and self.kv_cache_bytes is not None:
+            raise ConfigError("num_kv_blocks and kv_cache_bytes are both set: give the size of the KV cache once")
+        if self.dtype not in DTYPE_NAMES:
+            raise ConfigError(f"dtype={self.dtype!r} is not one of {', '.join(DTYPE_NAMES)}")
+
+
+@dataclass(frozen=True, slots=True)
+class CacheConfig:
+    """The KV cache."""
+
+    block_size: int
+    num_gpu_blocks: int
+    enable_prefix_caching: bool
+    cache_dtype: str = "auto"
+    kv_cache_layout: str = "BLNHC"
+
+
+@dataclass(frozen=True, slots=True)
+class ModelConfig:
+    """The model."""
+
+    model: str
+    """Folder of the model as an absolute path."""
+    dtype: torch.dtype
+    max_model_len: int
+    seed: int
+    hf_config: Any
+    use_mla: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class ParallelConfig:
+    """One process, one rank."""
+
+    tensor_parallel_size: int = 1
+    pipeline_parallel_size: int = 1
+    rank: int = 0
+    world_size: int = 1
+
+
+@dataclass(frozen=True, slots=True)
+class SchedulerConfig:
+    """Limits of a step, and how long the engine waits for others before it goes on alone (seconds)."""
+
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    disable_hybrid_kv_cache_manager: bool = False
+    lookup_timeout_s: float = 60.0
+    """A connector that answers None for this long is taken to have nothing."""
+    load_timeout_s: float = 300.0
+    """An asynchronous load may take this long; then its blocks are set aside and the request is computed."""
+    stall_timeout_s: float = 300.0
+    """With nothing able to run for this long (all blocks pinned), the next waiting request ends with an error."""
+
+
+@dataclass(frozen=True, slots=True)
+class LoadConfig:
+    """How weights came in."""
+
+    load_format: str = "auto"
+
+
+@dataclass(frozen=True, slots=True)
+class EngineConfig:
+    """First constructor argument of connectors (`vllm_config` there)."""
+
+    cache_config: CacheConfig
+    model_config: ModelConfig
+    scheduler_config: SchedulerConfig
+    kv_transfer_config: KVTransferConfig | None
+    instance_id: str
+    parallel_config: ParallelConfig = field(default_factory=ParallelConfig)
+    load_config: LoadConfig = field(default_factory=LoadConfig)
+    speculative_config: None = None
+    lora_config: None = None
+
+
+@dataclass(frozen=True, slots=True)
+class KVBudget:
+    """The resolved size of the KV cache and the longest request it can hold."""
+
+    num_blocks: int
+    max_model_len: int
+
+
+def resolve_kv_budget(options: EngineOptions, block_bytes: int, model_limit_tokens: int) -> KVBudget:
+    """Size the cache: `block_bytes` is one block of all layers, `model_limit_tokens` what the model can attend to.
+
+    Block 0 is the null block, so one block more than requests can use is made. Raises ConfigError when one request of
+    `max_model_len` would not fit; unless that was set, it becomes what fits.
+    """
+    longest = options.max_model_len or model_limit_tokens
+    if longest > model_limit_tokens:
+        raise ConfigError(f"max_model_len={longest} is above the model's own limit of {model_limit_tokens} tokens")
+    num_blocks = options.num_kv_blocks
+    if num_blocks is None:
+        num_blocks = (options.kv_cache_bytes or DEFAULT_KV_CACHE_BYTES) // block_bytes
+    if options.num_kv_blocks is None and options.kv_cache_bytes is None:
+        num_blocks = min(num_blocks, 1 + options.max_num_seqs * -(-longest // options.block_size))
+    usable_tokens = (num_blocks - 1) * options.block_size
+    needed_blocks = 1 + -(-(options.max_model_len or 1) // options.block_size)
+    if num_blocks < max(2, needed_blocks):
+        raise ConfigError(
+            f"the KV cache is too small for one request of {options.max_model_len or 1} tokens: it has {num_blocks} "
+            f"blocks of {options.block_size} tokens (one is reserved) and needs {needed_blocks}; "
+            f"set num_kv_blocks={needed_blocks} or kv_cache_bytes={needed_blocks * block_bytes}, or lower max_model_len"
+        )
+    return KVBudget(num_blocks, min(longest, usable_tokens))
+
+
+def _require_int(name: str, value: object, minimum: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
+        raise ConfigError(f"{name}={value!r} must be a whole number of at least {minimum}")

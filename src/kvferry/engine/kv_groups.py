@@ -1,0 +1,136 @@
+"""KV groups and their memory: one int8 buffer, one strided view per layer, block-first and token-major (BLNHC).
+
+    buffer   | block 0                                | block 1 ...
+             | layer 0        | layer 1        | ...  |
+             | token 0 | token 1 | ...  each: heads x (K | V)
+
+One block of all layers is one contiguous byte run, so a connector moves it with one copy. Groups overlay each other:
+layer i of every group lies at the same offset, and a block id belongs to one group at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from kvferry.contract import AttentionSpec, FullAttentionSpec, KVCacheConfig, KVCacheSpec, make_kv_cache_config
+from kvferry.errors import ConfigError
+
+
+@dataclass(frozen=True, slots=True)
+class LayerGeometry:
+    """The KV one layer keeps per token: `num_kv_heads` x (`head_size` of K, `head_size_v` of V)."""
+
+    num_kv_heads: int
+    head_size: int
+    head_size_v: int
+
+
+def layer_name(layer_index: int) -> str:
+    """The name connectors know a layer by; vLLM's, so that both hosts mean the same layer."""
+    return f"model.layers.{layer_index}.self_attn.attn"
+
+
+def full_attention_specs(
+    layers: Sequence[LayerGeometry], block_size: int, dtype: torch.dtype
+) -> dict[str, KVCacheSpec]:
+    """One spec per layer, all in one group. ConfigError when the layers' KV differs in shape."""
+    if len(set(layers)) != 1:
+        raise ConfigError(
+            f"layers keep KV of different shapes, which one KV group cannot hold: {sorted(set(map(str, layers)))}"
+        )
+    first = layers[0]
+    spec = FullAttentionSpec(
+        block_size=block_size,
+        num_kv_heads=first.num_kv_heads,
+        head_size=first.head_size,
+        head_size_v=first.head_size_v,
+        dtype=dtype,
+    )
+    return {layer_name(i): spec for i in range(len(layers))}
+
+
+def kv_cache_config_for(num_blocks: int, groups: list[dict[str, KVCacheSpec]]) -> KVCacheConfig:
+    """The engine's KVCacheConfig; all groups must agree on block size, which is also the hash unit."""
+    config = make_kv_cache_config(num_blocks, groups)
+    sizes = {group.kv_cache_spec.block_size for group in config.kv_cache_groups}
+    if len(sizes) != 1:
+        raise ConfigError(f"KV groups of different block sizes ({sorted(sizes)}) are not supported by this engine")
+    config.hash_block_size = config.cache_hit_alignment_tokens = sizes.pop()
+    return config
+
+
+class KVBuffer:
+    """The KV memory of all layers. The only place KV is read from.
+
+    Allocate outside `torch.inference_mode`, or other threads (connectors) cannot write to it.
+    """
+
+    def __init__(
+        self, config: KVCacheConfig, device: str, allocation: AbstractContextManager[Any] | None = None
+    ) -> None:
+        self.config = config
+        total_bytes = max(tensor.offset + tensor.size for tensor in config.kv_cache_tensors)
+        with allocation if allocation is not None else nullcontext():
+            self.storage = torch.zeros(total_bytes, dtype=torch.int8, device=device)
+        self.layers: dict[str, LayerKV] = {}
+        for group_id, (group, tensor) in enumerate(zip(config.kv_cache_groups, config.kv_cache_tensors, strict=True)):
+            assert isinstance(group.kv_cache_spec, AttentionSpec)
+            for index, name in enumerate(tensor.layers):
+                first_byte = tensor.offset + index * tensor.layer_stride
+                self.layers[name] = LayerKV(
+                    self.storage, config.num_blocks, group.kv_cache_spec, group_id, first_byte, tensor.block_stride
+                )
+
+    def views(self) -> dict[str, torch.Tensor]:
+        """Layer name -> [blocks, heads, tokens, content], what connectors register."""
+        return {name: layer.kv_cache for name, layer in self.layers.items()}
+
+
+class LayerKV:
+    """One layer's pages. Token rows and pages are addressed in the flat buffer, so a write or a read is one kernel."""
+
+    def __init__(
+        self,
+        storage: torch.Tensor,
+        num_blocks: int,
+        spec: AttentionSpec,
+        group_id: int,
+        first_byte: int,
+        block_stride_bytes: int,
+    ) -> None:
+        tokens, heads, content = spec.block_size, spec.num_kv_heads, spec.content_size
+        typed = storage.view(spec.dtype)
+        item = spec.dtype.itemsize
+        page_bytes = spec.page_size_bytes
+        assert first_byte % page_bytes == 0 and block_stride_bytes % page_bytes == 0
+        self.spec = spec
+        self.group_id = group_id
+        self.kv_cache = typed.as_strided(
+            (num_blocks, heads, tokens, content),
+            (block_stride_bytes // item, content, heads * content, 1),
+            first_byte // item,
+        )
+        self._tokens = tokens
+        self._rows = typed.view(-1, heads, content)
+        self._pages = typed.view(-1, tokens * heads * content)
+        self._first_page = first_byte // page_bytes
+        self._pages_per_block = block_stride_bytes // page_bytes
+
+    def page_rows(self, block_ids: torch.Tensor) -> torch.Tensor:
+        """Rows of `_pages` for block ids."""
+        return block_ids * self._pages_per_block + self._first_page
+
+    def write(self, keys: torch.Tensor, values: torch.Tensor, block_ids: torch.Tensor, offsets: torch.Tensor) -> None:
+        """Store K [tokens, heads, head_size] and V of one token per (block id, offset)."""
+        self._rows.index_copy_(0, self.page_rows(block_ids) * self._tokens + offsets, torch.cat((keys, values), -1))
+
+    def read(self, block_ids: torch.Tensor, num_tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Copies of K and V of the first `num_tokens` tokens of a block table: [heads, tokens, head_size]."""
+        pages = self._pages.index_select(0, self.page_rows(block_ids))
+        rows = pages.view(-1, self.spec.num_kv_heads, self.spec.content_size)[:num_tokens].transpose(0, 1)
+        return rows[..., : self.spec.head_size], rows[..., self.spec.head_size :]

@@ -1,0 +1,332 @@
+"""The engine as users hold it: `LLM(...)`, `generate(...)`, `step()`."""
+
+from __future__ import annotations
+
+import secrets
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+
+from kvferry.clock import Clock, SystemClock
+from kvferry.config import KVTransferConfig
+from kvferry.engine.config import (
+    CacheConfig,
+    EngineConfig,
+    EngineOptions,
+    LoadConfig,
+    ModelConfig,
+    SamplingParams,
+    SchedulerConfig,
+    resolve_kv_budget,
+)
+from kvferry.engine.connector_host import HostCounters, start_connectors
+from kvferry.engine.kv_groups import full_attention_specs, kv_cache_config_for
+from kvferry.engine.kv_manager import KVManager
+from kvferry.engine.model_loader import EngineModel, load_model
+from kvferry.engine.outputs import CompletionOutput, RequestMetrics, RequestOutput
+from kvferry.engine.request import Request
+from kvferry.engine.runner import ModelRunner
+from kvferry.engine.scheduler import Scheduler
+from kvferry.errors import ConfigError
+
+Prompt = str | Sequence[int]
+_IDLE_SLEEP_S = 0.001
+_DRAIN_LIMIT_S = 30.0
+
+
+class LLM:
+    """One model, one paged KV cache, one scheduler, and at most one KV connector. Not thread-safe.
+
+    `model`: a model folder, a `.gguf` file, "smollm2", or an object that is an `EngineModel` (a stub).
+    `num_kv_blocks` or `kv_cache_bytes` sizes the KV cache (1 GiB at most when neither is given). `max_model_len` is
+    the longest prompt plus output; what model and cache allow when not given. `max_num_batched_tokens` bounds the
+    tokens of one forward, so it is the chunk size of long prompts. `dtype` "auto" takes the checkpoint's.
+    Raises ConfigError before any work when the settings, the model or the connector's configuration are wrong.
+    """
+
+    def __init__(
+        self,
+        model: str | Path | EngineModel,
+        *,
+        block_size: int = 16,
+        num_kv_blocks: int | None = None,
+        kv_cache_bytes: int | None = None,
+        max_model_len: int | None = None,
+        max_num_seqs: int = 64,
+        max_num_batched_tokens: int = 512,
+        dtype: str | torch.dtype = "auto",
+        device: str = "cpu",
+        enable_prefix_caching: bool = True,
+        kv_transfer_config: KVTransferConfig | Mapping[str, Any] | str | None = None,
+        seed: int = 0,
+        clock: Clock | None = None,
+    ) -> None:
+        self._is_shut_down = True  # until everything stands
+        options = EngineOptions(
+            block_size=block_size,
+            num_kv_blocks=num_kv_blocks,
+            kv_cache_bytes=kv_cache_bytes,
+            max_model_len=max_model_len,
+            max_num_seqs=max_num_seqs,
+            max_num_batched_tokens=max_num_batched_tokens,
+            dtype=str(dtype).removeprefix("torch."),
+            device=_checked_device(device),
+            enable_prefix_caching=enable_prefix_caching,
+            seed=seed,
+        )
+        transfer = KVTransferConfig.parse(kv_transfer_config)
+        self._clock = clock or SystemClock()
+        self._model = load_model(model, options.dtype, device) if isinstance(model, str | Path) else model
+        self._start(options, transfer if transfer.is_kv_transfer_instance else None)
+        self._num_added = 0
+        self._unclaimed: list[RequestOutput] = []  # finished while `generate` waited for others
+        self._is_shut_down = False
+
+    def _start(self, options: EngineOptions, transfer: KVTransferConfig | None) -> None:
+        model = self._model
+        specs = full_attention_specs(model.layers, options.block_size, model.dtype)
+        block_bytes = sum(spec.page_size_bytes for spec in specs.values())
+        budget = resolve_kv_budget(options, block_bytes, model.max_model_len)
+        self.kv_cache_config = kv_cache_config_for(budget.num_blocks, [specs])
+        self.config = EngineConfig(
+            cache_config=CacheConfig(options.block_size, budget.num_blocks, options.enable_prefix_caching),
+            model_config=ModelConfig(model.path, model.dtype, budget.max_model_len, options.seed, model.hf_config),
+            scheduler_config=SchedulerConfig(options.max_num_seqs, options.max_num_batched_tokens),
+            kv_transfer_config=transfer,
+            instance_id=secrets.token_hex(8),
+            load_config=LoadConfig(model.load_format),
+        )
+        num_groups = len(self.kv_cache_config.kv_cache_groups)
+        manager = KVManager(budget.num_blocks, options.block_size, num_groups, options.enable_prefix_caching)
+        self._hosted = start_connectors(self.config, self.kv_cache_config, manager, options.device, self._clock)
+        self.runner = ModelRunner(model, self._hosted.kv, options.block_size, options.device, self._hosted.worker)
+        self.scheduler = Scheduler(
+            self.config.scheduler_config,
+            manager,
+            self._hosted.scheduler,
+            max_model_len=budget.max_model_len,
+            eos_token_ids=model.eos_token_ids,
+            recompute_failed_loads=transfer is None or transfer.kv_load_failure_policy == "recompute",
+            clock=self._clock,
+        )
+
+    # ---- one step at a time -----------------------------------------------------------------------------------
+
+    def add_request(
+        self, prompt: Prompt, sampling_params: SamplingParams | None = None, *, cache_salt: str | None = None
+    ) -> str:
+        """Queue a prompt (text or token ids) for the coming steps; returns its id. ConfigError when it cannot run."""
+        params = sampling_params or SamplingParams()
+        request = self._make_request(self._token_ids(prompt), params, cache_salt)
+        self.scheduler.add_request(request)
+        return request.request_id
+
+    def step(self) -> list[RequestOutput]:
+        """Run one step; returns the requests that finished. Blocks for one forward."""
+        unclaimed, self._unclaimed = self._unclaimed, []
+        plan = self.scheduler.schedule()
+        result = self.runner.execute(plan)
+        finished = self.scheduler.update(plan, result)
+        return unclaimed + [self._output(request) for request in finished]
+
+    def abort_request(self, request_id: str) -> None:
+        """End a request now; `step` returns it with finish_reason "abort". Unknown ids are ignored."""
+        self.scheduler.abort_request(request_id)
+
+    def has_unfinished_requests(self) -> bool:
+        """True while `step` has requests to return."""
+        return bool(self._unclaimed) or self.scheduler.has_unfinished_requests()
+
+    def has_requests(self) -> bool:
+        """True while stepping does anything, be it only for blocks or work a connector still holds."""
+        return bool(self._unclaimed) or self.scheduler.has_requests()
+
+    # ---- whole batches ----------------------------------------------------------------------------------------
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        cache_salt: str | None = None,
+    ) -> list[RequestOutput]:
+        """Complete one prompt or many; blocks until all have finished, outputs in the order of the prompts.
+
+        Prompts are checked first: with one of them wrong (ConfigError) none is started. Requests of different
+        `cache_salt` never share KV. On an exception (Ctrl-C) what is unfinished is aborted.
+        """
+        many = [prompts] if _is_single(prompts) else list(prompts)
+        requests = self._make_requests(many, sampling_params, cache_salt)
+        outputs: dict[str, RequestOutput] = {}
+        try:
+            for request in requests:
+                self.scheduler.add_request(request)
+            wanted = {request.request_id for request in requests}
+            while wanted - outputs.keys():
+                outputs.update((output.request_id, output) for output in self._step_or_rest())
+            self._unclaimed += [output for request_id, output in outputs.items() if request_id not in wanted]
+            self._tie_loose_ends()
+        finally:
+            for request in requests:
+                self.abort_request(request.request_id)
+        texts = [prompt if isinstance(prompt, str) else None for prompt in many]
+        return [_with_prompt(outputs[r.request_id], text) for r, text in zip(requests, texts, strict=True)]
+
+    def _make_requests(
+        self,
+        prompts: list[Any],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None,
+        cache_salt: str | None,
+    ) -> list[Request]:
+        self._require_running()
+        params = sampling_params or SamplingParams()
+        per_prompt = [params] * len(prompts) if isinstance(params, SamplingParams) else list(params)
+        if len(per_prompt) != len(prompts):
+            raise ConfigError(f"{len(prompts)} prompts but {len(per_prompt)} sampling_params")
+        token_ids = [self._token_ids(prompt) for prompt in prompts]
+        requests = [
+            self._make_request(ids, params, cache_salt) for ids, params in zip(token_ids, per_prompt, strict=True)
+        ]
+        for request in requests:
+            self.scheduler.check_request(request)
+        return requests
+
+    def _step_or_rest(self) -> list[RequestOutput]:
+        """A step; after one without a forward, a short rest, since others must move first."""
+        num_forwards = self.runner.num_forwards
+        finished = self.step()
+        if self.runner.num_forwards == num_forwards:
+            time.sleep(_IDLE_SLEEP_S)
+        return finished
+
+    def _tie_loose_ends(self) -> None:
+        """Announce finished requests to the workers and let copies under way end; bounded."""
+        deadline_s = self._clock.now() + _DRAIN_LIMIT_S
+        while self.scheduler.has_loose_ends() and self._clock.now() < deadline_s:
+            self._unclaimed = self._step_or_rest()
+
+    # ---- the engine's state -----------------------------------------------------------------------------------
+
+    @property
+    def tokenizer(self) -> Any:
+        """The model's tokenizer, or None."""
+        return self._model.tokenizer
+
+    @property
+    def kv_caches(self) -> dict[str, torch.Tensor]:
+        """Layer name -> its KV, a strided view [blocks, heads, tokens, content] of the pool. Not a copy."""
+        return self._hosted.kv.views()
+
+    @property
+    def counters(self) -> HostCounters:
+        """What went wrong at the border to the connector so far."""
+        return self._hosted.scheduler.counters
+
+    def reset_prefix_cache(self, reset_connector: bool = False) -> bool:
+        """Forget the engine's own cached KV, and with `reset_connector` the connector's too.
+
+        False, and the engine's cache untouched, while any block is held (running requests, sends, pins).
+        """
+        self._tie_loose_ends()
+        done = self.scheduler.manager.reset_prefix_cache()
+        if reset_connector:
+            done &= self._hosted.scheduler.reset_cache()
+        return done
+
+    def shutdown(self) -> None:
+        """Abort what is unfinished and shut the connector down. Idempotent."""
+        if self._is_shut_down:
+            return
+        self._is_shut_down = True
+        self.scheduler.abort_all()
+        self._hosted.worker.shutdown()
+        self._hosted.scheduler.shutdown()
+
+    def __enter__(self) -> LLM:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.shutdown()
+
+    # ---- in and out -------------------------------------------------------------------------------------------
+
+    def _require_running(self) -> None:
+        if self._is_shut_down:
+            raise ConfigError("the engine is shut down")
+
+    def _token_ids(self, prompt: Prompt) -> list[int]:
+        if isinstance(prompt, str):
+            if self.tokenizer is None:
+                raise ConfigError("the model has no tokenizer: give token ids instead of text")
+            ids: list[int] = list(self.tokenizer(prompt)["input_ids"])
+        else:
+            ids = list(prompt)
+        if not ids:
+            raise ConfigError("the prompt is empty")
+        for token in ids:
+            if isinstance(token, bool) or not isinstance(token, int) or not 0 <= token < self._model.vocab_size:
+                raise ConfigError(f"{token!r} is not a token id of this model (0 to {self._model.vocab_size - 1})")
+        return ids
+
+    def _make_request(self, token_ids: list[int], params: SamplingParams, cache_salt: str | None) -> Request:
+        self._require_running()
+        self._num_added += 1
+        # The random part keeps ids of restarted engines apart, where peers remember them.
+        return Request(
+            f"{self._num_added}-{secrets.token_hex(4)}",
+            token_ids,
+            params,
+            block_size=self.config.cache_config.block_size,
+            arrival_s=self._clock.now(),
+            cache_salt=cache_salt,
+            sampling_seed=self.config.model_config.seed + self._num_added if params.seed is None else params.seed,
+        )
+
+    def _output(self, request: Request) -> RequestOutput:
+        token_ids = request.output_token_ids
+        text = ""
+        if self.tokenizer is not None:
+            text = self.tokenizer.decode(token_ids, skip_special_tokens=request.sampling_params.skip_special_tokens)
+        first_s, end_s = request.first_token_s, request.finished_s
+        assert end_s is not None
+        return RequestOutput(
+            request_id=request.request_id,
+            prompt=None,
+            prompt_token_ids=request.prompt_token_ids,
+            outputs=[CompletionOutput(text, token_ids, request.status.finish_reason, request.stop_reason)],
+            num_cached_tokens=request.num_local_tokens + request.num_external_tokens,
+            num_external_tokens=request.num_external_tokens,
+            external_hit_sources=request.external_hit_sources,
+            metrics=RequestMetrics(None if first_s is None else first_s - request.arrival_s, end_s - request.arrival_s),
+            kv_transfer_params=request.output_kv_transfer_params,
+            error=request.error,
+        )
+
+
+def _is_single(prompts: Any) -> bool:
+    return isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], int))
+
+
+def _with_prompt(output: RequestOutput, prompt: str | None) -> RequestOutput:
+    return output if prompt is None else replace(output, prompt=prompt)
+
+
+def _checked_device(device: str) -> str:
+    try:
+        kind = torch.device(device).type
+    except RuntimeError as err:
+        raise ConfigError(f"device={device!r} is not a device torch knows") from err
+    if kind not in ("cpu", "cuda") or (kind == "cuda" and not torch.cuda.is_available()):
+        raise ConfigError(f"device={device!r} is not available; this machine has cpu{_has_cuda()}")
+    return device
+
+
+def _has_cuda() -> str:
+    return " and cuda" if torch.cuda.is_available() else ""

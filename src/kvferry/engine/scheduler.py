@@ -1,0 +1,455 @@
+"""Continuous batching: who computes which tokens in the next step, and what a step's result means.
+
+    add -> waiting -> running -> finished          ordinary life
+           waiting -> loading -> loaded -> running the connector loads KV asynchronously
+           running -> waiting                      preempted: blocks ran out, to be computed again
+
+Running requests come first, oldest first; what is left of the token budget admits loaded, then waiting ones. A
+request enters only if all its tokens so far fit beside what the others still need for theirs, so prompts do not
+evict each other half-way. Blocks become findable in the prefix cache only after the step that filled them succeeded.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import deque
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from kvferry.clock import Clock
+from kvferry.contract import CacheHitSource
+from kvferry.engine.config import SchedulerConfig
+from kvferry.engine.connector_host import NO_MATCH, ExternalMatch, SchedulerConnector
+from kvferry.engine.kv_manager import BlockIds, KVManager
+from kvferry.engine.outputs import BatchItem, BlockState, NewRequestData, SchedulerOutput, StepResult
+from kvferry.engine.request import Request, RequestStatus
+from kvferry.engine.transfers import Transfers
+from kvferry.errors import ConfigError
+
+logger = logging.getLogger(__name__)
+
+_MAX_LOAD_FAILURES = 3
+
+
+@dataclass(slots=True)
+class _Plan:
+    """A step in the making."""
+
+    budget_tokens: int
+    output: SchedulerOutput
+    sync_loads: dict[str, int] = field(default_factory=dict)
+    """Request id -> tokens that did not come from the load."""
+    waits_for_frees: bool = False
+    lacks_blocks: bool = False
+    """Something could run but for blocks."""
+
+    def add(self, request: Request, num_tokens: int, new_block_ids: BlockIds, all_block_ids: BlockIds) -> None:
+        """Schedule the request's next tokens."""
+        output, request_id = self.output, request.request_id
+        self.budget_tokens -= num_tokens
+        output.batch.append(BatchItem(request, num_tokens, all_block_ids))
+        output.num_scheduled_tokens[request_id] = num_tokens
+        if request.status is RequestStatus.WAITING:
+            output.scheduled_new_reqs.append(
+                NewRequestData(
+                    request_id,
+                    request.prompt_token_ids,
+                    all_block_ids,
+                    request.num_computed_tokens,
+                    request.sampling_params,
+                )
+            )
+            return
+        cached = output.scheduled_cached_reqs
+        is_resumed = request.status is RequestStatus.PREEMPTED
+        if is_resumed:
+            cached.resumed_req_ids.add(request_id)
+            cached.all_token_ids[request_id] = list(request.all_token_ids)
+            new_block_ids = all_block_ids
+        cached.req_ids.append(request_id)
+        cached.new_block_ids.append(new_block_ids if any(new_block_ids) else None)
+        cached.num_computed_tokens.append(request.num_computed_tokens)
+        cached.num_output_tokens.append(request.num_output_tokens)
+
+
+class Scheduler:
+    """Decides. Single-threaded; owns the life of requests and their block tables."""
+
+    def __init__(
+        self,
+        config: SchedulerConfig,
+        manager: KVManager,
+        connector: SchedulerConnector,
+        *,
+        max_model_len: int,
+        eos_token_ids: frozenset[int],
+        recompute_failed_loads: bool,
+        clock: Clock,
+    ) -> None:
+        self.manager = manager
+        self.waiting: deque[Request] = deque()
+        self.running: list[Request] = []
+        self.loaded: deque[Request] = deque()
+        self.transfers = Transfers(manager.block_pool, connector.counters)
+        self.num_preemptions = 0
+        self._config = config
+        self._connector = connector
+        self._max_model_len = max_model_len
+        self._eos_token_ids = eos_token_ids
+        self._recompute_failed_loads = recompute_failed_loads
+        self._clock = clock
+        self._requests: dict[str, Request] = {}
+        self._finished: list[Request] = []
+        self._finished_ids: set[str] = set()
+        self._sync_loads: dict[str, int] = {}
+        self._progress_s = clock.now()
+
+    # ---- requests ---------------------------------------------------------------------------------------------
+
+    def add_request(self, request: Request) -> None:
+        """Queue a request. ConfigError when it cannot ever run."""
+        self.check_request(request)
+        if request.kv_transfer_params and not self._connector.is_present:
+            logger.warning("%s: kv_transfer_params are ignored, there is no connector", request.request_id)
+        self._requests[request.request_id] = request
+        self._connector.on_new_request(request)
+        self.waiting.append(request)
+
+    def check_request(self, request: Request) -> None:
+        """ConfigError when the request cannot ever run."""
+        if request.num_tokens >= self._max_model_len:
+            raise ConfigError(
+                f"the prompt has {request.num_tokens} tokens; with at least one to generate the limit is "
+                f"max_model_len={self._max_model_len}"
+            )
+
+    def abort_request(self, request_id: str) -> None:
+        """End a request in whatever state it is; unknown and finished ids are ignored."""
+        request = self._requests.get(request_id)
+        if request is not None:
+            self._finish(request, RequestStatus.FINISHED_ABORTED)
+
+    def abort_all(self) -> None:
+        """End every request."""
+        for request_id in list(self._requests):
+            self.abort_request(request_id)
+
+    def has_unfinished_requests(self) -> bool:
+        """True while a request has yet to finish, or its end to be returned by `update`."""
+        return bool(self._requests or self._finished)
+
+    def has_requests(self) -> bool:
+        """True while stepping does something: for requests, or for blocks and work the connector still holds."""
+        return self.has_unfinished_requests() or self.has_loose_ends() or bool(self.transfers.held)
+
+    def has_loose_ends(self) -> bool:
+        """True while finished requests are yet to be announced to workers or the connector has work to push."""
+        return bool(self._finished_ids) or self._connector.has_pending_push_work()
+
+    # ---- the plan ---------------------------------------------------------------------------------------------
+
+    def schedule(self) -> SchedulerOutput:
+        """Plan the next step; may be empty. Exactly one `update` with its result must follow."""
+        plan = _Plan(self._config.max_num_batched_tokens, SchedulerOutput(BlockState(self.manager)))
+        self._give_up_late_loads()
+        self._schedule_running(plan)
+        if not plan.output.preempted_req_ids and not plan.waits_for_frees:
+            self._schedule_loaded(plan)
+            self._schedule_waiting(plan)
+        self._check_stall(plan)
+        plan.output.finished_req_ids, self._finished_ids = self._finished_ids, set()
+        self._sync_loads = plan.sync_loads
+        self._connector.build_meta(plan.output)
+        return plan.output
+
+    def _schedule_running(self, plan: _Plan) -> None:
+        for request in list(self.running):
+            if plan.budget_tokens == 0 or plan.waits_for_frees:
+                return
+            num_new = min(request.num_tokens - request.num_computed_tokens, plan.budget_tokens)
+            target = request.num_computed_tokens + num_new
+            if request.status is RequestStatus.RUNNING and self._make_room(request, target, plan):
+                self._add(request, num_new, plan)
+
+    def _make_room(self, request: Request, num_tokens: int, plan: _Plan) -> bool:
+        """Preempt the youngest until `request` fits `num_tokens`. False: it was the youngest, or frees are near."""
+        while not self.manager.can_allocate(request, num_tokens):
+            if self._connector.has_pending_block_frees() and not self._is_stalled():
+                plan.waits_for_frees = plan.lacks_blocks = True
+                return False
+            victim = self.running[-1]
+            self._preempt(victim, plan)
+            if victim is request:
+                return False
+        return True
+
+    def _preempt(self, request: Request, plan: _Plan) -> None:
+        self.running.remove(request)
+        self.manager.free(request.request_id)
+        request.status = RequestStatus.PREEMPTED
+        request.num_computed_tokens = 0
+        request.num_preemptions += 1
+        self.num_preemptions += 1
+        self.waiting.appendleft(request)
+        plan.output.preempted_req_ids.add(request.request_id)
+
+    def _schedule_loaded(self, plan: _Plan) -> None:
+        """Admit requests whose asynchronous load has ended; their blocks are theirs already."""
+        while self.loaded and self._has_room(plan):
+            request = self.loaded[0]
+            num_new = min(request.num_tokens - request.num_computed_tokens, plan.budget_tokens)
+            if not self.manager.can_allocate(request, request.num_computed_tokens + num_new):
+                plan.lacks_blocks = True
+                return
+            self.loaded.popleft()
+            self._connector.blocks_allocated(request, self.manager.get_blocks(request.request_id), NO_MATCH)
+            self._run(request, num_new, plan)
+
+    def _schedule_waiting(self, plan: _Plan) -> None:
+        passed_over = []
+        while self.waiting and self._has_room(plan):
+            request = self.waiting[0]
+            match = self._match(request)
+            if match is not None and not self._try_admit(request, match, plan):
+                break
+            if self.waiting and self.waiting[0] is request:  # still looking, or its load could not be started
+                passed_over.append(self.waiting.popleft())
+        self.waiting.extendleft(reversed(passed_over))
+
+    def _has_room(self, plan: _Plan) -> bool:
+        return plan.budget_tokens > 0 and len(self.running) < self._config.max_num_seqs
+
+    def _match(self, request: Request) -> ExternalMatch | None:
+        if request.num_load_failures >= _MAX_LOAD_FAILURES:
+            return NO_MATCH
+        return self._connector.match(request, self._num_local_tokens(request))
+
+    def _num_local_tokens(self, request: Request) -> int:
+        return len(self.manager.get_computed_blocks(request).blocks[0]) * self.manager.block_size
+
+    def _try_admit(self, request: Request, match: ExternalMatch, plan: _Plan) -> bool:
+        """Give the first waiting request its blocks and start it, or its load. False when it does not fit now."""
+        computed = self.manager.get_computed_blocks(request)
+        num_local = len(computed.blocks[0]) * self.manager.block_size
+        if not self.manager.can_allocate(request, request.num_tokens, computed, self._num_reserved_blocks()):
+            plan.lacks_blocks = True
+            return False
+        num_computed = num_local + match.num_tokens
+        num_new = 0 if match.is_async else min(request.num_tokens - num_computed, plan.budget_tokens)
+        self.manager.allocate(request, num_computed + num_new, computed)
+        is_planned = self._connector.blocks_allocated(request, self.manager.get_blocks(request.request_id), match)
+        if not is_planned and match.is_async:
+            self._set_aside(request)
+            return True
+        if match.num_tokens and not match.is_async:
+            # Even when the connector failed: whatever it still loads must land before the forward overwrites it.
+            plan.output.has_sync_kv_loads = True
+        if not is_planned:
+            match = NO_MATCH
+            num_computed, num_new = num_local, min(request.num_tokens - num_local, plan.budget_tokens)
+        self.waiting.popleft()
+        self._note_sources(request, num_local, match.num_tokens)
+        request.num_computed_tokens = num_computed
+        if match.is_async:
+            request.status = RequestStatus.WAITING_FOR_REMOTE_KVS
+            self.transfers.start_load(request, self._clock.now() + self._config.load_timeout_s)
+            return True
+        if match.num_tokens:
+            plan.sync_loads[request.request_id] = num_local
+        self._run(request, num_new, plan)
+        return True
+
+    def _num_reserved_blocks(self) -> int:
+        """Blocks that admitted requests still need for the tokens they have."""
+        admitted = [*self.running, *self.loaded, *self.transfers.loading_requests()]
+        return sum(self.manager.num_missing_blocks(request, request.num_tokens) for request in admitted)
+
+    def _note_sources(self, request: Request, num_local: int, num_external: int) -> None:
+        if request.num_preemptions == 0:
+            request.num_local_tokens, request.num_external_tokens = num_local, num_external
+            if sum(request.external_hit_sources.values()) != num_external:
+                # Part of a load failed: whose part it was is known only where there is one source.
+                sources = list(request.external_hit_sources)
+                source = sources[0] if len(sources) == 1 else CacheHitSource.EXTERNAL_UNSPECIFIED.value
+                request.external_hit_sources = {source: num_external} if num_external else {}
+
+    def _run(self, request: Request, num_new: int, plan: _Plan) -> None:
+        self._add(request, num_new, plan)
+        request.status = RequestStatus.RUNNING
+        self.running.append(request)
+
+    def _add(self, request: Request, num_new: int, plan: _Plan) -> None:
+        new_ids = self.manager.allocate(request, request.num_computed_tokens + num_new)
+        plan.add(request, num_new, new_ids, self.manager.get_block_ids(request.request_id))
+
+    # ---- the result -------------------------------------------------------------------------------------------
+
+    def update(self, plan: SchedulerOutput, result: StepResult) -> list[Request]:
+        """Take a step's result in: tokens, ends, completions. Returns the requests that finished since the last one."""
+        reported = result.connector_output
+        discarded = self._failed_sync_loads(result) | self._strike_bad_blocks(reported.invalid_block_ids)
+        for item in plan.batch:
+            if item.request.request_id not in discarded:
+                self._advance(item, result.sampled)
+        self._connector.worker_reported(reported, had_forward=bool(plan.batch))
+        self._complete_loads(reported.finished_recving or (), reported.failed_recving)
+        for request_id in reported.finished_sending or ():
+            self.transfers.finished_sending(request_id)
+        self._connector.end_step()
+        finished, self._finished = self._finished, []
+        return finished
+
+    def _advance(self, item: BatchItem, sampled: dict[str, int]) -> None:
+        request = item.request
+        request.num_computed_tokens += item.num_tokens
+        self.manager.cache_blocks(request, request.num_computed_tokens)
+        token = sampled.get(request.request_id)
+        if token is None:
+            return
+        if request.first_token_s is None:
+            request.first_token_s = self._clock.now()
+        request.append_token(token)
+        status = self._end_status(request, token)
+        if status is not None:
+            self._finish(request, status)
+
+    def _end_status(self, request: Request, token: int) -> RequestStatus | None:
+        params = request.sampling_params
+        if token in params.stop_token_ids:
+            request.stop_reason = token
+            return RequestStatus.FINISHED_STOPPED
+        if token in self._eos_token_ids and not params.ignore_eos:
+            return RequestStatus.FINISHED_STOPPED
+        if request.num_output_tokens >= request.max_tokens or request.num_tokens >= self._max_model_len:
+            return RequestStatus.FINISHED_LENGTH_CAPPED
+        return None
+
+    def _finish(self, request: Request, status: RequestStatus, error: str | None = None) -> None:
+        """End a request from any state. Its blocks go back now, or when the connector lets go of them."""
+        was_loading = self.transfers.is_loading(request.request_id)
+        self._unqueue(request)
+        request.status = status
+        request.error = error
+        request.finished_s = self._clock.now()
+        num_blocks = -(-request.num_computed_tokens // self.manager.block_size)
+        block_ids = tuple(table[:num_blocks] for table in self.manager.get_block_ids(request.request_id))
+        keep, params = self._connector.request_finished(request, block_ids)
+        if status in (RequestStatus.FINISHED_STOPPED, RequestStatus.FINISHED_LENGTH_CAPPED):
+            request.output_kv_transfer_params = params
+        self.transfers.release(request.request_id, self.manager.detach(request.request_id), keep, was_loading)
+        del self._requests[request.request_id]
+        self._finished.append(request)
+        self._finished_ids.add(request.request_id)
+
+    def _unqueue(self, request: Request) -> None:
+        for queue in (self.running, self.loaded, self.waiting):
+            if request in queue:
+                queue.remove(request)
+
+    # ---- loads that end, fail, or never end -------------------------------------------------------------------
+
+    def _failed_sync_loads(self, result: StepResult) -> set[str]:
+        """Requests whose loads of this step nobody vouches for: back to what was there before the load."""
+        if not result.sync_loads_unproved:
+            return set()
+        for request_id, num_local in self._sync_loads.items():
+            self._fail_load(self._requests[request_id], num_local)
+        return set(self._sync_loads)
+
+    def _strike_bad_blocks(self, bad_block_ids: set[int]) -> set[str]:
+        """Requests that hold blocks whose load failed go back to before the first of them; returns those."""
+        if not bad_block_ids:
+            return set()
+        known_ids = {block_id for block_id in bad_block_ids if 0 <= block_id < len(self.manager.block_pool.blocks)}
+        self.manager.block_pool.evict_blocks(known_ids)
+        for request in self.transfers.loading_requests():
+            self.transfers.shorten_load(request, self.manager.first_bad_token(request.request_id, known_ids))
+        struck = set()
+        for request in [*self.running, *self.loaded]:
+            first_bad = self.manager.first_bad_token(request.request_id, known_ids)
+            if first_bad is not None:
+                struck.add(request.request_id)
+                self._fail_load(request, first_bad)
+        return struck
+
+    def _fail_load(self, request: Request, num_good_tokens: int) -> None:
+        """Keep only the first tokens of an admitted request, or end it, as `kv_load_failure_policy` says."""
+        self._connector.counters.load_failures += 1
+        self._keep_tokens(request, min(num_good_tokens, request.num_computed_tokens))
+        if not self._recompute_failed_loads:
+            self._finish(request, RequestStatus.FINISHED_ERROR, "its KV cache failed to load")
+
+    def _keep_tokens(self, request: Request, num_tokens: int) -> None:
+        request.num_computed_tokens = num_tokens
+        num_local = min(request.num_local_tokens, num_tokens)
+        self._note_sources(request, num_local, min(request.num_external_tokens, num_tokens - num_local))
+
+    def _complete_loads(self, received_ids: Iterable[str], failed_ids: set[str]) -> None:
+        for request_id in received_ids:
+            load = self.transfers.finished_recving(request_id)
+            if load is None:
+                continue
+            request = load.request
+            num_good = 0 if request_id in failed_ids else load.num_good_tokens
+            if num_good < request.num_computed_tokens:
+                self._fail_load(request, num_good)
+            if not request.is_finished():
+                self._promote(request)
+
+    def _promote(self, request: Request) -> None:
+        """A load has ended: on to running with what it brought, or back to the start when that is nothing."""
+        request.status = RequestStatus.PREEMPTED if request.num_preemptions else RequestStatus.WAITING
+        if request.num_computed_tokens == 0:
+            request.num_load_failures += 1
+            self.manager.free(request.request_id)
+            self.waiting.appendleft(request)
+            return
+        self.manager.cache_blocks(request, request.num_computed_tokens)
+        # The last token is computed in any case: its logits choose the next one.
+        request.num_computed_tokens = min(request.num_computed_tokens, request.num_tokens - 1)
+        self.loaded.append(request)
+
+    def _set_aside(self, request: Request) -> None:
+        """Compute a request anew without the connector; what may still be written to its old blocks harms nobody."""
+        blocks = self.manager.detach(request.request_id)
+        self.transfers.release(request.request_id, blocks, awaits_sending=False, awaits_recving=True)
+        request.num_load_failures = _MAX_LOAD_FAILURES
+        request.num_computed_tokens = 0
+        self._note_sources(request, 0, 0)
+
+    def _give_up_late_loads(self) -> None:
+        for request in self.transfers.take_late_loads(self._clock.now()):
+            logger.warning("%s: its KV did not arrive in time", request.request_id)
+            self._connector.counters.load_failures += 1
+            self._set_aside(request)
+            request.status = RequestStatus.PREEMPTED if request.num_preemptions else RequestStatus.WAITING
+            self.waiting.appendleft(request)
+            if not self._recompute_failed_loads:
+                self._finish(request, RequestStatus.FINISHED_ERROR, "its KV cache did not arrive in time")
+
+    def _check_stall(self, plan: _Plan) -> None:
+        """End the first request in line when none got blocks for too long, so that nobody waits for ever."""
+        if plan.output.batch or self.transfers.loads or not plan.lacks_blocks:
+            self._progress_s = self._clock.now()
+        elif self._is_stalled() and not self.running:
+            request = self.loaded[0] if self.loaded else self.waiting[0]
+            self._progress_s = self._clock.now()
+            self._finish(
+                request, RequestStatus.FINISHED_ERROR, "no KV blocks came free: all are pinned by the connector"
+            )
+
+    def _is_stalled(self) -> bool:
+        return self._clock.now() - self._progress_s > self._config.stall_timeout_s
+
+    def check_integrity(self) -> None:
+        """Assert that queues, states, tables and pool agree."""
+        self.manager.check_integrity(self.transfers.held_blocks())
+        self.transfers.check_integrity()
+        queued = [*self.waiting, *self.running, *self.loaded, *self.transfers.loading_requests()]
+        assert len({r.request_id for r in queued}) == len(queued), "a request stands in two queues"
+        assert {r.request_id for r in queued} == set(self._requests), "a request is lost or undead"
+        assert all(r.status is RequestStatus.RUNNING for r in self.running)
+        assert all(r.num_computed_tokens == 0 for r in self.waiting)
+        for request in queued:
+            assert 0 <= request.num_computed_tokens <= request.num_tokens
+            assert self.manager.num_missing_blocks(request, request.num_computed_tokens) == 0

@@ -1,0 +1,77 @@
+"""Every error kvferry raises on purpose.
+
+    KVFerryError
+    ├── ConfigError (also ValueError)      a setting is wrong: names the key, the value and the remedy
+    │   └── ConnectorNotFound              a connector cannot be resolved
+    ├── ContractError                      a plugin broke a clause of the connector contract
+    ├── TierError                          a tier could not do its job
+    │   ├── TierBusy                       try later; nothing is wrong
+    │   ├── TierCorrupt                    bytes did not match their digest or header
+    │   └── TierUnavailable                disk full, folder gone, server down
+    ├── TransferError                      a transfer between engines failed
+    └── HostError                          the host (engine, vLLM) does not offer what is needed
+
+A cache miss is a value, never one of these.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class KVFerryError(Exception):
+    """Base of all errors raised by kvferry."""
+
+
+class ConfigError(KVFerryError, ValueError):
+    """A setting is wrong. The text names the key, the value given and what to do."""
+
+
+class ConnectorNotFound(ConfigError):
+    """A connector name or module path leads to no usable connector class."""
+
+
+class ConnectorAttributeNotFound(ConnectorNotFound, AttributeError):
+    """The module was imported, but has no class of that name."""
+
+
+class ConnectorModuleNotFound(ConnectorNotFound, ModuleNotFoundError):
+    """`kv_connector_module_path` names a module that does not exist."""
+
+
+class ContractError(KVFerryError):
+    """A connector broke a clause of the contract; the text names connector, hook and clause."""
+
+
+class TierError(KVFerryError):
+    """A tier could not do what was asked of it."""
+
+
+class TierBusy(TierError):
+    """The tier cannot take the job now; the same job may succeed later."""
+
+
+class TierCorrupt(TierError):
+    """Stored bytes do not match their digest or header. The entry counts as a miss."""
+
+
+class TierUnavailable(TierError):
+    """The tier's medium is full, gone or refusing."""
+
+
+class TransferError(KVFerryError):
+    """A transfer between engines failed."""
+
+
+class HostError(KVFerryError):
+    """The host lacks something kvferry needs, or is a version kvferry does not support."""
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """` (did you mean 'x'?)` with the nearest of `known`, or the list of all when none is near."""
+    known = sorted(known)
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
+    if near:
+        return f" (did you mean {near[0]!r}?)"
+    return f" (known: {', '.join(known)})" if known else ""

@@ -1,0 +1,96 @@
+"""Fingerprint of a model: one changed byte of config or weights is another model, in every host.
+
+SHA-256 over, for `config.json` and each `*.safetensors` (adapters: `adapter_config.json` too) in name order:
+u32-LE length of the file name, the name, u64-LE size, and the file's bytes. Folders over 8 GiB: of each weight file
+only its safetensors header and 64 pages of 64 KiB, evenly spread, are read, and the fingerprint says so ("sampled:").
+Results are cached by path, size, mtime and inode of every file.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import struct
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from kvferry.config import cache_dir
+from kvferry.errors import ConfigError
+
+FULL_READ_LIMIT_BYTES = 8 << 30
+_PAGE_BYTES = 64 << 10
+_NUM_SAMPLED_PAGES = 64
+_READ_BYTES = 8 << 20
+_CONFIGS = ("config.json", "adapter_config.json")
+
+Progress = Callable[[int, int], None]
+"""Called with (bytes done, bytes in all)."""
+
+
+def fingerprint_folder(folder: Path, progress: Progress | None = None) -> str:
+    """The fingerprint of a model or LoRA folder (hex, with a prefix saying how it was made). Reads all weights once.
+
+    Raises ConfigError when the folder holds no safetensors weights.
+    """
+    files = _files(folder)
+    stamp = [[f.name, s.st_size, s.st_mtime_ns, s.st_ino] for f in files for s in (f.stat(),)]
+    memo = cache_dir() / "fingerprints" / (hashlib.sha256(str(folder.resolve()).encode()).hexdigest() + ".json")
+    known = _recall(memo, stamp)
+    if known is not None:
+        return known
+    total = sum(size for _, size, _, _ in stamp)
+    sampled = total > FULL_READ_LIMIT_BYTES
+    hasher = hashlib.sha256()
+    done = 0
+    for file in files:
+        size = file.stat().st_size
+        hasher.update(struct.pack("<I", len(file.name.encode())) + file.name.encode() + struct.pack("<Q", size))
+        for piece in _pieces(file, size, sampled and file.suffix == ".safetensors"):
+            hasher.update(piece)
+            done += len(piece)
+            if progress is not None:
+                progress(done, total)
+    result = ("sampled:" if sampled else "sha256:") + hasher.hexdigest()
+    _remember(memo, stamp, result)
+    return result
+
+
+def _files(folder: Path) -> list[Path]:
+    weights = sorted(folder.glob("*.safetensors")) if folder.is_dir() else []
+    if not weights:
+        raise ConfigError(
+            f"{str(folder)!r} holds no *.safetensors files to take a fingerprint of: "
+            "set weights_version in kv_connector_extra_config to a name that changes with the weights"
+        )
+    return [folder / name for name in _CONFIGS if (folder / name).is_file()] + weights
+
+
+def _pieces(file: Path, size: int, sampled: bool) -> Iterator[bytes]:
+    with file.open("rb") as stream:
+        if not sampled:
+            while piece := stream.read(_READ_BYTES):
+                yield piece
+            return
+        header_bytes = struct.unpack("<Q", stream.read(8))[0]
+        yield stream.read(min(header_bytes, size))
+        for i in range(_NUM_SAMPLED_PAGES):
+            stream.seek((size - _PAGE_BYTES) * i // (_NUM_SAMPLED_PAGES - 1))
+            yield stream.read(_PAGE_BYTES)
+
+
+def _recall(memo: Path, stamp: list[list[object]]) -> str | None:
+    try:
+        record = json.loads(memo.read_text())
+    except (FileNotFoundError, json.JSONDecodeError):
+        return None
+    return str(record["fingerprint"]) if record.get("files") == stamp else None
+
+
+def _remember(memo: Path, stamp: list[list[object]], fingerprint: str) -> None:
+    memo.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=memo.parent)
+    with os.fdopen(handle, "w") as stream:
+        json.dump({"files": stamp, "fingerprint": fingerprint}, stream)
+    os.replace(name, memo)

@@ -1,0 +1,422 @@
+"""The disk tier, type "fs": one content-addressed file per chunk in a folder that one process uses at a time.
+
+The owner's thread keeps the books (`DiskIndex`); the tier's threads touch the disk, and what they did enters the books
+when the owner polls. So the books need no lock, and no call of the owner waits for the disk. The quota holds at every
+moment: room is found and accounted for when a store is submitted, and the files that make room are deleted by the same
+action, before it writes. A chunk is acknowledged after its rename: should the process die, the next one finds the file.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+from collections import Counter, deque
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import xxhash
+
+from kvferry.clock import Clock, SystemClock
+from kvferry.errors import ConfigError, TierBusy, TierCorrupt, TierError, TierUnavailable
+from kvferry.hashing import digest as digest_of
+from kvferry.store.disk_files import ChunkFolder, FoundChunk, OnStep, chunk_name
+from kvferry.store.disk_format import HEADER_BYTES, UnknownFormat
+from kvferry.store.disk_index import FOLDER_BYTES, DiskIndex, Entry, Room, Victim, chunk_cost_bytes
+from kvferry.store.disk_journal import Journal, Note, Use, read_order
+from kvferry.store.io_threads import Done, IoThreads, Urgency
+from kvferry.store.registry import parse_settings
+from kvferry.store.tier import ResetReceipt, TierJob, TierResult, TierStats
+from kvferry.types import Namespace, StoreKey
+
+logger = logging.getLogger(__name__)
+
+MAX_QUEUED_STORES = 64
+MAX_QUARANTINED = 16
+PAUSE_S = 5.0  # no stores for so long after the disk refused one
+CLOSE_S = 5.0
+_NOTES_PER_BATCH = 64
+_MAX_NOTES = 1 << 16
+_OWN = b"\0\0"  # the number of the own namespace
+_REFUSALS = frozenset(
+    {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG, errno.ENOENT, errno.EMFILE}
+)
+
+
+@dataclass(frozen=True, slots=True)
+class DiskSettings:
+    """`{"type": "fs", ...}`"""
+
+    path: str  # the folder; made if missing
+    max_bytes: int | None = None  # quota of all files in it, of all namespaces; None: as much as the disk gives
+    num_threads: int = 2
+    fsync: bool = False  # True: chunks survive power loss too (several ms each); False: the death of the process
+    name: str = "fs"
+
+
+@dataclass(slots=True)
+class _Store:
+    job: TierJob
+    room: Room
+    is_removed: bool = False  # `remove` came while it was under way
+
+
+@dataclass(slots=True)
+class _Load:
+    job: TierJob
+    entry: Entry
+    quarantined: str | None = None
+
+
+@dataclass(slots=True)
+class _Chore:
+    """Delete these, and write the notes."""
+
+    victims: list[Victim]
+
+
+_Work = _Store | _Load | _Chore
+
+
+class DiskTier:
+    """See the module docstring, and `kvferry.store.tier` for the contract."""
+
+    def __init__(
+        self,
+        path: Path,
+        namespace: Namespace,
+        *,
+        max_bytes: int | None = None,
+        num_threads: int = 2,
+        fsync: bool = False,
+        name: str = "fs",
+        clock: Clock | None = None,
+        on_step: OnStep | None = None,
+    ) -> None:
+        """Open (or make) the folder, lock it, and read which chunks there are (about 6 us a file).
+
+        More than `max_bytes` of them (the quota was lowered): the least recently used are deleted. `on_step(name)` is
+        called by the tier's threads amid their work ("chunk-write", "chunk-rename", "chunk-written", "index-write",
+        "index-rewrite"): for tests that end the process there. ConfigError when the folder cannot be used, is held by
+        another process (its pid is named) or has another format, or when `max_bytes` is too small for any chunk.
+        """
+        self.name = name
+        self._index = DiskIndex(max_bytes)
+        self.check_fits(payload_bytes=1)
+        if num_threads < 1:
+            raise ConfigError(f"{name}: num_threads must be at least 1, not {num_threads}")
+        self._clock = clock if clock is not None else SystemClock()
+        self._namespaces = [namespace.digest]  # by number
+        self._writing: dict[Entry, _Store] = {}
+        self._loading: Counter[Entry] = Counter()
+        self._notes: deque[Note] = deque(maxlen=_MAX_NOTES)  # filled here, emptied by the tier's threads
+        self._is_noting = False
+        self._paused_until_s = float("-inf")
+        self._is_closed = False
+        self._counts: Counter[str] = Counter()
+        self._folder = ChunkFolder(path, namespace, fsync=fsync, on_step=on_step)
+        try:
+            self._read_index()
+            self._journal = Journal(str(path / "journal"), map(self._chunk_id, self._index.entries), on_step)
+        except BaseException as error:
+            self._folder.close()
+            if isinstance(error, OSError):
+                raise ConfigError(f"cannot use {path} as a store: {error}") from error
+            raise
+        self._threads: IoThreads[_Work] = IoThreads(f"kvferry-{name}", num_threads, self._do)
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any], namespace: Namespace, clock: Clock, where: str) -> DiskTier:
+        """As `DiskSettings` says."""
+        settings = parse_settings(DiskSettings, config, where)
+        if not settings.path or not settings.name:
+            raise ConfigError(f"{where}.path and {where}.name must not be empty")
+        try:
+            return cls(
+                Path(settings.path).expanduser(),
+                namespace,
+                max_bytes=settings.max_bytes,
+                num_threads=settings.num_threads,
+                fsync=settings.fsync,
+                name=settings.name,
+                clock=clock,
+            )
+        except ConfigError as error:
+            raise ConfigError(f"{where}: {error}") from error
+
+    # -- asking ----------------------------------------------------------------------------------------------------
+
+    def contains(self, keys: Sequence[StoreKey]) -> list[bool]:
+        """Whether the books have it."""
+        entries = self._index.entries
+        return [_OWN + key in entries and not self._is_closed for key in keys]
+
+    def check_fits(self, payload_bytes: int) -> None:
+        """ConfigError when the quota is smaller than one such chunk."""
+        needed_bytes = FOLDER_BYTES + chunk_cost_bytes(HEADER_BYTES + payload_bytes)
+        if self._index.limit_bytes is not None and self._index.limit_bytes < needed_bytes:
+            raise ConfigError(
+                f"{self.name}: max_bytes {self._index.limit_bytes} is smaller than one chunk with its header and books "
+                f"({needed_bytes} bytes); raise max_bytes, or lower the chunk size"
+            )
+
+    def stats(self) -> TierStats:
+        """A snapshot; O(chunks)."""
+        return TierStats(
+            num_chunks=len(self._own_entries()),
+            used_bytes=self._index.used_bytes,
+            max_bytes=self._index.limit_bytes,
+            num_queued=len(self._writing) + self._loading.total(),
+            num_evicted=self._counts["evicted"],
+            num_corrupt=self._counts["corrupt"],
+            num_unknown_format=self._counts["unknown_format"],
+            details={
+                "num_chunks_all_namespaces": len(self._index.entries),
+                "num_quarantined": len(self._index.quarantine),
+                "num_pauses": self._counts["pauses"],
+            },
+        )
+
+    def check_integrity(self) -> None:
+        """AssertionError when the books do not add up."""
+        self._index.check_integrity()
+        assert all(count > 0 for count in self._loading.values())
+        assert not self._writing.keys() & self._index.entries.keys()
+
+    # -- jobs ------------------------------------------------------------------------------------------------------
+
+    def submit_store(self, job: TierJob) -> None:
+        """TierBusy: queue full, the disk refused a store some seconds ago, the key is in use, or everything that could
+        make room is."""
+        entry = _OWN + job.key
+        self._check_open()
+        if entry in self._index.unknown:
+            raise TierUnavailable(f"chunk {job.key.hex()}: a file that must not be replaced is in its place")
+        if entry in self._writing or entry in self._loading or self._index.is_leaving(entry):
+            raise TierBusy(f"chunk {job.key.hex()} is being written, read or deleted")
+        if self._threads.num_queued(Urgency.STORE) >= MAX_QUEUED_STORES:
+            raise TierBusy(f"{MAX_QUEUED_STORES} chunks wait to be written")
+        if self._clock.now() < self._paused_until_s:
+            raise TierBusy("paused: the disk refused a chunk a moment ago")
+        cost_bytes = chunk_cost_bytes(HEADER_BYTES + len(job.buffer))
+        room = self._index.make_room(entry, cost_bytes, lambda other: other not in self._loading)
+        if room is None:
+            raise TierBusy("all chunks that could make room are in use")
+        for victim in room.victims:
+            if victim.entry is not None:
+                self._counts["evicted"] += victim.entry != entry
+                self._notes.append((Use.GONE, self._chunk_id(victim.entry)))
+        work = _Store(job, room)
+        self._writing[entry] = work
+        self._threads.submit(Urgency.STORE, work)
+
+    def submit_load(self, job: TierJob) -> None:
+        """TierUnavailable when there is no such chunk."""
+        entry = _OWN + job.key
+        self._check_open()
+        if entry not in self._index.entries:
+            raise TierUnavailable(f"chunk {job.key.hex()} is not on the disk")
+        self._loading[entry] += 1
+        self._threads.submit(Urgency.LOAD, _Load(job, entry))
+
+    def poll(self) -> list[TierResult]:
+        """Enter what the threads did into the books."""
+        results = []
+        for done in self._threads.take_done():
+            if isinstance(done.work, _Store):
+                results.append(self._finish_store(done.work, done))
+            elif isinstance(done.work, _Load):
+                results.append(self._finish_load(done.work, done))
+            else:
+                self._is_noting = False
+                for victim in done.work.victims:
+                    self._index.end_removal(victim)
+        if len(self._index.quarantine) > MAX_QUARANTINED:
+            self._delete([self._index.begin_quarantine_removal()])
+        return results
+
+    def touch(self, keys: Sequence[StoreKey]) -> None:
+        """Order of use; reaches the disk in batches."""
+        for key in keys:
+            if self._index.touch(_OWN + key):
+                self._notes.append((Use.USED, self._chunk_id(_OWN + key)))
+        if len(self._notes) >= _NOTES_PER_BATCH and not self._is_noting:
+            self._is_noting = True
+            self._delete([])
+
+    def remove(self, keys: Sequence[StoreKey]) -> None:
+        """Misses at once; the files go in the background."""
+        victims = []
+        for entry in (_OWN + key for key in keys):
+            if entry in self._writing:
+                self._writing[entry].is_removed = True
+            elif entry in self._index.entries:
+                victims.append(self._index.begin_removal(entry))
+                self._notes.append((Use.GONE, self._chunk_id(entry)))
+        if victims:
+            self._delete(victims)
+
+    def clear(self) -> ResetReceipt:
+        """Other namespaces in the folder stay."""
+        own = self._own_entries()
+        used_bytes = sum(self._index.entries[entry] for entry in own)
+        writing = [entry for entry in self._writing if entry not in self._index.entries]
+        self.remove([StoreKey(entry[len(_OWN) :]) for entry in (*own, *writing)])
+        return ResetReceipt(self.name, len(own), used_bytes)
+
+    def drain(self, timeout_s: float) -> bool:
+        """Wait for the threads."""
+        return self._threads.drain(timeout_s)
+
+    def close(self) -> None:
+        """Ends what is queued, waits up to 5 s for what runs. A thread that is stuck in the disk keeps the folder
+        locked until the process ends: nobody else may write while it could."""
+        if self._is_closed:
+            return
+        self._is_closed = True
+        if self._threads.close(CLOSE_S):
+            self._write_notes([])
+            self._journal.close()
+            self._folder.close()
+        else:
+            logger.error("tier %s: the disk does not answer; %s stays locked", self.name, self._folder.path)
+
+    # -- on the tier's threads -------------------------------------------------------------------------------------
+
+    def _do(self, work: _Work) -> None:
+        match work:
+            case _Store():
+                self._store(work)
+            case _Load():
+                self._load(work)
+            case _Chore():
+                self._do_chore(work)
+
+    def _store(self, work: _Store) -> None:
+        job = work.job
+        if job.digest is None or digest_of(job.buffer) != job.digest:
+            raise TierCorrupt(f"chunk {job.key.hex()}: its bytes in host memory do not match their digest")
+        for victim in work.room.victims:
+            self._unlink(victim)
+        self._folder.write(job.key, job.buffer, job.digest)
+        self._write_notes([(Use.USED, self._chunk_id(work.room.entry))])
+
+    def _load(self, work: _Load) -> None:
+        try:
+            work.job.digest = self._folder.read(work.job.key, work.job.buffer)
+        except TierCorrupt:
+            with suppress(OSError):
+                work.quarantined = self._folder.quarantine(work.job.key)
+            raise
+
+    def _do_chore(self, work: _Chore) -> None:
+        for victim in work.victims:
+            try:
+                self._unlink(victim)
+            except OSError as error:
+                logger.warning("tier %s: cannot delete a file: %s", self.name, error)
+        self._write_notes([])
+
+    def _unlink(self, victim: Victim) -> None:
+        self._folder.unlink(victim.name or self._file_name_of(victim))
+        victim.is_deleted = True
+
+    def _write_notes(self, more: list[Note]) -> None:
+        notes = []
+        with suppress(IndexError):
+            while True:
+                notes.append(self._notes.popleft())
+        self._journal.append(notes + more)
+
+    # -- back in the owner's thread --------------------------------------------------------------------------------
+
+    def _finish_store(self, work: _Store, done: Done[_Work]) -> TierResult:
+        del self._writing[work.room.entry]
+        self._index.settle(work.room, is_written=done.error is None)
+        error = done.error
+        if isinstance(error, OSError) and error.errno in _REFUSALS:
+            self._paused_until_s = self._clock.now() + PAUSE_S
+            self._counts["pauses"] += 1
+        elif error is None and work.is_removed:
+            self.remove((work.job.key,))
+            error = TierUnavailable(f"chunk {work.job.key.hex()} was removed while it was written")
+        return _result(work.job, error, done.seconds)
+
+    def _finish_load(self, work: _Load, done: Done[_Work]) -> TierResult:
+        entry = work.entry
+        self._loading[entry] -= 1
+        if not self._loading[entry]:
+            del self._loading[entry]
+        if isinstance(done.error, TierCorrupt):
+            self._counts["corrupt"] += 1
+            if work.quarantined is None:
+                self.remove((work.job.key,))
+            else:
+                self._index.discard(entry)
+                self._index.add_quarantined(work.quarantined, chunk_cost_bytes(HEADER_BYTES + len(work.job.buffer)))
+        elif isinstance(done.error, UnknownFormat):
+            self._counts["unknown_format"] += 1
+            self._index.set_unknown(entry)
+        elif isinstance(done.error, FileNotFoundError):
+            self._index.discard(entry)
+        return _result(work.job, done.error, done.seconds)
+
+    # -- inside ----------------------------------------------------------------------------------------------------
+
+    def _read_index(self) -> None:
+        for refused in self._folder.scan_quarantine():
+            self._index.add_quarantined(refused.name, chunk_cost_bytes(refused.file_bytes))
+        numbers = {digest: number for number, digest in enumerate(self._namespaces)}
+        found: dict[int, tuple[FoundChunk, Entry]] = {}
+        for chunk in self._folder.scan():
+            if chunk.namespace not in numbers:
+                numbers[chunk.namespace] = len(self._namespaces)
+                self._namespaces.append(chunk.namespace)
+            entry = numbers[chunk.namespace].to_bytes(2, "little") + chunk.key
+            found[self._chunk_id(entry)] = (chunk, entry)
+        rank = {chunk_id: number for number, chunk_id in enumerate(read_order(str(self._folder.path / "journal")))}
+        # Those the journal does not know came after its last record: the newest.
+        for chunk_id in sorted(found, key=lambda i: (rank.get(i, len(rank)), found[i][0].written_ns)):
+            chunk, entry = found[chunk_id]
+            self._index.add(entry, chunk_cost_bytes(chunk.file_bytes))
+        self._delete_excess()
+
+    def _delete_excess(self) -> None:
+        room = self._index.make_room(b"", 0, lambda _: True)
+        assert room is not None, "an empty folder fits the quota"
+        for victim in room.victims:
+            self._unlink(victim)
+        self._index.settle(room, is_written=False)
+        while len(self._index.quarantine) > MAX_QUARANTINED:
+            victim = self._index.begin_quarantine_removal()
+            self._unlink(victim)
+            self._index.end_removal(victim)
+
+    def _own_entries(self) -> list[Entry]:
+        return [entry for entry in self._index.entries if entry.startswith(_OWN)]
+
+    def _delete(self, victims: list[Victim]) -> None:
+        self._threads.submit(Urgency.CHORE, _Chore(victims))
+
+    def _check_open(self) -> None:
+        if self._is_closed:
+            raise TierUnavailable("the tier is closed")
+
+    def _file_name_of(self, victim: Victim) -> str:
+        assert victim.entry is not None
+        return chunk_name(self._namespaces[int.from_bytes(victim.entry[:2], "little")], victim.entry[2:])
+
+    def _chunk_id(self, entry: Entry) -> int:
+        """The journal's name for it: 64 bits of a hash. Two chunks with one id share their place in the order."""
+        return xxhash.xxh3_64_intdigest(self._namespaces[int.from_bytes(entry[:2], "little")].encode() + entry[2:])
+
+
+def _result(job: TierJob, error: Exception | None, seconds: float) -> TierResult:
+    if error is None:
+        return TierResult(job.job_id, job.key, True, job.digest, None, len(job.buffer), seconds)
+    if not isinstance(error, TierError):
+        cause, error = error, TierUnavailable(f"chunk {job.key.hex()}: {error}")
+        error.__cause__ = cause
+    return TierResult(job.job_id, job.key, False, None, error, 0, seconds)

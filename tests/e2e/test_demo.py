@@ -1,0 +1,79 @@
+"""`make demo` for real: real model, real processes, SIGKILL, a flipped byte."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from importlib.resources import files
+from pathlib import Path
+
+import pytest
+
+KVFERRY = Path(sys.executable).parent / "kvferry"
+SHIPPED = files("kvferry.cli") / "data" / "gpl-1.txt"
+
+
+def run(folder: Path, *arguments: str, timeout_s: float = 600) -> subprocess.CompletedProcess[str]:
+    """Run the command from another working directory."""
+    return subprocess.run(
+        [str(KVFERRY), *arguments], cwd=folder, capture_output=True, text=True, timeout=timeout_s, check=False
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(660)
+def test_demo_proves_every_act(tmp_path: Path) -> None:
+    done = run(tmp_path, *["demo", "--json", "demo.json", "--plot", "demo.png"])
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "FAILED" not in done.stdout
+    report = json.loads((tmp_path / "demo.json").read_text())
+    acts = {act["name"]: act for act in report["acts"]}
+    assert list(acts) == ["cold", "host", "disk", "corrupt"]
+    for act in acts.values():
+        assert act["kv_bytes_equal"] is True
+        assert act["tokens_equal"] is True
+        assert act["ttft_s"] > 0
+        assert act["limit_s"] > 0
+        moved = act["tokens_from_host"] + act["tokens_from_disk"]
+        assert moved + act["tokens_computed"] == act["prompt_tokens"]
+    shared = report["context"]["shared_tokens"]
+    assert 2500 < shared < 3500, "about 3,000 tokens"
+    assert acts["cold"]["tokens_computed"] == acts["cold"]["prompt_tokens"]
+    assert 0.95 * shared <= acts["host"]["tokens_from_host"] <= shared
+    assert 0.95 * shared <= acts["disk"]["tokens_from_disk"] <= shared
+    assert 0 < acts["corrupt"]["tokens_from_disk"] < 0.95 * shared
+    assert acts["cold"]["ttft_s"] > 2 * acts["host"]["ttft_s"], "a hit must be worth having"
+    assert acts["cold"]["ttft_s"] > 2 * acts["disk"]["ttft_s"], "a hit must be worth having"
+    assert re.search(r"refused by key [0-9a-f]{72}", done.stdout)
+    assert (tmp_path / "demo.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(400)
+def test_failed_proof_is_exit_status_1(tmp_path: Path) -> None:
+    """Host memory for six chunks cannot bring back a prefix of ten; the answers are right all the same."""
+    document = tmp_path / "own.txt"
+    document.write_text(SHIPPED.read_text()[2000:4800])
+    done = run(
+        tmp_path, "demo", "--document", str(document), "--host-bytes", str(6 * 64 * 46080), "--json", "demo.json"
+    )
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert "FAILED" in done.stdout
+    assert all(act["tokens_equal"] for act in json.loads((tmp_path / "demo.json").read_text())["acts"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--model", "no-such-model"], "no-such-model"),
+        (["--document", "no-such-file.txt"], "no-such-file.txt"),
+        (["--host-bytes", "1000"], "cpu_bytes_to_use"),
+    ],
+)
+def test_mistakes_are_one_clear_line_and_exit_status_2(tmp_path: Path, arguments: list[str], message: str) -> None:
+    done = run(tmp_path, "demo", *arguments)
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr

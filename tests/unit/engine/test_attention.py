@@ -1,0 +1,96 @@
+"""Paged attention against the obvious slow form, and the KV buffer's layout against byte arithmetic."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from kvferry.contract import FullAttentionSpec, KVCacheConfig
+from kvferry.engine.attention import SequenceChunk, causal_attention, pack_batch
+from kvferry.engine.kv_groups import KVBuffer, LayerGeometry, full_attention_specs, kv_cache_config_for
+from kvferry.errors import ConfigError
+
+
+def slow_attention(query, keys, values):
+    """One query, one head at a time."""
+    num_heads, num_tokens, _ = query.shape
+    num_kv_heads, kv_tokens, _ = keys.shape
+    out = torch.empty(num_tokens, num_heads, values.shape[-1])
+    for head in range(num_heads):
+        kv_head = head // (num_heads // num_kv_heads)
+        for i in range(num_tokens):
+            visible = kv_tokens - num_tokens + i + 1
+            weights = torch.softmax(keys[kv_head, :visible] @ query[head, i], dim=0)
+            out[i, head] = weights @ values[kv_head, :visible]
+    return out
+
+
+@pytest.mark.parametrize(
+    ("num_tokens", "kv_tokens"), [(1, 1), (1, 40), (7, 7), (5, 33), (128, 128), (129, 300), (260, 260)]
+)
+def test_causal_attention_equals_the_slow_form(num_tokens, kv_tokens):
+    torch.manual_seed(num_tokens)
+    query, keys = torch.randn(6, num_tokens, 8), torch.randn(2, kv_tokens, 8)
+    values = torch.randn(2, kv_tokens, 5)
+    torch.testing.assert_close(causal_attention(query, keys, values), slow_attention(query, keys, values))
+
+
+def buffer(num_blocks=5, block_size=4, layers=3, dtype=torch.float16) -> KVBuffer:
+    specs = full_attention_specs([LayerGeometry(2, 8, 6)] * layers, block_size, dtype)
+    return KVBuffer(kv_cache_config_for(num_blocks, [specs]), "cpu")
+
+
+def test_views_are_block_first_token_major():
+    kv = buffer()
+    config: KVCacheConfig = kv.config
+    page = 4 * 2 * 14 * 2
+    assert config.kv_cache_layout == "BLNHC"
+    assert kv.storage.dtype == torch.int8
+    assert kv.storage.numel() == 5 * 3 * page
+    for index, (name, view) in enumerate(kv.views().items()):
+        assert name == f"model.layers.{index}.self_attn.attn"
+        assert view.shape == (5, 2, 4, 14)
+        for block, head, token in ((0, 0, 0), (3, 1, 2), (4, 0, 3)):
+            byte = (block * 3 + index) * page + (token * 2 + head) * 14 * 2
+            assert view[block, head, token].data_ptr() == kv.storage.data_ptr() + byte
+
+
+def test_write_and_read_meet_in_the_views():
+    torch.manual_seed(0)
+    kv = buffer()
+    for name, layer in kv.layers.items():
+        keys, values = torch.randn(6, 2, 8).half(), torch.randn(6, 2, 6).half()
+        blocks, offsets = torch.tensor([3, 3, 3, 3, 1, 1]), torch.tensor([0, 1, 2, 3, 0, 1])
+        layer.write(keys, values, blocks, offsets)
+        read_keys, read_values = layer.read(torch.tensor([3, 1]), 6)
+        assert read_keys.equal(keys.transpose(0, 1))
+        assert read_values.equal(values.transpose(0, 1))
+        assert kv.views()[name][1, :, 1, :8].equal(keys[5])
+    assert not kv.storage.is_inference()
+
+
+def test_overlaid_groups_share_memory():
+    spec = FullAttentionSpec(block_size=4, num_kv_heads=2, head_size=8, dtype=torch.float16)
+    groups = [{f"a{i}": spec for i in range(2)}, {"b0": spec}]
+    views = KVBuffer(kv_cache_config_for(3, groups), "cpu").views()
+    assert views["a0"].data_ptr() == views["b0"].data_ptr() != views["a1"].data_ptr()
+    assert views["b0"].stride() == views["a0"].stride()
+
+
+def test_layers_of_different_shapes_are_refused():
+    with pytest.raises(ConfigError, match="different shapes"):
+        full_attention_specs([LayerGeometry(2, 8, 8), LayerGeometry(1, 8, 8)], 4, torch.float32)
+
+
+def test_packing():
+    chunks = [SequenceChunk([7, 8, 9], 3, ([5, 2],), True), SequenceChunk([1], 0, ([4],), False)]
+    batch = pack_batch(chunks, 4, "cpu")
+    assert batch.input_ids.tolist() == [7, 8, 9, 1]
+    assert batch.positions.tolist() == [3, 4, 5, 0]
+    assert batch.write_blocks[0].tolist() == [5, 2, 2, 4]
+    assert batch.write_offsets.tolist() == [3, 0, 1, 0]
+    assert batch.logits_rows.tolist() == [2]
+    assert [(s.start, s.end, s.kv_tokens, s.block_tables[0].tolist()) for s in batch.sequences] == [
+        (0, 3, 6, [5, 2]),
+        (3, 4, 1, [4]),
+    ]

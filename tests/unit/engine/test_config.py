@@ -1,0 +1,46 @@
+"""Settings are refused early, by name."""
+
+from __future__ import annotations
+
+import pytest
+
+from kvferry.engine.config import EngineOptions, SamplingParams, resolve_kv_budget
+from kvferry.errors import ConfigError
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"block_size": 0},
+        {"max_num_seqs": True},
+        {"max_num_batched_tokens": 1.5},
+        {"num_kv_blocks": 0},
+        {"kv_cache_bytes": -1},
+        {"num_kv_blocks": 9, "kv_cache_bytes": 9},
+        {"dtype": "float64"},
+    ],
+)
+def test_bad_engine_options(settings):
+    with pytest.raises(ConfigError, match=next(iter(settings))):
+        EngineOptions(**settings)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"max_tokens": 0}, {"temperature": -1}, {"top_p": 0}, {"top_k": -2}, {"extra_args": {"kv_transfer_params": 3}}],
+)
+def test_bad_sampling_params(settings):
+    with pytest.raises(ConfigError):
+        SamplingParams(**settings)
+
+
+def test_budget():
+    budget = resolve_kv_budget(EngineOptions(num_kv_blocks=11), 100, 4096)
+    assert (budget.num_blocks, budget.max_model_len) == (11, 160)
+    budget = resolve_kv_budget(EngineOptions(kv_cache_bytes=1099), 100, 64)
+    assert (budget.num_blocks, budget.max_model_len) == (10, 64)
+    budget = resolve_kv_budget(EngineOptions(max_num_seqs=2), 100, 64)
+    assert (budget.num_blocks, budget.max_model_len) == (9, 64)  # never more than all sequences can use
+    for options in (EngineOptions(num_kv_blocks=1), EngineOptions(num_kv_blocks=4, max_model_len=64)):
+        with pytest.raises(ConfigError, match="too small"):
+            resolve_kv_budget(options, 100, 64)

@@ -1,0 +1,82 @@
+"""Block tables and prefix hits, also with several groups."""
+
+from __future__ import annotations
+
+from kvferry.engine.config import SamplingParams
+from kvferry.engine.kv_manager import KVManager
+from kvferry.engine.request import Request
+
+
+def request(name: str, tokens: list[int], salt: str | None = None) -> Request:
+    return Request(name, tokens, SamplingParams(), block_size=4, cache_salt=salt)
+
+
+def filled(manager: KVManager, name: str, tokens: list[int]) -> Request:
+    made = request(name, tokens)
+    assert manager.can_allocate(made, len(tokens))
+    manager.allocate(made, len(tokens), manager.get_computed_blocks(made))
+    manager.cache_blocks(made, len(tokens))
+    return made
+
+
+def test_hashes_name_whole_prefixes_and_salts():
+    first, second = request("a", [1, 2, 3, 4, 5, 6, 7, 8]), request("b", [9, 2, 3, 4, 5, 6, 7, 8])
+    assert len(first.block_hashes) == 2
+    assert not set(first.block_hashes) & set(second.block_hashes)
+    assert not set(first.block_hashes) & set(request("c", first.all_token_ids, "salt").block_hashes)
+    grown = request("d", [1, 2, 3, 4, 5, 6, 7])
+    grown.append_token(8)
+    assert grown.block_hashes == first.block_hashes
+
+
+def test_groups_have_tables_of_their_own_and_hit_together():
+    manager = KVManager(num_blocks=20, block_size=4, num_groups=2, enable_prefix_caching=True)
+    first = filled(manager, "a", list(range(10)))
+    tables = manager.get_block_ids("a")
+    assert [len(table) for table in tables] == [3, 3]
+    assert len(set(tables[0]) | set(tables[1])) == 6
+    second = request("b", list(range(12)))
+    hit = manager.get_computed_blocks(second)
+    assert hit.get_block_ids() == (tables[0][:2], tables[1][:2])
+    assert manager.num_missing_blocks(second, 12) == 6
+    new = manager.allocate(second, 12, hit)
+    assert [len(ids) for ids in new] == [1, 1]
+    manager.check_integrity()
+    manager.block_pool.evict_blocks([tables[1][1]])
+    assert [len(ids) for ids in manager.get_computed_blocks(request("c", list(range(12)))).blocks] == [1, 1]
+    manager.free("a")
+    manager.free("b")
+    manager.free("never seen")
+    manager.check_integrity()
+    assert manager.block_pool.get_num_free_blocks() == 19
+    assert first.num_tokens == 10
+
+
+def test_hits_on_free_blocks_count_as_needed():
+    manager = KVManager(num_blocks=5, block_size=4, num_groups=1, enable_prefix_caching=True)
+    filled(manager, "a", list(range(8)))
+    manager.free("a")
+    again = request("b", list(range(16)))
+    hit = manager.get_computed_blocks(again)
+    assert len(hit.blocks[0]) == 2
+    assert manager.can_allocate(again, 16, hit)
+    assert not manager.can_allocate(again, 16, hit, reserved_blocks=1)
+    assert not manager.can_allocate(again, 17, hit)
+
+
+def test_tail_is_reused_before_head():
+    manager = KVManager(num_blocks=5, block_size=4, num_groups=1, enable_prefix_caching=True)
+    first = filled(manager, "a", list(range(16)))
+    manager.free("a")
+    filled(manager, "b", [100] * 8)
+    assert len(manager.get_computed_blocks(request("c", first.all_token_ids)).blocks[0]) == 2
+
+
+def test_only_proved_full_blocks_are_findable():
+    manager = KVManager(num_blocks=9, block_size=4, num_groups=1, enable_prefix_caching=True)
+    made = request("a", list(range(12)))
+    manager.allocate(made, 12)
+    manager.cache_blocks(made, 7)
+    assert manager.get_blocks("a").get_unhashed_block_ids() == manager.get_block_ids("a")[0][1:]
+    assert manager.first_bad_token("a", set(manager.get_block_ids("a")[0][1:])) == 4
+    assert manager.first_bad_token("a", {99}) is None

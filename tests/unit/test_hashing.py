@@ -1,0 +1,146 @@
+"""Keys against the published definition, written out here a second time with nothing but hashlib and struct."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import struct
+from pathlib import Path
+
+import pytest
+
+from kvferry import fingerprint
+from kvferry.errors import ConfigError
+from kvferry.fingerprint import fingerprint_folder
+from kvferry.hashing import Identity, KeyChain, digest, store_key
+from kvferry.types import MultimodalItem
+
+DOCS = Path(__file__).parents[2] / "docs" / "keys.md"
+
+
+def field(text: str | None) -> bytes:
+    return b"\xff" * 4 if text is None else struct.pack("<I", len(text.encode())) + text.encode()
+
+
+def by_definition(
+    model: str, salt: str | None, lora: str | None, tokens: list[int], media: tuple[MultimodalItem, ...] = ()
+) -> list[bytes]:
+    value = hashlib.sha256(b"kvferry-key-v1" + field(model) + field(salt) + field(lora)).digest()
+    values = []
+    for start in range(0, len(tokens) - 15, 16):
+        unit = b"".join(struct.pack("<I", t) for t in tokens[start : start + 16])
+        for item in media:
+            if item.offset_tokens < start + 16 and item.offset_tokens + item.num_tokens > start:
+                unit += field(item.identifier) + struct.pack("<i", item.offset_tokens - start)
+        value = hashlib.sha256(value + unit).digest()
+        values.append(value)
+    return values
+
+
+@pytest.mark.parametrize(("salt", "lora"), [(None, None), ("tenant-a", None), (None, "sha256:00"), ("", "ü")])
+def test_chain_follows_the_definition(salt: str | None, lora: str | None) -> None:
+    tokens = [(i * 7919) % 50000 for i in range(100)]
+    expected = by_definition("m", salt, lora, tokens)
+    chain = KeyChain(Identity("m", salt, lora))
+    for length in (5, 16, 17, 60, 100):  # growing tokens extend, never rewrite
+        chain.extend(tokens[:length])
+        assert chain.num_hashed_tokens == length // 16 * 16
+    assert [chain.value_at(16 * (i + 1)) for i in range(6)] == expected
+
+
+def test_media_belong_to_the_units_they_overlap() -> None:
+    media = (MultimodalItem("img-1", 10, 10), MultimodalItem("img-2", 40, 2))
+    tokens = [1] * 64
+    chain = KeyChain(Identity("m"), media)
+    chain.extend(tokens)
+    assert [chain.value_at(16 * (i + 1)) for i in range(4)] == by_definition("m", None, None, tokens, media)
+    plain = KeyChain(Identity("m"))
+    plain.extend(tokens)
+    assert plain.value_at(16) != chain.value_at(16)
+
+
+def test_every_part_of_the_identity_changes_every_key() -> None:
+    tokens = list(range(16))
+    keys = set()
+    for identity in (Identity("m"), Identity("n"), Identity("m", "s"), Identity("m", None, "s"), Identity("m", "")):
+        chain = KeyChain(identity)
+        chain.extend(tokens)
+        keys.add(chain.value_at(16))
+    assert len(keys) == 5
+
+
+def test_published_vectors() -> None:
+    """docs/keys.md carries vectors for other languages; they are what the code computes."""
+    vectors = json.loads(re.search(r"```json\n(.*?)```", DOCS.read_text(), re.DOTALL).group(1))  # type: ignore[union-attr]
+    assert len(vectors) >= 4
+    for vector in vectors:
+        media = tuple(MultimodalItem(*item) for item in vector["media"])
+        chain = KeyChain(Identity(vector["model"], vector["cache_salt"], vector["lora"]), media)
+        tokens = list(range(vector["first_token"], vector["first_token"] + vector["num_tokens"]))
+        chain.extend(tokens)
+        assert [chain.value_at(16 * (i + 1)).hex() for i in range(len(vector["chain"]))] == vector["chain"]
+        by_hand = by_definition(vector["model"], vector["cache_salt"], vector["lora"], tokens, media)
+        assert [v.hex() for v in by_hand] == vector["chain"]
+
+
+def test_store_key_appends_group_and_rank() -> None:
+    assert store_key(b"\x01" * 32, 2, 258) == b"\x01" * 32 + b"\x02\x00" + b"\x02\x01"
+
+
+def test_digest_sees_one_flipped_bit() -> None:
+    data = bytearray(range(256)) * 16
+    before = digest(data)
+    data[1000] ^= 1
+    assert len(before) == 16
+    assert digest(data) != before
+
+
+@pytest.fixture
+def model_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / "config.json").write_text("{}")
+    header = b"{}      "
+    (folder / "model.safetensors").write_bytes(struct.pack("<Q", len(header)) + header + bytes(1 << 20))
+    return folder
+
+
+def test_one_changed_weight_byte_is_another_model(model_folder: Path) -> None:
+    before = fingerprint_folder(model_folder)
+    assert before == fingerprint_folder(model_folder)
+    weights = model_folder / "model.safetensors"
+    data = bytearray(weights.read_bytes())
+    data[-1] ^= 1
+    weights.write_bytes(data)
+    assert fingerprint_folder(model_folder) != before
+    (model_folder / "config.json").write_text('{"rope_theta": 1}')
+    third = fingerprint_folder(model_folder)
+    assert third.startswith("sha256:")
+    assert third != before
+
+
+def test_known_files_are_not_read_again(model_folder: Path) -> None:
+    seen: list[int] = []
+    fingerprint_folder(model_folder, lambda done, total: seen.append(done))
+    assert seen[-1] == sum(f.stat().st_size for f in model_folder.iterdir())
+    seen.clear()
+    fingerprint_folder(model_folder, lambda done, total: seen.append(done))
+    assert seen == []
+
+
+def test_large_models_are_sampled_and_say_so(model_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fingerprint, "FULL_READ_LIMIT_BYTES", 1 << 19)
+    sampled = fingerprint_folder(model_folder)
+    assert sampled.startswith("sampled:")
+    weights = model_folder / "model.safetensors"
+    data = bytearray(weights.read_bytes())
+    data[20] ^= 1  # within the first sampled page
+    weights.write_bytes(data)
+    assert fingerprint_folder(model_folder) != sampled
+
+
+def test_no_weights_names_the_remedy(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="weights_version"):
+        fingerprint_folder(tmp_path)

@@ -1,0 +1,69 @@
+"""Our contract against vLLM's own classes of the same names."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import subprocess
+import sys
+
+from vllm.config import KVTransferConfig as VllmTransferConfig
+from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory as VllmFactory
+from vllm.distributed.kv_transfer.kv_connector.v1 import base as vllm_base
+
+from kvferry.config import KVTransferConfig
+from kvferry.contract import KVConnectorBase_V1, base
+from kvferry.contract.hooks import HOOKS_BY_NAME
+
+
+def public_names(cls: type) -> set[str]:
+    return {name for name in vars(cls) if not name.startswith("_") and name != "role"}
+
+
+def test_every_hook_of_vllm_has_a_row() -> None:
+    hooks = public_names(vllm_base.KVConnectorBase_V1) | public_names(vllm_base.SupportsHMA)
+    assert hooks == set(HOOKS_BY_NAME)
+
+
+def test_our_base_takes_vllms_arguments_and_has_its_abstract_methods() -> None:
+    assert KVConnectorBase_V1.__abstractmethods__ == vllm_base.KVConnectorBase_V1.__abstractmethods__
+    for name in public_names(vllm_base.KVConnectorBase_V1):
+        theirs = inspect.getattr_static(vllm_base.KVConnectorBase_V1, name)
+        ours = inspect.getattr_static(KVConnectorBase_V1, name)
+        assert type(ours) is type(theirs), name
+        if callable(theirs):
+            assert list(inspect.signature(ours).parameters) == list(inspect.signature(theirs).parameters), name
+
+
+def test_transfer_config_has_vllms_fields_and_defaults() -> None:
+    theirs = {f.name: f for f in dataclasses.fields(VllmTransferConfig)}
+    ours = {f.name: f for f in dataclasses.fields(KVTransferConfig)}
+    assert set(ours) == set(theirs)
+    default_theirs, default_ours = VllmTransferConfig(), KVTransferConfig()
+    for name in set(ours) - {"engine_id"}:
+        assert getattr(default_ours, name) == getattr(default_theirs, name), name
+
+
+def test_cache_hit_sources_have_vllms_names() -> None:
+    assert [source.name for source in base.CacheHitSource] == [source.name for source in vllm_base.CacheHitSource]
+
+
+def test_vllm_resolves_our_class_instead_of_its_own() -> None:
+    config = VllmTransferConfig(
+        kv_connector="OffloadingConnector", kv_role="kv_both", kv_connector_module_path="kvferry.vllm"
+    )
+    resolved = VllmFactory.get_connector_class(config)
+    assert resolved.__module__ == "kvferry.vllm.offloading"
+    assert issubclass(resolved, vllm_base.KVConnectorBase_V1)
+    assert VllmFactory.supports_hma_config(config)
+    built_in = VllmFactory.get_connector_class(
+        VllmTransferConfig(kv_connector="OffloadingConnector", kv_role="kv_both")
+    )
+    assert built_in is not resolved
+
+
+def test_naming_the_module_imports_no_connector() -> None:
+    heavy = "('kvferry.connectors', 'torch', 'vllm')"
+    code = f"import sys, kvferry.vllm; print([m for m in sys.modules if m.startswith({heavy})])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
