@@ -10,9 +10,10 @@ import os
 import sys
 import uuid
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from types import NoneType, UnionType
+from typing import Any, Literal, TypeVar, Union, cast, get_args, get_origin, get_type_hints
 
 from kvferry.errors import ConfigError, did_you_mean
 
@@ -22,7 +23,7 @@ _CONSUMERS = ("kv_consumer", "kv_both")
 _ROLES = ("kv_producer", "kv_consumer", "kv_both")
 _FAILURE_POLICIES = ("recompute", "fail")
 
-T = TypeVar("T")
+C = TypeVar("C")
 
 
 def cache_dir() -> Path:
@@ -74,7 +75,7 @@ class KVTransferConfig:
             raise ConfigError(f"kv_role={self.kv_role!r} is not one of {', '.join(_ROLES)}")
         if self.kv_connector is not None and self.kv_role is None:
             raise ConfigError(
-                f'kv_connector={self.kv_connector!r} is set but kv_role is not: '
+                f"kv_connector={self.kv_connector!r} is set but kv_role is not: "
                 f'add "kv_role", one of {", ".join(_ROLES)}'
             )
         if self.kv_load_failure_policy not in _FAILURE_POLICIES:
@@ -137,77 +138,40 @@ def parse_json_object(text: str, where: str) -> dict[str, Any]:
     return value
 
 
-class Settings:
-    """Typed reading of a free-form mapping: every key must be read, an unread key is an error.
+def parse_settings(cls: type[C], values: Mapping[str, Any], where: str) -> C:
+    """Read a free-form mapping into the frozen dataclass `cls`, whose fields are the known keys.
 
-    Each `take_*` names its key, so the set of known keys is what the reader asked for; `finish()` refuses the rest
-    with the nearest known name. `where` is the path shown in errors, e.g. `kv_connector_extra_config`.
+    Fields may be of simple types, unions of them, or `tuple[Mapping, ...]` (given as a list of objects). Whole floats
+    count as int (`1e9`), strings must not be empty, `metadata={"minimum": n}` bounds numbers. Every mistake is a
+    ConfigError that names it as `where.key`: unknown (with the nearest known key), missing, wrong type, too small.
     """
+    known = {f.name: f for f in fields(cast("Any", cls))}
+    hints = get_type_hints(cls)
+    for key in values:
+        if key not in known:
+            raise ConfigError(f"{where}.{key} is unknown{did_you_mean(str(key), known)}")
+    settings = {}
+    for name, f in known.items():
+        if name in values:
+            settings[name] = _checked(values[name], hints[name], f.metadata.get("minimum"), f"{where}.{name}")
+        elif f.default is MISSING:
+            raise ConfigError(f"{where}.{name} is missing")
+    return cls(**settings)
 
-    def __init__(self, values: Mapping[str, Any], where: str) -> None:
-        self._values = dict(values)
-        self._where = where
-        self._known: set[str] = set()
 
-    def _take(self, key: str) -> Any:
-        self._known.add(key)
-        return self._values.get(key)
-
-    def take_int(self, key: str, default: int | None = None, *, minimum: int | None = None) -> int | None:
-        """An integer; whole floats (as in 1e9) count. None or absent gives `default`."""
-        value = self._take(key)
-        if value is None:
-            return default
-        if isinstance(value, float) and value.is_integer():
-            value = int(value)
-        if isinstance(value, bool) or not isinstance(value, int):
-            raise ConfigError(f"{self._where}.{key}={value!r} must be a whole number")
-        if minimum is not None and value < minimum:
-            raise ConfigError(f"{self._where}.{key}={value} must be at least {minimum}")
-        return value
-
-    def take_float(self, key: str, default: float, *, minimum: float = 0.0) -> float:
-        """A number of at least `minimum`."""
-        value = self._take(key)
-        if value is None:
-            return default
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            raise ConfigError(f"{self._where}.{key}={value!r} must be a number")
-        if value < minimum:
-            raise ConfigError(f"{self._where}.{key}={value} must be at least {minimum}")
-        return float(value)
-
-    def take_bool(self, key: str, default: bool) -> bool:
-        """A JSON true or false; strings are refused, since "false" would count as true."""
-        value = self._take(key)
-        if value is None:
-            return default
-        if not isinstance(value, bool):
-            raise ConfigError(f"{self._where}.{key}={value!r} must be true or false")
-        return value
-
-    def take_str(self, key: str, default: str | None = None, *, choices: tuple[str, ...] = ()) -> str | None:
-        """A non-empty string, one of `choices` when given."""
-        value = self._take(key)
-        if value is None:
-            return default
-        if not isinstance(value, str) or not value:
-            raise ConfigError(f"{self._where}.{key}={value!r} must be a non-empty string")
-        if choices and value not in choices:
-            raise ConfigError(f"{self._where}.{key}={value!r} is unknown{did_you_mean(value, choices)}")
-        return value
-
-    def take_list(self, key: str) -> list[Mapping[str, Any]]:
-        """A list of objects; absent gives an empty list."""
-        value = self._take(key)
-        if value is None:
-            return []
+def _checked(value: Any, hint: Any, minimum: float | None, where: str) -> Any:
+    if get_origin(hint) is tuple:
         if not isinstance(value, list) or not all(isinstance(item, Mapping) for item in value):
-            raise ConfigError(f"{self._where}.{key}={value!r} must be a list of objects")
-        return value
-
-    def finish(self) -> None:
-        """Refuse keys that nobody asked for."""
-        for key in self._values:
-            if key not in self._known:
-                raise ConfigError(f"{self._where}.{key} is not a known key{did_you_mean(str(key), self._known)}")
+            raise ConfigError(f"{where} must be a list of objects, not {value!r}")
+        return tuple(value)
+    allowed = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
+    if int in allowed and isinstance(value, float) and value.is_integer():
+        value = int(value)
+    if type(value) not in allowed and not (float in allowed and type(value) is int):
+        names = " or ".join("null" if t is NoneType else str(t.__name__) for t in allowed)
+        raise ConfigError(f"{where} must be {names}, not {value!r}")
+    if value == "":
+        raise ConfigError(f"{where} must not be empty")
+    if minimum is not None and value is not None and value < minimum:
+        raise ConfigError(f"{where}={value} must be at least {minimum}")
+    return value

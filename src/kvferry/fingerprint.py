@@ -35,12 +35,12 @@ def fingerprint_folder(folder: Path, progress: Progress | None = None) -> str:
     Raises ConfigError when the folder holds no safetensors weights.
     """
     files = _files(folder)
-    stamp = [[f.name, s.st_size, s.st_mtime_ns, s.st_ino] for f in files for s in (f.stat(),)]
+    stamp = [_stamp(file) for file in files]
     memo = cache_dir() / "fingerprints" / (hashlib.sha256(str(folder.resolve()).encode()).hexdigest() + ".json")
     known = _recall(memo, stamp)
     if known is not None:
         return known
-    total = sum(size for _, size, _, _ in stamp)
+    total = sum(file.stat().st_size for file in files)
     sampled = total > FULL_READ_LIMIT_BYTES
     hasher = hashlib.sha256()
     done = 0
@@ -55,6 +55,12 @@ def fingerprint_folder(folder: Path, progress: Progress | None = None) -> str:
     result = ("sampled:" if sampled else "sha256:") + hasher.hexdigest()
     _remember(memo, stamp, result)
     return result
+
+
+def _stamp(file: Path) -> list[object]:
+    """What changes when a file does (as JSON gives it back)."""
+    status = file.stat()
+    return [file.name, status.st_size, status.st_mtime_ns, status.st_ino]
 
 
 def _files(folder: Path) -> list[Path]:

@@ -218,7 +218,7 @@ def _layer_layout(name: str, tensor: torch.Tensor, storage: int, block_tokens: i
         name=name,
         dtype=str(tensor.dtype).removeprefix("torch."),
         storage=storage,
-        offset_bytes=tensor.storage_offset() * size,
+        offset_bytes=int(tensor.storage_offset()) * size,
         kernel_block_stride_bytes=stride_b,
         ratio=ratio,
         shape=(heads, tokens, content),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 import subprocess
 import sys
 from importlib.resources import files
@@ -11,7 +12,10 @@ from pathlib import Path
 
 import pytest
 
+from kvferry.cli.child import ChildError, EngineProcess
+
 KVFERRY = Path(sys.executable).parent / "kvferry"
+AS_IN_QUICKSTART = "kvferry demo --json demo.json --plot demo.png"
 SHIPPED = files("kvferry.cli") / "data" / "gpl-1.txt"
 
 
@@ -25,7 +29,7 @@ def run(folder: Path, *arguments: str, timeout_s: float = 600) -> subprocess.Com
 @pytest.mark.slow
 @pytest.mark.timeout(660)
 def test_demo_proves_every_act(tmp_path: Path) -> None:
-    done = run(tmp_path, *["demo", "--json", "demo.json", "--plot", "demo.png"])
+    done = run(tmp_path, *shlex.split(AS_IN_QUICKSTART)[1:])
     assert done.returncode == 0, done.stdout + done.stderr
     assert "FAILED" not in done.stdout
     report = json.loads((tmp_path / "demo.json").read_text())
@@ -77,3 +81,16 @@ def test_mistakes_are_one_clear_line_and_exit_status_2(tmp_path: Path, arguments
     assert done.returncode == 2, done.stdout + done.stderr
     assert message in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_engine_process_that_breaks_is_an_error_with_its_log(tmp_path: Path) -> None:
+    with EngineProcess(tmp_path / "log") as engine, pytest.raises(ChildError, match="open comes first"):
+        engine.call("ask", timeout_s=120, question=0)
+
+
+def test_engine_process_that_is_silent_is_given_up_and_killed(tmp_path: Path) -> None:
+    with EngineProcess(tmp_path / "log") as engine:
+        with pytest.raises(ChildError, match="gave no answer to 'settle' in time"):
+            engine.call("settle", timeout_s=0.0)
+        pid = engine.pid
+    assert not Path(f"/proc/{pid}").exists()

@@ -80,6 +80,51 @@ def test_preemption_recomputes_when_blocks_run_out(make_engine, tokens):
     assert engine.num_free_blocks == 12
 
 
+def test_long_prompt_delays_nobodys_output(make_engine, script, tokens):
+    engine = make_engine(script(num_none_answers=1))
+    long = engine.add(tokens(80, 1), 2)
+    engine.step()  # the long prompt came first, but its lookup takes a while
+    short = engine.add(tokens(6, 2), 12)
+    steps, done = [], {}
+    while engine.llm.has_unfinished_requests():
+        steps.append({output.request_id: output for output in engine.step()})
+        done |= steps[-1]
+    first = next(i for i, step in enumerate(steps) if short in step)
+    last = next(i for i, step in enumerate(steps) if short in step and step[short].finished)
+    assert any(long in step for step in steps[first:last])
+    assert all(short in step for step in steps[first : last + 1]), "a token in every step"
+    engine.check(done[long])
+    engine.check(done[short])
+
+
+def test_every_running_request_moves_in_every_step(make_engine, tokens):
+    engine = make_engine(connector=False, num_kv_blocks=200, max_num_batched_tokens=5)
+    ids = [engine.add(tokens(11, seed=i), max_tokens=6) for i in range(9)]
+    before, done = {}, {}
+    while engine.llm.has_unfinished_requests():
+        done.update((output.request_id, output) for output in engine.step())
+        running = {r.request_id: r.num_computed_tokens for r in engine.llm.scheduler.running}
+        assert len(running) <= 5
+        assert all(num > before.get(request_id, 0) for request_id, num in running.items())
+        before = running
+    for request_id in ids:
+        engine.check(done[request_id])
+
+
+def test_who_came_first_goes_first_for_ever(make_engine, tokens):
+    engine = make_engine(connector=False, num_kv_blocks=13, max_num_batched_tokens=32, enable_prefix_caching=False)
+    ids = [engine.add(tokens(8, seed=i), max_tokens=24) for i in range(4)]
+    scheduler, late, order = engine.llm.scheduler, None, []
+    while engine.llm.has_unfinished_requests():
+        order += [output.request_id for output in engine.step() if output.finished]
+        if scheduler.num_preemptions and late is None:
+            late = engine.add(tokens(4, seed=9), max_tokens=2)  # would fit where the preempted do not
+        if late in [request.request_id for request in scheduler.running]:
+            assert not scheduler.waiting
+    assert [request_id for request_id in order if request_id != late] == ids
+    assert late in order
+
+
 def test_request_larger_than_what_is_left_waits_and_runs(make_engine, tokens):
     engine = make_engine(connector=False, num_kv_blocks=12)
     first, second = engine.add(tokens(30, 1), 2), engine.add(tokens(30, 2), 2)

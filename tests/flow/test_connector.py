@@ -93,6 +93,7 @@ def test_sync_load_brings_the_prefix(make_engine, tokens):
     warm(engine, prompt)
     output = engine.run(prompt)
     assert (output.num_cached_tokens, output.num_external_tokens) == (20, 20)
+    assert output.external_hit_sources == {"external_unspecified": 20}
     assert len(engine.script.block_ids_loaded) == 5
 
 
@@ -182,6 +183,7 @@ def test_bad_block_is_recomputed(make_engine, script, tokens, is_async, bad):
     # An asynchronous load that brought nothing is asked for again, and the second time it works.
     expected = 20 if is_async and bad == 0 else bad * 4
     assert (output.num_cached_tokens, output.num_external_tokens) == (expected, expected)
+    assert sum(output.external_hit_sources.values()) == expected
     assert engine.llm.counters.load_failures == 1
 
 
@@ -463,6 +465,12 @@ def test_connector_constructor_errors_shut_the_other_one_down(make_engine, scrip
     with pytest.raises(RuntimeError, match="boom"):
         make_engine(failing)
     assert failing.log[-2:] == [("worker", "shutdown"), ("scheduler", "shutdown")]
+
+
+def test_connector_is_offered_for_inspection(make_engine):
+    engine = make_engine()
+    assert engine.llm.connector is engine.script.scheduler
+    assert make_engine(connector=False).llm.connector is None
 
 
 def test_unknown_connector_and_keys_are_config_errors():

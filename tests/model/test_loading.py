@@ -77,7 +77,8 @@ def test_self_check_refuses_a_model_that_would_answer_wrongly(tiny_llama, monkey
         LLM(tiny_llama)
 
 
-def test_wrong_paths(tmp_path):
+def test_wrong_paths(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     (tmp_path / "bad").mkdir()
     (tmp_path / "bad" / "config.json").write_text('{"model_type": "no-such-type"}')
     (tmp_path / "x.gguf").write_bytes(b"GGUF nonsense")
@@ -85,6 +86,7 @@ def test_wrong_paths(tmp_path):
     for path in ("/no/such/folder", "meta-llama/Llama-3", tmp_path / "empty", tmp_path / "bad", tmp_path / "x.gguf"):
         with pytest.raises(ConfigError, match="model="):
             LLM(path)
+    assert list((tmp_path / "cache" / "kvferry" / "models").iterdir()) == [], "nothing half-made stays"
 
 
 def test_kv_space_too_small(tiny_llama):
@@ -92,6 +94,8 @@ def test_kv_space_too_small(tiny_llama):
         LLM(tiny_llama, num_kv_blocks=10, max_model_len=512)
     with pytest.raises(ConfigError, match="kv_cache_bytes"):
         LLM(tiny_llama, kv_cache_bytes=1000)
+    with pytest.raises(ConfigError, match="cannot be allocated"):
+        LLM(tiny_llama, kv_cache_bytes=1 << 60)
     with pytest.raises(ConfigError, match="own limit of 512"):
         LLM(tiny_llama, max_model_len=513)
     with LLM(tiny_llama, num_kv_blocks=10) as llm:

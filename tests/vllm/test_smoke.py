@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.vllm.conftest import EngineChild
+from engine_process import EngineChild
 
 BLOCK_SIZE = 32
 CHUNK_TOKENS = 64

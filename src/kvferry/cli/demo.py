@@ -168,14 +168,14 @@ class _Demo:
         self._open(engine)
         stored.leave_page_cache()
         answer = self._ask(engine, "corrupt")
-        self._prove(key in engine.log(), f"corrupt: one byte of chunk {index} flipped; refused by key {key}")
+        refusals = [line for line in engine.log().splitlines() if "load failed" in line and key in line]
+        self._prove(len(refusals) == 1, f"corrupt: one byte of chunk {index} flipped; refused by key {key}")
         self._prove(
             answer.tokens_from_disk == index * CHUNK_TOKENS,
             f"corrupt: the {answer.tokens_from_disk} tokens before it were loaded, {answer.tokens_computed} computed",
         )
-        self.limits_s["corrupt"] = self._moved_from_disk_s(engine, answer, shape) + self._measure_tail(
-            engine, "corrupt"
-        )
+        moved_s = self._moved_from_disk_s(engine, answer, shape)
+        self.limits_s["corrupt"] = moved_s + self._measure_tail(engine, "corrupt")
         self.facts["corrupt_chunk"] = {"index": index, "key": key}
 
     def _verdict(self, engine: EngineProcess, shape: dict[str, Any], stored: StoredChunks) -> Report:

@@ -148,7 +148,7 @@ class DemoEngine:
         request_id = self._llm.add_request(prompt, params)
         digests: list[str] = []
         while True:
-            finished = self._llm.step()
+            finished = [output for output in self._llm.step() if output.finished]
             if finished:
                 return finished[0], digests
             running = self._llm.scheduler.running

@@ -28,6 +28,13 @@ def facade_mixin(scheduler_side: type[SchedulerSide], worker_side: type[WorkerSi
             self._scheduler_side = scheduler_side(host) if is_scheduler else None
             self._worker_side = None if is_scheduler else worker_side(host)
 
+        @property
+        def side(self) -> SchedulerSide | WorkerSide:
+            """The side behind this instance, for looking at its state."""
+            side = self._scheduler_side or self._worker_side
+            assert side is not None
+            return side
+
     for hook in HOOKS:
         if hook.side is not HookSide.CLASS and not hook.bound_by_facade:
             method = _delegate(hook)

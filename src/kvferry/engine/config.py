@@ -6,6 +6,9 @@ vLLM's attribute names as far as connectors read them, and nothing changes it la
 
 from __future__ import annotations
 
+import enum
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -17,12 +20,25 @@ if TYPE_CHECKING:
     from kvferry.config import KVTransferConfig
 
 DEFAULT_KV_CACHE_BYTES = 1 << 30
+MAX_LOGPROBS = 20
+_GREEDY_BELOW = 1e-5
 DTYPE_NAMES = ("auto", "float32", "bfloat16", "float16")
+
+
+class RequestOutputKind(enum.Enum):
+    """What `step` tells of a request that has yet to finish."""
+
+    CUMULATIVE = "cumulative"  # after each token, all there is so far
+    DELTA = "delta"  # after each token, what is new
+    FINAL_ONLY = "final_only"  # nothing
 
 
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
-    """How one request's tokens are chosen and when it ends. Names and defaults are vLLM's."""
+    """How one request's tokens are chosen and when it ends. Names and defaults are vLLM's. ConfigError names the field.
+
+    Penalties change the logits first, then temperature, min_p, top_k and top_p in this order.
+    """
 
     max_tokens: int = 16
     """Most tokens to generate."""
@@ -34,21 +50,60 @@ class SamplingParams:
     seed: int | None = None
     """Makes this request's draws repeatable, whatever else runs; the engine's seed and the request's number if None."""
     ignore_eos: bool = False
-    stop_token_ids: tuple[int, ...] = ()
+    stop_token_ids: Sequence[int] = ()
+    """Tokens that end the request; they stay in `token_ids`, their text is left out."""
     skip_special_tokens: bool = True
     extra_args: dict[str, Any] | None = None
     """`{"kv_transfer_params": {...}}` reaches the connector as `request.kv_transfer_params`."""
+    stop: Sequence[str] = ()
+    """Text that ends the request as soon as it appears in the output, or several; what is reported ends before it."""
+    include_stop_str_in_output: bool = False
+    """Keep the stop string, or the stop token's text, at the end of the text."""
+    min_p: float = 0.0
+    """Leave out tokens less likely than this part of the likeliest token's probability."""
+    repetition_penalty: float = 1.0
+    """Divides the logits of tokens in prompt and output (above 1: fewer repetitions)."""
+    presence_penalty: float = 0.0
+    """Taken once from the logits of tokens in the output."""
+    frequency_penalty: float = 0.0
+    """Taken from the logits of tokens in the output, as often as they occur."""
+    logprobs: int | None = None
+    """Also report log-probabilities (of the unprocessed logits): the chosen token's and this many likeliest ones'."""
+    output_kind: RequestOutputKind = RequestOutputKind.CUMULATIVE
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "stop", (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ()))
         object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids))
         _require_int("max_tokens", self.max_tokens, 1)
-        if self.temperature < 0:
-            raise ConfigError(f"temperature={self.temperature} must be 0 (greedy) or more")
-        if not 0 < self.top_p <= 1:
-            raise ConfigError(f"top_p={self.top_p} must be above 0 and at most 1")
         _require_int("top_k", self.top_k, -1)
+        _require_number("temperature", self.temperature, 0)
+        _require_number("top_p", self.top_p, 0, 1)
+        if self.top_p == 0:
+            raise ConfigError("top_p=0 must be above 0; temperature=0 chooses the likeliest token")
+        _require_number("min_p", self.min_p, 0, 1)
+        _require_number("repetition_penalty", self.repetition_penalty, 0.01, 100)
+        _require_number("presence_penalty", self.presence_penalty, -2, 2)
+        _require_number("frequency_penalty", self.frequency_penalty, -2, 2)
+        if self.seed is not None and (isinstance(self.seed, bool) or not isinstance(self.seed, int)):
+            raise ConfigError(f"seed={self.seed!r} must be a whole number")
+        if self.logprobs is not None:
+            _require_int("logprobs", self.logprobs, 0)
+            if self.logprobs > MAX_LOGPROBS:
+                raise ConfigError(f"logprobs={self.logprobs} must be at most {MAX_LOGPROBS}")
+        self._check_stops()
         if not isinstance((self.extra_args or {}).get("kv_transfer_params", {}), dict):
             raise ConfigError("extra_args['kv_transfer_params'] must be an object")
+
+    def _check_stops(self) -> None:
+        if not all(isinstance(text, str) and text for text in self.stop):
+            raise ConfigError(f"stop={self.stop!r} must be a non-empty string or several")
+        for token_id in self.stop_token_ids:
+            _require_int("stop_token_ids", token_id, 0)
+
+    @property
+    def is_greedy(self) -> bool:
+        """True when the likeliest token is taken; a temperature near 0 counts, for its logits would overflow."""
+        return self.temperature < _GREEDY_BELOW
 
 
 @dataclass(frozen=True, slots=True)
@@ -185,3 +240,10 @@ def resolve_kv_budget(options: EngineOptions, block_bytes: int, model_limit_toke
 def _require_int(name: str, value: object, minimum: int) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
         raise ConfigError(f"{name}={value!r} must be a whole number of at least {minimum}")
+
+
+def _require_number(name: str, value: object, minimum: float, maximum: float = math.inf) -> None:
+    is_number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    if not is_number or not minimum <= value <= maximum:  # type: ignore[operator]
+        what = f"of at least {minimum:g}" if maximum == math.inf else f"from {minimum:g} to {maximum:g}"
+        raise ConfigError(f"{name}={value!r} must be a number {what}")

@@ -107,9 +107,9 @@ class SchedulerConnector:
         self._first_asked_s: dict[str, float] = {}
 
     @property
-    def is_present(self) -> bool:
-        """True when a connector is configured."""
-        return self._guard is not None
+    def connector(self) -> KVConnectorBase_V1 | None:
+        """The connector's scheduler instance, or None when none is configured."""
+        return None if self._guard is None else self._guard.connector
 
     def on_new_request(self, request: Request) -> None:
         """Announce a request before it is scheduled."""
@@ -235,7 +235,8 @@ def _broken_match(answer: Any, num_local: int, num_tokens: int) -> str | None:
 
 
 def _broken_sources(answer: Any, num_external: int) -> str | None:
-    if isinstance(answer, dict) and sum(answer.values()) == num_external:
+    counts = list(answer.values()) if isinstance(answer, dict) else [-1]
+    if all(isinstance(num, int) and num >= 0 for num in counts) and sum(counts) == num_external:
         return None
     return f"must be a dict of token counts that sum to {num_external}"
 
@@ -339,33 +340,34 @@ def _broken_results(answer: Any) -> str | None:
 
 
 def _broken_block_ids(answer: Any) -> str | None:
-    return None if isinstance(answer, set | frozenset | list | tuple) else "must be a set of block ids"
+    if isinstance(answer, set | frozenset | list | tuple) and all(isinstance(block_id, int) for block_id in answer):
+        return None
+    return "must be a set of block ids"
 
 
 @dataclass(frozen=True, slots=True)
 class HostedConnectors:
-    """The KV memory and both connector instances, started in the contract's order."""
+    """The KV memory, the manager of its blocks and both connector instances, started in the contract's order."""
 
     kv: KVBuffer
+    manager: KVManager
     scheduler: SchedulerConnector
     worker: WorkerConnector
 
 
 def start_connectors(
-    config: EngineConfig, kv_cache_config: KVCacheConfig, manager: KVManager, device: str, clock: Clock
+    config: EngineConfig, kv_cache_config: KVCacheConfig, device: str, clock: Clock
 ) -> HostedConnectors:
     """Allocate the KV memory and start worker, then scheduler instance. What a constructor raises, this raises."""
     counters = HostCounters()
-    timeout_s = config.scheduler_config.lookup_timeout_s
-    if config.kv_transfer_config is None:
+    transfer = config.kv_transfer_config
+    if transfer is None:
         kv = KVBuffer(kv_cache_config, device)
-        return HostedConnectors(
-            kv, SchedulerConnector(None, clock, timeout_s, counters), WorkerConnector(None, kv, counters)
-        )
-    layout = KVConnectorFactory.get_connector_class(config.kv_transfer_config).get_required_kvcache_layout(config)
+        return _hosted(config, kv, None, None, clock, counters)
+    layout = KVConnectorFactory.get_connector_class(transfer).get_required_kvcache_layout(config)
     if layout not in (None, kv_cache_config.kv_cache_layout):
         logger.warning(
-            "the connector asks for KV layout %s; this engine has %s", layout, kv_cache_config.kv_cache_layout
+            "the connector asks for KV layout %s, this engine has %s", layout, kv_cache_config.kv_cache_layout
         )
     worker = KVConnectorFactory.create_connector(config, KVConnectorRole.WORKER, kv_cache_config)
     started = [worker]
@@ -374,7 +376,8 @@ def start_connectors(
         worker.register_kv_caches(kv.views())
         scheduler = KVConnectorFactory.create_connector(config, KVConnectorRole.SCHEDULER, kv_cache_config)
         started.append(scheduler)
-        scheduler.bind_kv_cache_manager(manager)
+        hosted = _hosted(config, kv, scheduler, worker, clock, counters)
+        scheduler.bind_kv_cache_manager(hosted.manager)
         scheduler.get_finished_count()
         handshake = worker.get_handshake_metadata()
         scheduler.set_xfer_handshake_metadata({} if handshake is None else {0: handshake})
@@ -382,6 +385,21 @@ def start_connectors(
         for connector in started:
             _Guard(connector, counters).call("shutdown", None)
         raise
+    return hosted
+
+
+def _hosted(
+    config: EngineConfig,
+    kv: KVBuffer,
+    scheduler: KVConnectorBase_V1 | None,
+    worker: KVConnectorBase_V1 | None,
+    clock: Clock,
+    counters: HostCounters,
+) -> HostedConnectors:
+    cache = config.cache_config
     return HostedConnectors(
-        kv, SchedulerConnector(scheduler, clock, timeout_s, counters), WorkerConnector(worker, kv, counters)
+        kv,
+        KVManager(cache.num_gpu_blocks, cache.block_size, len(kv.config.kv_cache_groups), cache.enable_prefix_caching),
+        SchedulerConnector(scheduler, clock, config.scheduler_config.lookup_timeout_s, counters),
+        WorkerConnector(worker, kv, counters),
     )

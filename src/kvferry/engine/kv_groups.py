@@ -75,8 +75,14 @@ class KVBuffer:
     ) -> None:
         self.config = config
         total_bytes = max(tensor.offset + tensor.size for tensor in config.kv_cache_tensors)
-        with allocation if allocation is not None else nullcontext():
-            self.storage = torch.zeros(total_bytes, dtype=torch.int8, device=device)
+        try:
+            with allocation if allocation is not None else nullcontext():
+                self.storage = torch.zeros(total_bytes, dtype=torch.int8, device=device)
+        except RuntimeError as err:
+            raise ConfigError(
+                f"the KV cache of {total_bytes} bytes cannot be allocated on {device}: "
+                f"lower num_kv_blocks or kv_cache_bytes ({str(err).splitlines()[0]})"
+            ) from err
         self.layers: dict[str, LayerKV] = {}
         for group_id, (group, tensor) in enumerate(zip(config.kv_cache_groups, config.kv_cache_tensors, strict=True)):
             assert isinstance(group.kv_cache_spec, AttentionSpec)

@@ -14,21 +14,23 @@ import torch
 
 from kvferry.clock import Clock, SystemClock
 from kvferry.config import KVTransferConfig
+from kvferry.contract import KVConnectorBase_V1
 from kvferry.engine.config import (
     CacheConfig,
     EngineConfig,
     EngineOptions,
     LoadConfig,
     ModelConfig,
+    RequestOutputKind,
     SamplingParams,
     SchedulerConfig,
     resolve_kv_budget,
 )
 from kvferry.engine.connector_host import HostCounters, start_connectors
+from kvferry.engine.detokenizer import Detokenizer
 from kvferry.engine.kv_groups import full_attention_specs, kv_cache_config_for
-from kvferry.engine.kv_manager import KVManager
 from kvferry.engine.model_loader import EngineModel, load_model
-from kvferry.engine.outputs import CompletionOutput, RequestMetrics, RequestOutput
+from kvferry.engine.outputs import RequestOutput, report
 from kvferry.engine.request import Request
 from kvferry.engine.runner import ModelRunner
 from kvferry.engine.scheduler import Scheduler
@@ -37,6 +39,7 @@ from kvferry.errors import ConfigError
 Prompt = str | Sequence[int]
 _IDLE_SLEEP_S = 0.001
 _DRAIN_LIMIT_S = 30.0
+_CHECK_EVERY_S = 10.0
 
 
 class LLM:
@@ -84,7 +87,8 @@ class LLM:
         self._model = load_model(model, options.dtype, device) if isinstance(model, str | Path) else model
         self._start(options, transfer if transfer.is_kv_transfer_instance else None)
         self._num_added = 0
-        self._unclaimed: list[RequestOutput] = []  # finished while `generate` waited for others
+        self._next_check_s = self._clock.now() + _CHECK_EVERY_S
+        self._unclaimed: list[RequestOutput] = []  # came while `generate` waited for others
         self._is_shut_down = False
 
     def _start(self, options: EngineOptions, transfer: KVTransferConfig | None) -> None:
@@ -101,13 +105,11 @@ class LLM:
             instance_id=secrets.token_hex(8),
             load_config=LoadConfig(model.load_format),
         )
-        num_groups = len(self.kv_cache_config.kv_cache_groups)
-        manager = KVManager(budget.num_blocks, options.block_size, num_groups, options.enable_prefix_caching)
-        self._hosted = start_connectors(self.config, self.kv_cache_config, manager, options.device, self._clock)
+        self._hosted = start_connectors(self.config, self.kv_cache_config, options.device, self._clock)
         self.runner = ModelRunner(model, self._hosted.kv, options.block_size, options.device, self._hosted.worker)
         self.scheduler = Scheduler(
             self.config.scheduler_config,
-            manager,
+            self._hosted.manager,
             self._hosted.scheduler,
             max_model_len=budget.max_model_len,
             eos_token_ids=model.eos_token_ids,
@@ -118,21 +120,32 @@ class LLM:
     # ---- one step at a time -----------------------------------------------------------------------------------
 
     def add_request(
-        self, prompt: Prompt, sampling_params: SamplingParams | None = None, *, cache_salt: str | None = None
+        self,
+        prompt: Prompt,
+        sampling_params: SamplingParams | None = None,
+        *,
+        cache_salt: str | None = None,
+        request_id: str | None = None,
     ) -> str:
-        """Queue a prompt (text or token ids) for the coming steps; returns its id. ConfigError when it cannot run."""
-        params = sampling_params or SamplingParams()
-        request = self._make_request(self._token_ids(prompt), params, cache_salt)
+        """Queue a prompt (text or token ids) for the coming steps; returns its id. ConfigError when it cannot run.
+
+        `request_id` must be new to this engine; one is made up unless given.
+        """
+        request = self._make_request(prompt, sampling_params or SamplingParams(), cache_salt, request_id)
         self.scheduler.add_request(request)
         return request.request_id
 
     def step(self) -> list[RequestOutput]:
-        """Run one step; returns the requests that finished. Blocks for one forward."""
+        """Run one step. Blocks for one forward.
+
+        Returns the requests that finished, and of the others what their `SamplingParams.output_kind` asks for.
+        """
+        self._require_running()
         unclaimed, self._unclaimed = self._unclaimed, []
         plan = self.scheduler.schedule()
         result = self.runner.execute(plan)
-        finished = self.scheduler.update(plan, result)
-        return unclaimed + [self._output(request) for request in finished]
+        reports = [report(request, self.tokenizer) for request in self.scheduler.update(plan, result)]
+        return unclaimed + [output for output in reports if output is not None]
 
     def abort_request(self, request_id: str) -> None:
         """End a request now; `step` returns it with finish_reason "abort". Unknown ids are ignored."""
@@ -162,20 +175,26 @@ class LLM:
         """
         many = [prompts] if _is_single(prompts) else list(prompts)
         requests = self._make_requests(many, sampling_params, cache_salt)
+        unfinished = {request.request_id for request in requests}
         outputs: dict[str, RequestOutput] = {}
+        others: list[RequestOutput] = []
         try:
             for request in requests:
                 self.scheduler.add_request(request)
-            wanted = {request.request_id for request in requests}
-            while wanted - outputs.keys():
-                outputs.update((output.request_id, output) for output in self._step_or_rest())
-            self._unclaimed += [output for request_id, output in outputs.items() if request_id not in wanted]
+            while unfinished:
+                for output in self._step_or_rest():
+                    if output.request_id in unfinished:
+                        unfinished.remove(output.request_id)
+                        outputs[output.request_id] = output
+                    else:
+                        others.append(output)
+            self._unclaimed = others
             self._tie_loose_ends()
+            self.check_when_idle()
         finally:
             for request in requests:
                 self.abort_request(request.request_id)
-        texts = [prompt if isinstance(prompt, str) else None for prompt in many]
-        return [_with_prompt(outputs[r.request_id], text) for r, text in zip(requests, texts, strict=True)]
+        return [outputs[request.request_id] for request in requests]
 
     def _make_requests(
         self,
@@ -188,9 +207,9 @@ class LLM:
         per_prompt = [params] * len(prompts) if isinstance(params, SamplingParams) else list(params)
         if len(per_prompt) != len(prompts):
             raise ConfigError(f"{len(prompts)} prompts but {len(per_prompt)} sampling_params")
-        token_ids = [self._token_ids(prompt) for prompt in prompts]
         requests = [
-            self._make_request(ids, params, cache_salt) for ids, params in zip(token_ids, per_prompt, strict=True)
+            self._make_request(prompt, replace(params, output_kind=RequestOutputKind.FINAL_ONLY), cache_salt)
+            for prompt, params in zip(prompts, per_prompt, strict=True)
         ]
         for request in requests:
             self.scheduler.check_request(request)
@@ -210,6 +229,12 @@ class LLM:
         while self.scheduler.has_loose_ends() and self._clock.now() < deadline_s:
             self._unclaimed = self._step_or_rest()
 
+    def check_when_idle(self) -> None:
+        """Assert all invariants of scheduler, tables and pool, at most every few seconds; AssertionError is our bug."""
+        if not self.scheduler.has_unfinished_requests() and self._clock.now() >= self._next_check_s:
+            self._next_check_s = self._clock.now() + _CHECK_EVERY_S
+            self.scheduler.check_integrity()
+
     # ---- the engine's state -----------------------------------------------------------------------------------
 
     @property
@@ -221,6 +246,11 @@ class LLM:
     def kv_caches(self) -> dict[str, torch.Tensor]:
         """Layer name -> its KV, a strided view [blocks, heads, tokens, content] of the pool. Not a copy."""
         return self._hosted.kv.views()
+
+    @property
+    def connector(self) -> KVConnectorBase_V1 | None:
+        """The connector's scheduler instance, or None; for looking at its state."""
+        return self._hosted.scheduler.connector
 
     @property
     def counters(self) -> HostCounters:
@@ -275,47 +305,31 @@ class LLM:
                 raise ConfigError(f"{token!r} is not a token id of this model (0 to {self._model.vocab_size - 1})")
         return ids
 
-    def _make_request(self, token_ids: list[int], params: SamplingParams, cache_salt: str | None) -> Request:
+    def _make_request(
+        self, prompt: Prompt, params: SamplingParams, cache_salt: str | None, request_id: str | None = None
+    ) -> Request:
         self._require_running()
+        token_ids = self._token_ids(prompt)
+        if params.stop and self.tokenizer is None:
+            raise ConfigError(f"stop={params.stop!r}: the model has no tokenizer; use stop_token_ids")
         self._num_added += 1
-        # The random part keeps ids of restarted engines apart, where peers remember them.
         return Request(
-            f"{self._num_added}-{secrets.token_hex(4)}",
+            # The random part keeps ids of restarted engines apart, where peers remember them.
+            request_id or f"{self._num_added}-{secrets.token_hex(4)}",
             token_ids,
             params,
             block_size=self.config.cache_config.block_size,
             arrival_s=self._clock.now(),
+            arrival_index=self._num_added,
             cache_salt=cache_salt,
             sampling_seed=self.config.model_config.seed + self._num_added if params.seed is None else params.seed,
-        )
-
-    def _output(self, request: Request) -> RequestOutput:
-        token_ids = request.output_token_ids
-        text = ""
-        if self.tokenizer is not None:
-            text = self.tokenizer.decode(token_ids, skip_special_tokens=request.sampling_params.skip_special_tokens)
-        first_s, end_s = request.first_token_s, request.finished_s
-        assert end_s is not None
-        return RequestOutput(
-            request_id=request.request_id,
-            prompt=None,
-            prompt_token_ids=request.prompt_token_ids,
-            outputs=[CompletionOutput(text, token_ids, request.status.finish_reason, request.stop_reason)],
-            num_cached_tokens=request.num_local_tokens + request.num_external_tokens,
-            num_external_tokens=request.num_external_tokens,
-            external_hit_sources=request.external_hit_sources,
-            metrics=RequestMetrics(None if first_s is None else first_s - request.arrival_s, end_s - request.arrival_s),
-            kv_transfer_params=request.output_kv_transfer_params,
-            error=request.error,
+            prompt=prompt if isinstance(prompt, str) else None,
+            detokenizer=None if self.tokenizer is None else Detokenizer(self.tokenizer, token_ids, params),
         )
 
 
 def _is_single(prompts: Any) -> bool:
     return isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], int))
-
-
-def _with_prompt(output: RequestOutput, prompt: str | None) -> RequestOutput:
-    return output if prompt is None else replace(output, prompt=prompt)
 
 
 def _checked_device(device: str) -> str:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from kvferry.contract import KVConnectorMetadata, KVConnectorOutput
-from kvferry.engine.config import SamplingParams
+from kvferry.engine.config import RequestOutputKind, SamplingParams
 from kvferry.engine.kv_manager import BlockIds, KVManager
-from kvferry.engine.request import Request
+from kvferry.engine.request import Logprob, Request, SampledToken
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,7 +97,7 @@ class ForwardContext:
 class StepResult:
     """What the runner made of a plan."""
 
-    sampled: dict[str, int] = field(default_factory=dict)
+    sampled: dict[str, SampledToken] = field(default_factory=dict)
     """Next token of each request whose last token was reached."""
     connector_output: KVConnectorOutput = field(default_factory=KVConnectorOutput)
     sync_loads_unproved: bool = False
@@ -105,14 +105,32 @@ class StepResult:
 
 
 @dataclass(frozen=True, slots=True)
+class SchedulerStats:
+    """How busy the scheduler is now, and preemptions since its start."""
+
+    num_running: int
+    num_waiting: int
+    """For a place or for blocks."""
+    num_loading: int
+    """For KV that the connector loads."""
+    num_preemptions: int
+    kv_cache_usage: float
+    """Part of the KV blocks in use, 0 to 1."""
+
+
+@dataclass(frozen=True, slots=True)
 class CompletionOutput:
-    """The generated sequence."""
+    """The generated sequence, or what is new of it (`RequestOutputKind.DELTA`)."""
 
     text: str
     token_ids: list[int]
     finish_reason: str | None
-    stop_reason: int | None = None
+    """stop, length, abort or error; None while unfinished."""
+    stop_reason: int | str | None = None
+    """The stop token or stop string that ended it; None for the end-of-sequence token."""
     index: int = 0
+    logprobs: list[dict[int, Logprob]] | None = None
+    """One per token when asked for."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,14 +138,16 @@ class RequestMetrics:
     """Times of one request, in seconds since it was added."""
 
     ttft_s: float | None
-    """To the first token; None when there was none."""
-    e2e_s: float
-    """To its end."""
+    """To the first token; None when there was none (yet)."""
+    e2e_s: float | None
+    """To its end; None while unfinished."""
+    queue_s: float | None = None
+    """To its first blocks; None when it got none (yet)."""
 
 
 @dataclass(frozen=True, slots=True)
 class RequestOutput:
-    """A finished request."""
+    """A request, finished or as far as it has come."""
 
     request_id: str
     prompt: str | None
@@ -144,3 +164,56 @@ class RequestOutput:
     error: str | None = None
     """Why `finish_reason` is "error"."""
     finished: bool = True
+
+
+def report(request: Request, tokenizer: Any) -> RequestOutput | None:
+    """What the user is to be told of the request now, as its `output_kind` says; None: nothing yet.
+
+    Call once per step in which it moved; for deltas the request remembers what was told.
+    """
+    kind, finished = request.sampling_params.output_kind, request.is_finished()
+    if kind is RequestOutputKind.FINAL_ONLY and not finished:
+        return None
+    first = request.num_reported_tokens if kind is RequestOutputKind.DELTA else 0
+    request.num_reported_tokens = request.num_output_tokens
+    text = ""
+    if request.detokenizer is not None:
+        new = request.detokenizer.take_new(finished)
+        text = new if kind is RequestOutputKind.DELTA else request.detokenizer.reported_text()
+    return RequestOutput(
+        request_id=request.request_id,
+        prompt=request.prompt,
+        prompt_token_ids=request.prompt_token_ids,
+        outputs=[
+            CompletionOutput(
+                text,
+                request.all_token_ids[request.num_prompt_tokens + first :],
+                request.status.finish_reason,
+                request.stop_reason,
+                logprobs=_with_text(request, first, tokenizer),
+            )
+        ],
+        num_cached_tokens=request.num_local_tokens + request.num_external_tokens,
+        num_external_tokens=request.num_external_tokens,
+        metrics=_metrics(request),
+        external_hit_sources=request.external_hit_sources,
+        kv_transfer_params=request.output_kv_transfer_params,
+        error=request.error,
+        finished=finished,
+    )
+
+
+def _metrics(request: Request) -> RequestMetrics:
+    times_s = (request.first_token_s, request.finished_s, request.admitted_s)
+    return RequestMetrics(*(None if at_s is None else at_s - request.arrival_s for at_s in times_s))
+
+
+def _with_text(request: Request, first: int, tokenizer: Any) -> list[dict[int, Logprob]] | None:
+    if request.sampling_params.logprobs is None:
+        return None
+    if tokenizer is None:
+        return request.logprobs[first:]
+    return [
+        {token: replace(logprob, decoded_token=tokenizer.decode([token])) for token, logprob in at_token.items()}
+        for at_token in request.logprobs[first:]
+    ]

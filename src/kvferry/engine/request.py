@@ -5,12 +5,14 @@ from __future__ import annotations
 import enum
 import hashlib
 import struct
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from kvferry.engine.config import SamplingParams
+    from kvferry.engine.detokenizer import Detokenizer
 
 
 class RequestStatus(enum.IntEnum):
@@ -44,6 +46,26 @@ _FINISH_REASONS = {
 }
 
 
+@dataclass(frozen=True, slots=True)
+class Logprob:
+    """How likely a token was at its position."""
+
+    logprob: float
+    """Natural logarithm of its probability, before penalties and temperature."""
+    rank: int
+    """1 is the likeliest."""
+    decoded_token: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class SampledToken:
+    """The token chosen for a request in one step."""
+
+    token_id: int
+    logprobs: dict[int, Logprob] | None = None
+    """By token id: the chosen token's and the likeliest ones'; None unless asked for."""
+
+
 class Request:
     """One sequence: its tokens, how far their KV is computed, and how it is to be sampled.
 
@@ -62,10 +84,14 @@ class Request:
         *,
         block_size: int,
         arrival_s: float = 0.0,
+        arrival_index: int = 0,
         cache_salt: str | None = None,
         sampling_seed: int = 0,
+        prompt: str | None = None,
+        detokenizer: Detokenizer | None = None,
     ) -> None:
         self.request_id = request_id
+        self.prompt = prompt
         self.prompt_token_ids = list(prompt_token_ids)
         self.all_token_ids = list(prompt_token_ids)
         self.sampling_params = sampling_params
@@ -77,7 +103,10 @@ class Request:
         self.status = RequestStatus.WAITING
         self.num_computed_tokens = 0
         self.num_preemptions = 0
-        self.stop_reason: int | None = None
+        self.detokenizer = detokenizer
+        self.logprobs: list[dict[int, Logprob]] = []  # one per output token when asked for
+        self.num_reported_tokens = 0
+        self.stop_reason: int | str | None = None
         self.error: str | None = None
         # Where the prompt's KV came from when it was first admitted; shrinks when a load failed.
         self.num_local_tokens = 0
@@ -86,6 +115,8 @@ class Request:
         self.num_load_failures = 0
         self.output_kv_transfer_params: dict[str, Any] | None = None
         self.arrival_s = arrival_s
+        self.arrival_index = arrival_index  # who came first goes first
+        self.admitted_s: float | None = None
         self.first_token_s: float | None = None
         self.finished_s: float | None = None
         self._block_size = block_size
@@ -121,10 +152,19 @@ class Request:
         """True when everything is to be computed anew."""
         return self.skip_reading_prefix_cache
 
-    def append_token(self, token_id: int) -> None:
-        """Add a generated token."""
-        self.all_token_ids.append(token_id)
+    def append_token(self, token: SampledToken) -> None:
+        """Add a generated token. Its text comes with `read_token`."""
+        self.all_token_ids.append(token.token_id)
+        if token.logprobs is not None:
+            self.logprobs.append(token.logprobs)
         self._extend_hashes()
+
+    def read_token(self, token_id: int, is_last: bool) -> str | None:
+        """Add the token to the request's text. Returns the stop string that now ends the text, or None."""
+        if self.detokenizer is None:
+            return None
+        stop = self.detokenizer.append(token_id)
+        return self.detokenizer.flush() if stop is None and is_last else stop
 
     def _extend_hashes(self) -> None:
         # One SHA-256 per full block over the chain so far and the block's tokens: a prefix is named by its last hash.

@@ -9,6 +9,7 @@ from kvferry.engine.connector_host import WorkerConnector
 from kvferry.engine.kv_groups import KVBuffer
 from kvferry.engine.model_loader import EngineModel
 from kvferry.engine.outputs import BatchItem, SchedulerOutput, StepResult
+from kvferry.engine.request import SampledToken
 from kvferry.engine.sampler import sample
 
 
@@ -45,7 +46,7 @@ class ModelRunner:
             chunks.append(SequenceChunk(tokens, first, item.block_ids, item.samples))
         return pack_batch(chunks, self._block_size, self._device)
 
-    def _forward(self, batch: PackedBatch, items: list[BatchItem]) -> dict[str, int]:
+    def _forward(self, batch: PackedBatch, items: list[BatchItem]) -> dict[str, SampledToken]:
         self.num_forwards += 1
         logits = self._model.forward(batch, self._kv, self._connector)
         requests = [item.request for item in items if item.samples]

@@ -4,31 +4,36 @@
            waiting -> loading -> loaded -> running the connector loads KV asynchronously
            running -> waiting                      preempted: blocks ran out, to be computed again
 
-Running requests come first, oldest first; what is left of the token budget admits loaded, then waiting ones. A
-request enters only if all its tokens so far fit beside what the others still need for theirs, so prompts do not
-evict each other half-way. Blocks become findable in the prefix cache only after the step that filled them succeeded.
+Who came first goes first, in every queue and for ever: a request that lost its blocks or waited for a load keeps its
+place. Each running request computes at least one token in every step; the rest of the token budget goes to prompts,
+the oldest first, so that a long prompt delays nobody's output. What is left admits loaded, then waiting requests. One
+enters only if all its tokens so far fit beside what the others still need for theirs, so prompts do not evict each
+other half-way. Blocks become findable in the prefix cache only after the step that filled them succeeded.
 """
 
 from __future__ import annotations
 
 import logging
+from bisect import insort
 from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from operator import attrgetter
 
 from kvferry.clock import Clock
 from kvferry.contract import CacheHitSource
 from kvferry.engine.config import SchedulerConfig
 from kvferry.engine.connector_host import NO_MATCH, ExternalMatch, SchedulerConnector
-from kvferry.engine.kv_manager import BlockIds, KVManager
-from kvferry.engine.outputs import BatchItem, BlockState, NewRequestData, SchedulerOutput, StepResult
-from kvferry.engine.request import Request, RequestStatus
+from kvferry.engine.kv_manager import BlockIds, KVCacheBlocks, KVManager
+from kvferry.engine.outputs import BatchItem, BlockState, NewRequestData, SchedulerOutput, SchedulerStats, StepResult
+from kvferry.engine.request import Request, RequestStatus, SampledToken
 from kvferry.engine.transfers import Transfers
 from kvferry.errors import ConfigError
 
 logger = logging.getLogger(__name__)
 
 _MAX_LOAD_FAILURES = 3
+_arrival = attrgetter("arrival_index")
 
 
 @dataclass(slots=True)
@@ -92,6 +97,8 @@ class Scheduler:
         self.loaded: deque[Request] = deque()
         self.transfers = Transfers(manager.block_pool, connector.counters)
         self.num_preemptions = 0
+        # Each running request takes a token in every step, so more than the budget cannot run.
+        self._max_running = min(config.max_num_seqs, config.max_num_batched_tokens)
         self._config = config
         self._connector = connector
         self._max_model_len = max_model_len
@@ -99,7 +106,7 @@ class Scheduler:
         self._recompute_failed_loads = recompute_failed_loads
         self._clock = clock
         self._requests: dict[str, Request] = {}
-        self._finished: list[Request] = []
+        self._news: dict[str, Request] = {}  # got a token or ended since the last `update`
         self._finished_ids: set[str] = set()
         self._sync_loads: dict[str, int] = {}
         self._progress_s = clock.now()
@@ -109,11 +116,16 @@ class Scheduler:
     def add_request(self, request: Request) -> None:
         """Queue a request. ConfigError when it cannot ever run."""
         self.check_request(request)
-        if request.kv_transfer_params and not self._connector.is_present:
+        if request.request_id in self._requests:
+            raise ConfigError(f"request_id={request.request_id!r} is the id of a request that has not finished")
+        if request.kv_transfer_params and self._connector.connector is None:
             logger.warning("%s: kv_transfer_params are ignored, there is no connector", request.request_id)
         self._requests[request.request_id] = request
         self._connector.on_new_request(request)
-        self.waiting.append(request)
+        self._queue(request)
+
+    def _queue(self, request: Request) -> None:
+        insort(self.waiting, request, key=_arrival)
 
     def check_request(self, request: Request) -> None:
         """ConfigError when the request cannot ever run."""
@@ -136,7 +148,7 @@ class Scheduler:
 
     def has_unfinished_requests(self) -> bool:
         """True while a request has yet to finish, or its end to be returned by `update`."""
-        return bool(self._requests or self._finished)
+        return bool(self._requests or self._news)
 
     def has_requests(self) -> bool:
         """True while stepping does something: for requests, or for blocks and work the connector still holds."""
@@ -145,6 +157,17 @@ class Scheduler:
     def has_loose_ends(self) -> bool:
         """True while finished requests are yet to be announced to workers or the connector has work to push."""
         return bool(self._finished_ids) or self._connector.has_pending_push_work()
+
+    def stats(self) -> SchedulerStats:
+        """How busy it is."""
+        pool = self.manager.block_pool
+        return SchedulerStats(
+            num_running=len(self.running),
+            num_waiting=len(self.waiting) + len(self.loaded),
+            num_loading=len(self.transfers.loads),
+            num_preemptions=self.num_preemptions,
+            kv_cache_usage=1 - pool.get_num_free_blocks() / (len(pool.blocks) - 1),
+        )
 
     # ---- the plan ---------------------------------------------------------------------------------------------
 
@@ -163,10 +186,12 @@ class Scheduler:
         return plan.output
 
     def _schedule_running(self, plan: _Plan) -> None:
+        num_behind = len(self.running)
         for request in list(self.running):
-            if plan.budget_tokens == 0 or plan.waits_for_frees:
+            num_behind -= 1  # one token is kept for each of them
+            if plan.waits_for_frees:
                 return
-            num_new = min(request.num_tokens - request.num_computed_tokens, plan.budget_tokens)
+            num_new = min(request.num_tokens - request.num_computed_tokens, plan.budget_tokens - num_behind)
             target = request.num_computed_tokens + num_new
             if request.status is RequestStatus.RUNNING and self._make_room(request, target, plan):
                 self._add(request, num_new, plan)
@@ -190,7 +215,7 @@ class Scheduler:
         request.num_computed_tokens = 0
         request.num_preemptions += 1
         self.num_preemptions += 1
-        self.waiting.appendleft(request)
+        self._queue(request)
         plan.output.preempted_req_ids.add(request.request_id)
 
     def _schedule_loaded(self, plan: _Plan) -> None:
@@ -209,27 +234,24 @@ class Scheduler:
         passed_over = []
         while self.waiting and self._has_room(plan):
             request = self.waiting[0]
-            match = self._match(request)
-            if match is not None and not self._try_admit(request, match, plan):
+            computed = self.manager.get_computed_blocks(request)
+            match = self._match(request, len(computed.blocks[0]) * self.manager.block_size)
+            if match is not None and not self._try_admit(request, computed, match, plan):
                 break
             if self.waiting and self.waiting[0] is request:  # still looking, or its load could not be started
                 passed_over.append(self.waiting.popleft())
         self.waiting.extendleft(reversed(passed_over))
 
     def _has_room(self, plan: _Plan) -> bool:
-        return plan.budget_tokens > 0 and len(self.running) < self._config.max_num_seqs
+        return plan.budget_tokens > 0 and len(self.running) < self._max_running
 
-    def _match(self, request: Request) -> ExternalMatch | None:
+    def _match(self, request: Request, num_local: int) -> ExternalMatch | None:
         if request.num_load_failures >= _MAX_LOAD_FAILURES:
             return NO_MATCH
-        return self._connector.match(request, self._num_local_tokens(request))
+        return self._connector.match(request, num_local)
 
-    def _num_local_tokens(self, request: Request) -> int:
-        return len(self.manager.get_computed_blocks(request).blocks[0]) * self.manager.block_size
-
-    def _try_admit(self, request: Request, match: ExternalMatch, plan: _Plan) -> bool:
+    def _try_admit(self, request: Request, computed: KVCacheBlocks, match: ExternalMatch, plan: _Plan) -> bool:
         """Give the first waiting request its blocks and start it, or its load. False when it does not fit now."""
-        computed = self.manager.get_computed_blocks(request)
         num_local = len(computed.blocks[0]) * self.manager.block_size
         if not self.manager.can_allocate(request, request.num_tokens, computed, self._num_reserved_blocks()):
             plan.lacks_blocks = True
@@ -248,6 +270,8 @@ class Scheduler:
             match = NO_MATCH
             num_computed, num_new = num_local, min(request.num_tokens - num_local, plan.budget_tokens)
         self.waiting.popleft()
+        if request.admitted_s is None:
+            request.admitted_s = self._clock.now()
         self._note_sources(request, num_local, match.num_tokens)
         request.num_computed_tokens = num_computed
         if match.is_async:
@@ -276,7 +300,7 @@ class Scheduler:
     def _run(self, request: Request, num_new: int, plan: _Plan) -> None:
         self._add(request, num_new, plan)
         request.status = RequestStatus.RUNNING
-        self.running.append(request)
+        insort(self.running, request, key=_arrival)
 
     def _add(self, request: Request, num_new: int, plan: _Plan) -> None:
         new_ids = self.manager.allocate(request, request.num_computed_tokens + num_new)
@@ -285,7 +309,10 @@ class Scheduler:
     # ---- the result -------------------------------------------------------------------------------------------
 
     def update(self, plan: SchedulerOutput, result: StepResult) -> list[Request]:
-        """Take a step's result in: tokens, ends, completions. Returns the requests that finished since the last one."""
+        """Take a step's result in: tokens, ends, completions.
+
+        Returns the requests that got a token or ended since the last call, aborted ones too.
+        """
         reported = result.connector_output
         discarded = self._failed_sync_loads(result) | self._strike_bad_blocks(reported.invalid_block_ids)
         for item in plan.batch:
@@ -296,10 +323,10 @@ class Scheduler:
         for request_id in reported.finished_sending or ():
             self.transfers.finished_sending(request_id)
         self._connector.end_step()
-        finished, self._finished = self._finished, []
-        return finished
+        news, self._news = self._news, {}
+        return list(news.values())
 
-    def _advance(self, item: BatchItem, sampled: dict[str, int]) -> None:
+    def _advance(self, item: BatchItem, sampled: dict[str, SampledToken]) -> None:
         request = item.request
         request.num_computed_tokens += item.num_tokens
         self.manager.cache_blocks(request, request.num_computed_tokens)
@@ -308,26 +335,33 @@ class Scheduler:
             return
         if request.first_token_s is None:
             request.first_token_s = self._clock.now()
+        self._news[request.request_id] = request
         request.append_token(token)
-        status = self._end_status(request, token)
+        status = self._end_status(request, token.token_id)
         if status is not None:
             self._finish(request, status)
 
     def _end_status(self, request: Request, token: int) -> RequestStatus | None:
+        """Read the token into the request's text; the status to end with, or None to go on."""
         params = request.sampling_params
-        if token in params.stop_token_ids:
-            request.stop_reason = token
+        is_stop = token in params.stop_token_ids
+        if is_stop or (token in self._eos_token_ids and not params.ignore_eos):
+            request.stop_reason = token if is_stop else None
+            if params.include_stop_str_in_output:
+                request.read_token(token, is_last=True)
             return RequestStatus.FINISHED_STOPPED
-        if token in self._eos_token_ids and not params.ignore_eos:
+        is_last = request.num_output_tokens >= request.max_tokens or request.num_tokens >= self._max_model_len
+        request.stop_reason = request.read_token(token, is_last)
+        if request.stop_reason is not None:
             return RequestStatus.FINISHED_STOPPED
-        if request.num_output_tokens >= request.max_tokens or request.num_tokens >= self._max_model_len:
-            return RequestStatus.FINISHED_LENGTH_CAPPED
-        return None
+        return RequestStatus.FINISHED_LENGTH_CAPPED if is_last else None
 
     def _finish(self, request: Request, status: RequestStatus, error: str | None = None) -> None:
         """End a request from any state. Its blocks go back now, or when the connector lets go of them."""
         was_loading = self.transfers.is_loading(request.request_id)
         self._unqueue(request)
+        if request.detokenizer is not None:
+            request.detokenizer.flush()
         request.status = status
         request.error = error
         request.finished_s = self._clock.now()
@@ -338,7 +372,7 @@ class Scheduler:
             request.output_kv_transfer_params = params
         self.transfers.release(request.request_id, self.manager.detach(request.request_id), keep, was_loading)
         del self._requests[request.request_id]
-        self._finished.append(request)
+        self._news[request.request_id] = request
         self._finished_ids.add(request.request_id)
 
     def _unqueue(self, request: Request) -> None:
@@ -402,12 +436,12 @@ class Scheduler:
         if request.num_computed_tokens == 0:
             request.num_load_failures += 1
             self.manager.free(request.request_id)
-            self.waiting.appendleft(request)
+            self._queue(request)
             return
         self.manager.cache_blocks(request, request.num_computed_tokens)
         # The last token is computed in any case: its logits choose the next one.
         request.num_computed_tokens = min(request.num_computed_tokens, request.num_tokens - 1)
-        self.loaded.append(request)
+        insort(self.loaded, request, key=_arrival)
 
     def _set_aside(self, request: Request) -> None:
         """Compute a request anew without the connector; what may still be written to its old blocks harms nobody."""
@@ -423,7 +457,7 @@ class Scheduler:
             self._connector.counters.load_failures += 1
             self._set_aside(request)
             request.status = RequestStatus.PREEMPTED if request.num_preemptions else RequestStatus.WAITING
-            self.waiting.appendleft(request)
+            self._queue(request)
             if not self._recompute_failed_loads:
                 self._finish(request, RequestStatus.FINISHED_ERROR, "its KV cache did not arrive in time")
 
@@ -450,6 +484,9 @@ class Scheduler:
         assert {r.request_id for r in queued} == set(self._requests), "a request is lost or undead"
         assert all(r.status is RequestStatus.RUNNING for r in self.running)
         assert all(r.num_computed_tokens == 0 for r in self.waiting)
+        assert len(self.running) <= self._max_running
+        for queue in (self.waiting, self.running, self.loaded):
+            assert sorted(queue, key=_arrival) == list(queue), "a request lost its place"
         for request in queued:
             assert 0 <= request.num_computed_tokens <= request.num_tokens
             assert self.manager.num_missing_blocks(request, request.num_computed_tokens) == 0

@@ -20,6 +20,7 @@ from typing import Any
 import xxhash
 
 from kvferry.clock import Clock, SystemClock
+from kvferry.config import parse_settings
 from kvferry.errors import ConfigError, TierBusy, TierCorrupt, TierError, TierUnavailable
 from kvferry.hashing import digest as digest_of
 from kvferry.store.disk_files import ChunkFolder, FoundChunk, OnStep, chunk_name
@@ -27,7 +28,6 @@ from kvferry.store.disk_format import HEADER_BYTES, UnknownFormat
 from kvferry.store.disk_index import FOLDER_BYTES, DiskIndex, Entry, Room, Victim, chunk_cost_bytes
 from kvferry.store.disk_journal import Journal, Note, Use, read_order
 from kvferry.store.io_threads import Done, IoThreads, Urgency
-from kvferry.store.registry import parse_settings
 from kvferry.store.tier import ResetReceipt, TierJob, TierResult, TierStats
 from kvferry.types import Namespace, StoreKey
 
@@ -131,8 +131,6 @@ class DiskTier:
     def from_config(cls, config: Mapping[str, Any], namespace: Namespace, clock: Clock, where: str) -> DiskTier:
         """As `DiskSettings` says."""
         settings = parse_settings(DiskSettings, config, where)
-        if not settings.path or not settings.name:
-            raise ConfigError(f"{where}.path and {where}.name must not be empty")
         try:
             return cls(
                 Path(settings.path).expanduser(),

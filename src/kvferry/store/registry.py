@@ -1,19 +1,16 @@
-"""Tier types by name, imported when first used, and the checking of their configuration."""
+"""Tier types by name, imported when first used."""
 
 from __future__ import annotations
 
-import dataclasses
 import importlib
 import types
 from collections.abc import Mapping
-from typing import Any, NamedTuple, TypeVar, Union, cast, get_args, get_origin, get_type_hints
+from typing import Any, NamedTuple, cast
 
 from kvferry.clock import Clock, SystemClock
 from kvferry.errors import ConfigError, did_you_mean
 from kvferry.store.tier import Tier, TierFactory
 from kvferry.types import Namespace
-
-C = TypeVar("C")
 
 
 class TierType(NamedTuple):
@@ -52,33 +49,6 @@ def create_tier(
         raise ConfigError(f"{where}.type {type_name!r} is unknown{did_you_mean(type_name, TIER_TYPES)}")
     factory = _resolve(tier_type, where)
     return factory.from_config(settings, namespace, clock if clock is not None else SystemClock(), where)
-
-
-def parse_settings(cls: type[C], config: Mapping[str, Any], where: str) -> C:
-    """`config` as the frozen dataclass `cls`, whose fields are the known keys. Simple types and unions of them only.
-
-    ConfigError: unknown key (with the nearest known), missing key, wrong type; each named as `where.key`.
-    """
-    fields = {f.name: f for f in dataclasses.fields(cast("Any", cls))}
-    for key in config:
-        if key not in fields:
-            raise ConfigError(f"{where}.{key} is unknown{did_you_mean(str(key), fields)}")
-    hints = get_type_hints(cls)
-    for name, f in fields.items():
-        if name in config:
-            _check_type(config[name], hints[name], f"{where}.{name}")
-        elif f.default is dataclasses.MISSING:
-            raise ConfigError(f"{where}.{name} is missing")
-    return cls(**config)
-
-
-def _check_type(value: object, hint: object, where: str) -> None:
-    allowed = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
-    if float in allowed:
-        allowed = (*allowed, int)
-    if type(value) not in allowed:
-        names = " or ".join("null" if t is types.NoneType else str(getattr(t, "__name__", t)) for t in allowed)
-        raise ConfigError(f"{where} must be {names}, not {value!r}")
 
 
 def _resolve(tier_type: TierType, where: str) -> TierFactory:

@@ -431,10 +431,7 @@ class TieredStore:
         self._count_failure(lane, "load", error)
         if not isinstance(error, TierBusy) and lane.tier.contains((chunk.key,))[0]:
             lane.failed.add(chunk.key)
-        if chunk.is_dropped:
-            self._host.give_up(chunk)
-        else:
-            self._load_from_any(chunk)
+        self._load_from_any(chunk)
 
     def _job(self, chunk: Chunk, digest: bytes | None) -> TierJob:
         self._next_job_id += 1

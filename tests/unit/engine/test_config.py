@@ -27,11 +27,39 @@ def test_bad_engine_options(settings):
 
 @pytest.mark.parametrize(
     "settings",
-    [{"max_tokens": 0}, {"temperature": -1}, {"top_p": 0}, {"top_k": -2}, {"extra_args": {"kv_transfer_params": 3}}],
+    [
+        {"max_tokens": 0},
+        {"max_tokens": 2.0},
+        {"temperature": -1},
+        {"temperature": float("nan")},
+        {"temperature": "1"},
+        {"top_p": 0},
+        {"top_p": 1.1},
+        {"top_k": -2},
+        {"min_p": -0.1},
+        {"min_p": True},
+        {"repetition_penalty": 0},
+        {"presence_penalty": 2.1},
+        {"frequency_penalty": -2.1},
+        {"seed": 1.5},
+        {"logprobs": -1},
+        {"logprobs": 21},
+        {"stop": ["a", ""]},
+        {"stop": [1]},
+        {"stop_token_ids": [-1]},
+        {"extra_args": {"kv_transfer_params": 3}},
+    ],
+    ids=repr,
 )
 def test_bad_sampling_params(settings):
-    with pytest.raises(ConfigError):
+    with pytest.raises(ConfigError, match=f"^{next(iter(settings))}"):
         SamplingParams(**settings)
+
+
+def test_stop_may_be_one_text_or_several():
+    assert SamplingParams(stop="END").stop == ("END",)
+    assert SamplingParams(stop=["a", "b"]).stop == ("a", "b")
+    assert SamplingParams(stop=None).stop == SamplingParams().stop == ()
 
 
 def test_budget():

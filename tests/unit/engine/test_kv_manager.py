@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from kvferry.engine.config import SamplingParams
 from kvferry.engine.kv_manager import KVManager
-from kvferry.engine.request import Request
+from kvferry.engine.request import Request, SampledToken
 
 
 def request(name: str, tokens: list[int], salt: str | None = None) -> Request:
@@ -25,7 +25,7 @@ def test_hashes_name_whole_prefixes_and_salts():
     assert not set(first.block_hashes) & set(second.block_hashes)
     assert not set(first.block_hashes) & set(request("c", first.all_token_ids, "salt").block_hashes)
     grown = request("d", [1, 2, 3, 4, 5, 6, 7])
-    grown.append_token(8)
+    grown.append_token(SampledToken(8))
     assert grown.block_hashes == first.block_hashes
 
 

@@ -385,6 +385,26 @@ def test_a_quota_of_exactly_one_chunk_works(make_disk, kit, tmp_path: Path) -> N
     assert tier.contains([kit.key(i) for i in range(3)]) == [False, False, True]
 
 
+def test_nothing_is_written_under_a_name_that_is_still_to_be_deleted(make_disk, kit) -> None:
+    gate = threading.Event()
+    gate.set()
+    tier = make_disk(
+        max_bytes=FOLDER_BYTES + 2 * CHUNK_BYTES, num_threads=1, on_step=lambda s: s == "chunk-write" and gate.wait(20)
+    )
+    kit.store(tier, 1)
+    kit.store(tier, 2)
+    gate.clear()
+    data = [kit.payload(kit.key(i)) for i in range(5)]
+    for i in (3, 4):  # the second waits for the only thread, and so does the deletion of 2
+        tier.submit_store(TierJob(i, kit.key(i), memoryview(data[i]), kit.digest(data[i])))
+    with pytest.raises(TierBusy, match="deleted"):
+        tier.submit_store(TierJob(5, kit.key(2), memoryview(data[2]), kit.digest(data[2])))
+    gate.set()
+    assert all(result.ok for result in kit.finish(tier, 2))
+    assert kit.store(tier, 2).ok
+    assert kit.load(tier, 2)[1] == data[2]
+
+
 # -- the disk refuses ------------------------------------------------------------------------------------------------
 
 

@@ -19,11 +19,12 @@ from kvferry.store.tier import TierJob
 from kvferry.testing.tiers import BlockingTier, FailingTier
 from kvferry.types import Namespace, Presence, SlotRef, StoreKey
 
-KEYS = [StoreKey(hashlib.sha256(b"%d" % i).digest() + bytes(4)) for i in range(8)]
+KEYS = [StoreKey(hashlib.sha256(b"%d" % i).digest() + bytes(4)) for i in range(6)]
 PAYLOAD_BYTES = 4096
+seldom = strategies.sampled_from([False, False, False, False, False, True])
 keys = strategies.sampled_from(KEYS)
 BOUNDED = settings(
-    max_examples=40,
+    max_examples=60,
     stateful_step_count=40,
     deadline=None,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much],
@@ -96,6 +97,22 @@ class StoreMachine(RuleBasedStateMachine):
         else:
             self.store.abort(ref)
 
+    @rule(chosen=strategies.lists(keys, min_size=1, max_size=3), seconds=strategies.sampled_from([0.0, 2.0]))
+    def save(self, chosen: list[StoreKey], seconds: float) -> None:
+        for key in chosen:
+            if (ref := self.store.reserve(key)) is not None:
+                self.arena.slot_view(ref.slot)[:] = payload_of(key)
+                self.store.commit(ref, digest_of(payload_of(key)), PAYLOAD_BYTES)
+                self.allowed.add(key)
+        self.poll(seconds)
+
+    @rule(key=keys)
+    def fetch(self, key: StoreKey) -> None:
+        if self.store.promote(key, PAYLOAD_BYTES) is Presence.PENDING:
+            self.poll(2.0)
+            self.poll(2.0)
+            assert key in self.reserved or self.store.lookup(key) is not Presence.PENDING
+
     @rule(key=keys)
     def pin(self, key: StoreKey) -> None:
         is_host = self.store.lookup(key) is Presence.HOST
@@ -140,8 +157,10 @@ class StoreMachine(RuleBasedStateMachine):
             ref = self.reserved.pop(key)
             self.store.commit(ref, b"d" * 16, PAYLOAD_BYTES)  # the worker's late answer
 
-    @rule()
-    def clear(self) -> None:
+    @rule(is_sure=seldom)
+    def clear(self, is_sure: bool) -> None:
+        if not is_sure:
+            return
         self.store.clear()
         for key in KEYS:
             self.reserved_is_void(key)
@@ -164,9 +183,11 @@ class StoreMachine(RuleBasedStateMachine):
     def scrub(self) -> None:
         assert self.store.scrub(2) == []
 
-    @rule()
-    def restart(self) -> None:
+    @rule(is_sure=seldom)
+    def restart(self, is_sure: bool) -> None:
         """All that was in memory is gone, as after a kill."""
+        if not is_sure:
+            return
         self.arena.close()
         self.reserved.clear()
         self.pinned.clear()
@@ -253,7 +274,7 @@ class DiskMachine(RuleBasedStateMachine):
             self.model.pop(key, None)
         self.settle()
 
-    @rule(is_sure=strategies.sampled_from([False, False, True]))
+    @rule(is_sure=seldom)
     def clear(self, is_sure: bool) -> None:
         if is_sure:
             assert self.tier.clear().num_chunks == len(self.model)

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, field
 from typing import Any
 
-from kvferry.config import Settings
+from kvferry.config import parse_settings
 from kvferry.errors import ConfigError
 from kvferry.hashing import UNIT_TOKENS
 from kvferry.types import AttentionKind, GroupInfo
@@ -18,47 +17,31 @@ _SLOT_ALIGNMENT_BYTES = 4096
 _DEFAULT_CHUNK_TOKENS = 64
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class OffloadingConfig:
     """What the user may set; every key is checked, unknown keys are errors that name the nearest known one."""
 
-    cpu_bytes_to_use: int
+    cpu_bytes_to_use: int = field(metadata={"minimum": 1})
     """Host memory for KV, in bytes, in all (not per worker)."""
-    load_async: bool
+    load_async: bool = True
     """Load while other requests compute (one more engine step), or within the step that needs the KV."""
-    chunk_tokens: int | None
+    chunk_tokens: int | None = field(default=None, metadata={"minimum": UNIT_TOKENS})
     """Tokens per stored chunk: a multiple of 16 and of every block size; by default the smallest from 64 on."""
-    secondary_tiers: tuple[Mapping[str, Any], ...]
+    secondary_tiers: tuple[Mapping[str, Any], ...] = ()
     """Tiers below host memory, nearest first, e.g. {"type": "fs", "path": ..., "max_bytes": ...}."""
-    weights_version: str | None
+    weights_version: str | None = None
     """Names the weights in keys instead of a fingerprint of the files; required for random weights."""
-    arena_dir: Path | None
+    arena_dir: str | None = None
     """Folder for the host tier's mapping when shared memory is too small."""
-    stall_timeout_s: float
+    stall_timeout_s: float = field(default=2.0, metadata={"minimum": 0})
     """A request waits for tiers below host memory at most this long without progress."""
-    shutdown_timeout_s: float
+    shutdown_timeout_s: float = field(default=30.0, metadata={"minimum": 0})
     """At shutdown, how long pending writes to the tiers may take."""
 
     @classmethod
     def parse(cls, extra_config: Mapping[str, Any]) -> OffloadingConfig:
         """Read `kv_connector_extra_config`. Raises ConfigError naming key, value and remedy."""
-        settings = Settings(extra_config, EXTRA_CONFIG)
-        cpu_bytes = settings.take_int("cpu_bytes_to_use", minimum=1)
-        arena_dir = settings.take_str("arena_dir")
-        config = cls(
-            cpu_bytes_to_use=cpu_bytes or 0,
-            load_async=settings.take_bool("load_async", True),
-            chunk_tokens=settings.take_int("chunk_tokens", minimum=UNIT_TOKENS),
-            secondary_tiers=tuple(settings.take_list("secondary_tiers")),
-            weights_version=settings.take_str("weights_version"),
-            arena_dir=Path(arena_dir) if arena_dir else None,
-            stall_timeout_s=settings.take_float("stall_timeout_s", 2.0),
-            shutdown_timeout_s=settings.take_float("shutdown_timeout_s", 30.0),
-        )
-        settings.finish()
-        if cpu_bytes is None:
-            raise ConfigError(f"{EXTRA_CONFIG}.cpu_bytes_to_use is missing: give the bytes of host memory for KV")
-        return config
+        return parse_settings(cls, extra_config, EXTRA_CONFIG)
 
 
 @dataclass(frozen=True, slots=True)

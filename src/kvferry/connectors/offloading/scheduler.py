@@ -133,7 +133,7 @@ class OffloadingSchedulerSide(SchedulerSide):
                 engine_id=self.host.engine_id,
                 num_slots=geometry.num_slots,
                 slot_bytes=geometry.slot_bytes,
-                directory=self.config.arena_dir,
+                directory=Path(self.config.arena_dir) if self.config.arena_dir else None,
             )
             undo.callback(arena.close)
             self._geometry = geometry
@@ -169,8 +169,6 @@ class OffloadingSchedulerSide(SchedulerSide):
     def shutdown(self) -> None:
         """Write what is still owed to the tiers (bounded), then close them and release the arena."""
         if self._store is not None:
-            if not self._store.flush(self.config.shutdown_timeout_s):
-                logger.warning("shutdown: some chunks were not written below host memory in time and are lost")
             self._store.close(self.config.shutdown_timeout_s)
             self._store = None
         if self._arena is not None:

@@ -141,7 +141,8 @@ class OffloadingWorkerSide(WorkerSide):
             self._wake.notify()
         if self._thread.is_alive():
             self._thread.join(_JOIN_TIMEOUT_S)
-        if self._arena is not None and not self._thread.is_alive():
+        if self._arena is not None and self._copier is not None and not self._thread.is_alive():
+            self._copier.unmap_host()
             self._arena.close()
 
     # ---- copy thread ------------------------------------------------------------------------------------------
@@ -194,4 +195,5 @@ class OffloadingWorkerSide(WorkerSide):
         with self._arena_lock:
             if self._arena is None or self._arena.info != info:
                 self._arena = Arena.attach(info)
+                self._copier.map_host(self._arena.address, info.num_slots * info.slot_bytes)
             return self._arena, self._layout, self._copier

@@ -1,0 +1,76 @@
+"""What README and docs tell people to type is what CI runs; their figures are those of committed results."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from kvferry.config import KVTransferConfig
+from kvferry.connectors.offloading.config import OffloadingConfig
+
+ROOT = Path(__file__).parents[2]
+PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])
+TEXT = {page.relative_to(ROOT).as_posix(): page.read_text() for page in PAGES}
+
+EXECUTED_BY = {
+    "make demo": ("Makefile", "kvferry demo"),
+    "make venv": ("Makefile", "test: venv"),
+    ".venv/bin/kvferry demo --json demo.json --plot demo.png": (
+        "tests/e2e/test_demo.py",
+        "kvferry demo --json demo.json --plot demo.png",
+    ),
+    "vllm serve": ("tests/vllm/test_smoke.py", '"kv_connector_module_path": "kvferry.vllm"'),
+}
+"""Command (or how it begins) -> the file that makes CI execute it, and the words there that do."""
+
+
+def blocks(language: str) -> list[tuple[str, str]]:
+    fence = re.compile(rf"^```{language}\n(.*?)^```", re.MULTILINE | re.DOTALL)
+    return [(name, match) for name, text in TEXT.items() for match in fence.findall(text)]
+
+
+COMMANDS = [(name, line) for name, block in blocks("console") for line in block.splitlines() if line.strip()]
+
+
+@pytest.mark.parametrize(("page", "command"), COMMANDS)
+def test_console_command_is_executed_by_ci(page: str, command: str) -> None:
+    ci = (ROOT / ".ci" / "run").read_text().splitlines()
+    if command in ci:
+        return
+    known = [start for start in EXECUTED_BY if command.startswith(start)]
+    assert known, f"{page} tells people to run {command!r}, which nothing executes"
+    file, words = EXECUTED_BY[known[0]]
+    assert words in (ROOT / file).read_text()
+
+
+@pytest.mark.parametrize(("page", "command"), [c for c in COMMANDS if "--kv-transfer-config" in c[1]])
+def test_vllm_line_is_a_valid_configuration(page: str, command: str) -> None:
+    words = shlex.split(command)
+    config = KVTransferConfig.parse(words[words.index("--kv-transfer-config") + 1])
+    assert config.kv_connector_module_path == "kvferry.vllm"
+    assert OffloadingConfig.parse(config.kv_connector_extra_config).secondary_tiers
+
+
+def test_make_targets_in_the_text_exist() -> None:
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    named = {target for text in TEXT.values() for target in re.findall(r"`make ([a-z-]+)`", text)}
+    assert named <= targets
+
+
+def test_links_between_pages_lead_somewhere() -> None:
+    for name, text in TEXT.items():
+        for link in re.findall(r"\]\(((?!https?:)[^)#]+)\)", text):
+            assert ((ROOT / name).parent / link).exists(), f"{name} links to {link}"
+
+
+def test_picture_in_readme_is_that_of_the_committed_run() -> None:
+    result = json.loads((ROOT / "bench" / "results" / "demo.json").read_text())
+    assert f"```text\n{result['terminal']}\n```" in TEXT["README.md"]
+
+
+def test_console_pages_are_found() -> None:
+    assert len(COMMANDS) >= 5, "the pattern for console blocks finds nothing"
