@@ -18,7 +18,7 @@ ARGS ?=
 # Spinning OpenMP threads and other processes on the same cores slow each other down threefold.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: venv venv-vllm demo test test-vllm lint bench clean
+.PHONY: venv venv-vllm demo test test-vllm test-gpu lint bench clean
 
 venv: .venv/.stamp
 venv-vllm: .venv-vllm/.stamp
@@ -47,7 +47,11 @@ demo: venv
 	@$(BIN)/kvferry demo $(ARGS)
 
 test: venv
-	@$(BIN)/python -m pytest --ignore=tests/vllm $(ARGS)
+	@$(BIN)/python -m pytest --ignore=tests/vllm --ignore=tests/gpu $(ARGS)
+
+# Needs a CUDA device and a CUDA build of torch in the python it is given; not part of CI.
+test-gpu:
+	@$(PYTHON) -m pytest tests/gpu -W default $(ARGS)
 
 test-vllm: venv-vllm
 	@$(VLLM_BIN)/python -m pytest tests/vllm -W default $(ARGS)

@@ -161,6 +161,44 @@ def test_abort_while_waiting_and_running(make_engine, tokens):
     assert engine.num_free_blocks == 32
 
 
+def test_idle_engine_checks_itself_now_and_then(make_engine, tokens):
+    engine = make_engine(connector=False)
+    engine.run(tokens(9))
+    block = engine.llm.scheduler.manager.block_pool.blocks[5]
+    block.ref_cnt += 1  # as a bug of ours would
+    engine.llm.generate(tokens(5), _params(max_tokens=2))
+    engine.clock.advance(11)
+    with pytest.raises(AssertionError, match="block 5"):
+        engine.llm.generate(tokens(5), _params(max_tokens=2))
+    block.ref_cnt -= 1
+    engine.llm.generate(tokens(5), _params(max_tokens=2))
+
+
+def test_abort_while_preempted_and_loaded(make_engine, script, tokens):
+    engine = make_engine(connector=False, num_kv_blocks=13, max_num_batched_tokens=32, enable_prefix_caching=False)
+    ids = [engine.add(tokens(8, seed=i), max_tokens=20) for i in range(3)]
+    while not engine.llm.scheduler.num_preemptions:
+        engine.step()
+    victim = engine.llm.scheduler.waiting[0].request_id
+    engine.llm.abort_request(victim)
+    outputs = engine.finish()
+    assert {outputs[r].outputs[0].finish_reason for r in ids} == {"abort", "length"}
+    assert 0 < len(outputs[victim].outputs[0].token_ids) < 20
+    engine.check(outputs[victim])
+
+    engine = make_engine(script(is_async=True), max_num_seqs=1)
+    engine.run(tokens(16, 1))
+    engine.forget()
+    loaded, running = engine.add(tokens(16, 1)), engine.add(tokens(9, 2), max_tokens=30)
+    while not engine.llm.scheduler.loaded:  # its load takes no place among the running; now it has to wait for one
+        engine.step()
+    engine.llm.abort_request(loaded)
+    outputs = engine.finish()
+    assert outputs[loaded].outputs[0].finish_reason == "abort"
+    engine.check(outputs[running])
+    assert engine.num_free_blocks == 32
+
+
 def test_generate_takes_all_prompt_forms_and_leaves_nothing_on_error(make_engine, tokens):
     llm = make_engine(connector=False).llm
     params = _params(max_tokens=2)

@@ -2,71 +2,23 @@
 
 from __future__ import annotations
 
-import pytest
-import torch
-import transformers
+import json
+import shutil
 
-from kvferry import LLM, SamplingParams
+import pytest
+
+from kvferry import LLM
 from kvferry.errors import ConfigError
 
-SMALL = {
-    "vocab_size": 97,
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 256,
-    "initializer_range": 0.3,
-    "bos_token_id": None,
-    "eos_token_id": None,
-    "pad_token_id": 0,
-}
 
-
-def save(folder, family, **settings):
-    torch.manual_seed(1)
-    config = getattr(transformers, f"{family}Config")(**settings)
-    getattr(transformers, f"{family}ForCausalLM")(config).save_pretrained(folder)
-    return folder
-
-
-@pytest.mark.parametrize("family", ["Llama", "Qwen2", "Qwen3", "Mistral"])
-def test_families_answer_as_transformers_does(tmp_path, reference, family):
-    extra = {"sliding_window": None} if family == "Mistral" else {}
-    folder = save(tmp_path / family, family, **SMALL, **extra)
-    prompts = [[5, 6, 7], list(range(1, 60))]
-    with LLM(folder, block_size=4, max_num_batched_tokens=20) as llm:
-        for output in llm.generate(prompts, SamplingParams(max_tokens=12, temperature=0)):
-            reference(folder).check(output.prompt_token_ids, output.outputs[0].token_ids)
-
-
-@pytest.mark.parametrize(
-    ("family", "settings", "message"),
-    [
-        ("Mistral", SMALL | {"sliding_window": 16}, "MistralForCausalLM is not supported.*sliding window"),
-        ("Gemma2", SMALL | {"head_dim": 8}, "Gemma2ForCausalLM is not supported"),
-        (
-            "Bloom",
-            {"vocab_size": 97, "hidden_size": 32, "n_layer": 2, "n_head": 4},
-            "BloomForCausalLM is not supported",
-        ),
-        (
-            "Mamba",
-            {"vocab_size": 97, "hidden_size": 32, "num_hidden_layers": 2, "state_size": 4},
-            "Mamba.* is not supported",
-        ),
-        (
-            "Llama",
-            SMALL | {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}},
-            "LlamaForCausalLM is not supported.*dynamic",
-        ),
-    ],
-    ids=["sliding-window", "softcap", "alibi", "recurrent", "dynamic-rope"],
-)
-def test_unsupported_architectures_are_refused_by_name(tmp_path, family, settings, message):
-    with pytest.raises(ConfigError, match=message):
-        LLM(save(tmp_path / family, family, **settings))
+def test_a_local_layer_that_hides_its_window_is_refused(tiny_llama, tmp_path):
+    folder = tmp_path / "local"
+    shutil.copytree(tiny_llama, folder)
+    config = json.loads((folder / "config.json").read_text())
+    config["layer_types"] = ["full_attention", "chunked_attention", "full_attention"]
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ConfigError, match="LlamaForCausalLM is not supported: its layer 1 is 'chunked_attention'"):
+        LLM(folder)
 
 
 def test_self_check_refuses_a_model_that_would_answer_wrongly(tiny_llama, monkeypatch):

@@ -70,6 +70,9 @@ def _read_document(path: Path | None) -> str:
         raise ConfigError(f"cannot read the document {str(path)!r}: {error}") from error
 
 
+_NEAR_TIE = 1e-4
+
+
 @dataclass(slots=True)
 class _Answer:
     """A child's answer to one question."""
@@ -80,6 +83,8 @@ class _Answer:
     tokens_from_disk: int
     tokens_computed: int
     token_ids: list[int]
+    logit_gaps: list[float]
+    """Per token, how far the first choice was ahead of the second; of the reference only."""
     text: str
     block_digests: list[str]
     """SHA-256 of every full block of the prompt, read from the pool right after the first token."""
@@ -87,6 +92,16 @@ class _Answer:
     @property
     def tokens_loaded(self) -> int:
         return self.tokens_from_host + self.tokens_from_disk
+
+
+def _compare_tokens(answer: _Answer, reference: _Answer) -> tuple[bool, str]:
+    """(equal?, remark). From the first near tie of the reference's two best logits on, either answer is right."""
+    for position, gap in enumerate(reference.logit_gaps):
+        if gap < _NEAR_TIE:
+            return True, f" (up to a near tie at token {position})"
+        if answer.token_ids[position] != reference.token_ids[position]:
+            return False, f" (token {position} differs)"
+    return len(answer.token_ids) == len(reference.logit_gaps), ""
 
 
 @dataclass(slots=True)
@@ -186,9 +201,9 @@ class _Demo:
         acts = []
         for name, question in _QUESTION_OF.items():
             answer = self.answers[name]
-            tokens_equal = answer.token_ids == reference[question].token_ids
+            tokens_equal, remark = _compare_tokens(answer, reference[question])
             kv_equal = self._kv_equal(name, answer, shape)
-            self._prove(tokens_equal, f"{name}: answers as an engine without connector and prefix cache does")
+            self._prove(tokens_equal, f"{name}: answers as an engine without connector and prefix cache does{remark}")
             self._prove(kv_equal, f"{name}: the KV bytes are those the cold process computed")
             acts.append(self._act(name, answer, kv_equal, tokens_equal))
         return Report(acts, self.proofs, self._context(shape, stored))
@@ -230,7 +245,10 @@ class _Demo:
         """Seconds to the first token when all but the computed tail is in the engine's own cache."""
         known = self.answers[act].tokens_loaded
         with self.console.status("measuring the prefill of the tail"):
-            answer = engine.call("time_tail", question=_QUESTION_OF[act], num_known_tokens=known)
+            first_token = 200 + 100 * list(_QUESTION_OF).index(act)
+            answer = engine.call(
+                "time_tail", question=_QUESTION_OF[act], num_known_tokens=known, first_token=first_token
+            )
         return float(answer["seconds"])
 
     def _measure_copy(self, engine: EngineProcess, answer: _Answer, shape: dict[str, Any]) -> float:

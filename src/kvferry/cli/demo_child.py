@@ -11,6 +11,7 @@ import logging
 import os
 import sys
 import time
+from collections.abc import Iterable
 from itertools import takewhile
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ import torch
 
 from kvferry import LLM, SamplingParams
 from kvferry.engine import RequestOutput
+from kvferry.engine.request import Logprob
 from kvferry.errors import ConfigError, KVFerryError
 from kvferry.fingerprint import fingerprint_folder
 from kvferry.hashing import Identity, KeyChain, store_key
@@ -72,19 +74,19 @@ class DemoEngine:
 
     def ask(self, question: int) -> dict[str, Any]:
         """Answer a question. Digests of the prompt's blocks are taken once the first token is there."""
-        before = _hit_tokens(self._llm)
         prompt = self._prompts[question]
         output, digests = self._run(prompt, MAX_TOKENS)
-        from_host, from_disk = (now - then for now, then in zip(_hit_tokens(self._llm), before, strict=True))
-        if from_host + from_disk != output.num_external_tokens:  # a load failed after it had been claimed
-            raise KVFerryError(f"{from_host} + {from_disk} tokens were claimed, {output.num_external_tokens} loaded")
+        sources = output.external_hit_sources
+        if sum(sources.values()) != output.num_external_tokens:  # a load failed after it had been claimed
+            raise KVFerryError(f"{sources} tokens were claimed, {output.num_external_tokens} loaded")
         return {
             "ttft_s": output.metrics.ttft_s,
             "prompt_tokens": len(prompt),
-            "tokens_from_host": from_host,
-            "tokens_from_disk": from_disk,
+            "tokens_from_host": sources.get("host", 0),
+            "tokens_from_disk": sources.get("disk", 0),
             "tokens_computed": len(prompt) - output.num_cached_tokens,
             "token_ids": output.outputs[0].token_ids,
+            "logit_gaps": [_gap(at_token.values()) for at_token in output.outputs[0].logprobs or ()],
             "text": output.outputs[0].text,
             "block_digests": digests,
         }
@@ -111,15 +113,16 @@ class DemoEngine:
         num_poisoned = int((self._pool == POISON).all(axis=1).sum())
         return {"num_blocks": len(self._pool), "num_poisoned": num_poisoned, "poison": POISON}
 
-    def time_tail(self, question: int, num_known_tokens: int) -> dict[str, Any]:
+    def time_tail(self, question: int, num_known_tokens: int, first_token: int) -> dict[str, Any]:
         """Seconds to the first token when the first `num_known_tokens` are in the engine's own cache; best of some.
 
-        The prompt is the question's with another token there, so that exactly the tail is computed.
+        The prompt is the question's with another token there (from `first_token` on; each engine has its own, since
+        what one engine computes the next finds on disk), so that exactly the tail is computed.
         """
         prompt = list(self._prompts[question])
         seconds: list[float] = []
         while len(seconds) < _TAIL_REPEATS and sum(seconds) < _TAIL_BUDGET_S:
-            prompt[num_known_tokens] = 200 + len(seconds)
+            prompt[num_known_tokens] = first_token + len(seconds)
             output, _ = self._run(prompt, max_tokens=1)
             if output.num_cached_tokens != num_known_tokens or output.num_external_tokens:
                 raise KVFerryError(f"{output.num_cached_tokens} tokens were in the cache, not {num_known_tokens}")
@@ -144,7 +147,8 @@ class DemoEngine:
 
     def _run(self, prompt: list[int], max_tokens: int) -> tuple[RequestOutput, list[str]]:
         """Generate greedily; also the digests of the prompt's full blocks, taken right after the first token."""
-        params = SamplingParams(max_tokens=max_tokens, temperature=0, ignore_eos=True)
+        logprobs = 2 if self._store is None else None  # only of the reference, which nobody times
+        params = SamplingParams(max_tokens=max_tokens, temperature=0, ignore_eos=True, logprobs=logprobs)
         request_id = self._llm.add_request(prompt, params)
         digests: list[str] = []
         while True:
@@ -202,13 +206,10 @@ def _pool_bytes(llm: LLM) -> np.ndarray[Any, np.dtype[np.uint8]]:
     return flat.view(config.num_blocks, -1).numpy()
 
 
-def _hit_tokens(llm: LLM) -> tuple[int, int]:
-    """(tokens from host memory, tokens from disk) that the connector has claimed so far."""
-    guard = llm._hosted.scheduler._guard
-    if guard is None:
-        return 0, 0
-    counters = guard.connector._scheduler_side.counters  # type: ignore[attr-defined]
-    return counters.host_hit_tokens, counters.disk_hit_tokens
+def _gap(candidates: Iterable[Logprob]) -> float:
+    """How much likelier the first choice was than the second (difference of their logits)."""
+    first, second = sorted((candidate.logprob for candidate in candidates), reverse=True)[:2]
+    return first - second
 
 
 def _answer(engine: DemoEngine | None, command: dict[str, Any]) -> tuple[DemoEngine | None, dict[str, Any]]:

@@ -11,6 +11,7 @@ from rich.console import Console
 
 import kvferry
 from kvferry.cli.demo import DemoOptions, run_demo
+from kvferry.cli.serve import serve
 from kvferry.errors import KVFerryError
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
@@ -51,6 +52,9 @@ def demo(
     if plot is not None:
         report.write_plot(plot)
     raise typer.Exit(0 if report.held else 1)
+
+
+app.command()(serve)
 
 
 def main() -> None:

@@ -11,17 +11,24 @@ the pool and nowhere else.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
-from kvferry.engine.kv_groups import KVBuffer, layer_name
+from kvferry.engine.kv_groups import KVBuffer, LayerKV, layer_name
 from kvferry.engine.kv_manager import BlockIds
-from kvferry.errors import HostError
 
 ATTENTION_NAME = "kvferry_paged"
 _QUERY_BLOCK_TOKENS = 64  # scores of one block stay in cache
+_BUCKET_TOKENS = 4096  # KV of one decode bucket stays in cache
+_LEAST_FILL = 0.75  # of a bucket's longest sequence, what each must have
+
+
+running_step: ContextVar[Any] = ContextVar("running_step")
+"""The PagedAttention of this thread's forward. Not an argument: some models hand none on to their attention."""
 
 
 class LayerHooks(Protocol):
@@ -101,16 +108,30 @@ def pack_batch(chunks: Sequence[SequenceChunk], block_size: int, device: str) ->
     )
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class AttentionOptions:
+    """What a layer adds to plain attention."""
+
+    scale: float
+    window_tokens: int | None = None
+    """A token sees itself and the `window_tokens - 1` before it. KV is kept of all tokens all the same."""
+    softcap: float | None = None
+    sinks: torch.Tensor | None = None
+    """[heads]: a logit per head that takes weight and gives no value."""
+
+
 class PagedAttention:
-    """One step's attention over one buffer; travels through the model as the keyword argument `paged`."""
+    """One step's attention over one buffer; `running_step` while the model runs."""
 
     def __init__(self, batch: PackedBatch, kv: KVBuffer, hooks: LayerHooks) -> None:
         self._batch = batch
         self._kv = kv
         self._hooks = hooks
+        self._prefills = [seq for seq in batch.sequences if seq.end - seq.start > 1]
+        self._decodes = [DecodeBucket(bucket) for bucket in bucket_decodes(batch.sequences)]
 
     def attend(
-        self, layer_index: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float, _: Any
+        self, layer_index: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, options: AttentionOptions
     ) -> torch.Tensor:
         """Query [heads, tokens, head_size] and new K and V [kv heads, tokens, ...] -> [1, tokens, heads, size_v]."""
         name = layer_name(layer_index)
@@ -119,15 +140,74 @@ class PagedAttention:
         layer.write(key.transpose(0, 1), value.transpose(0, 1), batch.write_blocks[layer.group_id], batch.write_offsets)
         num_heads, num_tokens, _size = query.shape
         out = query.new_empty(num_tokens, num_heads, value.shape[-1])
-        query = query * scale
-        for seq in batch.sequences:
+        query = query * options.scale
+        for seq in self._prefills:
             keys, values = layer.read(seq.block_tables[layer.group_id], seq.kv_tokens)
-            out[seq.start : seq.end] = causal_attention(query[:, seq.start : seq.end], keys, values)
+            out[seq.start : seq.end] = causal_attention(query[:, seq.start : seq.end], keys, values, options)
+        for bucket in self._decodes:
+            out[bucket.rows] = bucket.attend(query.transpose(0, 1)[bucket.rows], layer, options)
         self._hooks.after_layer(name, layer.kv_cache, batch)
         return out[None]
 
 
-def causal_attention(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+def bucket_decodes(sequences: Sequence[PackedSequence]) -> list[list[PackedSequence]]:
+    """Single-token sequences in buckets of like length: little padding, and KV that stays in cache while it is used."""
+    buckets: list[list[PackedSequence]] = []
+    longest = 0
+    for seq in sorted((s for s in sequences if s.end - s.start == 1), key=lambda s: -s.kv_tokens):
+        is_alike = seq.kv_tokens >= longest * _LEAST_FILL
+        if not buckets or not is_alike or longest * (len(buckets[-1]) + 1) > _BUCKET_TOKENS:
+            buckets.append([])
+            longest = seq.kv_tokens
+        buckets[-1].append(seq)
+    return buckets
+
+
+class DecodeBucket:
+    """Sequences with one new token each, attended to as one padded batch; the first is the longest."""
+
+    def __init__(self, sequences: Sequence[PackedSequence]) -> None:
+        self._sequences = sequences
+        self._longest, self._shortest = sequences[0].kv_tokens, sequences[-1].kv_tokens
+        device = sequences[0].block_tables[0].device
+        self.rows = torch.tensor([seq.start for seq in sequences], device=device)
+        self._tables = tuple(pad_sequence(tables, batch_first=True) for tables in self._tables_by_group())
+        ends = torch.tensor([seq.kv_tokens for seq in sequences], device=device)[:, None]
+        self._after_end = torch.arange(self._longest, device=device)[None] - ends  # [sequences, tokens], < 0: a token
+
+    def _tables_by_group(self) -> list[list[torch.Tensor]]:
+        return [list(tables) for tables in zip(*(seq.block_tables for seq in self._sequences), strict=True)]
+
+    def attend(self, query: torch.Tensor, layer: LayerKV, options: AttentionOptions) -> torch.Tensor:
+        """Query [sequences, heads, size], already scaled -> [sequences, heads, size_v]."""
+        keys, values = layer.read_padded(self._tables[layer.group_id], self._longest)
+        num_seqs, num_heads, size = query.shape
+        num_kv_heads = keys.shape[1]
+        # Contiguous copies: the batched products over strided KV take two to four times as long.
+        keys, values = (x.reshape(num_seqs * num_kv_heads, self._longest, -1).contiguous() for x in (keys, values))
+        if self._shortest < self._longest:  # a weight of 0 does not undo a NaN that an earlier owner left there
+            tail = (self._after_end[:, self._shortest :] >= 0).repeat_interleave(num_kv_heads, 0)
+            values[:, self._shortest :].masked_fill_(tail[..., None], 0)
+        scores = torch.bmm(query.reshape(num_seqs * num_kv_heads, -1, size), keys.transpose(1, 2))
+        scores = _cap(scores.view(num_seqs, num_heads, -1), options)
+        hidden = self._hidden(options.window_tokens)
+        if hidden is not None:
+            scores.masked_fill_(hidden[:, None], float("-inf"))
+        weights = _weights(scores, options.sinks)
+        mixed = torch.bmm(weights.view(num_seqs * num_kv_heads, -1, self._longest), values)
+        return mixed.view(num_seqs, num_heads, -1)
+
+    def _hidden(self, window_tokens: int | None) -> torch.Tensor | None:
+        """[sequences, tokens]: True where a sequence must not look; None when all look everywhere."""
+        has_padding = self._shortest < self._longest
+        if window_tokens is None or window_tokens >= self._longest:
+            return self._after_end >= 0 if has_padding else None
+        return (self._after_end >= 0) | (self._after_end < -window_tokens)
+
+
+def causal_attention(
+    query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, options: AttentionOptions
+) -> torch.Tensor:
     """Attention of the last tokens of a sequence to all of it.
 
     `query` [heads, tokens, size], already scaled; `keys`, `values` [kv heads, kv tokens, size]; the last query is at
@@ -137,24 +217,51 @@ def causal_attention(query: torch.Tensor, keys: torch.Tensor, values: torch.Tens
     num_heads, num_tokens, size = query.shape
     num_kv_heads, kv_tokens, _ = keys.shape
     folded = query.reshape(num_kv_heads, num_heads // num_kv_heads, num_tokens, size)
-    out = []
+    keys, values = keys.contiguous(), values.contiguous()
+    out = query.new_empty(num_tokens, num_heads, values.shape[-1])
     for start in range(0, num_tokens, _QUERY_BLOCK_TOKENS):
         end = min(start + _QUERY_BLOCK_TOKENS, num_tokens)
         rows, visible = end - start, kv_tokens - num_tokens + end
+        window = options.window_tokens or visible
+        first_key = max(0, visible - rows + 1 - window)
         block = folded[:, :, start:end].reshape(num_kv_heads, -1, size)
-        scores = torch.bmm(block, keys[:, :visible].transpose(1, 2))
-        if rows > 1:
-            _mask_future(scores.view(num_kv_heads, -1, rows, visible)[..., visible - rows :])
-        weights = torch.softmax(scores, dim=-1)
-        mixed = torch.bmm(weights, values[:, :visible])
-        out.append(mixed.view(num_heads, rows, -1).transpose(0, 1))
-    return out[0] if len(out) == 1 else torch.cat(out)
+        scores = _cap(torch.bmm(block, keys[:, first_key:visible].transpose(1, 2)), options)
+        scores = scores.view(num_heads, rows, -1)
+        _mask_future(scores[..., -rows:])
+        if visible > window:
+            _mask_past(scores, visible - first_key - window)
+        sinks = None if options.sinks is None else options.sinks[:, None]
+        weights = _weights(scores, sinks).view(num_kv_heads, -1, visible - first_key)
+        mixed = torch.bmm(weights, values[:, first_key:visible])
+        out[start:end] = mixed.view(num_heads, rows, -1).transpose(0, 1)
+    return out
 
 
 def _mask_future(scores: torch.Tensor) -> None:
+    """Hide from each query, at the diagonal of the square [..., rows, rows], what comes after it."""
     rows = scores.shape[-1]
-    future = torch.ones(rows, rows, dtype=torch.bool, device=scores.device).triu_(1)
-    scores.masked_fill_(future, float("-inf"))
+    if rows > 1:
+        future = torch.ones(rows, rows, dtype=torch.bool, device=scores.device).triu_(1)
+        scores.masked_fill_(future, float("-inf"))
+
+
+def _mask_past(scores: torch.Tensor, num_last_hidden: int) -> None:
+    """Hide what left the window: the last of [..., rows, keys] loses `num_last_hidden` keys, each before one less."""
+    rows = scores.shape[-2]
+    past = torch.ones(rows, num_last_hidden, dtype=torch.bool, device=scores.device).tril_(num_last_hidden - rows)
+    scores[..., :num_last_hidden].masked_fill_(past, float("-inf"))
+
+
+def _cap(scores: torch.Tensor, options: AttentionOptions) -> torch.Tensor:
+    return scores if options.softcap is None else torch.tanh(scores / options.softcap) * options.softcap
+
+
+def _weights(scores: torch.Tensor, sinks: torch.Tensor | None) -> torch.Tensor:
+    """Softmax over the last dimension; `sinks` broadcasts to the others and takes its share of the weight."""
+    if sinks is None:
+        return torch.softmax(scores, dim=-1)
+    with_sinks = torch.cat((scores, sinks.to(scores.dtype).expand(*scores.shape[:-1])[..., None]), dim=-1)
+    return torch.softmax(with_sinks, dim=-1)[..., :-1].contiguous()
 
 
 def paged_attention(
@@ -164,11 +271,13 @@ def paged_attention(
     value: torch.Tensor,
     attention_mask: torch.Tensor | None,
     scaling: float | None = None,
-    paged: Any = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
     """What transformers calls in every attention layer; [1, heads, tokens, size] in, [1, tokens, heads, size] out."""
-    if paged is None:
-        raise HostError(f"{type(module).__name__} does not hand keyword arguments on to its attention")
-    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    return paged.attend(module.layer_idx, query[0], key[0], value[0], scale, kwargs), None
+    options = AttentionOptions(
+        scale=query.shape[-1] ** -0.5 if scaling is None else scaling,
+        window_tokens=kwargs.get("sliding_window"),
+        softcap=kwargs.get("softcap"),
+        sinks=kwargs.get("s_aux"),
+    )
+    return running_step.get().attend(module.layer_idx, query[0], key[0], value[0], options), None

@@ -137,6 +137,12 @@ class LayerKV:
 
     def read(self, block_ids: torch.Tensor, num_tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Copies of K and V of the first `num_tokens` tokens of a block table: [heads, tokens, head_size]."""
-        pages = self._pages.index_select(0, self.page_rows(block_ids))
-        rows = pages.view(-1, self.spec.num_kv_heads, self.spec.content_size)[:num_tokens].transpose(0, 1)
+        keys, values = self.read_padded(block_ids[None], num_tokens)
+        return keys[0], values[0]
+
+    def read_padded(self, block_tables: torch.Tensor, num_tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """The same of several tables [sequences, blocks] at once: [sequences, heads, tokens, head_size]."""
+        pages = self._pages.index_select(0, self.page_rows(block_tables.flatten()))
+        rows = pages.view(len(block_tables), -1, self.spec.num_kv_heads, self.spec.content_size)[:, :num_tokens]
+        rows = rows.transpose(1, 2)
         return rows[..., : self.spec.head_size], rows[..., self.spec.head_size :]

@@ -262,7 +262,8 @@ class LLM:
 
         False, and the engine's cache untouched, while any block is held (running requests, sends, pins).
         """
-        self._tie_loose_ends()
+        if not self.scheduler.has_unfinished_requests():
+            self._tie_loose_ends()
         done = self.scheduler.manager.reset_prefix_cache()
         if reset_connector:
             done &= self._hosted.scheduler.reset_cache()

@@ -10,11 +10,12 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+import json
 import logging
 import shutil
 import struct
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
@@ -27,6 +28,7 @@ from transformers.utils import logging as transformers_logging
 from kvferry.config import cache_dir
 from kvferry.engine.attention import (
     ATTENTION_NAME,
+    AttentionOptions,
     LayerHooks,
     PackedBatch,
     PagedAttention,
@@ -34,13 +36,15 @@ from kvferry.engine.attention import (
     causal_attention,
     pack_batch,
     paged_attention,
+    running_step,
 )
 from kvferry.engine.kv_groups import KVBuffer, LayerGeometry, full_attention_specs, kv_cache_config_for
-from kvferry.errors import ConfigError, HostError
+from kvferry.engine.linears import pack_linears
+from kvferry.errors import ConfigError
 
 logger = logging.getLogger(__name__)
 
-_CONVERSION_VERSION = 1
+_CONVERSION_VERSION = 2
 _BATCH_DEPENDENT_ROPE = ("dynamic", "longrope")
 # What transformers and the file formats below it raise for files and architectures they cannot take.
 _LOADING_ERRORS = (
@@ -137,6 +141,11 @@ def _convert_gguf(path: Path, folder: Path) -> None:
         del model.config.quantization_config
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+    # The same weights must have the same fingerprint whichever version of transformers converted them.
+    config_file = folder / "config.json"
+    config = json.loads(config_file.read_text())
+    config.pop("transformers_version", None)
+    config_file.write_text(json.dumps(config, indent=2, sort_keys=True))
 
 
 def _rename_unless_there(partial: Path, folder: Path) -> None:
@@ -187,8 +196,9 @@ def _refuse_unsupported(config: Any, name: str) -> None:
     if getattr(config, "is_encoder_decoder", False):
         raise ConfigError(f"{name} is not supported: it is an encoder-decoder; the engine runs decoder-only models")
     rope = getattr(config, "rope_parameters", None) or {}
-    kind = rope.get("rope_type", "default") if isinstance(rope, dict) else "default"
-    if kind in _BATCH_DEPENDENT_ROPE:
+    # One set of parameters, or one per kind of layer.
+    kinds = [part.get("rope_type") for part in (rope, *rope.values()) if isinstance(part, dict)]
+    for kind in (kind for kind in kinds if kind in _BATCH_DEPENDENT_ROPE):
         raise ConfigError(f"{name} is not supported: rope_type {kind!r} makes a token's KV depend on its batch")
 
 
@@ -210,6 +220,7 @@ class HFModel:
         has_tokenizer = any((folder / name).is_file() for name in _TOKENIZER_FILES)
         self.tokenizer: Any = AutoTokenizer.from_pretrained(folder) if has_tokenizer else None
         plain = _plain_logits(model, self._check_token_ids)
+        pack_linears(model)
         AttentionInterface.register(ATTENTION_NAME, paged_attention)
         try:
             model.set_attn_implementation(ATTENTION_NAME)
@@ -223,16 +234,20 @@ class HFModel:
         """One forward over all tokens of a step; logits [len(batch.logits_rows), vocabulary]."""
         return self._run(batch, PagedAttention(batch, kv, hooks))
 
-    def _run(self, batch: PackedBatch, paged: Any) -> torch.Tensor:
-        # use_cache=False: the config's default would have the model build a cache of its own.
-        logits: torch.Tensor = self._model(
-            input_ids=batch.input_ids[None],
-            position_ids=batch.positions[None],
-            use_cache=False,
-            logits_to_keep=batch.logits_rows,
-            paged=paged,
-        ).logits
-        return logits[0]
+    def _run(self, batch: PackedBatch, step: Any) -> torch.Tensor:
+        token = running_step.set(step)
+        try:
+            # use_cache=False: the config's default would have the model build a cache of its own.
+            logits: torch.Tensor = self._model(
+                input_ids=batch.input_ids[None],
+                position_ids=batch.positions[None],
+                use_cache=False,
+                logits_to_keep=batch.logits_rows,
+            ).logits
+        finally:
+            running_step.reset(token)
+        # Some models know no `logits_to_keep` and answer for every token.
+        return logits[0] if logits.shape[1] == len(batch.logits_rows) else logits[0, batch.logits_rows]
 
     @property
     def _check_token_ids(self) -> list[int]:
@@ -240,25 +255,33 @@ class HFModel:
 
     @torch.inference_mode()
     def _probe_layers(self) -> list[LayerGeometry]:
-        """Learn each layer's KV shape by running one token, and refuse attention that is not plain and full."""
+        """Learn each layer's KV shape by running one token, and refuse what keeps other state."""
         probe = _LayerProbe()
         batch = pack_batch([SequenceChunk(self._check_token_ids[:1], 0, ([0],), True)], 1, self._device)
         try:
             self._run(batch, probe)
-        except (*_LOADING_ERRORS, HostError) as err:
+        except _LOADING_ERRORS as err:
             raise ConfigError(f"{self._architecture} is not supported: its paged forward fails: {err}") from err
-        if probe.unsupported:
-            raise ConfigError(
-                f"{self._architecture} is not supported: it needs {', '.join(sorted(probe.unsupported))}; "
-                "the engine has full attention only"
-            )
         num_layers = int(self.hf_config.get_text_config().num_hidden_layers)
         if sorted(probe.layers) != list(range(num_layers)):
             raise ConfigError(
                 f"{self._architecture} is not supported: of its {num_layers} layers, {len(probe.layers)} use "
-                "exchangeable attention; the others keep state the engine cannot page"
+                "exchangeable attention; the others have one of their own, or keep state the engine cannot page"
             )
+        self._check_windows(probe.windows)
         return [probe.layers[i] for i in range(num_layers)]
+
+    def _check_windows(self, windows: Mapping[int, int | None]) -> None:
+        """Layers with a local view must tell it to their attention: the masks the others rely on are not made here."""
+        config = self.hf_config.get_text_config()
+        default = "full_attention" if getattr(config, "sliding_window", None) is None else "sliding_attention"
+        kinds = getattr(config, "layer_types", None) or [default] * len(windows)
+        for index, kind in enumerate(kinds):
+            if kind != "full_attention" and windows[index] is None:
+                raise ConfigError(
+                    f"{self._architecture} is not supported: its layer {index} is {kind!r} and does not hand "
+                    "the attention its window"
+                )
 
     def _self_check(self, plain: torch.Tensor) -> None:
         """Compare plain logits with a paged forward's: scattered blocks, two chunks, a neighbour in the batch."""
@@ -283,7 +306,7 @@ class _LayerProbe:
 
     def __init__(self) -> None:
         self.layers: dict[int, LayerGeometry] = {}
-        self.unsupported: set[str] = set()
+        self.windows: dict[int, int | None] = {}
 
     def attend(
         self,
@@ -291,13 +314,11 @@ class _LayerProbe:
         query: torch.Tensor,
         key: torch.Tensor,
         value: torch.Tensor,
-        scale: float,
-        options: dict[str, Any],
+        options: AttentionOptions,
     ) -> torch.Tensor:
         self.layers[layer_index] = LayerGeometry(key.shape[0], key.shape[2], value.shape[2])
-        names = {"sliding_window": "a sliding window", "softcap": "a logit soft cap", "s_aux": "attention sinks"}
-        self.unsupported |= {text for option, text in names.items() if options.get(option) is not None}
-        return causal_attention(query * scale, key, value)[None]
+        self.windows[layer_index] = options.window_tokens
+        return causal_attention(query * options.scale, key, value, options)[None]
 
 
 @torch.inference_mode()

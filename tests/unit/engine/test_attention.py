@@ -6,12 +6,23 @@ import pytest
 import torch
 
 from kvferry.contract import FullAttentionSpec, KVCacheConfig
-from kvferry.engine.attention import SequenceChunk, causal_attention, pack_batch
-from kvferry.engine.kv_groups import KVBuffer, LayerGeometry, full_attention_specs, kv_cache_config_for
+from kvferry.engine.attention import (
+    AttentionOptions,
+    PackedSequence,
+    PagedAttention,
+    SequenceChunk,
+    bucket_decodes,
+    causal_attention,
+    pack_batch,
+)
+from kvferry.engine.kv_groups import KVBuffer, LayerGeometry, full_attention_specs, kv_cache_config_for, layer_name
+from kvferry.engine.model_loader import NoHooks
 from kvferry.errors import ConfigError
 
+PLAIN = AttentionOptions(scale=1.0)
 
-def slow_attention(query, keys, values):
+
+def slow_attention(query, keys, values, options=PLAIN):
     """One query, one head at a time."""
     num_heads, num_tokens, _ = query.shape
     num_kv_heads, kv_tokens, _ = keys.shape
@@ -20,19 +31,67 @@ def slow_attention(query, keys, values):
         kv_head = head // (num_heads // num_kv_heads)
         for i in range(num_tokens):
             visible = kv_tokens - num_tokens + i + 1
-            weights = torch.softmax(keys[kv_head, :visible] @ query[head, i], dim=0)
-            out[i, head] = weights @ values[kv_head, :visible]
+            first = max(0, visible - (options.window_tokens or visible))
+            scores = keys[kv_head, first:visible] @ query[head, i]
+            if options.softcap is not None:
+                scores = options.softcap * torch.tanh(scores / options.softcap)
+            weights = scores.exp()
+            sink = 0.0 if options.sinks is None else options.sinks[head].exp()
+            out[i, head] = weights @ values[kv_head, first:visible] / (weights.sum() + sink)
     return out
 
 
+OPTIONS = {
+    "plain": PLAIN,
+    "window": AttentionOptions(1.0, window_tokens=9),
+    "long window": AttentionOptions(1.0, window_tokens=100),
+    "softcap": AttentionOptions(1.0, softcap=2.0),
+    "sinks": AttentionOptions(1.0, sinks=torch.tensor([0.5, -1.0, 2.0, 0.0, 3.0, 1.0])),
+    "all": AttentionOptions(1.0, window_tokens=9, softcap=2.0, sinks=torch.arange(6.0)),
+}
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
 @pytest.mark.parametrize(
-    ("num_tokens", "kv_tokens"), [(1, 1), (1, 40), (7, 7), (5, 33), (128, 128), (129, 300), (260, 260)]
+    ("num_tokens", "kv_tokens"), [(1, 1), (1, 40), (7, 7), (5, 33), (64, 64), (128, 128), (129, 300), (9, 18)]
 )
-def test_causal_attention_equals_the_slow_form(num_tokens, kv_tokens):
+def test_causal_attention_equals_the_slow_form(num_tokens, kv_tokens, options):
     torch.manual_seed(num_tokens)
     query, keys = torch.randn(6, num_tokens, 8), torch.randn(2, kv_tokens, 8)
     values = torch.randn(2, kv_tokens, 5)
-    torch.testing.assert_close(causal_attention(query, keys, values), slow_attention(query, keys, values))
+    torch.testing.assert_close(
+        causal_attention(query, keys, values, options), slow_attention(query, keys, values, options)
+    )
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
+@pytest.mark.parametrize("lengths", [[1], [40], [13, 13], [5, 40, 33, 36, 31, 1, 39]])
+def test_a_mixed_batch_equals_the_slow_form_and_never_reads_past_an_end(lengths, options):
+    """Decodes in padded buckets beside a prefill, every byte outside the sequences NaN."""
+    torch.manual_seed(len(lengths))
+    specs = full_attention_specs([LayerGeometry(2, 8, 5)], 4, torch.float32)
+    kv = KVBuffer(kv_cache_config_for(90, [specs]), "cpu")
+    view = kv.views()[layer_name(0)]
+    view.fill_(float("nan"))
+    free = torch.randperm(89).add(1).tolist()
+    chunks, expected = [], []
+    for length, num_new in [*((n, 1) for n in lengths), (22, 6)]:
+        table = [free.pop() for _ in range(-(-length // 4))]
+        keys, values, query = torch.randn(2, length, 8), torch.randn(2, length, 5), torch.randn(6, num_new, 8)
+        for position in range(length - num_new):
+            view[table[position // 4], :, position % 4] = torch.cat((keys[:, position], values[:, position]), -1)
+        chunks.append((SequenceChunk([0] * num_new, length - num_new, (table,), True), query, keys, values))
+        expected.append(slow_attention(query, keys, values, options))
+    paged = PagedAttention(pack_batch([c[0] for c in chunks], 4, "cpu"), kv, NoHooks())
+    new = [torch.cat([c[i][:, -c[1].shape[1] :] for c in chunks], 1) for i in (1, 2, 3)]
+    torch.testing.assert_close(paged.attend(0, *new, options)[0], torch.cat(expected))
+
+
+def test_buckets_hold_like_lengths_and_are_bounded():
+    lengths = [10, 2000, 9, 1900, 1000, 1800, 8, 7]
+    sequences = [PackedSequence(i, i + 1, n, ()) for i, n in enumerate(lengths)]
+    buckets = bucket_decodes([*sequences, PackedSequence(8, 12, 100, ())])
+    assert [[s.kv_tokens for s in b] for b in buckets] == [[2000, 1900], [1800], [1000], [10, 9, 8], [7]]
 
 
 def buffer(num_blocks=5, block_size=4, layers=3, dtype=torch.float16) -> KVBuffer:

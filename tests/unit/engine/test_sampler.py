@@ -7,10 +7,11 @@ import math
 import numpy as np
 import pytest
 import torch
+from transformers import TopPLogitsWarper
 
 from kvferry.engine.config import SamplingParams
 from kvferry.engine.request import Request, SampledToken
-from kvferry.engine.sampler import sample
+from kvferry.engine.sampler import nucleus, sample
 
 LOGITS = [2.0, 1.5, 0.5, 0.0, -1.0, -3.0]
 
@@ -52,6 +53,14 @@ def test_draws_follow_the_distribution(name):
     assert (counts[expected == 0] == 0).all()
     deviation = np.abs(counts - num_draws * expected)
     assert (deviation <= 4.5 * np.sqrt(num_draws * expected * (1 - expected)) + 1e-9).all(), (counts, expected)
+
+
+@pytest.mark.parametrize("spread", [0.01, 1.0, 3.0, 20.0])  # from flat, where most tokens are in, to peaked
+@pytest.mark.parametrize("top_p", [0.01, 0.5, 0.9, 0.999])
+def test_nucleus_is_that_of_transformers(spread, top_p):
+    logits = torch.randn(1, 5000, generator=torch.Generator().manual_seed(1), dtype=torch.float64) * spread
+    expected = TopPLogitsWarper(top_p)(None, logits)
+    assert torch.equal(nucleus(logits, top_p), expected)
 
 
 def test_penalties_as_defined():

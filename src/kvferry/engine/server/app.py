@@ -1,0 +1,355 @@
+"""Routes: from bytes to jobs for the engine, and from what it reports to replies. Every error is OpenAI-shaped."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import secrets
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from jinja2 import TemplateError
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.routing import Route
+
+from kvferry.engine.outputs import RequestOutput
+from kvferry.engine.server.protocol import ApiError, ChatBody, CompletionBody, GenerationBody, TokenIds, parse_body
+from kvferry.engine.server.replies import ChatDialect, Choice, CompletionDialect, Dialect, Reply
+from kvferry.engine.server.service import EngineService, EngineStopped, Generation, Job, Overloaded
+from kvferry.errors import ConfigError
+from kvferry.metrics import Metrics
+
+if TYPE_CHECKING:
+    from starlette.types import Receive, Scope, Send
+
+_RETRY_AFTER_S = 1
+_CLIENT_GONE = Response(status_code=499)  # nobody reads it
+
+
+@dataclass(frozen=True, slots=True)
+class ModelInfo:
+    """What the routes must know of the model."""
+
+    names: tuple[str, ...]
+    """What clients may call it; replies bear the first."""
+    root: str
+    max_model_len: int
+    tokenizer: Any
+    """For the routes alone: the engine's thread uses another. None: token ids in, token ids out."""
+
+
+class Routes:
+    """The endpoints' handlers."""
+
+    def __init__(self, service: EngineService, model: ModelInfo, metrics: Metrics, max_body_bytes: int) -> None:
+        self._service = service
+        self._model = model
+        self._metrics = metrics
+        self._max_body_bytes = max_body_bytes
+        self._created = int(time.time())
+        # Tokenizing a long prompt takes a while and would hold up every stream.
+        self._text_thread = ThreadPoolExecutor(1, thread_name_prefix="kvferry-text")
+
+    def table(self) -> list[Route]:
+        """All of them."""
+        return [
+            Route("/v1/models", self.models),
+            Route("/v1/models/{name:path}", self.one_model),
+            Route("/v1/completions", self.completions, methods=["POST"]),
+            Route("/v1/chat/completions", self.chat_completions, methods=["POST"]),
+            Route("/health", self.health),
+            Route("/ready", self.ready),
+            Route("/metrics", self.metrics),
+            Route("/reset_prefix_cache", self.reset_prefix_cache, methods=["POST"]),
+        ]
+
+    # ---- completions ------------------------------------------------------------------------------------------
+
+    async def completions(self, request: Request) -> Response:
+        """POST /v1/completions."""
+        body = parse_body(CompletionBody, await self._read(request))
+        prompts = body.prompts()
+        self._check_size(len(prompts) * body.num_choices)
+        return await self._complete(request, body, [await self._token_ids(p) for p in prompts], CompletionDialect())
+
+    async def chat_completions(self, request: Request) -> Response:
+        """POST /v1/chat/completions."""
+        body = parse_body(ChatBody, await self._read(request))
+        self._check_size(body.num_choices)
+        return await self._complete(request, body, [await self._in_text_thread(self._render, body)], ChatDialect())
+
+    async def _complete(
+        self, request: Request, body: GenerationBody, prompts: list[TokenIds], dialect: Dialect
+    ) -> Response:
+        self._check_model(body.model)
+        for prompt in prompts:
+            self._check_length(len(prompt))
+        params = body.sampling_params(self._model.max_model_len)
+        jobs = [Job(prompt, choice, body.cache_salt) for prompt in prompts for choice in params]
+        self._metrics.observe("vllm:request_params_n", body.num_choices)
+        self._metrics.observe("vllm:request_params_max_tokens", params[0].max_tokens)
+        reply = Reply(
+            f"{dialect.id_prefix}-{secrets.token_hex(12)}",
+            self._model.names[0],
+            dialect,
+            body.num_choices,
+            body.cache_salt,
+            bool(body.return_token_ids),
+            choices=[Choice(index) for index in range(len(jobs))],
+        )
+        generation = await self._service.submit(jobs)
+        if body.stream:
+            return _EventStream(_events(generation, reply, body.wants_stream_usage), self._closer(generation))
+        return await self._whole(request, generation, reply)
+
+    async def _whole(self, request: Request, generation: Generation, reply: Reply) -> Response:
+        collecting = asyncio.ensure_future(_collect(generation, reply))
+        leaving = asyncio.ensure_future(_until_gone(request))
+        try:
+            await asyncio.wait({collecting, leaving}, return_when=asyncio.FIRST_COMPLETED)
+            if not collecting.done():
+                return _CLIENT_GONE
+            collecting.result()
+            return JSONResponse(reply.whole())
+        finally:
+            collecting.cancel()
+            leaving.cancel()
+            self._closer(generation)()
+
+    def _closer(self, generation: Generation) -> Callable[[], None]:
+        def close() -> None:
+            if not generation.is_done:
+                self._metrics.add("kvferry:client_disconnects")
+            generation.close()
+
+        return close
+
+    def _check_size(self, num_choices: int) -> None:
+        if num_choices > self._service.max_unfinished:
+            raise ApiError(400, f"{num_choices} choices at once; this server takes {self._service.max_unfinished}")
+
+    def _check_length(self, num_tokens: int) -> None:
+        """The engine checks it too, but hashing a prompt of megabytes would hold up everybody's next step."""
+        limit = self._model.max_model_len
+        if num_tokens >= limit:
+            raise ApiError(
+                400, f"the prompt has {num_tokens} tokens, which with one to generate is above max_model_len={limit}",
+                param="prompt", code="context_length_exceeded",
+            )  # fmt: skip
+
+    def _check_model(self, name: str | None) -> None:
+        if name is not None and name not in self._model.names:
+            raise ApiError(
+                404, f"the model {name!r} does not exist; this server has {', '.join(self._model.names)}",
+                param="model", code="model_not_found",
+            )  # fmt: skip
+
+    # ---- text -------------------------------------------------------------------------------------------------
+
+    async def _token_ids(self, prompt: str | TokenIds) -> TokenIds:
+        if not isinstance(prompt, str):
+            return prompt
+        return await self._in_text_thread(self._tokenize, prompt, True)
+
+    async def _in_text_thread(self, work: Callable[..., TokenIds], *arguments: Any) -> TokenIds:
+        if self._model.tokenizer is None:
+            raise ApiError(400, "the model has no tokenizer: give token ids as the prompt", param="prompt")
+        return await asyncio.get_running_loop().run_in_executor(self._text_thread, work, *arguments)
+
+    def _tokenize(self, text: str, add_special_tokens: bool) -> TokenIds:
+        ids: TokenIds = self._model.tokenizer(text, add_special_tokens=add_special_tokens)["input_ids"]
+        return ids
+
+    def _render(self, body: ChatBody) -> TokenIds:
+        tokenizer = self._model.tokenizer
+        if not tokenizer.chat_template:
+            raise ApiError(400, "the model has no chat template: use /v1/completions", param="messages")
+        turns = [message.for_template() for message in body.messages]
+        try:
+            text = tokenizer.apply_chat_template(
+                turns, tokenize=False, add_generation_prompt=body.add_generation_prompt
+            )
+        except (TemplateError, TypeError, ValueError) as err:
+            raise ApiError(400, f"the model's chat template refuses the messages: {err}", param="messages") from err
+        return self._tokenize(text, False)
+
+    # ---- the rest ---------------------------------------------------------------------------------------------
+
+    async def models(self, request: Request) -> Response:
+        """GET /v1/models."""
+        return JSONResponse({"object": "list", "data": [self._describe(name) for name in self._model.names]})
+
+    async def one_model(self, request: Request) -> Response:
+        """GET /v1/models/NAME."""
+        self._check_model(request.path_params["name"])
+        return JSONResponse(self._describe(request.path_params["name"]))
+
+    def _describe(self, name: str) -> dict[str, Any]:
+        return {
+            "id": name,
+            "object": "model",
+            "created": self._created,
+            "owned_by": "kvferry",
+            "root": self._model.root,
+            "max_model_len": self._model.max_model_len,
+        }
+
+    async def health(self, request: Request) -> Response:
+        """GET /health: 200 while the engine's thread runs."""
+        if self._service.has_ended:
+            raise EngineStopped(self._service.refusal)
+        return Response(status_code=200)
+
+    async def ready(self, request: Request) -> Response:
+        """GET /ready: 200 while a request would be taken."""
+        if self._service.refusal is not None:
+            raise EngineStopped(self._service.refusal)
+        if self._service.num_unfinished >= self._service.max_unfinished:
+            raise Overloaded("the server has as many unfinished requests as it may have")
+        return Response(status_code=200)
+
+    async def metrics(self, request: Request) -> Response:
+        """GET /metrics, in Prometheus' text format."""
+        return Response(self._metrics.exposition(), media_type="text/plain; version=0.0.4; charset=utf-8")
+
+    async def reset_prefix_cache(self, request: Request) -> Response:
+        """POST /reset_prefix_cache?reset_external=true: forget cached KV, and with the parameter the connector's."""
+        external = request.query_params.get("reset_external", "false").lower()
+        if external not in ("true", "false"):
+            raise ApiError(400, f"reset_external={external!r} must be true or false", param="reset_external")
+        return JSONResponse({"success": await self._service.reset_prefix_cache(external == "true")})
+
+    async def _read(self, request: Request) -> bytes:
+        limit, data = self._max_body_bytes, bytearray()
+        async for piece in request.stream():
+            data += piece
+            if len(data) > limit:
+                raise ApiError(413, f"the body is larger than {limit} bytes", headers={"Connection": "close"})
+        return bytes(data)
+
+    def close(self) -> None:
+        """End the thread for text."""
+        self._text_thread.shutdown(wait=False, cancel_futures=True)
+
+
+# ---- replies that take a while ------------------------------------------------------------------------------------
+
+
+async def _collect(generation: Generation, reply: Reply) -> None:
+    async for index, output in generation:
+        _check(output)
+        reply.choices[index].add(output)
+
+
+def _check(output: RequestOutput) -> None:
+    if output.error is not None:
+        raise ApiError(500, output.error)
+
+
+async def _until_gone(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+async def _events(generation: Generation, reply: Reply, with_usage: bool) -> AsyncIterator[bytes]:
+    """Server-sent events of a stream; an error after its start is an event too."""
+    try:
+        for chunk in reply.opening_chunks():
+            yield _event(chunk)
+        async for index, output in generation:
+            _check(output)
+            news = reply.chunk(reply.choices[index], output)
+            if news is not None:
+                yield _event(news)
+        if with_usage:
+            yield _event(reply.usage_chunk())
+    except ApiError as error:
+        yield _event(error.body())
+    except EngineStopped as error:
+        yield _event(ApiError(503, str(error)).body())
+    yield b"data: [DONE]\n\n"
+
+
+def _event(content: Mapping[str, Any]) -> bytes:
+    return b"data: " + json.dumps(content, ensure_ascii=False, separators=(",", ":")).encode() + b"\n\n"
+
+
+class _EventStream(StreamingResponse):
+    """A stream of events that frees what feeds it however it ends, even before it began."""
+
+    def __init__(self, events: AsyncIterator[bytes], close: Callable[[], None]) -> None:
+        super().__init__(events, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
+        self._close = close
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self._close()
+
+
+# ---- errors -------------------------------------------------------------------------------------------------------
+
+
+def _api_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, ApiError)
+    return JSONResponse(error.body(), error.status, error.headers)
+
+
+def _http_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    wrapped = ApiError(error.status_code, f"{request.method} {request.url.path}: {error.detail}")
+    return JSONResponse(wrapped.body(), error.status_code, error.headers)
+
+
+def _config_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, ConfigError)
+    return _api_error(request, ApiError.of(error))
+
+
+def _unavailable(request: Request, error: Exception) -> Response:
+    code = "overloaded" if isinstance(error, Overloaded) else "unavailable"
+    headers = {"Retry-After": str(_RETRY_AFTER_S)}
+    return _api_error(request, ApiError(503, str(error), code=code, headers=headers))
+
+
+def _client_gone(request: Request, error: Exception) -> Response:
+    return _CLIENT_GONE
+
+
+def _our_fault(request: Request, error: Exception) -> Response:
+    return _api_error(request, ApiError(500, f"the server failed: {type(error).__name__}"))
+
+
+_HANDLERS: dict[Any, Callable[[Request, Exception], Response | Awaitable[Response]]] = {
+    ApiError: _api_error,
+    ConfigError: _config_error,
+    HTTPException: _http_error,
+    Overloaded: _unavailable,
+    EngineStopped: _unavailable,
+    ClientDisconnect: _client_gone,
+    Exception: _our_fault,
+}
+
+
+def create_app(service: EngineService, model: ModelInfo, metrics: Metrics, max_body_bytes: int) -> Starlette:
+    """The ASGI application; its life cycle starts the service's thread and closes the service."""
+    routes = Routes(service, model, metrics, max_body_bytes)
+
+    @asynccontextmanager
+    async def lifespan(app: Starlette) -> AsyncIterator[None]:
+        service.start()
+        try:
+            yield
+        finally:
+            await service.close()
+            routes.close()
+
+    return Starlette(routes=routes.table(), lifespan=lifespan, exception_handlers=_HANDLERS)
