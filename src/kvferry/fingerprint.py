@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import struct
 import tempfile
@@ -18,6 +19,8 @@ from pathlib import Path
 
 from kvferry.config import cache_dir
 from kvferry.errors import ConfigError
+
+logger = logging.getLogger(__name__)
 
 FULL_READ_LIMIT_BYTES = 8 << 30
 _PAGE_BYTES = 64 << 10
@@ -82,21 +85,24 @@ def _pieces(file: Path, size: int, sampled: bool) -> Iterator[bytes]:
         header_bytes = struct.unpack("<Q", stream.read(8))[0]
         yield stream.read(min(header_bytes, size))
         for i in range(_NUM_SAMPLED_PAGES):
-            stream.seek((size - _PAGE_BYTES) * i // (_NUM_SAMPLED_PAGES - 1))
+            stream.seek(max(0, size - _PAGE_BYTES) * i // (_NUM_SAMPLED_PAGES - 1))
             yield stream.read(_PAGE_BYTES)
 
 
 def _recall(memo: Path, stamp: list[list[object]]) -> str | None:
     try:
         record = json.loads(memo.read_text())
-    except (FileNotFoundError, json.JSONDecodeError):
+    except (OSError, json.JSONDecodeError):
         return None
     return str(record["fingerprint"]) if record.get("files") == stamp else None
 
 
 def _remember(memo: Path, stamp: list[list[object]], fingerprint: str) -> None:
-    memo.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=memo.parent)
-    with os.fdopen(handle, "w") as stream:
-        json.dump({"files": stamp, "fingerprint": fingerprint}, stream)
-    os.replace(name, memo)
+    try:
+        memo.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(dir=memo.parent)
+        with os.fdopen(handle, "w") as stream:
+            json.dump({"files": stamp, "fingerprint": fingerprint}, stream)
+        os.replace(name, memo)
+    except OSError as error:
+        logger.warning("the fingerprint is not remembered, so the next start takes it again: %s", error)

@@ -18,7 +18,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import product
+from itertools import groupby, product
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -125,13 +125,15 @@ class GroupLayout:
         )
 
     def payload_description(self) -> dict[str, Any]:
-        """What two payloads of this group must agree on to be exchangeable as they are."""
-        return {
-            "block_tokens": self.block_tokens,
-            "layers": [
-                {"dtype": y.dtype, "order": y.dim_order, "shape": list(y.shape), "ratio": y.ratio} for y in self.layers
-            ],
-        }
+        """What two payloads of this group must agree on to be exchangeable as they are.
+
+        `layers` is [how many alike, what they are like] for each run of layers.
+        """
+        layers = [
+            {"dtype": y.dtype, "order": y.dim_order, "shape": list(y.shape), "ratio": y.ratio} for y in self.layers
+        ]
+        runs = [[len(list(run)), layer] for layer, run in groupby(layers)]
+        return {"block_tokens": self.block_tokens, "layers": runs}
 
 
 @dataclass(frozen=True)

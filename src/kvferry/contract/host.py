@@ -31,6 +31,8 @@ class HostInfo:
     """Rank of this worker within the engine (tp rank while pp_size is 1)."""
     load_failure_policy: str
     extra_config: Mapping[str, Any]
+    numerics: Mapping[str, str]
+    """Host settings beside the weights on which KV bytes depend (KV dtype, model dtype, quantisation)."""
 
     @property
     def world_size(self) -> int:
@@ -43,6 +45,9 @@ def host_info(vllm_config: Any, kv_cache_config: KVCacheConfig) -> HostInfo:
     transfer = vllm_config.kv_transfer_config
     parallel = vllm_config.parallel_config
     model = vllm_config.model_config
+    for name in ("decode_context_parallel_size", "prefill_context_parallel_size"):
+        if int(getattr(parallel, name, 1) or 1) > 1:
+            raise ConfigError(f"{name}={getattr(parallel, name)} is not supported: blocks would be spread over ranks")
     load_format = str(getattr(getattr(vllm_config, "load_config", None), "load_format", "auto")).lower()
     return HostInfo(
         engine_id=str(transfer.engine_id),
@@ -56,7 +61,20 @@ def host_info(vllm_config: Any, kv_cache_config: KVCacheConfig) -> HostInfo:
         rank=int(getattr(parallel, "rank", 0)),
         load_failure_policy=str(transfer.kv_load_failure_policy),
         extra_config=dict(transfer.kv_connector_extra_config),
+        numerics=_numerics(vllm_config),
     )
+
+
+def _numerics(vllm_config: Any) -> dict[str, str]:
+    model = vllm_config.model_config
+    cache_dtype = str(getattr(getattr(vllm_config, "cache_config", None), "cache_dtype", "auto"))
+    overrides = getattr(model, "hf_overrides", None)
+    return {
+        "cache_dtype": cache_dtype,
+        "model_dtype": str(getattr(model, "dtype", None)).removeprefix("torch."),
+        "quantization": str(getattr(model, "quantization", None)),
+        "hf_overrides": repr(overrides) if overrides else "None",
+    }
 
 
 def _group_info(group_id: int, group: Any) -> GroupInfo:
@@ -67,7 +85,9 @@ def _group_info(group_id: int, group: Any) -> GroupInfo:
             f"KV cache group {group_id} mixes kinds of attention layers: {sorted(k.value for k in kinds)}"
         )
     kind = kinds.pop()
-    window = int(spec.sliding_window) if kind is AttentionKind.SLIDING_WINDOW else None
+    window = None
+    if kind is AttentionKind.SLIDING_WINDOW:
+        window = max(int(s.sliding_window) for s in getattr(spec, "kv_cache_specs", {"": spec}).values())
     return GroupInfo(group_id, tuple(group.layer_names), int(spec.block_size), kind, window)
 
 

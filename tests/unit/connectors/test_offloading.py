@@ -27,7 +27,7 @@ from kvferry.contract.kv_cache import KVConnectorOutput
 from kvferry.contract.views import RequestView, ScheduledRequest, StepView
 from kvferry.errors import ConfigError
 from kvferry.hashing import KeyChain, store_key
-from kvferry.types import AttentionKind, GroupInfo
+from kvferry.types import AttentionKind, GroupInfo, Presence
 
 BLOCK = 16
 NUM_BLOCKS = 64
@@ -324,7 +324,28 @@ def test_failed_load_is_reported_dropped_and_not_claimed_again(make_host: Any) -
     assert host.bad_blocks == set(OTHER_TABLE[0][:4])
     assert host.side.counters.failed_loads == 1
     assert host.side.get_num_new_matched_tokens(view, 0) == (0, False)
-    assert host.lookup("c", TOKENS)[1] == 0, "the bad chunk is gone, so nothing is left of the prefix"
+    assert host.lookup("c", TOKENS)[1] == 192, "nothing says that the stored bytes are bad"
+
+
+def test_what_a_step_computed_over_a_failed_sync_load_is_not_stored(make_host: Any) -> None:
+    host = make_host({"load_async": False})
+    host.run_and_store("a", TOKENS[:128], TABLE)
+    view, claim, _ = host.lookup("b", TOKENS)
+    assert claim == 128
+    host.side._arena.bump(next(iter(host.side._state(view).pins.values())).slot)
+    host.side.update_state_after_alloc(view, OTHER_TABLE, claim)
+    for raw in host.raw:
+        raw[OTHER_TABLE[0][8] : OTHER_TABLE[0][12]] = 666.0  # the forward ran over KV that never came
+    host.step([ScheduledRequest("b", 128, 72, OTHER_TABLE)])
+    host.settle(lambda: not host.side.has_pending_push_work())
+    assert host.bad_blocks
+    chain = chain_of(host, TOKENS)
+    assert host.side.store.lookup(store_key(chain.value_at(192), 0, 0)) is Presence.MISS
+    host.compute(TOKENS, OTHER_TABLE, range(12))
+    host.step([ScheduledRequest("b", 0, 200, OTHER_TABLE)])
+    host.settle(lambda: not host.side.has_pending_push_work())
+    assert host.side.store.lookup(store_key(chain.value_at(192), 0, 0)) is Presence.HOST, "computed again, stored"
+    assert all(block.ref_cnt == 0 for block in host.pool.blocks)
 
 
 def test_reset_forgets_everything_also_copies_under_way(make_host: Any, tmp_path: Path) -> None:

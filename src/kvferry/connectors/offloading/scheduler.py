@@ -62,6 +62,10 @@ class _Job:
     """Per part, the key of each rank's shard."""
     reports: dict[int, JobReport]
     is_load: bool
+    chunk: int | None = None
+    """Stores: which chunk of its request."""
+    is_tainted: bool = False
+    """Stores: computed in a step that read KV which had failed to load."""
 
 
 @dataclass(slots=True)
@@ -192,6 +196,8 @@ class OffloadingSchedulerSide(SchedulerSide):
         state = self._state(request)
         state.num_local_tokens = num_computed_tokens
         self.counters.num_lookups += 1
+        if state.load is LoadState.RUNNING:
+            return None, False  # its workers have not reported yet
         if state.chain is None or state.load is LoadState.FAILED or request.skip_reading_prefix_cache:
             return 0, False
         self.store.poll()
@@ -384,7 +390,7 @@ class OffloadingSchedulerSide(SchedulerSide):
             return None
         per_chunk = self.geometry.chunk_tokens // group.block_tokens
         blocks = table[chunk * per_chunk : (chunk + 1) * per_chunk]
-        if NULL_BLOCK_ID in blocks:
+        if NULL_BLOCK_ID in blocks or len(blocks) < per_chunk:
             return None  # behind the window already
         if self._num_pinned_blocks + len(blocks) > self.host.num_blocks * 3 // 4:
             self.counters.dropped_stores += 1
@@ -399,7 +405,9 @@ class OffloadingSchedulerSide(SchedulerSide):
         pinned = [self._pool.blocks[block_id] for block_id in blocks]
         self._pool.touch(pinned)
         self._num_pinned_blocks += len(pinned)
-        return self._new_job(state, (part,), (keys,), is_load=False, pinned=pinned).job
+        record = self._new_job(state, (part,), (keys,), is_load=False, pinned=pinned)
+        record.chunk = chunk
+        return record.job
 
     def _reserve(self, keys: tuple[StoreKey, ...]) -> tuple[SlotRef, ...] | None:
         """A slot for each shard, or none at all."""
@@ -436,46 +444,61 @@ class OffloadingSchedulerSide(SchedulerSide):
         report = connector_output.kv_connector_worker_meta
         if not isinstance(report, WorkerReport):
             return
+        ended: list[_Job] = []
         for item in report.reports:
             record = self._jobs.get(item.job_id)
             if record is None:
                 continue
             record.reports[item.rank] = item
             if len(record.reports) == self.host.world_size:
-                del self._jobs[item.job_id]
-                self._end_load(record) if record.is_load else self._end_store(record)
+                ended.append(self._jobs.pop(item.job_id))
+        for record in ended:
+            if record.is_load:
+                self._end_load(record, ended)
+        for record in ended:
+            if not record.is_load:
+                self._end_store(record)
 
     def _end_store(self, record: _Job) -> None:
         for i, (part, keys) in enumerate(zip(record.job.parts, record.keys, strict=True)):
             payload = self.geometry.payload_bytes[part.group_id]
             digests = [record.reports[rank].digests[i] for rank in range(len(keys))]
-            is_good = None not in digests
+            is_good = None not in digests and not record.is_tainted
             for ref, value in zip(part.slots, digests, strict=True):
                 if is_good and value is not None:
                     self.store.commit(ref, value, payload)
                 else:
                     self.store.abort(ref)
             self.counters.stored_chunks += is_good
-            self.counters.failed_stores += not is_good
+            if not is_good:
+                self.counters.failed_stores += 1
+                self._see_again(record)
         self._num_pinned_blocks -= len(record.pinned_blocks)
         self._pool.free_blocks(reversed(record.pinned_blocks))
 
-    def _end_load(self, record: _Job) -> None:
+    def _see_again(self, record: _Job) -> None:
+        """The chunk is considered anew when its request computes it again."""
         state = self._requests.get(record.job.request_id)
-        failed = [
-            key
-            for i, keys in enumerate(record.keys)
-            for rank, key in enumerate(keys)
-            if record.reports[rank].digests[i] is None
-        ]
+        if state is not None and record.chunk is not None:
+            state.num_chunks_seen = min(state.num_chunks_seen, record.chunk)
+
+    def _end_load(self, record: _Job, ended: list[_Job]) -> None:
+        """Release what the load held. A failed one makes its request claim nothing more; the stored bytes are not
+        known to be bad (the worker may be at fault), so they stay.
+        """
+        state = self._requests.get(record.job.request_id)
+        num_failed = sum(report.digests.count(None) for report in record.reports.values())
+        self.counters.failed_loads += num_failed
+        if num_failed and not record.job.is_async:
+            # The step went on over KV that never came; what it, and steps planned since, computed is worthless.
+            for other in (*ended, *self._jobs.values()):
+                if not other.is_load and other.job.job_id > record.job.job_id:
+                    other.is_tainted = True
         if state is not None:
             self._release_pins(state)
-            state.load = LoadState.FAILED if failed else LoadState.NONE
+            state.load = LoadState.FAILED if num_failed else LoadState.NONE
             if state.is_finished:
                 del self._requests[record.job.request_id]
-        for key in failed:
-            self.counters.failed_loads += 1
-            self.store.invalidate(key, "a worker could not load it")
 
     def has_pending_push_work(self) -> bool:
         """True while copies are out (their results arrive only while the engine steps), up to a deadline each."""
@@ -525,6 +548,8 @@ def _namespace(host: HostInfo, geometry: ChunkGeometry, payload: dict[str, Any])
         "chunk_tokens": geometry.chunk_tokens,
         "tp_size": host.tp_size,
         "pp_size": host.pp_size,
+        "numerics": dict(host.numerics),
+        "kinds": [[group.kind.value, group.window_tokens, list(group.layer_names[:1])] for group in host.groups],
         **payload,
     }
     canonical = json.dumps(description, sort_keys=True, separators=(",", ":")).encode()
