@@ -69,6 +69,11 @@ class KeyChain:
         self._last = identity.root()
         self._media = media
 
+    @property
+    def num_media(self) -> int:
+        """Media items the chain knows of."""
+        return len(self._media)
+
     def extend(self, token_ids: Sequence[int]) -> None:
         """Hash the whole units of `token_ids` (all tokens from position 0) that are not hashed yet."""
         first = len(self._values)

@@ -33,7 +33,7 @@ from kvferry.types import Namespace, StoreKey
 
 logger = logging.getLogger(__name__)
 
-MAX_QUEUED_STORES = 64
+MAX_QUEUED_STORES = 512
 MAX_QUARANTINED = 16
 PAUSE_S = 5.0  # no stores for so long after the disk refused one
 CLOSE_S = 5.0

@@ -363,6 +363,18 @@ def test_reset_forgets_everything_also_copies_under_way(make_host: Any, tmp_path
     host.side.store.check_integrity()
 
 
+def test_media_that_join_a_running_request_end_its_caching(make_host: Any) -> None:
+    host = make_host()
+    request = host.request("a", TOKENS, mm_features=[])
+    view = RequestView(request)
+    assert host.side.get_num_new_matched_tokens(view, 0) == (0, False)
+    position = SimpleNamespace(offset=10, length=5)
+    request.mm_features.append(SimpleNamespace(identifier="image", mm_position=position))
+    host.side.update_state_after_alloc(view, TABLE, 0)
+    assert host.side.build_connector_meta(StepView([ScheduledRequest("a", 0, 200, TABLE)])).stores == []
+    assert host.side.get_num_new_matched_tokens(view, 0) == (0, False)
+
+
 def test_abort_before_the_load_is_planned_releases_the_pins(make_host: Any) -> None:
     host = make_host()
     host.run_and_store("a", TOKENS, TABLE)

@@ -73,8 +73,7 @@ class OffloadingCounters:
     """Totals since start. Tokens and chunks, not bytes; the store has byte counters of its own."""
 
     num_lookups: int = 0
-    host_hit_tokens: int = 0
-    disk_hit_tokens: int = 0
+    loaded_tokens: int = 0
     stored_chunks: int = 0
     dropped_stores: int = 0
     failed_loads: int = 0
@@ -142,7 +141,13 @@ class OffloadingSchedulerSide(SchedulerSide):
             undo.callback(arena.close)
             self._geometry = geometry
             self._store = TieredStore(
-                arena, tiers, payload_bytes=self._payload_bytes, clock=self._clock, on_durable=self._durable
+                arena,
+                tiers,
+                payload_bytes=self._payload_bytes,
+                clock=self._clock,
+                # Tier writes begin only while the engine steps, so as many as may be are handed over at once.
+                max_tier_writes=max(1, geometry.num_slots // 2),
+                on_durable=self._durable,
             )
             self._arena = arena
             undo.pop_all()
@@ -201,7 +206,8 @@ class OffloadingSchedulerSide(SchedulerSide):
         if state.chain is None or state.load is LoadState.FAILED or request.skip_reading_prefix_cache:
             return 0, False
         self.store.poll()
-        state.chain.extend(request.token_ids)
+        if not self._extend(state):
+            return 0, False
         limit = request.num_tokens if self._is_async else request.num_tokens - 1
         hit = self._ready_hit(state, limit)
         if hit is None:
@@ -210,6 +216,17 @@ class OffloadingSchedulerSide(SchedulerSide):
             self._release_pins(state)
             return 0, False
         return hit - num_computed_tokens, self._is_async
+
+    def _extend(self, state: RequestState) -> bool:
+        """Hash the tokens known by now. False when the request must not be cached (any more)."""
+        if state.chain is not None and state.chain.num_media != len(state.view.multimodal_items):
+            logger.warning("request %s was given further media: its KV is not cached", state.view.request_id)
+            self._release_pins(state)
+            state.chain = None
+        if state.chain is None:
+            return False
+        state.chain.extend(state.view.token_ids)
+        return True
 
     def _ready_hit(self, state: RequestState, limit: int) -> int | None:
         """The longest prefix of at most `limit` tokens that is local or pinned in HOST; None while one is on its way.
@@ -320,6 +337,7 @@ class OffloadingSchedulerSide(SchedulerSide):
         self.store.touch([key for part_keys in keys for key in part_keys])
         job = self._new_job(state, tuple(parts), tuple(keys), is_load=True)
         state.load = LoadState.RUNNING
+        self.counters.loaded_tokens += num_external_tokens
         self._new_loads.append(job.job)
 
     def _load_part(
@@ -348,8 +366,6 @@ class OffloadingSchedulerSide(SchedulerSide):
             groups = groups_needed(self.host.groups, self.geometry, chunk, end)
             if any(key in state.promoted for key in self._chunk_keys(state, chunk, groups)):
                 disk += min(end, (chunk + 1) * chunk_tokens) - max(start, chunk * chunk_tokens)
-        self.counters.disk_hit_tokens += disk
-        self.counters.host_hit_tokens += num_external_tokens - disk
         sources = {CacheHitSource.HOST: num_external_tokens - disk, CacheHitSource.DISK: disk}
         return {source: tokens for source, tokens in sources.items() if tokens}
 
@@ -370,8 +386,9 @@ class OffloadingSchedulerSide(SchedulerSide):
         return metadata
 
     def _plan_stores(self, state: RequestState, scheduled: ScheduledRequest) -> Iterator[CopyJob]:
+        if not self._extend(state):
+            return
         assert state.chain is not None
-        state.chain.extend(state.view.token_ids)
         computed = scheduled.num_computed_tokens + scheduled.num_scheduled_tokens
         # Tokens beyond the chain are not known yet (sampled in this very step, or speculative).
         num_chunks = min(computed, state.chain.num_hashed_tokens) // self.geometry.chunk_tokens
