@@ -22,7 +22,9 @@ class KillableDisk:
 
         def on_step(name: str) -> None:
             nonlocal passings
-            passings += name == config["step"]
+            if name != config["step"]:
+                return
+            passings += 1
             if passings == config["count"]:
                 os.kill(os.getpid(), signal.SIGKILL)
 
