@@ -363,6 +363,22 @@ def test_reset_forgets_everything_also_copies_under_way(make_host: Any, tmp_path
     host.side.store.check_integrity()
 
 
+def test_an_adapter_reloaded_in_place_has_other_keys(
+    make_host: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    weights = tmp_path / "adapter.safetensors"
+    weights.write_bytes(bytes(1000))
+    host = make_host()
+    fields = {"lora_request": SimpleNamespace(lora_path=str(tmp_path))}
+    before = host.side._keys.chain(RequestView(host.request("a", TOKENS, **fields)))
+    weights.write_bytes(bytes(999) + b"x")
+    after = host.side._keys.chain(RequestView(host.request("b", TOKENS, **fields)))
+    for chain in (before, after):
+        chain.extend(TOKENS)
+    assert before.value_at(64) != after.value_at(64)
+
+
 def test_media_that_join_a_running_request_end_its_caching(make_host: Any) -> None:
     host = make_host()
     request = host.request("a", TOKENS, mm_features=[])

@@ -56,7 +56,7 @@ class KeyMaker:
         self._model = model_fingerprint
         self._groups = groups
         self._world_size = world_size
-        self._lora: dict[str, str | None] = {}
+        self._unreadable_loras: set[str] = set()
 
     def chain(self, request: RequestView) -> KeyChain | None:
         """An empty chain with the request's identity, or None when it must not be cached."""
@@ -70,13 +70,14 @@ class KeyMaker:
         return KeyChain(Identity(self._model, request.cache_salt, lora), request.multimodal_items)
 
     def _lora_fingerprint(self, path: str) -> str | None:
-        if path not in self._lora:
-            try:
-                self._lora[path] = fingerprint_folder(Path(path))
-            except (ConfigError, OSError) as err:
+        """Of the adapter's files as they are now (hosts can reload one in place); None, logged once, when unreadable."""
+        try:
+            return fingerprint_folder(Path(path))
+        except (ConfigError, OSError) as err:
+            if path not in self._unreadable_loras:
+                self._unreadable_loras.add(path)
                 logger.warning("KV of LoRA adapter %s is not cached: %s", path, err)
-                self._lora[path] = None
-        return self._lora[path]
+            return None
 
     def shards(self, chain_value: bytes, group_id: int) -> list[StoreKey]:
         """The keys of one chunk of one group: one per worker, in rank order."""
