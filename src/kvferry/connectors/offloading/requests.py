@@ -70,7 +70,7 @@ class KeyMaker:
         return KeyChain(Identity(self._model, request.cache_salt, lora), request.multimodal_items)
 
     def _lora_fingerprint(self, path: str) -> str | None:
-        """Of the adapter's files as they are now (hosts can reload one in place); None, logged once, when unreadable."""
+        """Of the adapter's files as they are now (hosts reload adapters in place); None, logged once, if unreadable."""
         try:
             return fingerprint_folder(Path(path))
         except (ConfigError, OSError) as err:
