@@ -300,6 +300,17 @@ def test_one_missing_shard_ends_the_hit_and_is_stored_again(make_host: Any, tmp_
     assert lost[0].exists()
 
 
+def test_everything_reaches_the_disk_though_the_engine_goes_idle(make_host: Any, tmp_path: Path) -> None:
+    tokens = [(i * 13 + i // 640) % 1000 for i in range(800)]
+    host = make_host({"secondary_tiers": [{"type": "fs", "path": str(tmp_path / "kv")}], "chunk_tokens": 16})
+    host.run_and_store("a", tokens, (list(range(1, 51)),))
+    num_chunks = NUM_BLOCKS * 3 // 4  # what one step may pin
+    deadline = time.monotonic() + 20
+    while len(list((tmp_path / "kv").rglob("*.kv"))) < num_chunks and time.monotonic() < deadline:
+        time.sleep(0.01)  # nobody steps or polls any more
+    assert len(list((tmp_path / "kv").rglob("*.kv"))) == num_chunks
+
+
 def test_sliding_window_groups_need_only_the_tail(make_host: Any) -> None:
     """Window 40: of 192 tokens the windowed group needs the tokens from 153 on, that is the third chunk only."""
     host = make_host(window=40)

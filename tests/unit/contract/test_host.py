@@ -1,0 +1,58 @@
+"""What is read of a host's configuration, and what is refused."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from kvferry.config import KVTransferConfig
+from kvferry.contract import FullAttentionSpec, SlidingWindowSpec, make_kv_cache_config
+from kvferry.contract.host import host_info
+from kvferry.errors import ConfigError
+from kvferry.types import AttentionKind
+
+SHAPE: dict[str, Any] = {"block_size": 16, "num_kv_heads": 1, "head_size": 4, "dtype": torch.uint8}
+
+
+def host(model: dict[str, Any] | None = None, cache_dtype: str = "auto", **parallel: int) -> Any:
+    return SimpleNamespace(
+        kv_transfer_config=KVTransferConfig("C", kv_role="kv_both"),
+        parallel_config=SimpleNamespace(**{"tensor_parallel_size": 1, "pipeline_parallel_size": 1, **parallel}),
+        model_config=SimpleNamespace(model="m", max_model_len=128, dtype=torch.bfloat16, **(model or {})),
+        cache_config=SimpleNamespace(cache_dtype=cache_dtype),
+    )
+
+
+def caches() -> Any:
+    return make_kv_cache_config(4, {"layer": FullAttentionSpec(**SHAPE)})
+
+
+@pytest.mark.parametrize("name", ["decode_context_parallel_size", "prefill_context_parallel_size"])
+def test_context_parallelism_is_refused_by_name(name: str) -> None:
+    assert host_info(host(**{name: 1}), caches()).world_size == 1
+    with pytest.raises(ConfigError, match=f"{name}=2"):
+        host_info(host(**{name: 2}), caches())
+
+
+def test_settings_that_change_kv_bytes_are_told_apart() -> None:
+    variants = [
+        host(),
+        host(cache_dtype="fp8_e4m3"),
+        host(cache_dtype="fp8_e5m2"),
+        host({"quantization": "awq"}),
+        host({"hf_overrides": {"rope_theta": 1}}),
+    ]
+    numerics = [str(sorted(host_info(variant, caches()).numerics.items())) for variant in variants]
+    assert len(set(numerics)) == len(variants)
+
+
+def test_a_group_of_windowed_layers_with_specs_of_their_own() -> None:
+    specs = {"a": SlidingWindowSpec(**SHAPE, sliding_window=32), "b": SlidingWindowSpec(**SHAPE, sliding_window=32)}
+    config = caches()
+    uniform = SimpleNamespace(kv_cache_specs=specs, block_size=16)
+    config.kv_cache_groups[0] = SimpleNamespace(layer_names=["a", "b"], kv_cache_spec=uniform)
+    (group,) = host_info(host(), config).groups
+    assert (group.kind, group.window_tokens) == (AttentionKind.SLIDING_WINDOW, 32)
