@@ -1,6 +1,7 @@
 """The KV connector contract: what engines call and connectors answer."""
 
 from kvferry.contract.base import (
+    CONNECTOR_API,
     CacheHitSource,
     KVConnectorBase_V1,
     KVConnectorHandshakeMetadata,
@@ -8,9 +9,11 @@ from kvferry.contract.base import (
     KVConnectorRole,
     KVConnectorTransferResults,
     KVConnectorWorkerMetadata,
+    LoadFailure,
     SupportsHMA,
     supports_hma,
 )
+from kvferry.contract.explain import PrefixRange
 from kvferry.contract.factory import KVConnectorFactory
 from kvferry.contract.kv_cache import (
     AttentionSpec,
@@ -23,8 +26,14 @@ from kvferry.contract.kv_cache import (
     SlidingWindowSpec,
     make_kv_cache_config,
 )
+from kvferry.contract.stats import ConnectorStats, MediumStats
 
 __all__ = [
+    "CONNECTOR_API",
+    "ConnectorStats",
+    "LoadFailure",
+    "MediumStats",
+    "PrefixRange",
     "AttentionSpec",
     "CacheHitSource",
     "FullAttentionSpec",

@@ -30,9 +30,10 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from kvferry.config import KVTransferConfig
+from kvferry.contract.explain import PrefixRange
 from kvferry.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -41,6 +42,9 @@ if TYPE_CHECKING:
     from kvferry.contract.kv_cache import KVCacheConfig, KVConnectorOutput
 
 logger = logging.getLogger(__name__)
+
+CONNECTOR_API = (1, 0)
+"""Version of this contract: (major, minor). A minor adds hooks with defaults; a major changes what exists."""
 
 
 class KVConnectorRole(enum.Enum):
@@ -76,6 +80,16 @@ class KVConnectorWorkerMetadata(ABC):
         """The combination of this rank's metadata and another's."""
 
 
+@dataclass(frozen=True, slots=True)
+class LoadFailure:
+    """One block of one request's load that did not arrive, or not whole."""
+
+    request_id: str
+    group_id: int
+    block_index: int
+    """Position in the request's block table of that group, counted from 0."""
+
+
 @dataclass
 class KVConnectorTransferResults:
     """Request ids whose transfers ended in this step. A failed receive is in both receive sets."""
@@ -83,6 +97,9 @@ class KVConnectorTransferResults:
     finished_sending: set[str] = field(default_factory=set)
     finished_recving: set[str] = field(default_factory=set)
     failed_recving: set[str] = field(default_factory=set)
+    """Nothing of these requests' loads may be used."""
+    failed_blocks: set[LoadFailure] = field(default_factory=set)
+    """Blocks that failed, where the rest of the load is good (kvferry's own; vLLM's runners do not read it)."""
 
 
 class SupportsHMA(ABC):
@@ -110,6 +127,10 @@ class KVConnectorBase_V1(ABC):
     Raises ConfigError when there is no transfer config or no KV cache config.
     """
 
+    CONNECTOR_API: ClassVar[tuple[int, int]] = CONNECTOR_API
+    """Version of the contract the connector was written for; hosts refuse another major or a later minor."""
+    supports_v2_model_runner: ClassVar[bool] = False
+    """True when the connector keeps the second model runner's timetable of hooks (`finish_forward` and so on)."""
     _cache_hit_source: CacheHitSource = CacheHitSource.EXTERNAL_UNSPECIFIED
 
     def __init__(self, vllm_config: Any, role: KVConnectorRole, kv_cache_config: KVCacheConfig) -> None:
@@ -321,7 +342,19 @@ class KVConnectorBase_V1(ABC):
         logger.debug("%s does not implement reset_cache", type(self).__name__)
         return None
 
+    def explain_prefix(self, request: Any, num_computed_tokens: int) -> list[PrefixRange]:
+        """Where the KV of the request's tokens behind `num_computed_tokens` is, and why it can or cannot be loaded.
+
+        Asked only when a user wants to know (kvferry's own hook; vLLM never calls it). Changes nothing, never blocks.
+        """
+        return []
+
     # ---- asked of the class, before there is an instance ------------------------------------------------------
+
+    @classmethod
+    def supports_hma_config(cls, kv_transfer_config: KVTransferConfig) -> bool:
+        """True when an instance built from this configuration supports hybrid KV caches; composites ask their children."""
+        return supports_hma(cls)
 
     @classmethod
     def get_required_kvcache_layout(cls, vllm_config: Any) -> str | None:

@@ -121,6 +121,8 @@ HOOKS: tuple[Hook, ...] = (
     ),
     Hook("take_events", _S, "every step, after the reports", Merge.UNION),
     Hook("reset_cache", _S, "when the user resets the prefix cache with its connector", Merge.PER_CHILD),
+    Hook("explain_prefix", _S, "when a user asks why a prefix was no hit", Merge.PER_CHILD, (_req,)),
+    Hook("supports_hma_config", _C, "when the configuration is made", Merge.ALL),
     Hook("build_kv_connector_stats", _C, "in the process that exports metrics", Merge.PER_CHILD),
     Hook("build_prom_metrics", _C, "in the process that exports metrics", Merge.PER_CHILD),
     Hook("shutdown", _B, "once, workers first; also when the engine dies", Merge.FAN_OUT),

@@ -19,6 +19,7 @@ from kvferry.contract.base import (
     KVConnectorTransferResults,
     KVConnectorWorkerMetadata,
 )
+from kvferry.contract.explain import PrefixRange
 from kvferry.contract.host import HostInfo
 from kvferry.contract.views import BlockIds, RequestView, StepView
 from kvferry.errors import ConfigError
@@ -108,6 +109,10 @@ class SchedulerSide(ABC):
     def reset_cache(self) -> bool | None:
         """Forget everything stored."""
         return None
+
+    def explain_prefix(self, request: RequestView, num_computed_tokens: int) -> list[PrefixRange]:
+        """Where the KV of the tokens behind `num_computed_tokens` is, and why."""
+        return []
 
     def get_kv_connector_stats(self) -> Any:
         """Statistics since the last call."""
