@@ -353,7 +353,7 @@ class KVConnectorBase_V1(ABC):
 
     @classmethod
     def supports_hma_config(cls, kv_transfer_config: KVTransferConfig) -> bool:
-        """True when an instance built from this configuration supports hybrid KV caches; composites ask their children."""
+        """True when an instance built from this configuration supports hybrid KV caches; composites ask their parts."""
         return supports_hma(cls)
 
     @classmethod
