@@ -2,7 +2,7 @@
 # make test        unit, flow, model and end-to-end tests
 # make test-vllm   the connector inside real vLLM, in a virtual environment of its own
 # make lint        ruff, mypy --strict, import-linter
-# make bench       the demo's ratios and the host tier against its bound; writes bench/results
+# make bench       demo, host tier and engine against their peers and bounds; writes bench/results
 # make clean       removes caches and build outputs, keeps the virtual environments
 
 PYTHON ?= python3
@@ -62,9 +62,10 @@ lint: venv
 	@$(BIN)/mypy
 	@$(BIN)/lint-imports
 
-bench: venv
+bench: venv venv-vllm
 	@$(BIN)/python bench/host_tier.py
 	@$(BIN)/python bench/demo.py
+	@$(BIN)/python bench/engine.py
 
 clean:
 	@rm -rf build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

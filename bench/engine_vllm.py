@@ -12,7 +12,7 @@ def main() -> None:
     """Answer jobs `{"prompts": [[token ids]], "num_tokens": n}` until standard input ends."""
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # vLLM prints
-    folder, num_threads = sys.argv[1], int(sys.argv[2])
+    folder, num_threads, is_eager = sys.argv[1], int(sys.argv[2]), sys.argv[3] == "eager"
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     os.environ["VLLM_CPU_KVCACHE_SPACE"] = "1"
     os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
@@ -21,7 +21,7 @@ def main() -> None:
     from vllm import LLM, SamplingParams, __version__
 
     torch.set_num_threads(num_threads)
-    llm = LLM(folder, dtype="bfloat16", enforce_eager=True, enable_prefix_caching=False, max_model_len=8192)
+    llm = LLM(folder, dtype="bfloat16", enforce_eager=is_eager, enable_prefix_caching=False, max_model_len=8192)
     torch.set_num_threads(num_threads)
     print(json.dumps({"version": __version__}), file=answers, flush=True)
     for line in sys.stdin:

@@ -25,7 +25,7 @@ _NUCLEUS_TOKENS = (256, 4096)  # finding these takes a thirtieth and a quarter o
 
 def sample(logits: torch.Tensor, requests: Sequence[Request]) -> list[SampledToken]:
     """One next token per row of `logits` [requests, vocabulary]; `logits` stay as they are."""
-    likeliest: list[int] = logits.argmax(dim=-1).tolist()
+    likeliest = _likeliest(logits)
     chosen = []
     for row, request in enumerate(requests):
         params = request.sampling_params
@@ -35,6 +35,13 @@ def sample(logits: torch.Tensor, requests: Sequence[Request]) -> list[SampledTok
         logprobs = None if params.logprobs is None else _logprobs(logits[row].float(), token, params.logprobs)
         chosen.append(SampledToken(token, logprobs))
     return chosen
+
+
+def _likeliest(logits: torch.Tensor) -> list[int]:
+    if logits.device.type == "cpu":  # numpy takes 0.2 ms where torch takes 5.7 (32 rows of 49,152 in bfloat16)
+        return [int(token) for token in logits.float().numpy().argmax(axis=-1)]
+    tokens: list[int] = logits.argmax(dim=-1).tolist()
+    return tokens
 
 
 def _choose(logits: torch.Tensor, request: Request) -> int:
