@@ -1,0 +1,308 @@
+"""A random walk through the contract: the embedded engine over the stub model, a MultiConnector of two faulty children.
+
+Rules admit requests, step the engine, break lookups, loads, saves and hooks, abort, reset and let time pass. After each
+step every block must have exactly the owners the books say, no block with a transfer under way may be free or (for
+loads) anybody else's, every token must be the one the stub model's definition gives, and nobody may wait past the
+deadlines. At the end all faults are lifted: everything must finish, and every block come back.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import torch
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from kvferry import LLM, SamplingParams
+from kvferry.clock import FakeClock
+from kvferry.engine.outputs import RequestOutput
+from kvferry.testing.faulty import LoadFault, Medium, forget_media, media
+from kvferry.testing.stub_model import StubModel
+
+BLOCK_SIZE = 4
+NUM_BLOCKS = 25
+CHILDREN = ("a", "b")
+STUCK_AFTER_S = 60 + 300 + 300 + 100  # lookup, load and stall deadlines one after the other, and some
+BAD_ANSWERS: list[Any] = [
+    (10_000, False), (10_000, True), (-4, False), (0, True), ("many", False), (True, False), None, 7,
+]  # fmt: skip
+LOAD_FAULTS = [fault for fault in LoadFault if fault not in (LoadFault.NONE, LoadFault.BAD_POSITION)]
+RAISING_HOOKS = ("on_new_request", "wait_for_layer_load", "wait_for_save", "request_finished", "get_transfer_results")
+DOCUMENTS = [[(37 * d + 11 * i) % 500 for i in range(40)] for d in range(3)]
+
+fired: Counter[str] = Counter()
+"""How often each rule ran, and what came of them, over all walks."""
+
+
+def engine(
+    policy: str, is_async: tuple[bool, bool], sends: tuple[bool, bool], load_policy: str, prefix_caching: bool
+) -> LLM:
+    """The engine under test."""
+    children = [
+        {
+            "kv_connector": "FaultyConnector",
+            "kv_connector_module_path": "kvferry.testing.faulty",
+            "kv_connector_extra_config": {"medium": name, "load_async": load, "send_on_finish": send},
+        }
+        for name, load, send in zip(CHILDREN, is_async, sends, strict=True)
+    ]
+    transfer = {
+        "kv_connector": "MultiConnector",
+        "kv_role": "kv_both",
+        "kv_load_failure_policy": policy,
+        "kv_connector_extra_config": {"connectors": children, "load_policy": load_policy},
+    }
+    return LLM(
+        MODEL,
+        kv_transfer_config=transfer,
+        clock=FakeClock(),
+        num_kv_blocks=NUM_BLOCKS,
+        block_size=BLOCK_SIZE,
+        max_num_batched_tokens=16,
+        max_num_seqs=4,
+        enable_prefix_caching=prefix_caching,
+    )
+
+
+MODEL = StubModel(num_layers=1)
+_expected: dict[tuple[int, ...], list[int]] = {}
+
+
+def expected_tokens(prompt: list[int]) -> list[int]:
+    """The longest completion that rules ask for, from the model's definition."""
+    key = tuple(prompt)
+    if key not in _expected:
+        _expected[key] = MODEL.expected_tokens(prompt, 12)
+    return _expected[key]
+
+
+class ContractMachine(RuleBasedStateMachine):
+    """One walk."""
+
+    @initialize(
+        policy=st.sampled_from(["recompute", "recompute", "fail"]),
+        is_async=st.tuples(st.booleans(), st.booleans()),
+        sends=st.tuples(st.booleans(), st.booleans()),
+        load_policy=st.sampled_from(["first", "longest"]),
+        prefix_caching=st.booleans(),
+    )
+    def start(
+        self,
+        policy: str,
+        is_async: tuple[bool, bool],
+        sends: tuple[bool, bool],
+        load_policy: str,
+        prefix_caching: bool,
+    ) -> None:
+        torch.set_num_threads(1)
+        forget_media()
+        self.policy = policy
+        self.llm = engine(policy, is_async, sends, load_policy, prefix_caching)
+        self.clock: Any = self.llm._clock
+        self.media: list[Medium] = [media(name) for name in CHILDREN]
+        self.prompts: dict[str, list[int]] = {}
+        self.waiting_since_s: dict[str, float] = {}
+        self.progress: dict[str, Any] = {}
+        self.num_preemptions = 0
+        self.num_raises = [0, 0]
+        self.held_until = [0, 0]
+
+    # ---- what users do
+
+    @rule(
+        document=st.integers(0, len(DOCUMENTS) - 1),
+        num_shared=st.integers(1, 40),
+        own=st.lists(st.integers(0, 499), max_size=3),
+        max_tokens=st.integers(1, 12),
+        salt=st.sampled_from([None, None, None, "tenant"]),
+        faults=st.tuples(*[st.sampled_from([LoadFault.NONE, *LOAD_FAULTS])] * 2),
+    )
+    def admit(
+        self,
+        document: int,
+        num_shared: int,
+        own: list[int],
+        max_tokens: int,
+        salt: str | None,
+        faults: tuple[LoadFault, LoadFault],
+    ) -> None:
+        if len(self.prompts) >= 8:
+            return self.step()
+        fired["admit"] += 1
+        for medium, fault in zip(self.media, faults, strict=True):
+            if not medium.faults.loads:
+                medium.faults.loads.append(fault)
+        prompt = DOCUMENTS[document][:num_shared] + own
+        request_id = self.llm.add_request(
+            prompt, SamplingParams(max_tokens=max_tokens, temperature=0, ignore_eos=True), cache_salt=salt
+        )
+        self.prompts[request_id] = prompt
+        self.waiting_since_s[request_id] = self.clock.now()
+        return None
+
+    @rule()
+    def step(self) -> None:
+        fired["step"] += 1
+        for output in self.llm.step():
+            self.check_output(output)
+        self.clock.advance(0.01)
+        scheduler = self.llm.scheduler
+        fired["preempted"] += scheduler.num_preemptions - self.num_preemptions
+        self.num_preemptions = scheduler.num_preemptions
+        self.poison_free_blocks()
+        for medium, until in zip(self.media, self.held_until, strict=True):
+            if medium.faults.hold_saves and fired["step"] >= until:
+                medium.release()
+
+    @rule(num=st.integers(2, 6))
+    def steps(self, num: int) -> None:
+        fired["steps"] += 1
+        for _ in range(num):
+            self.step()
+            self.books_are_right()
+
+    @precondition(lambda self: self.prompts)
+    @rule(data=st.data())
+    def abort(self, data: st.DataObject) -> None:
+        fired["abort"] += 1
+        self.llm.abort_request(data.draw(st.sampled_from(sorted(self.prompts))))
+
+    @rule(reset_connector=st.sampled_from([False] * 7 + [True]))
+    def reset(self, reset_connector: bool) -> None:
+        fired["reset"] += 1
+        fired["reset done"] += self.llm.reset_prefix_cache(reset_connector)
+
+    @rule(seconds=st.sampled_from([0.1, 1.0, 61.0, 310.0]))
+    def wait(self, seconds: float) -> None:
+        fired["wait"] += 1
+        self.clock.advance(seconds)
+        self.step()
+
+    # ---- what goes wrong
+
+    @rule(child=st.integers(0, 1), num=st.integers(1, 3))
+    def look_longer(self, child: int, num: int) -> None:
+        fired["look_longer"] += 1
+        if not self.media[child].faults.answers:
+            self.media[child].faults.answers.extend([(None, False)] * num)
+
+    @rule(child=st.integers(0, 1), answer=st.sampled_from(BAD_ANSWERS))
+    def answer_badly(self, child: int, answer: Any) -> None:
+        fired["answer_badly"] += 1
+        if not self.media[child].faults.answers:
+            self.media[child].faults.answers.append(answer)
+
+    @rule(child=st.integers(0, 1), fault=st.sampled_from(LOAD_FAULTS))
+    def break_load(self, child: int, fault: LoadFault) -> None:
+        fired["break_load"] += 1
+        self.media[child].faults.loads.append(fault)
+
+    @rule(child=st.integers(0, 1), num_steps=st.integers(1, 12))
+    def hold_saves(self, child: int, num_steps: int) -> None:
+        fired["hold_saves"] += 1
+        self.media[child].faults.hold_saves = True
+        self.held_until[child] = fired["step"] + num_steps
+
+    @rule(child=st.integers(0, 1))
+    def release(self, child: int) -> None:
+        fired["release"] += 1
+        self.media[child].release()
+
+    @rule(child=st.integers(0, 1), num_steps=st.integers(0, 4))
+    def slow_down(self, child: int, num_steps: int) -> None:
+        fired["slow_down"] += 1
+        self.media[child].transfer_steps = num_steps
+
+    @rule(child=st.integers(0, 1), hook=st.sampled_from(RAISING_HOOKS))
+    def raise_once(self, child: int, hook: str) -> None:
+        fired["raise_once"] += 1
+        self.num_raises[child] += 1
+        if self.num_raises[child] < 5:
+            self.media[child].faults.raise_in[hook] += 1
+
+    @rule(child=st.integers(0, 1), data=st.data())
+    def report_ghosts(self, child: int, data: st.DataObject) -> None:
+        fired["report_ghosts"] += 1
+        self.media[child].faults.ghosts.add("nobody")
+
+    # ---- what must hold
+
+    def check_output(self, output: RequestOutput) -> None:
+        """Every token is right; a request that ends is forgotten."""
+        tokens, prompt = output.outputs[0].token_ids, self.prompts[output.request_id]
+        assert tokens == expected_tokens(prompt)[: len(tokens)], "a wrong token"
+        assert output.num_cached_tokens < len(prompt) + 1
+        if output.finished:
+            reason = output.outputs[0].finish_reason
+            fired[f"finished: {reason}"] += 1
+            assert reason in ("length", "abort") or self.policy == "fail" or "pinned" in str(output.error)
+            del self.prompts[output.request_id], self.waiting_since_s[output.request_id]
+            self.progress.pop(output.request_id, None)
+
+    def poison_free_blocks(self) -> None:
+        """What is free and cannot be found again may hold anything."""
+        free = [b.block_id for b in self.pool.blocks if not b.is_null and b.ref_cnt == 0 and b.block_hash is None]
+        for layer in self.llm.kv_caches.values():
+            layer[free] = 13.0
+
+    @property
+    def pool(self) -> Any:
+        return self.llm.scheduler.manager.block_pool
+
+    @invariant()
+    def books_are_right(self) -> None:
+        if not hasattr(self, "llm"):
+            return
+        scheduler = self.llm.scheduler
+        scheduler.check_integrity()
+        refs = Counter(self.references())
+        for medium in self.media:
+            written, read = medium.busy_blocks()
+            for block_id in written | read:
+                assert self.pool.blocks[block_id].ref_cnt > 0, f"block {block_id} is free, but a transfer uses it"
+        if not getattr(self.llm.counters, "switched_off", None):
+            for block in self.pool.blocks:
+                assert block.ref_cnt == refs[block.block_id], f"block {block.block_id}: {block.ref_cnt} holders"
+        self.nobody_is_stuck()
+
+    def references(self) -> list[int]:
+        """Block ids, once per rightful holder: tables, held blocks, pins."""
+        scheduler = self.llm.scheduler
+        ids = [block.block_id for block in scheduler.transfers.held_blocks()]
+        for request in scheduler._requests.values():
+            ids += [i for table in scheduler.manager.get_block_ids(request.request_id) for i in table if i]
+        return ids + [block_id for medium in self.media for block_id in medium.pinned_blocks()]
+
+    def nobody_is_stuck(self) -> None:
+        for request_id in self.prompts:
+            request = self.llm.scheduler._requests.get(request_id)
+            if request is None:
+                continue
+            progress = (request.num_tokens, request.num_computed_tokens, request.num_load_failures)
+            if self.progress.get(request_id) != progress:
+                self.progress[request_id] = progress
+                self.waiting_since_s[request_id] = self.clock.now()
+            waited_s = self.clock.now() - self.waiting_since_s[request_id]
+            assert waited_s <= STUCK_AFTER_S + 400, f"{request_id} is stuck: {request.status.name} for {waited_s} s"
+
+    def teardown(self) -> None:
+        if not hasattr(self, "llm"):
+            return
+        for medium in self.media:
+            faults = medium.faults
+            for queue in (faults.answers, faults.loads, faults.raise_in, faults.ghosts):
+                queue.clear()
+            medium.release()
+        for _ in range(400):
+            if not self.llm.has_requests():
+                break
+            self.step()
+            self.books_are_right()
+        assert not self.prompts, f"unfinished at the end: {[(r, (q:=self.llm.scheduler._requests.get(r)) and (q.status, q.num_computed_tokens, q.num_tokens, q.num_output_tokens)) for r in self.prompts]} {self.llm.has_requests()} {self.llm.counters} {self.llm.scheduler.transfers.loads} {self.media[0].workers[0].jobs} {self.clock.now()}"
+        assert not self.llm.has_requests(), "the engine never comes to rest"
+        assert self.pool.get_num_free_blocks() == NUM_BLOCKS - 1, "blocks leaked"
+        for medium in self.media:
+            fired.update({f"medium: {what}": num for what, num in medium.num_done.items()})
+        self.llm.shutdown()
