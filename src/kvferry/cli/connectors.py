@@ -53,6 +53,7 @@ def _as_dict(connector: KnownConnector) -> dict[str, Any]:
 
 def _print_table(known: list[KnownConnector], console: Console) -> None:
     table = Table("name", "origin", "version", "HMA", "V2 runner", "what it is", box=SIMPLE)
+    table.columns[0].no_wrap = True
     table.columns[0].overflow = "fold"
     for connector in known:
         target, resolved = connector.target, connector.resolved

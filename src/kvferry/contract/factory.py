@@ -65,8 +65,8 @@ class KVConnectorFactory:
         transfer = config.kv_transfer_config
         if transfer is None or not transfer.is_kv_transfer_instance:
             raise ConfigError(
-                f"kv_transfer_config={transfer!r} configures no connector, so the {role.name} has none to create: "
-                "set kv_connector and kv_role, or create one only when is_kv_transfer_instance is true"
+                f"kv_transfer_config names no connector, so there is none to create for the {role.name}: set "
+                "kv_connector and kv_role, or create connectors only when is_kv_transfer_instance is true"
             )
         if kv_cache_config is None:
             raise ConfigError("kv_cache_config is None: pass the engine's KVCacheConfig")
@@ -75,14 +75,8 @@ class KVConnectorFactory:
         is_refused = num_groups > 1 and not resolved.capabilities.supports_hma
         if is_refused and not supports_hma(connector_class):
             raise _no_hma(resolved, num_groups)
-        logger.info(
-            "creating %s (%s) for engine %s: %s, %s",
-            resolved.name,
-            role.name,
-            transfer.engine_id,
-            resolved.origin.value,
-            resolved.file,
-        )
+        origin = f"{resolved.origin.value}, {resolved.file}"
+        logger.info("creating %s (%s) for engine %s: %s", resolved.name, role.name, transfer.engine_id, origin)
         connector = connector_class(config, role, kv_cache_config=kv_cache_config)
         if is_refused:  # a composite knows which part is to blame and should have said so
             connector.shutdown()

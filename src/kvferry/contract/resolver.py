@@ -293,7 +293,7 @@ def _load(target: Target) -> type[KVConnectorBase_V1]:
     except (Exception, SystemExit) as err:  # a module's own __getattr__, which may import
         raise _import_failed(target, err) from err
     if found is None:
-        known = [*getattr(module, "__all__", ()), *(k for k, v in vars(module).items() if _is_connector(v))]
+        known = [*vars(module).get("__all__", ()), *(k for k, v in vars(module).items() if _is_connector(v))]
         raise ConnectorAttributeNotFound(
             f"{_given(target)}: module {target.module!r} has no class {target.class_name!r}"
             f"{did_you_mean(target.class_name, known)}; correct the name"
