@@ -179,7 +179,7 @@ def test_hybrid_support_is_what_the_class_says_of_its_configuration() -> None:
     assert composite.stopped == []
     transfer.kv_connector_extra_config["hma"] = False
     assert not KVConnectorFactory.supports_hma_config(transfer)
-    with pytest.raises(ConfigError, match="Composite, as configured.*2 KV cache groups.*disable_hybrid_kv"):
+    with pytest.raises(ConfigError, match=r"Composite, as configured.*2 KV cache groups.*disable_hybrid_kv"):
         KVConnectorFactory.create_connector(engine_config(transfer), KVConnectorRole.WORKER, two_groups())
     assert len(composite.stopped) == 1, "none is left running"
     transfer.kv_connector_extra_config["says"] = "part X has no support"
