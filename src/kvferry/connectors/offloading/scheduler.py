@@ -459,8 +459,18 @@ class OffloadingSchedulerSide(SchedulerSide):
     def update_connector_output(self, connector_output: KVConnectorOutput) -> None:
         """Take in the workers' reports; a job ends when every worker has reported it."""
         report = connector_output.kv_connector_worker_meta
-        if not isinstance(report, WorkerReport):
-            return
+        ended = self._ended_jobs(report) if isinstance(report, WorkerReport) else []
+        loads = [record for record in ended if record.is_load]
+        for record in loads:
+            self._end_load(record, ended)
+        loaded_ids = {block for record in loads for part in record.job.parts for block in part.block_ids}
+        if set(connector_output.invalid_block_ids) - loaded_ids:
+            self._taint(ended, after_job_id=0)  # another connector's load failed: stores may have read it
+        for record in ended:
+            if not record.is_load:
+                self._end_store(record)
+
+    def _ended_jobs(self, report: WorkerReport) -> list[_Job]:
         ended: list[_Job] = []
         for item in report.reports:
             record = self._jobs.get(item.job_id)
@@ -469,12 +479,12 @@ class OffloadingSchedulerSide(SchedulerSide):
             record.reports[item.rank] = item
             if len(record.reports) == self.host.world_size:
                 ended.append(self._jobs.pop(item.job_id))
-        for record in ended:
-            if record.is_load:
-                self._end_load(record, ended)
-        for record in ended:
-            if not record.is_load:
-                self._end_store(record)
+        return ended
+
+    def _taint(self, ended: list[_Job], after_job_id: int) -> None:
+        for record in (*ended, *self._jobs.values()):
+            if not record.is_load and record.job.job_id > after_job_id:
+                record.is_tainted = True
 
     def _end_store(self, record: _Job) -> None:
         for i, (part, keys) in enumerate(zip(record.job.parts, record.keys, strict=True)):
@@ -508,9 +518,7 @@ class OffloadingSchedulerSide(SchedulerSide):
         self.counters.failed_loads += num_failed
         if num_failed and not record.job.is_async:
             # The step went on over KV that never came; what it, and steps planned since, computed is worthless.
-            for other in (*ended, *self._jobs.values()):
-                if not other.is_load and other.job.job_id > record.job.job_id:
-                    other.is_tainted = True
+            self._taint(ended, after_job_id=record.job.job_id)
         if state is not None:
             self._release_pins(state)
             state.load = LoadState.FAILED if num_failed else LoadState.NONE
