@@ -11,7 +11,7 @@ import torch
 from kvferry import LLM, SamplingParams
 from kvferry.clock import FakeClock
 from kvferry.contract import KVConnectorBase_V1, KVConnectorMetadata, KVConnectorTransferResults, SupportsHMA
-from kvferry.contract.multi_child import MAX_ERRORS
+from kvferry.contract.multi.child import MAX_ERRORS
 from kvferry.engine.outputs import RequestOutput
 from kvferry.errors import ConfigError
 from kvferry.testing.stub_model import StubModel

@@ -26,7 +26,7 @@ from types import ModuleType
 from typing import Any, cast
 
 from kvferry.config import KVTransferConfig
-from kvferry.contract.base import CONNECTOR_API, KVConnectorBase_V1, supports_hma
+from kvferry.contract.base import CONNECTOR_API, KVConnectorBase_V1
 from kvferry.errors import (
     ConfigError,
     ConnectorAttributeNotFound,
@@ -106,13 +106,16 @@ BUILT_INS = (
 """All connectors kvferry ships."""
 
 
+CAPABILITY_HOOKS = ("supports_hma_config", "supports_v2_model_runner_config")
+
+
 @dataclass(frozen=True, slots=True)
 class Capabilities:
     """What a connector can do, read from its class and configuration, never from its name."""
 
     supports_hma: bool | None
-    """Hybrid KV caches; None: the configuration decides, and there was none."""
-    supports_v2_model_runner: bool
+    """Hybrid KV caches. None, here and below: the configuration decides, and there was none."""
+    supports_v2_model_runner: bool | None
     connector_api: tuple[int, int]
 
 
@@ -169,7 +172,7 @@ class ConnectorResolver:
         """The record of the connector that a configuration means."""
         target = self._target(transfer)
         connector_class = _load(target)
-        return _record(target, connector_class, connector_class.supports_hma_config(transfer))
+        return _record(target, connector_class, transfer)
 
     def find_class(self, transfer: KVTransferConfig) -> type[KVConnectorBase_V1]:
         """The class that a configuration means."""
@@ -257,11 +260,7 @@ def _row(target: Target, offers: list[Target]) -> KnownConnector:
         connector_class = _load(target)
     except ConfigError as err:
         return KnownConnector(target, None, str(err))
-    by_config = inspect.getattr_static(connector_class, "supports_hma_config")
-    asks_config = by_config is not inspect.getattr_static(KVConnectorBase_V1, "supports_hma_config")
-    return KnownConnector(
-        target, _record(target, connector_class, None if asks_config else supports_hma(connector_class)), None
-    )
+    return KnownConnector(target, _record(target, connector_class, None), None)
 
 
 def _entry_points() -> Iterator[Target]:
@@ -403,12 +402,24 @@ def _signature_problems(connector_class: type) -> list[str]:
 # ---- the record -----------------------------------------------------------------------------------------------
 
 
-def _record(target: Target, connector_class: type[KVConnectorBase_V1], hma: bool | None) -> ResolvedConnector:
+def _record(
+    target: Target, connector_class: type[KVConnectorBase_V1], transfer: KVTransferConfig | None
+) -> ResolvedConnector:
     module = connector_class.__module__
     file = getattr(sys.modules.get(module), "__file__", None)
-    capabilities = Capabilities(hma, bool(connector_class.supports_v2_model_runner), connector_class.CONNECTOR_API)
+    hma, runner = (_capability(connector_class, hook, transfer) for hook in CAPABILITY_HOOKS)
+    capabilities = Capabilities(hma, runner, connector_class.CONNECTOR_API)
     version = target.version or _version(module.partition(".")[0], file)
     return ResolvedConnector(target.name, connector_class, target.origin, module, file, version, capabilities)
+
+
+def _capability(connector_class: type[KVConnectorBase_V1], hook: str, transfer: KVTransferConfig | None) -> bool | None:
+    """What the class answers for the configuration; without one, None if the answer would depend on it."""
+    if transfer is None:
+        if inspect.getattr_static(connector_class, hook) is not inspect.getattr_static(KVConnectorBase_V1, hook):
+            return None
+        transfer = KVTransferConfig()
+    return bool(getattr(connector_class, hook)(transfer))
 
 
 @functools.cache  # looks through every installed package: a tenth of a second

@@ -145,8 +145,6 @@ def test_second_model_runner_when_all_children_support_it() -> None:
     both = transfer([child(cls="V2"), nested(child(cls="V2"))])
     assert MultiConnector.supports_v2_model_runner_config(both)
     assert not MultiConnector.supports_v2_model_runner_config(transfer([child(cls="V2"), child()]))
-    assert Pair(children=[child(cls="V2")]).scheduler.supports_v2_model_runner
-    assert not Pair(children=[child(cls="V2"), child()]).scheduler.supports_v2_model_runner
 
 
 def test_prometheus_metrics_and_statistics_of_a_child_without_them() -> None:

@@ -15,7 +15,7 @@ from kvferry.contract import (
     KVConnectorOutput,
 )
 from kvferry.contract.multi import ResetOutcome
-from kvferry.contract.multi_child import MAX_ERRORS
+from kvferry.contract.multi.child import MAX_ERRORS
 from kvferry.errors import ContractError
 
 # ---- ends ---------------------------------------------------------------------------------------------------------

@@ -33,7 +33,7 @@ from kvferry.contract import (
     PrefixRange,
 )
 from kvferry.contract.multi import MultiConnector
-from kvferry.contract.multi_messages import SourcedEvent
+from kvferry.contract.multi.messages import SourcedEvent
 from kvferry.errors import ContractError
 
 # ---- which claim is taken -----------------------------------------------------------------------------------------

@@ -15,16 +15,16 @@ from kvferry.contract.base import (
 )
 from kvferry.contract.clauses import broken_block_ids, broken_results
 from kvferry.contract.kv_cache import KVCacheConfig
-from kvferry.contract.multi_base import MultiBase
-from kvferry.contract.multi_child import Child
-from kvferry.contract.multi_messages import (
+from kvferry.contract.multi.base import MultiBase
+from kvferry.contract.multi.child import Child
+from kvferry.contract.multi.messages import (
     MultiHandshake,
     MultiMetadata,
     MultiWorkerMetadata,
     as_events,
     with_source,
 )
-from kvferry.contract.multi_requests import Completions
+from kvferry.contract.multi.requests import Completions
 from kvferry.errors import ConfigError, ContractError
 
 if TYPE_CHECKING:

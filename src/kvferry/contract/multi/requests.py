@@ -9,8 +9,8 @@ from typing import Any
 
 from kvferry.clock import Clock
 from kvferry.contract.base import KVConnectorTransferResults
-from kvferry.contract.multi_config import LoadPolicy
-from kvferry.contract.multi_messages import ChildReport, MultiMetadata
+from kvferry.contract.multi.config import LoadPolicy
+from kvferry.contract.multi.messages import ChildReport, MultiMetadata
 
 Match = tuple[int | None, bool]
 

@@ -14,10 +14,10 @@ from kvferry.contract.base import CacheHitSource, KVConnectorHandshakeMetadata, 
 from kvferry.contract.clauses import broken_finish, broken_match, broken_sources
 from kvferry.contract.explain import PrefixRange
 from kvferry.contract.kv_cache import KVCacheConfig, KVConnectorOutput
-from kvferry.contract.multi_base import MultiBase
-from kvferry.contract.multi_child import Child
-from kvferry.contract.multi_config import LoadPolicy
-from kvferry.contract.multi_messages import (
+from kvferry.contract.multi.base import MultiBase
+from kvferry.contract.multi.child import Child
+from kvferry.contract.multi.config import LoadPolicy
+from kvferry.contract.multi.messages import (
     ChildReport,
     MultiHandshake,
     MultiMetadata,
@@ -26,7 +26,7 @@ from kvferry.contract.multi_messages import (
     source_path,
     with_source,
 )
-from kvferry.contract.multi_requests import Claim, Claims, Match, RankCounts
+from kvferry.contract.multi.requests import Claim, Claims, Match, RankCounts
 from kvferry.contract.stats import ConnectorStats
 from kvferry.contract.views import BlockIds, as_groups, block_ids_of
 from kvferry.errors import ConfigError, ContractError
