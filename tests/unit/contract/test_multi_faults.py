@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -231,8 +232,8 @@ def test_a_child_that_keeps_raising_on_the_scheduler_is_switched_off(caplog: pyt
     pair.s[0].calls.clear()
     for connector in pair.w:
         connector.answers["get_transfer_results"] = results(sent="s")
-    assert pair.step().finished_sending == {"s"}, "what it had under way is still reported"
-    assert [name for name, _ in pair.s[0].calls] == ["update_connector_output"], "no orders any more"
+    assert pair.step().finished_sending == {"s"}, "what it had under way is over"
+    assert [name for name, _ in pair.s[0].calls] == ["update_connector_output", "shutdown"], "no orders any more"
     worker_hooks = [name for name, _ in pair.w[0].calls]
     assert not {"bind_connector_metadata", "start_load_kv", "wait_for_save"} & set(worker_hooks)
     stats = pair.scheduler.get_kv_connector_stats()
@@ -291,3 +292,50 @@ def test_nested_pairs_count_completions_through_both_levels() -> None:
         forwarded.append(pair.step().finished_sending)
     assert forwarded == [set(), set(), {"r"}]
     assert [c.called("update_connector_output")[-1][0].finished_sending for c in inner_s] == [{"r"}, set()]
+
+
+class Pool:
+    """Counts who holds what."""
+
+    def __init__(self, num_blocks: int) -> None:
+        self.blocks = [SimpleNamespace(block_id=i) for i in range(num_blocks)]
+        self.refs = [0] * num_blocks
+
+    def touch(self, blocks: Any) -> None:
+        for block in blocks:
+            self.refs[block.block_id] += 1
+
+    def free_blocks(self, blocks: Any) -> None:
+        for block in blocks:
+            self.refs[block.block_id] -= 1
+
+
+@pytest.mark.parametrize("closes", [True, False])
+def test_what_a_switched_off_child_had_under_way_is_over_once_it_is_shut_down(closes: bool) -> None:
+    pair, pool = Pair(), Pool(4)
+    pair.scheduler.bind_gpu_block_pool(pool)
+    for child_side, blocks in zip(pair.s, (pool.blocks[1:3], pool.blocks[2:4]), strict=True):
+        child_side.called("bind_gpu_block_pool")[0][0].touch(blocks)
+    pair.s[0].called("bind_gpu_block_pool")[0][0].free_blocks(pool.blocks[1:2])
+    pair.scheduler.on_new_request(request("s"))
+    start_load(pair, 0)
+    finish(pair, True, False, name="s")
+    pair.step()
+    if not closes:
+        pair.w[0].answers["shutdown"] = RuntimeError("stuck")
+    pair.scheduler.children[0].switch_off("test")
+    assert pair.scheduler.has_pending_push_work(), "its end takes a step"
+    output = pair.step()
+    if closes:
+        assert output.finished_sending == {"s"}
+        assert (output.finished_recving, output.failed_recving) == ({"r"}, {"r"})
+        assert pool.refs == [0, 0, 1, 1], "the other child keeps its pins"
+        assert not pair.scheduler.has_pending_push_work()
+    else:
+        assert not (output.finished_sending or output.finished_recving), "it may still read and write"
+        assert pool.refs == [0, 0, 2, 1]
+    pair.scheduler.shutdown()
+    pair.w[0].answers.clear()
+    pair.worker.shutdown()
+    for side in (pair.s[0], pair.w[0]):
+        assert len(side.called("shutdown")) == (1 if closes else 2 if side is pair.w[0] else 1)
