@@ -22,6 +22,8 @@ _PRODUCERS = ("kv_producer", "kv_both")
 _CONSUMERS = ("kv_consumer", "kv_both")
 _ROLES = ("kv_producer", "kv_consumer", "kv_both")
 _FAILURE_POLICIES = ("recompute", "fail")
+_ON_SHADOW = ("warn", "error")
+_NAME_KEYS = ("kv_connector", "engine_id", "kv_connector_module_path")
 
 C = TypeVar("C")
 
@@ -44,13 +46,14 @@ def _default_buffer_device() -> str:
 
 @dataclass
 class KVTransferConfig:
-    """Which KV connector an engine uses, and how. Fields, defaults and role properties are those of vLLM 0.32.
+    """Which KV connector an engine uses, and how. Fields, defaults and role properties are those of vLLM 0.32,
+    and `on_shadow`.
 
     An empty `KVTransferConfig()` is valid and means: no connector.
     """
 
     kv_connector: str | None = None
-    """Class name of the connector; None means no connector."""
+    """Class name of the connector, or "module:Class"; None means no connector."""
     engine_id: str | None = None
     """Name of this engine towards peers and in file names; a random UUID unless given."""
     kv_buffer_device: str = field(default_factory=_default_buffer_device)
@@ -67,8 +70,14 @@ class KVTransferConfig:
     """Kept for compatibility with vLLM's field of that name; no kvferry connector reads it."""
     kv_load_failure_policy: Literal["recompute", "fail"] = "fail"
     """What becomes of a request whose KV failed to load: computed again, or finished with an error."""
+    on_shadow: Literal["warn", "error"] = "warn"
+    """When another connector has the same name as the one used: one warning, or a ConfigError (kvferry's own key:
+    vLLM does not know it)."""
 
     def __post_init__(self) -> None:
+        for key in _NAME_KEYS:
+            if not isinstance(getattr(self, key), str | None):
+                raise ConfigError(f"{key}={getattr(self, key)!r} must be text")
         if self.engine_id is None:
             self.engine_id = str(uuid.uuid4())
         if self.kv_role is not None and self.kv_role not in _ROLES:
@@ -82,6 +91,8 @@ class KVTransferConfig:
             raise ConfigError(
                 f"kv_load_failure_policy={self.kv_load_failure_policy!r} is not one of {', '.join(_FAILURE_POLICIES)}"
             )
+        if self.on_shadow not in _ON_SHADOW:
+            raise ConfigError(f"on_shadow={self.on_shadow!r} is not one of {', '.join(_ON_SHADOW)}")
         if not isinstance(self.kv_connector_extra_config, dict):
             raise ConfigError(
                 f"kv_connector_extra_config={self.kv_connector_extra_config!r} must be an object of settings"

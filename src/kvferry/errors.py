@@ -40,6 +40,10 @@ class ConnectorModuleNotFound(ConnectorNotFound, ModuleNotFoundError):
     """`kv_connector_module_path` names a module that does not exist."""
 
 
+class ConnectorImportFailed(ConnectorNotFound, ImportError):
+    """The connector's module exists, but raised while it was imported; the text shows the cause."""
+
+
 class ContractError(KVFerryError):
     """A connector broke a clause of the contract; the text names connector, hook and clause."""
 
@@ -68,10 +72,11 @@ class HostError(KVFerryError):
     """The host lacks something kvferry needs, or is a version kvferry does not support."""
 
 
-def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """` (did you mean 'x'?)` with the nearest of `known`, or the list of all when none is near."""
+def did_you_mean(name: str, known: Iterable[str], *, list_all: bool = False) -> str:
+    """` (did you mean 'x'?)` with the nearest of `known`; the list of all when none is near, or when asked for."""
     known = sorted(known)
     near = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
-    if near:
-        return f" (did you mean {near[0]!r}?)"
-    return f" (known: {', '.join(known)})" if known else ""
+    parts = [f"did you mean {near[0]!r}?"] if near else []
+    if known and (list_all or not near):
+        parts.append(f"known: {', '.join(known)}")
+    return f" ({' '.join(parts)})" if parts else ""

@@ -51,6 +51,9 @@ def test_parse_takes_what_users_pass() -> None:
         ({"kv_connector": "C"}, ["kv_role", "kv_both"]),
         ({"kv_connector": "C", "kv_role": "both"}, ["kv_role='both'", "kv_both"]),
         ({"kv_load_failure_policy": "ignore"}, ["'ignore'", "recompute"]),
+        ({"on_shadow": "ignore"}, ["on_shadow='ignore'", "warn, error"]),
+        ({"kv_connector": 3, "kv_role": "kv_both"}, ["kv_connector=3", "text"]),
+        ({"kv_connector_module_path": ["m"]}, ["kv_connector_module_path=['m']", "text"]),
         ({"kv_connector_extra_config": [1]}, ["kv_connector_extra_config=[1]"]),
     ],
 )

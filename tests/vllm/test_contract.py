@@ -22,7 +22,7 @@ def public_names(cls: type) -> set[str]:
 
 def test_every_hook_of_vllm_has_a_row() -> None:
     hooks = public_names(vllm_base.KVConnectorBase_V1) | public_names(vllm_base.SupportsHMA)
-    assert hooks == set(HOOKS_BY_NAME)
+    assert hooks == {name for name, hook in HOOKS_BY_NAME.items() if not hook.is_own}
 
 
 def test_our_base_takes_vllms_arguments_and_has_its_abstract_methods() -> None:
@@ -38,9 +38,9 @@ def test_our_base_takes_vllms_arguments_and_has_its_abstract_methods() -> None:
 def test_transfer_config_has_vllms_fields_and_defaults() -> None:
     theirs = {f.name: f for f in dataclasses.fields(VllmTransferConfig)}
     ours = {f.name: f for f in dataclasses.fields(KVTransferConfig)}
-    assert set(ours) == set(theirs)
+    assert set(ours) - set(theirs) == {"on_shadow"}
     default_theirs, default_ours = VllmTransferConfig(), KVTransferConfig()
-    for name in set(ours) - {"engine_id"}:
+    for name in set(theirs) - {"engine_id"}:
         assert getattr(default_ours, name) == getattr(default_theirs, name), name
 
 

@@ -10,6 +10,7 @@ import typer
 from rich.console import Console
 
 import kvferry
+from kvferry.cli.connectors import connectors
 from kvferry.cli.demo import DemoOptions, run_demo
 from kvferry.cli.serve import serve
 from kvferry.errors import KVFerryError
@@ -55,6 +56,7 @@ def demo(
 
 
 app.command()(serve)
+app.command()(connectors)
 
 
 def main() -> None:

@@ -26,6 +26,7 @@ from kvferry.contract.kv_cache import (
     SlidingWindowSpec,
     make_kv_cache_config,
 )
+from kvferry.contract.resolver import Origin, ResolvedConnector
 from kvferry.contract.stats import ConnectorStats, MediumStats
 
 __all__ = [
@@ -49,6 +50,8 @@ __all__ = [
     "KVConnectorRole",
     "KVConnectorTransferResults",
     "KVConnectorWorkerMetadata",
+    "Origin",
+    "ResolvedConnector",
     "SlidingWindowSpec",
     "SupportsHMA",
     "make_kv_cache_config",

@@ -357,6 +357,11 @@ class KVConnectorBase_V1(ABC):
         return supports_hma(cls)
 
     @classmethod
+    def supports_v2_model_runner_config(cls, kv_transfer_config: KVTransferConfig) -> bool:
+        """True when an instance built from this configuration keeps the second model runner's timetable of hooks."""
+        return cls.supports_v2_model_runner
+
+    @classmethod
     def get_required_kvcache_layout(cls, vllm_config: Any) -> str | None:
         """The physical KV layout this connector insists on, or None."""
         return None

@@ -55,6 +55,9 @@ class Hook:
     passes_metadata: bool = False
     """True when the side gets this step's metadata in place of the host's arguments."""
 
+    is_own: bool = False
+    """True for what kvferry adds: vLLM knows no such hook and never calls it."""
+
     @property
     def method(self) -> str:
         """Name of the method on our side classes."""
@@ -121,8 +124,9 @@ HOOKS: tuple[Hook, ...] = (
     ),
     Hook("take_events", _S, "every step, after the reports", Merge.UNION),
     Hook("reset_cache", _S, "when the user resets the prefix cache with its connector", Merge.PER_CHILD),
-    Hook("explain_prefix", _S, "when a user asks why a prefix was no hit", Merge.PER_CHILD, (_req,)),
-    Hook("supports_hma_config", _C, "when the configuration is made", Merge.ALL),
+    Hook("explain_prefix", _S, "when a user asks why a prefix was no hit", Merge.PER_CHILD, (_req,), is_own=True),
+    Hook("supports_hma_config", _C, "when the configuration is made", Merge.ALL, is_own=True),
+    Hook("supports_v2_model_runner_config", _C, "when the model runner is chosen", Merge.ALL, is_own=True),
     Hook("build_kv_connector_stats", _C, "in the process that exports metrics", Merge.PER_CHILD),
     Hook("build_prom_metrics", _C, "in the process that exports metrics", Merge.PER_CHILD),
     Hook("shutdown", _B, "once, workers first; also when the engine dies", Merge.FAN_OUT),

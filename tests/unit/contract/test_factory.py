@@ -17,13 +17,16 @@ from kvferry.contract import (
     KVConnectorBase_V1,
     KVConnectorFactory,
     KVConnectorRole,
-    make_kv_cache_config,
+    Origin,
     supports_hma,
 )
+from kvferry.contract.resolver import BUILT_INS, ConnectorResolver
 from kvferry.errors import ConfigError, ConnectorNotFound
+from kvferry.testing import make_kv_cache_config
 
 GOOD = """
-from kvferry.contract import KVConnectorBase_V1, KVConnectorMetadata
+from kvferry.contract import KVConnectorBase_V1, KVConnectorMetadata, SupportsHMA
+from kvferry.errors import ConfigError
 
 class OffloadingConnector(KVConnectorBase_V1):
     def start_load_kv(self, forward_context, **kwargs): pass
@@ -39,6 +42,18 @@ class OldShape(OffloadingConnector):
 
 class Keywords(OffloadingConnector):
     def __init__(self, *args, **kwargs): super().__init__(*args, **kwargs)
+
+class Composite(OffloadingConnector, SupportsHMA):
+    stopped = []
+    def __init__(self, vllm_config, role, kv_cache_config):
+        super().__init__(vllm_config, role, kv_cache_config)
+        if "says" in self._kv_transfer_config.kv_connector_extra_config:
+            raise ConfigError(self._kv_transfer_config.kv_connector_extra_config["says"])
+    @classmethod
+    def supports_hma_config(cls, kv_transfer_config):
+        return kv_transfer_config.kv_connector_extra_config.get("hma", False)
+    def request_finished_all_groups(self, request, block_ids): return False, None
+    def shutdown(self): self.stopped.append(self)
 
 class Unfinished(KVConnectorBase_V1):
     pass
@@ -131,14 +146,63 @@ def test_kv_cache_config_is_required() -> None:
         connector_class(engine_config(transfer), KVConnectorRole.WORKER, None)  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("role", KVConnectorRole)
+def test_without_a_connector_neither_role_has_one(role: KVConnectorRole) -> None:
+    assert not KVTransferConfig().is_kv_transfer_instance
+    for transfer in (None, KVTransferConfig()):
+        with pytest.raises(ConfigError, match=f"no connector.*{role.name}.*is_kv_transfer_instance"):
+            KVConnectorFactory.create_connector(engine_config(transfer), role, kv_cache_config())
+    assert KVConnectorFactory.supports_hma_config(KVTransferConfig()), "what is not there needs no support"
+
+
+def two_groups() -> Any:
+    spec = FullAttentionSpec(block_size=16, num_kv_heads=1, head_size=4, dtype=torch.float32)
+    return make_kv_cache_config(4, [{"a": spec}, {"b": spec}])
+
+
 @pytest.mark.usefixtures("modules")
 def test_hybrid_caches_need_a_connector_that_supports_them() -> None:
-    spec = FullAttentionSpec(block_size=16, num_kv_heads=1, head_size=4, dtype=torch.float32)
-    two_groups = make_kv_cache_config(4, [{"a": spec}, {"b": spec}])
     with pytest.raises(ConfigError, match="disable_hybrid_kv_cache_manager"):
         KVConnectorFactory.create_connector(
-            engine_config(config("OffloadingConnector", "their_connectors")), KVConnectorRole.WORKER, two_groups
+            engine_config(config("OffloadingConnector", "their_connectors")), KVConnectorRole.WORKER, two_groups()
         )
+
+
+@pytest.mark.usefixtures("modules")
+def test_hybrid_support_is_what_the_class_says_of_its_configuration() -> None:
+    transfer = config("Composite", "their_connectors")
+    composite: Any = KVConnectorFactory.get_connector_class(transfer)
+    transfer.kv_connector_extra_config["hma"] = True
+    assert KVConnectorFactory.supports_hma_config(transfer)
+    built = KVConnectorFactory.create_connector(engine_config(transfer), KVConnectorRole.WORKER, two_groups())
+    assert type(built) is composite
+    assert composite.stopped == []
+    transfer.kv_connector_extra_config["hma"] = False
+    assert not KVConnectorFactory.supports_hma_config(transfer)
+    with pytest.raises(ConfigError, match=r"Composite, as configured.*2 KV cache groups.*disable_hybrid_kv"):
+        KVConnectorFactory.create_connector(engine_config(transfer), KVConnectorRole.WORKER, two_groups())
+    assert len(composite.stopped) == 1, "none is left running"
+    transfer.kv_connector_extra_config["says"] = "part X has no support"
+    with pytest.raises(ConfigError, match="part X has no support"):
+        KVConnectorFactory.create_connector(engine_config(transfer), KVConnectorRole.WORKER, two_groups())
+    assert KVConnectorFactory.create_connector(
+        engine_config(config("Composite", "their_connectors")), KVConnectorRole.WORKER, kv_cache_config()
+    )
+
+
+@pytest.mark.usefixtures("modules")
+def test_resolve_returns_the_record() -> None:
+    record = KVConnectorFactory.resolve(config("OffloadingConnector", "their_connectors"))
+    assert (record.origin, record.module) == (Origin.MODULE, "their_connectors")
+    assert {row.target.name for row in KVConnectorFactory.known_connectors()} >= {"OffloadingConnector"}
+
+
+@pytest.mark.usefixtures("modules")
+def test_register_connector(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(KVConnectorFactory, "_resolver", ConnectorResolver(BUILT_INS))
+    KVConnectorFactory.register_connector("Mine", "their_connectors", "Keywords")
+    assert KVConnectorFactory.get_connector_class_by_name("Mine").__name__ == "Keywords"
+    assert KVConnectorFactory.resolve(config("Mine", None)).origin is Origin.REGISTERED
 
 
 def test_registering_a_taken_name_is_an_error() -> None:

@@ -42,6 +42,8 @@ class ChildReport:
     """Hooks that raised since the last report."""
     num_broken_answers: int = 0
     is_off: bool = False
+    num_closed_ranks: int = 0
+    """Ranks on which the child, switched off, was shut down in this step."""
 
     def is_empty(self) -> bool:
         """True when there is nothing to tell."""
@@ -59,6 +61,7 @@ class ChildReport:
             self.num_errors + other.num_errors,
             self.num_broken_answers + other.num_broken_answers,
             self.is_off or other.is_off,
+            self.num_closed_ranks + other.num_closed_ranks,
         )
 
 

@@ -9,8 +9,8 @@ from typing import Any
 
 from kvferry.clock import Clock
 from kvferry.contract.base import KVConnectorTransferResults
-from kvferry.contract.multi_config import LoadPolicy
-from kvferry.contract.multi_messages import ChildReport, MultiMetadata
+from kvferry.contract.multi.config import LoadPolicy
+from kvferry.contract.multi.messages import ChildReport, MultiMetadata
 
 Match = tuple[int | None, bool]
 
@@ -120,8 +120,11 @@ class Completions:
         self._due = KVConnectorTransferResults()
         self._accepted = [ChildReport() for _ in range(num_children)]
 
-    def begin_step(self, metadata: MultiMetadata, switched_off: set[int]) -> None:
-        """Take the scheduler's news in. Loads of a child that is switched off have failed: nobody starts them."""
+    def begin_step(self, metadata: MultiMetadata, switched_off: set[int], closed: set[int]) -> None:
+        """Take the scheduler's news in.
+
+        Loads of a child that is switched off have failed: nobody starts them. What a closed one promised is over.
+        """
         self._live.update(metadata.new_req_ids)
         for request_id, children in metadata.ended.items():
             self._live.discard(request_id)
@@ -134,6 +137,14 @@ class Completions:
             self._loads[request_id] = _Load(child)
             if child in switched_off:
                 self._received(child, request_id, has_failed=True)
+        for child in closed:
+            self._give_up(child)
+
+    def _give_up(self, child: int) -> None:
+        for request_id in [request_id for request_id, awaited in self._sends.items() if child in awaited]:
+            self._sent(child, request_id)
+        for request_id in [request_id for request_id, load in self._loads.items() if load.child == child]:
+            self._received(child, request_id, has_failed=True)
 
     def loading(self) -> set[int]:
         """Children with a load under way."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import replace
 from enum import Enum
@@ -14,10 +15,10 @@ from kvferry.contract.base import CacheHitSource, KVConnectorHandshakeMetadata, 
 from kvferry.contract.clauses import broken_finish, broken_match, broken_sources
 from kvferry.contract.explain import PrefixRange
 from kvferry.contract.kv_cache import KVCacheConfig, KVConnectorOutput
-from kvferry.contract.multi_base import MultiBase
-from kvferry.contract.multi_child import Child
-from kvferry.contract.multi_config import LoadPolicy
-from kvferry.contract.multi_messages import (
+from kvferry.contract.multi.base import MultiBase
+from kvferry.contract.multi.child import Child
+from kvferry.contract.multi.config import LoadPolicy
+from kvferry.contract.multi.messages import (
     ChildReport,
     MultiHandshake,
     MultiMetadata,
@@ -26,7 +27,8 @@ from kvferry.contract.multi_messages import (
     source_path,
     with_source,
 )
-from kvferry.contract.multi_requests import Claim, Claims, Match, RankCounts
+from kvferry.contract.multi.requests import Claim, Claims, Match, RankCounts
+from kvferry.contract.pins import ManagerView, PinLedger
 from kvferry.contract.stats import ConnectorStats
 from kvferry.contract.views import BlockIds, as_groups, block_ids_of
 from kvferry.errors import ConfigError, ContractError
@@ -58,18 +60,24 @@ class MultiSchedulerHooks(MultiBase):
         self._claims = Claims(policy, self.settings.lookup_wait_s, clock or SystemClock())
         self._next = MultiMetadata()
         self._new_req_ids: list[str] = []
+        self._ledgers: dict[int, PinLedger] = {}
+        self._num_closed_ranks: Counter[int] = Counter()
         self._views = [_ReportView(self._num_ranks()) for _ in self.children]
 
     # ---- engine start -----------------------------------------------------------------------------------------
 
     def bind_kv_cache_manager(self, kv_cache_manager: Any) -> None:
-        """Every child binds it, and passes on its block pool itself."""
+        """Every child binds it, with a block pool that remembers the child's pins."""
         self._kv_cache_manager = kv_cache_manager
-        self._tell_all("bind_kv_cache_manager", kv_cache_manager)
+        for child in self.children:
+            ledger = self._ledgers[child.index] = PinLedger(kv_cache_manager.block_pool)
+            child.connector.bind_kv_cache_manager(ManagerView(kv_cache_manager, ledger))
 
     def bind_gpu_block_pool(self, gpu_block_pool: Any) -> None:
         """For hosts that call it without a manager."""
-        self._tell_all("bind_gpu_block_pool", gpu_block_pool)
+        for child in self.children:
+            ledger = self._ledgers[child.index] = PinLedger(gpu_block_pool)
+            child.connector.bind_gpu_block_pool(ledger)
 
     def get_finished_count(self) -> int | None:
         """ConfigError when the children differ: one count serves the whole engine."""
@@ -205,8 +213,8 @@ class MultiSchedulerHooks(MultiBase):
         return any(child.ask("has_pending_block_frees", False) for child in self.children)
 
     def has_pending_push_work(self) -> bool:
-        """True when any child says so."""
-        return any(child.ask("has_pending_push_work", False) for child in self.children)
+        """True when any child says so, and until one that was switched off is closed."""
+        return any(child.is_closing or child.ask("has_pending_push_work", False) for child in self.children)
 
     # ---- reports ----------------------------------------------------------------------------------------------
 
@@ -233,6 +241,14 @@ class MultiSchedulerHooks(MultiBase):
                 **view.of(report),
             )
             child.tell("update_connector_output", output)
+            self._close(child, report.num_closed_ranks)
+
+    def _close(self, child: Child, num_newly_closed_ranks: int) -> None:
+        """Once its workers are all shut down, the child's scheduler instance is, and its pins are taken back."""
+        self._num_closed_ranks[child.index] += num_newly_closed_ranks
+        if self._num_closed_ranks[child.index] >= self._num_ranks() and child.is_closing and child.close():
+            num_pins = self._ledgers[child.index].release_all() if child.index in self._ledgers else 0
+            logger.error("MultiConnector's child %s is shut down; %d blocks unpinned", child.label, num_pins)
 
     def take_events(self) -> Iterable[Any]:
         """All children's events, each with its source."""
@@ -342,6 +358,8 @@ def _handshakes_of(child: Child, metadata: dict[Any, KVConnectorHandshakeMetadat
 
 
 def _finish(child: Child, request: Any, block_ids: BlockIds) -> tuple[bool, dict[str, Any] | None]:
+    if child.is_off:
+        return False, None
     hook, argument = "request_finished_all_groups", block_ids
     if not child.is_hma:
         hook, argument = "request_finished", block_ids[0]  # type: ignore[assignment]

@@ -20,7 +20,8 @@ MAX_ERRORS = 5
 class Child:
     """Calls one child's hooks and counts what goes wrong. Switches the child off after MAX_ERRORS exceptions.
 
-    A child that is off claims and saves nothing any more; what it has under way is still reported and cleaned up.
+    A child that is off claims and saves nothing any more. In the next step it is closed: shut down on its workers, then
+    in the scheduler. Nothing of it runs then, so its loads have failed, and its sends and pins are over.
     """
 
     def __init__(self, index: int, label: str, connector: KVConnectorBase_V1) -> None:
@@ -33,10 +34,25 @@ class Child:
         """On a scheduler instance: what its workers' hooks raised."""
         self.num_broken_answers = 0
         self.is_off = False
+        self.is_closed = False
+        """Shut down: no hook is called any more, and nothing of it runs."""
+        self._close_failed = False
+
+    def close(self) -> bool:
+        """Shut the child down, once. False when that raised: what it has under way may still run, for ever."""
+        if not self.is_closed and not self._close_failed:
+            self._close_failed = self.tell("shutdown") is not None
+            self.is_closed = not self._close_failed
+        return self.is_closed
+
+    @property
+    def is_closing(self) -> bool:
+        """Off, and yet to be closed."""
+        return self.is_off and not (self.is_closed or self._close_failed)
 
     def tell(self, hook: str, *args: Any, **kwargs: Any) -> Exception | None:
         """Call a hook without an answer. What it raised, already logged and counted, or None."""
-        return self._attempt(hook, args, kwargs)[1]
+        return None if self.is_closed else self._attempt(hook, args, kwargs)[1]
 
     def ask(
         self,
@@ -58,6 +74,8 @@ class Child:
         reads: Callable[[Any], Any] | None = None,
     ) -> tuple[Any, Exception | None]:
         """As `ask`, with the exception or ContractError beside the default. `reads` is part of the guarded call."""
+        if self.is_closed:
+            return default, None
         answer, error = self._attempt(hook, args, {}, reads)
         if error is not None:
             return default, error

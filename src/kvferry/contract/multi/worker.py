@@ -15,16 +15,16 @@ from kvferry.contract.base import (
 )
 from kvferry.contract.clauses import broken_block_ids, broken_results
 from kvferry.contract.kv_cache import KVCacheConfig
-from kvferry.contract.multi_base import MultiBase
-from kvferry.contract.multi_child import Child
-from kvferry.contract.multi_messages import (
+from kvferry.contract.multi.base import MultiBase
+from kvferry.contract.multi.child import Child
+from kvferry.contract.multi.messages import (
     MultiHandshake,
     MultiMetadata,
     MultiWorkerMetadata,
     as_events,
     with_source,
 )
-from kvferry.contract.multi_requests import Completions
+from kvferry.contract.multi.requests import Completions
 from kvferry.errors import ConfigError, ContractError
 
 if TYPE_CHECKING:
@@ -52,6 +52,7 @@ class MultiWorkerHooks(MultiBase):
         self._events: list[list[Any]] = [[] for _ in self.children]
         self._reported_errors = [(0, 0, False) for _ in self.children]
         self._unproved_block_ids: set[int] = set()
+        self._newly_closed: set[int] = set()
 
     # ---- engine start -----------------------------------------------------------------------------------------
 
@@ -105,7 +106,10 @@ class MultiWorkerHooks(MultiBase):
             self._broken = set()
             for index in metadata.switched_off:
                 self.children[index].switch_off("its scheduler instance is")
-            self._completions.begin_step(metadata, {child.index for child in self.children if child.is_off})
+            off = [child for child in self.children if child.is_off]
+            self._newly_closed |= {child.index for child in off if child.is_closing and child.close()}
+            closed = {child.index for child in off if child.is_closed}
+            self._completions.begin_step(metadata, {child.index for child in off}, closed)
             self._loading = set(metadata.sync_loads) | self._completions.loading()
         pairs = zip(self.children, metadata.children, strict=True)
         return [(child, meta) for child, meta in pairs if meta is not None and not child.is_off]
@@ -220,7 +224,9 @@ class MultiWorkerHooks(MultiBase):
             report.num_errors = child.num_errors - told_errors
             report.num_broken_answers = child.num_broken_answers - told_broken
             report.is_off = child.is_off and not was_off
+            report.num_closed_ranks = int(child.index in self._newly_closed)
             self._reported_errors[child.index] = (child.num_errors, child.num_broken_answers, child.is_off)
+        self._newly_closed.clear()
         unproved, self._unproved_block_ids = self._unproved_block_ids, set()
         if not unproved and all(report.is_empty() for report in reports):
             return None

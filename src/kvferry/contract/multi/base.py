@@ -8,8 +8,8 @@ from typing import Any
 from kvferry.clock import Clock
 from kvferry.contract.base import KVConnectorBase_V1, KVConnectorRole
 from kvferry.contract.kv_cache import KVCacheConfig
-from kvferry.contract.multi_child import Child
-from kvferry.contract.multi_config import ChildConfig, MultiConfig, child_configs
+from kvferry.contract.multi.child import Child
+from kvferry.contract.multi.config import ChildConfig, MultiConfig, child_configs
 from kvferry.errors import ConfigError
 
 logger = logging.getLogger(__name__)
@@ -27,9 +27,6 @@ class MultiBase(KVConnectorBase_V1):
         _check_groups(configs, len(kv_cache_config.kv_cache_groups))
         self.children = _start(configs, vllm_config, role, kv_cache_config)
         """In order of priority."""
-        self.supports_v2_model_runner = all(  # type: ignore[misc]  # the class cannot know, the instance does
-            child.connector.supports_v2_model_runner for child in self.children
-        )
 
     def _tell_all(self, hook: str, *args: Any) -> None:
         """Call a hook of the engine's start: what a child raises there ends the start."""

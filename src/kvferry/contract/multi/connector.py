@@ -5,7 +5,7 @@
     errors  a child's exception or bad answer is logged, counted, and costs only that child; five exceptions switch it
             off. Where it is loading, the exception also reaches the host, so that the load counts as failed.
 
-Settings: `multi_config.MultiConfig`. What scheduler and workers tell each other: `multi_messages`.
+Settings: `config.MultiConfig`. What scheduler and workers tell each other: `messages`.
 """
 
 from __future__ import annotations
@@ -15,13 +15,11 @@ from typing import Any
 
 from kvferry.config import KVTransferConfig
 from kvferry.contract.base import KVConnectorRole, SupportsHMA
-from kvferry.contract.multi_config import child_configs
-from kvferry.contract.multi_scheduler import MultiSchedulerHooks, ResetOutcome
-from kvferry.contract.multi_worker import MultiWorkerHooks
+from kvferry.contract.multi.config import child_configs
+from kvferry.contract.multi.scheduler import MultiSchedulerHooks
+from kvferry.contract.multi.worker import MultiWorkerHooks
 from kvferry.contract.stats import ConnectorStats, MediumStats
 from kvferry.errors import ConfigError
-
-__all__ = ["MultiConnector", "MultiPromMetrics", "ResetOutcome"]
 
 _SAME_LAYOUT = {"HND": "LBHNC", "NHD": "LBNHC"}
 
@@ -52,13 +50,9 @@ class MultiConnector(MultiSchedulerHooks, MultiWorkerHooks, SupportsHMA):
 
     @classmethod
     def supports_v2_model_runner_config(cls, kv_transfer_config: KVTransferConfig) -> bool:
-        """True when every child supports the second model runner; the class attribute cannot know."""
-        return all(
-            child.connector_class.supports_v2_model_runner_config(child.transfer)
-            if issubclass(child.connector_class, MultiConnector)
-            else child.connector_class.supports_v2_model_runner
-            for child in child_configs(kv_transfer_config)
-        )
+        """True when every child supports the second model runner."""
+        children = child_configs(kv_transfer_config)
+        return all(child.connector_class.supports_v2_model_runner_config(child.transfer) for child in children)
 
     @classmethod
     def get_required_kvcache_layout(cls, vllm_config: Any) -> str | None:

@@ -1,0 +1,75 @@
+"""`kvferry connectors`: every connector that may be named here, and why one of them cannot be used."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sys
+from typing import Annotated, Any
+
+import typer
+from rich.box import SIMPLE
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from kvferry.contract.factory import KVConnectorFactory
+from kvferry.contract.resolver import KnownConnector
+
+
+def connectors(as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False) -> None:
+    """List the connectors that kv_connector may name: built-in, registered, and entry points of installed packages.
+
+    One that cannot be used is listed with the reason and the remedy; the exit status is 0 all the same.
+    """
+    with contextlib.redirect_stdout(sys.stderr):  # what modules print while they are imported is no part of the list
+        known = KVConnectorFactory.known_connectors()
+    if as_json:
+        typer.echo(json.dumps([_as_dict(connector) for connector in known], indent=2))
+    else:
+        _print_table(known, Console())
+
+
+def _as_dict(connector: KnownConnector) -> dict[str, Any]:
+    target, resolved = connector.target, connector.resolved
+    row = {
+        "name": target.name,
+        "origin": target.origin.value,
+        "available": resolved is not None,
+        "description": connector.description,
+        "module": target.module,
+        "class": target.class_name,
+        "version": target.version,
+    }
+    if resolved is None:
+        return {**row, "problem": connector.problem}
+    capabilities = {
+        "supports_hma": resolved.capabilities.supports_hma,
+        "supports_v2_model_runner": resolved.capabilities.supports_v2_model_runner,
+        "connector_api": list(resolved.capabilities.connector_api),
+    }
+    return {**row, "version": resolved.version, "file": resolved.file, "capabilities": capabilities}
+
+
+def _print_table(known: list[KnownConnector], console: Console) -> None:
+    table = Table("name", "origin", "version", "HMA", "V2 runner", "what it is", box=SIMPLE)
+    table.columns[0].no_wrap = True
+    table.columns[0].overflow = "fold"
+    for connector in known:
+        target, resolved = connector.target, connector.resolved
+        if resolved is None:
+            table.add_row(
+                *map(Text, (target.name, target.origin.value, target.version or "-", "-", "-", "unavailable"))
+            )
+            continue
+        able = (resolved.capabilities.supports_hma, resolved.capabilities.supports_v2_model_runner)
+        cells = (target.name, target.origin.value, resolved.version or "-", *map(_yes_no, able), connector.description)
+        table.add_row(*map(Text, cells))
+    console.print(table)
+    for connector in known:
+        if connector.problem is not None:
+            console.print(Text(f"{connector.target.name} is unavailable: {connector.problem}"), soft_wrap=True)
+
+
+def _yes_no(value: bool | None) -> str:
+    return "as configured" if value is None else "yes" if value else "no"

@@ -1,0 +1,435 @@
+"""From a configuration to a connector class. One resolver decides, and says in a record what it found and where.
+
+    kv_connector_module_path     that module, and nothing else: when it fails there is no other try
+    kv_connector "module:Class"  that class of that module
+    a registered name            built-ins and what `register_connector` was told
+    an entry point               of the group `kvferry.connectors`, of any installed package
+
+A name that two of these offer is used from the one further up. That is told once, or refused (`on_shadow`). Nothing
+is imported before it is asked for.
+"""
+
+from __future__ import annotations
+
+import enum
+import functools
+import importlib
+import inspect
+import logging
+import sys
+import traceback
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from types import ModuleType
+from typing import Any, cast
+
+from kvferry.config import KVTransferConfig
+from kvferry.contract.base import CONNECTOR_API, KVConnectorBase_V1
+from kvferry.errors import (
+    ConfigError,
+    ConnectorAttributeNotFound,
+    ConnectorImportFailed,
+    ConnectorModuleNotFound,
+    ConnectorNotFound,
+    did_you_mean,
+)
+
+logger = logging.getLogger(__name__)
+
+ENTRY_POINT_GROUP = "kvferry.connectors"
+"""Packages offer connectors under this group: `MyConnector = "my_package.module:MyConnector"`."""
+
+
+class Origin(enum.Enum):
+    """Through what a connector was found."""
+
+    BUILT_IN = "built-in"
+    REGISTERED = "registered"
+    MODULE = "module path"
+    ENTRY_POINT = "entry point"
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """Where a connector class is said to be; nothing of it is imported yet."""
+
+    name: str
+    """What users write as `kv_connector`."""
+    module: str
+    class_name: str
+    origin: Origin
+    description: str = ""
+    """One sentence for users; empty: ask the class."""
+    install_hint: str = ""
+    """What to do when its module cannot be imported because a package is missing."""
+    version: str | None = None
+    """Of the package that offers it, where known without importing."""
+    package: str | None = None
+    """The package that offers it (entry points)."""
+
+    def __str__(self) -> str:
+        where = f"{self.origin.value} {self.module}:{self.class_name}"
+        return f"{where} of package {self.package}" if self.package else where
+
+    def is_same_class(self, other: Target) -> bool:
+        """True when both name one class."""
+        return (self.module, self.class_name) == (other.module, other.class_name)
+
+
+BUILT_INS = (
+    Target(
+        "OffloadingConnector",
+        "kvferry.connectors.offloading",
+        "OffloadingConnector",
+        Origin.BUILT_IN,
+        "Keeps KV in host memory and in tiers below it, and loads it for requests with the same prefix.",
+        "torch comes with the host; for the embedded engine: pip install 'kvferry[engine]'",
+    ),
+    Target(
+        "MultiConnector",
+        "kvferry.contract.multi",
+        "MultiConnector",
+        Origin.BUILT_IN,
+        "Several connectors as one: loads from the best, saves to all.",
+    ),
+    Target(
+        "LoadRecoveryExampleConnector",
+        "kvferry.connectors.load_recovery",
+        "LoadRecoveryExampleConnector",
+        Origin.BUILT_IN,
+        "Drops chosen blocks of its loads on purpose, to show how an engine recovers.",
+        "torch comes with the host; for the embedded engine: pip install 'kvferry[engine]'",
+    ),
+)
+"""All connectors kvferry ships."""
+
+
+CAPABILITY_HOOKS = ("supports_hma_config", "supports_v2_model_runner_config")
+
+
+@dataclass(frozen=True, slots=True)
+class Capabilities:
+    """What a connector can do, read from its class and configuration, never from its name."""
+
+    supports_hma: bool | None
+    """Hybrid KV caches. None, here and below: the configuration decides, and there was none."""
+    supports_v2_model_runner: bool | None
+    connector_api: tuple[int, int]
+
+
+@dataclass(frozen=True, slots=True)
+class ResolvedConnector:
+    """A connector class that may be constructed, and where it came from."""
+
+    name: str
+    """`kv_connector` as it was written."""
+    connector_class: type[KVConnectorBase_V1]
+    origin: Origin
+    module: str
+    """The module that defines the class; it may differ from the one that was named."""
+    file: str | None
+    version: str | None
+    """Of the distribution the module is in; kvferry's own for its own; None when unknown."""
+    capabilities: Capabilities
+
+
+@dataclass(frozen=True, slots=True)
+class KnownConnector:
+    """One row of the list of connectors: usable (`resolved`), or not (`problem` says why and what to do)."""
+
+    target: Target
+    resolved: ResolvedConnector | None
+    problem: str | None
+
+    @property
+    def description(self) -> str:
+        """One line on what it is: the table's, or the first of the class's own docstring."""
+        if self.target.description or self.resolved is None:
+            return self.target.description
+        return (self.resolved.connector_class.__doc__ or "").strip().partition("\n")[0]
+
+
+class ConnectorResolver:
+    """Knows the registered names and finds classes. Raises ConnectorNotFound (a ConfigError) when there is no usable
+    class: the text says why and what to do. After a failure the same call may be tried again."""
+
+    def __init__(self, targets: Iterable[Target]) -> None:
+        self._registry = {target.name: target for target in targets}
+        self._told: set[tuple[str, str]] = set()
+
+    def register(self, name: str, module: str, class_name: str) -> None:
+        """Make `module:class_name` known as `name`; imports nothing. ConfigError when the name is taken."""
+        taken = self._registry.get(name)
+        if taken is not None:
+            raise ConfigError(
+                f"connector name {name!r} is already registered as {taken.module}:{taken.class_name}; choose another"
+            )
+        self._registry[name] = Target(name, module, class_name, Origin.REGISTERED)
+
+    def resolve(self, transfer: KVTransferConfig) -> ResolvedConnector:
+        """The record of the connector that a configuration means."""
+        target = self._target(transfer)
+        connector_class = _load(target)
+        return _record(target, connector_class, transfer)
+
+    def find_class(self, transfer: KVTransferConfig) -> type[KVConnectorBase_V1]:
+        """The class that a configuration means."""
+        return _load(self._target(transfer))
+
+    def find_class_by_name(self, name: str) -> type[KVConnectorBase_V1]:
+        """The class registered, or offered by an entry point, as `name`."""
+        return _load(self._named(name))
+
+    def known(self) -> list[KnownConnector]:
+        """Every built-in, registered and entry-point connector; imports them all. A broken one is a row as well."""
+        offers = [*self._registry.values(), *_entry_points()]
+        return [_row(target, [other for other in offers if other.name == target.name]) for target in offers]
+
+    def _target(self, transfer: KVTransferConfig) -> Target:
+        name, path = transfer.kv_connector, transfer.kv_connector_module_path
+        if not name:
+            raise ConnectorNotFound("kv_connector is not set: name a connector class")
+        if path == "":
+            raise ConnectorNotFound("kv_connector_module_path is empty: give a module, or leave the key out")
+        if ":" in name:
+            return _explicit(name, path)
+        if path is None:
+            return self._named(name, transfer.on_shadow)
+        target = Target(name, path, name, Origin.MODULE)
+        self._tell_shadows([target, *self._offers(name)], transfer.on_shadow)
+        return target
+
+    def _named(self, name: str, on_shadow: str = "warn") -> Target:
+        offers = self._offers(name)
+        if not offers:
+            known = {*self._registry, *(target.name for target in _entry_points())}
+            raise ConnectorNotFound(
+                f"kv_connector={name!r} is not registered{did_you_mean(name, known, list_all=True)}; "
+                "for a connector of your own set kv_connector_module_path, or write 'module:Class'"
+            )
+        target = _first(offers)
+        self._tell_shadows(offers, on_shadow)
+        return target
+
+    def _offers(self, name: str) -> list[Target]:
+        registered = [self._registry[name]] if name in self._registry else []
+        return [*registered, *(target for target in _entry_points() if target.name == name)]
+
+    def _tell_shadows(self, offers: list[Target], on_shadow: str) -> None:
+        used = offers[0]
+        hidden = [str(other) for other in offers[1:] if not other.is_same_class(used)]
+        if not hidden:
+            return
+        text = f"kv_connector={used.name!r} is the {used}, which hides the {' and the '.join(hidden)}"
+        if on_shadow == "error":
+            raise ConfigError(f"{text}: write 'module:Class' for the one you mean, or allow it with on_shadow='warn'")
+        if (used.name, used.module) not in self._told:
+            self._told.add((used.name, used.module))
+            logger.warning("%s", text)
+
+
+def _explicit(name: str, path: str | None) -> Target:
+    module, _, class_name = name.partition(":")
+    if path is not None:
+        raise ConfigError(
+            f"kv_connector={name!r} names a module, and so does kv_connector_module_path={path!r}: give one of them"
+        )
+    if not module or not class_name:
+        raise ConnectorNotFound(f"kv_connector={name!r} must be a class name, or 'module:Class' with both parts")
+    return Target(name, module, class_name, Origin.MODULE)
+
+
+def _first(offers: list[Target]) -> Target:
+    """The one of equally named targets that counts. Between two packages there is no order."""
+    first, *others = offers
+    if first.origin is Origin.ENTRY_POINT and not all(other.is_same_class(first) for other in others):
+        raise ConnectorNotFound(
+            f"kv_connector={first.name!r} is offered by several packages: {', '.join(map(str, offers))}; "
+            "write 'module:Class' for the one you mean"
+        )
+    return first
+
+
+def _row(target: Target, offers: list[Target]) -> KnownConnector:
+    try:
+        used = _first(offers)
+        if not used.is_same_class(target):
+            return KnownConnector(target, None, f"hidden by the {used} of the same name; write 'module:Class' for it")
+        connector_class = _load(target)
+    except ConfigError as err:
+        return KnownConnector(target, None, str(err))
+    return KnownConnector(target, _record(target, connector_class, None), None)
+
+
+def _entry_points() -> Iterator[Target]:
+    try:
+        found = metadata.entry_points(group=ENTRY_POINT_GROUP)
+    except Exception:  # one package's broken metadata; connectors that need no entry point must still be found
+        logger.exception("cannot read the entry points of installed packages; none is used")
+        return
+    for point in found:
+        module, _, class_name = point.value.partition("[")[0].strip().partition(":")
+        dist = point.dist
+        yield Target(
+            point.name,
+            module.strip(),
+            class_name.strip(),
+            Origin.ENTRY_POINT,
+            version=dist.version if dist else None,
+            package=dist.name if dist else None,
+        )
+
+
+# ---- from a target to a class that may be constructed ---------------------------------------------------------
+
+
+def _load(target: Target) -> type[KVConnectorBase_V1]:
+    module = _import(target)
+    try:
+        found = getattr(module, target.class_name, None)
+    except (Exception, SystemExit) as err:  # a module's own __getattr__, which may import
+        raise _import_failed(target, err) from err
+    if found is None:
+        known = [*vars(module).get("__all__", ()), *(k for k, v in vars(module).items() if _is_connector(v))]
+        raise ConnectorAttributeNotFound(
+            f"{_given(target)}: module {target.module!r} has no class {target.class_name!r}"
+            f"{did_you_mean(target.class_name, known)}; correct the name"
+        )
+    _check(found, f"{target.module}:{target.class_name}")
+    return cast("type[KVConnectorBase_V1]", found)
+
+
+def _import(target: Target) -> ModuleType:
+    try:
+        return importlib.import_module(target.module)
+    except ModuleNotFoundError as err:
+        if err.name is not None and f"{target.module}.".startswith(f"{err.name}."):
+            raise ConnectorModuleNotFound(
+                f"{_given(target)}: there is no module {err.name!r}; install the package it is in, or correct the path"
+            ) from err
+        raise _import_failed(target, err) from err
+    except (Exception, SystemExit) as err:  # plugin load: a module may raise anything
+        raise _import_failed(target, err) from err
+
+
+def _import_failed(target: Target, err: BaseException) -> ConnectorImportFailed:
+    frames = [f for f in traceback.extract_tb(err.__traceback__) if f.filename not in (__file__, importlib.__file__)]
+    frames = [f for f in frames if not f.filename.startswith("<")]
+    place = f" (at {frames[-1].filename}:{frames[-1].lineno})" if frames else ""
+    if isinstance(err, ModuleNotFoundError) and err.name:
+        remedy = target.install_hint or f"install the package that has {err.name!r}"
+    else:
+        remedy = target.install_hint or "correct the module"
+    return ConnectorImportFailed(
+        f"{_given(target)}: module {target.module!r} is there, but importing it failed with "
+        f"{type(err).__name__}: {err}{place}; {remedy}"
+    )
+
+
+def _given(target: Target) -> str:
+    """The setting that led to the target, for messages."""
+    if target.origin is not Origin.MODULE:
+        return f"kv_connector={target.name!r} ({target})"
+    return f"kv_connector={target.name!r}" if ":" in target.name else f"kv_connector_module_path={target.module!r}"
+
+
+def _is_connector(value: Any) -> bool:
+    return isinstance(value, type) and issubclass(value, KVConnectorBase_V1) and value is not KVConnectorBase_V1
+
+
+def _check(found: Any, where: str) -> None:
+    if not _is_connector(found):
+        theirs = [c.__module__ for c in getattr(found, "__mro__", ()) if c.__name__ == KVConnectorBase_V1.__name__]
+        hint = f"; its base is the one of {theirs[0]}" if theirs else ""
+        raise ConnectorNotFound(f"{where} is not a KV connector: it must subclass kvferry.KVConnectorBase_V1{hint}")
+    _check_api(found.CONNECTOR_API, where)
+    if inspect.isabstract(found):
+        missing = ", ".join(sorted(found.__abstractmethods__))
+        raise ConnectorNotFound(f"{where} does not implement: {missing}")
+    problems = _signature_problems(found)
+    if problems:
+        raise ConnectorNotFound(
+            f"{where} must be constructible as (vllm_config, role, kv_cache_config): {'; '.join(problems)}"
+        )
+
+
+def _check_api(api: Any, where: str) -> None:
+    if not (isinstance(api, tuple) and len(api) == 2 and all(type(part) is int and part >= 0 for part in api)):
+        raise ConnectorNotFound(
+            f"{where}: CONNECTOR_API={api!r} must be two whole numbers (major, minor), such as {CONNECTOR_API}"
+        )
+    if api[0] != CONNECTOR_API[0] or api[1] > CONNECTOR_API[1]:
+        older = api < CONNECTOR_API
+        remedy = "install a later release of the connector" if older else "install a later kvferry"
+        raise ConnectorNotFound(
+            f"{where} is written for connector API {_dotted(api)}, this kvferry has {_dotted(CONNECTOR_API)}: {remedy}"
+        )
+
+
+def _dotted(api: tuple[int, int]) -> str:
+    return ".".join(map(str, api))
+
+
+def _signature_problems(connector_class: type) -> list[str]:
+    """What keeps `connector_class(vllm_config, role, kv_cache_config=...)` from working, all of it."""
+    try:
+        parameters = list(inspect.signature(connector_class).parameters.values())
+    except (TypeError, ValueError) as err:
+        return [f"its signature cannot be read ({err})"]
+    kinds = {p.kind for p in parameters}
+    by_position = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    named = next((p for p in parameters if p.name == "kv_cache_config"), None)
+    before = [p for p in by_position if p is not named][:2]
+    problems = []
+    if inspect.Parameter.VAR_POSITIONAL not in kinds:
+        problems += [f"it takes no {name} (by position)" for name in ("vllm_config", "role")[len(before) :]]
+    if named is None and inspect.Parameter.VAR_KEYWORD not in kinds:
+        problems.append("it has neither kv_cache_config nor **kwargs")
+    elif named is not None and named.kind in (named.POSITIONAL_ONLY, named.VAR_POSITIONAL):
+        problems.append("it does not take kv_cache_config by keyword")
+    elif named in by_position and by_position.index(named) != 2 and len(before) == 2:
+        problems.append(f"kv_cache_config must be its third parameter, not number {by_position.index(named) + 1}")
+    problems += [
+        f"it requires {p.name!r}, which no host passes: give it a default"
+        for p in parameters
+        if p.default is p.empty and p not in (*before, named) and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)
+    ]
+    return problems
+
+
+# ---- the record -----------------------------------------------------------------------------------------------
+
+
+def _record(
+    target: Target, connector_class: type[KVConnectorBase_V1], transfer: KVTransferConfig | None
+) -> ResolvedConnector:
+    module = connector_class.__module__
+    file = getattr(sys.modules.get(module), "__file__", None)
+    hma, runner = (_capability(connector_class, hook, transfer) for hook in CAPABILITY_HOOKS)
+    capabilities = Capabilities(hma, runner, connector_class.CONNECTOR_API)
+    version = target.version or _version(module.partition(".")[0], file)
+    return ResolvedConnector(target.name, connector_class, target.origin, module, file, version, capabilities)
+
+
+def _capability(connector_class: type[KVConnectorBase_V1], hook: str, transfer: KVTransferConfig | None) -> bool | None:
+    """What the class answers for the configuration; without one, None if the answer would depend on it."""
+    if transfer is None:
+        if inspect.getattr_static(connector_class, hook) is not inspect.getattr_static(KVConnectorBase_V1, hook):
+            return None
+        transfer = KVTransferConfig()
+    return bool(getattr(connector_class, hook)(transfer))
+
+
+@functools.cache  # looks through every installed package: a tenth of a second
+def _version(package: str, file: str | None) -> str | None:
+    """Version of the one distribution that has `package`, if `file` is of its folder and not of another path."""
+    if package == __name__.partition(".")[0]:
+        return cast("str", sys.modules[package].__version__)  # an import of the top package would point upwards
+    names = set(metadata.packages_distributions().get(package, ()))
+    if len(names) != 1 or file is None:
+        return None
+    dist = metadata.distribution(names.pop())
+    folder = Path(str(dist.locate_file(""))).resolve()
+    return dist.version if Path(file).resolve().is_relative_to(folder) else None
