@@ -1,21 +1,180 @@
-"""Ten thousand steps through the contract, and the mutants that must not survive them."""
+"""Ten thousand steps through the contract without a fault, and mutants that must not survive them."""
 
 from __future__ import annotations
 
-import importlib.util
-import sys
-from pathlib import Path
+import logging
+from collections.abc import Callable, Iterator
+from typing import Any
 
-from hypothesis import settings, HealthCheck, Phase
+import pytest
+from hypothesis import HealthCheck, Phase, settings
 from hypothesis.stateful import run_state_machine_as_test
 
-spec = importlib.util.spec_from_file_location("contract_machine", Path(__file__).with_name("contract_machine.py"))
-machine = importlib.util.module_from_spec(spec)
-sys.modules["contract_machine"] = machine
-spec.loader.exec_module(machine)
+from kvferry.contract.multi.requests import Completions
+from kvferry.contract.pins import PinLedger
+from kvferry.engine.block_pool import BlockPool
+from kvferry.engine.kv_manager import KVManager
+from kvferry.engine.scheduler import Scheduler
+from kvferry.engine.transfers import Transfers
+
+from tests.flow.contract_machine import ContractMachine, fired
+
+NUM_WALKS, NUM_RULES = 400, 60
 
 
-def test_walk():
-    import logging; logging.disable(logging.CRITICAL)
-    run_state_machine_as_test(machine.ContractMachine, settings=settings(max_examples=300, stateful_step_count=60, deadline=None, derandomize=True, database=None, phases=[Phase.generate], suppress_health_check=list(HealthCheck)))
-    print(machine.fired)
+@pytest.fixture(autouse=True)
+def quiet() -> Iterator[None]:
+    """The faults would fill the log."""
+    logging.disable(logging.CRITICAL)
+    yield
+    logging.disable(logging.NOTSET)
+
+
+def walk(num_walks: int) -> None:
+    """The same walks on every run; hypothesis prints the steps of one that fails."""
+    options = settings(
+        max_examples=num_walks,
+        stateful_step_count=NUM_RULES,
+        deadline=None,
+        derandomize=True,
+        database=None,
+        phases=[Phase.generate],
+        suppress_health_check=list(HealthCheck),
+    )
+    run_state_machine_as_test(ContractMachine, settings=options)
+
+
+def rules() -> list[str]:
+    return [name for name, value in vars(ContractMachine).items() if hasattr(value, "hypothesis_stateful_rule")]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_ten_thousand_steps_leak_nothing_and_tell_no_lie() -> None:
+    fired.clear()
+    walk(NUM_WALKS)
+    for what, num in fired.most_common():
+        print(f"{num:6} {what}")
+    assert fired["step"] >= 10_000
+    assert {name: fired[name] for name in rules() if fired[name] < 100} == {}
+
+
+# ---- mutants: each breaks one thing that the machine must notice ----------------------------------------------------
+
+
+def _double_free(original: Callable[..., Any]) -> Callable[..., Any]:
+    def release(self: Any, request_id: str, blocks: list[Any], *args: Any, **kwargs: Any) -> None:
+        original(self, request_id, blocks, *args, **kwargs)
+        self._pool.free_blocks([block for block in blocks if block.ref_cnt > 0])
+
+    return release
+
+
+def _early_free_of_a_load(original: Callable[..., Any]) -> Callable[..., Any]:
+    def release(self: Any, request_id: str, blocks: Any, awaits_sending: bool, awaits_recving: bool) -> None:
+        original(self, request_id, blocks, awaits_sending, False)
+
+    return release
+
+
+def _lost_completion(original: Callable[..., Any]) -> Callable[..., Any]:
+    def take(self: Any) -> Any:
+        due = original(self)
+        due.finished_sending = set(list(due.finished_sending)[1:])
+        return due
+
+    return take
+
+
+def _one_report_is_enough(original: Callable[..., Any]) -> Callable[..., Any]:
+    def sent(self: Any, child: int, request_id: str) -> None:
+        self._sends[request_id] = {child}
+        original(self, child, request_id)
+
+    return sent
+
+
+def _wrong_kind(original: Callable[..., Any]) -> Callable[..., Any]:
+    def release(self: Any, request_id: str, blocks: Any, awaits_sending: bool, awaits_recving: bool) -> None:
+        original(self, request_id, blocks, awaits_recving, awaits_sending)
+
+    return release
+
+
+def _failed_load_counts(original: Callable[..., Any]) -> Callable[..., Any]:
+    def received(self: Any, child: int, request_id: str, *, has_failed: bool = False) -> None:
+        if request_id in self._loads:
+            self._loads[request_id].has_failed = False
+        original(self, child, request_id)
+
+    return received
+
+
+def _nothing(original: Callable[..., Any]) -> Callable[..., Any]:
+    return lambda self, *args, **kwargs: None
+
+
+def _no_strikes(original: Callable[..., Any]) -> Callable[..., Any]:
+    return lambda self, *args, **kwargs: set()
+
+
+def _keeps_last_block(original: Callable[..., Any]) -> Callable[..., Any]:
+    return lambda self, request_id: original(self, request_id)[1:]
+
+
+def _stale_content(original: Callable[..., Any]) -> Callable[..., Any]:
+    def get_new_blocks(self: Any, num_blocks: int) -> Any:
+        cached = dict(self._cached)
+        blocks = original(self, num_blocks)
+        self._cached.update((key, block) for key, block in cached.items() if block in blocks)
+        return blocks
+
+    return get_new_blocks
+
+
+def _published_unproved(original: Callable[..., Any]) -> Callable[..., Any]:
+    def try_admit(self: Any, request: Any, *args: Any) -> Any:
+        admitted = original(self, request, *args)
+        self.manager.cache_blocks(request, request.num_computed_tokens)
+        return admitted
+
+    return try_admit
+
+
+def _keeps_count(original: Callable[..., Any]) -> Callable[..., Any]:
+    def preempt(self: Any, request: Any, plan: Any) -> None:
+        num_computed = request.num_computed_tokens
+        original(self, request, plan)
+        request.num_computed_tokens = num_computed // 4 * 4
+
+    return preempt
+
+
+MUTANTS: dict[str, tuple[type, str, Callable[..., Any]]] = {
+    "blocks of a send are freed twice": (Transfers, "release", _double_free),
+    "blocks of an aborted load are freed at once": (Transfers, "release", _early_free_of_a_load),
+    "a finished send is lost": (Completions, "take", _lost_completion),
+    "one child's send ends all children's": (Completions, "_sent", _one_report_is_enough),
+    "a failed load counts as a good one": (Completions, "_received", _failed_load_counts),
+    "blocks wait for the wrong kind of completion": (Transfers, "release", _wrong_kind),
+    "pins do not hold": (PinLedger, "touch", _nothing),
+    "bad blocks are not computed again": (Scheduler, "_strike_bad_blocks", _no_strikes),
+    "a block of each request is not given back": (KVManager, "detach", _keeps_last_block),
+    "blocks handed out are still found by their old content": (BlockPool, "get_new_blocks", _stale_content),
+    "blocks are findable before their load is proved": (Scheduler, "_try_admit", _published_unproved),
+    "a preempted request keeps its count of computed tokens": (Scheduler, "_preempt", _keeps_count),
+    "pins of a dead connector stay": (PinLedger, "release_all", _nothing),
+    "a connector's end is not told to its requests": (Completions, "_give_up", _nothing),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("name", MUTANTS)
+def test_mutants_are_caught(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    owner, method, make = MUTANTS[name]
+    monkeypatch.setattr(owner, method, make(getattr(owner, method)))
+    with pytest.raises(BaseException) as caught:  # noqa: PT011  # whatever the machine says
+        walk(NUM_WALKS)
+    assert not isinstance(caught.value, KeyboardInterrupt | pytest.fail.Exception), caught.value
+    print(f"{name}: {type(caught.value).__name__}: {str(caught.value)[:100]}")
