@@ -120,6 +120,8 @@ class EngineOptions:
     device: str = "cpu"
     enable_prefix_caching: bool = True
     seed: int = 0
+    use_v2_model_runner: bool | None = None
+    disable_hybrid_kv_cache_manager: bool | None = None
 
     def __post_init__(self) -> None:
         for name in ("block_size", "max_num_seqs", "max_num_batched_tokens"):
@@ -131,6 +133,11 @@ class EngineOptions:
             raise ConfigError("num_kv_blocks and kv_cache_bytes are both set: give the size of the KV cache once")
         if self.dtype not in DTYPE_NAMES:
             raise ConfigError(f"dtype={self.dtype!r} is not one of {', '.join(DTYPE_NAMES)}")
+        _require_int("seed", self.seed, 0)
+        for name in ("enable_prefix_caching", "use_v2_model_runner", "disable_hybrid_kv_cache_manager"):
+            value = getattr(self, name)
+            if not isinstance(value, bool) and (value is not None or name == "enable_prefix_caching"):
+                raise ConfigError(f"{name}={value!r} must be True or False")
 
 
 @dataclass(frozen=True, slots=True)
@@ -198,6 +205,8 @@ class EngineConfig:
     scheduler_config: SchedulerConfig
     kv_transfer_config: KVTransferConfig | None
     instance_id: str
+    use_v2_model_runner: bool = False
+    """The timetable of hooks that workers keep; False is the first model runner's."""
     parallel_config: ParallelConfig = field(default_factory=ParallelConfig)
     load_config: LoadConfig = field(default_factory=LoadConfig)
     speculative_config: None = None
