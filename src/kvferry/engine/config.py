@@ -133,7 +133,8 @@ class EngineOptions:
             raise ConfigError("num_kv_blocks and kv_cache_bytes are both set: give the size of the KV cache once")
         if self.dtype not in DTYPE_NAMES:
             raise ConfigError(f"dtype={self.dtype!r} is not one of {', '.join(DTYPE_NAMES)}")
-        _require_int("seed", self.seed, 0)
+        if isinstance(self.seed, bool) or not isinstance(self.seed, int):
+            raise ConfigError(f"seed={self.seed!r} must be a whole number")
         for name in ("enable_prefix_caching", "use_v2_model_runner", "disable_hybrid_kv_cache_manager"):
             value = getattr(self, name)
             if not isinstance(value, bool) and (value is not None or name == "enable_prefix_caching"):

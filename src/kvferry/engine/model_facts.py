@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from kvferry.engine.kv_groups import LayerGeometry
-from kvferry.engine.model_loader import read_model_config
+from kvferry.engine.model_loader import max_tokens_of, read_model_config
 
 
 @dataclass(slots=True)
@@ -35,19 +35,16 @@ def read_model_facts(source: str | Path, dtype: str = "auto") -> ModelFacts:
     return ModelFacts(str(path), chosen, _layers(config.get_text_config()), max_tokens_of(config), config)
 
 
-def max_tokens_of(config: Any) -> int:
-    """The longest sequence the model can attend to; 2^20 tokens when it names no limit."""
-    return int(getattr(config, "max_position_embeddings", 0) or 1 << 20)
-
-
 def _layers(config: Any) -> list[LayerGeometry]:
     num_layers = int(config.num_hidden_layers)
     num_heads = int(config.num_attention_heads)
     num_kv_heads = int(getattr(config, "num_key_value_heads", None) or num_heads)
-    head_size = int(getattr(config, "head_dim", None) or config.hidden_size // num_heads)
+    head_size = head_size_v = int(getattr(config, "head_dim", None) or config.hidden_size // num_heads)
+    if (nope_size := getattr(config, "qk_nope_head_dim", None)) is not None:  # latent attention, kept expanded
+        head_size, head_size_v = int(nope_size + config.qk_rope_head_dim), int(config.v_head_dim)
     window = getattr(config, "sliding_window", None)
     kinds = getattr(config, "layer_types", None) or ["sliding_attention"] * num_layers
     return [
-        LayerGeometry(num_kv_heads, head_size, head_size, window if kind == "sliding_attention" else None)
+        LayerGeometry(num_kv_heads, head_size, head_size_v, window if kind == "sliding_attention" else None)
         for kind in kinds
     ]

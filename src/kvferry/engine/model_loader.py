@@ -108,6 +108,11 @@ def _find_gguf(source: str | Path) -> Path | None:
     return path if path.suffix == ".gguf" and path.is_file() else None
 
 
+def max_tokens_of(config: Any) -> int:
+    """The longest sequence the model can attend to; 2^20 tokens when it names no limit."""
+    return int(getattr(config, "max_position_embeddings", 0) or 1 << 20)
+
+
 def read_model_config(source: str | Path) -> tuple[Path, Any]:
     """Where the model is, and its transformers configuration, read from config.json or a GGUF's header alone.
 
@@ -241,7 +246,7 @@ class HFModel:
         self.path = str(folder)
         self.dtype: torch.dtype = model.dtype
         self.vocab_size = int(model.get_input_embeddings().num_embeddings)
-        self.max_model_len = int(getattr(model.config, "max_position_embeddings", 0) or 1 << 20)
+        self.max_model_len = max_tokens_of(model.config)
         self.eos_token_ids = _eos_token_ids(model)
         has_tokenizer = any((folder / name).is_file() for name in _TOKENIZER_FILES)
         self.tokenizer: Any = AutoTokenizer.from_pretrained(folder) if has_tokenizer else None

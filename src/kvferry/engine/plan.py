@@ -1,4 +1,4 @@
-"""Everything an engine decides before it takes memory: sizes, KV groups, model runner. `LLM` and `doctor` both use it."""
+"""What an engine decides before it takes memory: sizes, KV groups, model runner. `LLM` and `kvferry doctor` use it."""
 
 from __future__ import annotations
 
