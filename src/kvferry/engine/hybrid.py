@@ -63,13 +63,17 @@ def without_hma(transfer: KVTransferConfig) -> list[str]:
     """The configured connector if it does not support several KV cache groups; of a composite, those of its parts."""
     if KVConnectorFactory.supports_hma_config(transfer):
         return []
+    unable = [name for part in parts_of(transfer) for name in without_hma(part)]
+    return list(dict.fromkeys(unable)) or [str(transfer.kv_connector)]
+
+
+def parts_of(transfer: KVTransferConfig) -> list[KVTransferConfig]:
+    """The configurations of the connectors a composite is made of; of any other connector, none."""
     parts = transfer.kv_connector_extra_config.get("connectors")
-    if isinstance(parts, list) and all(isinstance(part, Mapping) and "kv_connector" in part for part in parts):
-        inherited = {"kv_role": transfer.kv_role}
-        unable = [name for part in parts for name in without_hma(KVTransferConfig.parse({**inherited, **part}))]
-        if unable:
-            return list(dict.fromkeys(unable))
-    return [str(transfer.kv_connector)]
+    if not isinstance(parts, list) or not all(isinstance(part, Mapping) and "kv_connector" in part for part in parts):
+        return []
+    inherited = {"kv_role": transfer.kv_role, "kv_load_failure_policy": transfer.kv_load_failure_policy}
+    return [KVTransferConfig.parse({**inherited, **part}) for part in parts]
 
 
 def _listed(kept_tokens: Sequence[int]) -> str:

@@ -1,0 +1,70 @@
+"""`kvferry doctor`: what an engine with these settings would decide, hold and lack."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from kvferry.cli import options as opt
+from kvferry.config import transfer_config
+from kvferry.errors import ConfigError
+
+if TYPE_CHECKING:
+    from kvferry.cli.diagnosis import Diagnosis
+
+
+def doctor(
+    context: typer.Context,
+    model: Annotated[str, typer.Option(help="Folder, .gguf file, or smollm2.")] = "smollm2",
+    kv_transfer_config: opt.TransferConfig = None,
+    kv_offloading_size: opt.OffloadingSize = None,
+    kv_offloading_backend: opt.OffloadingBackend = None,
+    max_model_len: opt.MaxModelLen = None,
+    max_num_seqs: opt.MaxNumSeqs = 64,
+    max_num_batched_tokens: opt.MaxNumBatchedTokens = 512,
+    block_size: opt.BlockSize = 16,
+    num_kv_blocks: opt.NumKVBlocks = None,
+    kv_cache_bytes: opt.KVCacheBytes = None,
+    dtype: opt.Dtype = "auto",
+    device: opt.Device = "cpu",
+    use_v2_model_runner: opt.V2Runner = None,
+    disable_hybrid_kv_cache_manager: opt.DisableHybrid = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead.")] = False,
+) -> None:
+    """Say what an engine with these settings would decide and hold, each with its reason. Loads and opens nothing.
+
+    The exit status is 0 when all is well, 1 when this machine lacks something (the remedy is printed), 2 when the
+    settings are wrong wherever they are used.
+    """
+    transfer = transfer_config(kv_transfer_config, kv_offloading_size, kv_offloading_backend)
+    try:
+        from kvferry.cli.diagnosis import diagnose
+        from kvferry.engine.config import EngineOptions
+        from kvferry.engine.model_facts import read_model_facts
+    except ModuleNotFoundError as err:
+        raise ConfigError(f"{err.name} is not installed: pip install 'kvferry[engine]'") from err
+    options = EngineOptions(**{name: context.params[name] for name in opt.ENGINE_OPTIONS})
+    diagnosis = diagnose(read_model_facts(model, dtype), options, transfer)
+    if as_json:
+        typer.echo(json.dumps(dataclasses.asdict(diagnosis), indent=2))
+    else:
+        _print(diagnosis, Console())
+    raise typer.Exit(1 if diagnosis.problems else 0)
+
+
+def _print(diagnosis: Diagnosis, console: Console) -> None:
+    table = Table("", "", "because", show_edge=False)
+    for finding in diagnosis.findings:
+        table.add_row(finding.topic, finding.value, finding.reason)
+    console.print(table)
+    facts = ", ".join(f"{name} {value}" for name, value in diagnosis.environment.items())
+    console.print(f"\n{facts}\n", markup=False, highlight=False)
+    for problem in diagnosis.problems:
+        console.print(f"problem: {problem}", style="red", markup=False, highlight=False)
+    if not diagnosis.problems:
+        console.print("no problems found", style="green")
