@@ -1,4 +1,4 @@
-"""What `kvferry doctor` finds out: decisions, capacities and problems of a configuration. Takes no memory, opens nothing.
+"""What `kvferry doctor` finds out: decisions, capacities and problems of a configuration. Opens and loads nothing.
 
 `diagnose` raises ConfigError for what is wrong on any machine; what this machine lacks is listed in `problems`.
 """
@@ -36,8 +36,7 @@ class Finding:
     topic: str
     value: str
     reason: str
-    tokens: int | None = None
-    """Of capacities: tokens of KV, of all layers."""
+    details: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(slots=True)
@@ -48,9 +47,14 @@ class Diagnosis:
     problems: list[str] = field(default_factory=list)
     environment: dict[str, Any] = field(default_factory=dict)
 
-    def add(self, topic: str, value: str, reason: str, tokens: int | None = None) -> None:
+    def add(self, topic: str, value: str, reason: str, **details: Any) -> None:
         """Append a finding."""
-        self.findings.append(Finding(topic, value, reason, tokens))
+        self.findings.append(Finding(topic, value, reason, details))
+
+    def add_capacity(self, place: str, num_tokens: int | None, reason: str) -> None:
+        """Append the tokens of KV (of all layers) that one place holds; None: not known."""
+        value = "not known" if num_tokens is None else f"{num_tokens} tokens"
+        self.add(f"capacity of {place}", value, reason, tokens=num_tokens)
 
 
 def diagnose(model: ModelShape, options: EngineOptions, transfer: KVTransferConfig) -> Diagnosis:
@@ -58,7 +62,7 @@ def diagnose(model: ModelShape, options: EngineOptions, transfer: KVTransferConf
     plan = plan_engine(model, options, transfer)
     result = Diagnosis(environment=_environment())
     for path, part in _connectors(plan.config.kv_transfer_config):
-        result.add(path, *_connector(part))
+        _add_connector(result, path, part)
     if plan.config.kv_transfer_config is None:
         result.add("connector", "none", "kv_transfer_config names none, and there is no kv_offloading_size")
     result.add("hybrid KV cache", "on" if plan.hybrid.enabled else "off", plan.hybrid.reason)
@@ -77,18 +81,20 @@ def _connectors(transfer: KVTransferConfig | None, path: str = "connector") -> I
             yield from _connectors(part, f"{path}[{i}]")
 
 
-def _connector(transfer: KVTransferConfig) -> tuple[str, str]:
+def _add_connector(result: Diagnosis, path: str, transfer: KVTransferConfig) -> None:
     found = KVConnectorFactory.get_connector_class(transfer)
     module_path = transfer.kv_connector_module_path
-    origin = "built-in" if module_path is None else f"kv_connector_module_path {module_path}"
-    package = found.__module__.partition(".")[0]
-    major, minor = found.CONNECTOR_API
-    file = inspect.getsourcefile(found)
-    return (
+    origin = "registry" if module_path is None else f"kv_connector_module_path {module_path}"
+    result.add(
+        path,
         f"{found.__module__}:{found.__qualname__}",
-        f"{origin}; {file}; {package} {_version(package) or 'without a version'}; contract {major}.{minor}; "
-        f"hybrid KV caches: {_yes(KVConnectorFactory.supports_hma_config(transfer))}; "
-        f"V2 model runner: {_yes(found.supports_v2_model_runner)}",
+        f"kv_connector {transfer.kv_connector} of the {origin}",
+        origin=origin,
+        file=inspect.getsourcefile(found),
+        version=_version(found.__module__.partition(".")[0]),
+        api=".".join(map(str, found.CONNECTOR_API)),
+        supports_hma=KVConnectorFactory.supports_hma_config(transfer),
+        supports_v2_model_runner=found.supports_v2_model_runner,
     )
 
 
@@ -108,18 +114,17 @@ def _add_capacities(result: Diagnosis, plan: EnginePlan) -> None:
     cache = plan.config.cache_config
     usable = cache.num_gpu_blocks - 1
     bytes_ = max(tensor.offset + tensor.size for tensor in plan.kv_cache_config.kv_cache_tensors)
-    result.add(
-        "capacity of device",
-        _tokens(usable * cache.block_size),
+    result.add_capacity(
+        "device",
+        usable * cache.block_size,
         f"{usable} blocks of {cache.block_size} tokens beside the null block, {bytes_} bytes; "
         f"a request has at most {plan.config.model_config.max_model_len}",
-        usable * cache.block_size,
     )
     for path, part in _connectors(plan.config.kv_transfer_config):
         if issubclass(KVConnectorFactory.get_connector_class(part), OffloadingConnector):
             for tier in offloading_capacity(replace(plan.config, kv_transfer_config=part), plan.kv_cache_config):
-                topic = f"capacity of {tier.name}" + ("" if path == "connector" else f", {path}")
-                result.add(topic, _tokens(tier.num_tokens), tier.reason, tier.num_tokens)
+                place = tier.name if path == "connector" else f"{tier.name} of {path}"
+                result.add_capacity(place, tier.num_tokens, tier.reason)
                 if tier.problem is not None:
                     result.problems.append(tier.problem)
 
@@ -142,11 +147,3 @@ def _version(package: str) -> str | None:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return None
-
-
-def _yes(value: bool) -> str:
-    return "yes" if value else "no"
-
-
-def _tokens(num_tokens: int | None) -> str:
-    return "not known" if num_tokens is None else f"{num_tokens} tokens"

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.table import Table
+from rich.padding import Padding
+from rich.text import Text
 
 from kvferry.cli import options as opt
 from kvferry.config import transfer_config
@@ -58,13 +59,17 @@ def doctor(
 
 
 def _print(diagnosis: Diagnosis, console: Console) -> None:
-    table = Table("", "", "because", show_edge=False)
     for finding in diagnosis.findings:
-        table.add_row(finding.topic, finding.value, finding.reason)
-    console.print(table)
-    facts = ", ".join(f"{name} {value}" for name, value in diagnosis.environment.items())
-    console.print(f"\n{facts}\n", markup=False, highlight=False)
+        console.print(f"{finding.topic}: {finding.value}", style="bold", markup=False, highlight=False)
+        console.print(Padding(Text(finding.reason), (0, 0, 0, 4)))
+        if finding.topic.startswith("connector"):
+            console.print(Padding(Text(_listed(finding.details)), (0, 0, 0, 4)))
+    console.print(f"environment: {_listed(diagnosis.environment)}", markup=False, highlight=False)
     for problem in diagnosis.problems:
         console.print(f"problem: {problem}", style="red", markup=False, highlight=False)
     if not diagnosis.problems:
         console.print("no problems found", style="green")
+
+
+def _listed(facts: dict[str, Any]) -> str:
+    return ", ".join(f"{name} {value}" for name, value in facts.items())

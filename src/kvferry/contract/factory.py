@@ -59,7 +59,7 @@ class KVConnectorFactory:
     @classmethod
     def supports_hma_config(cls, kv_transfer_config: KVTransferConfig) -> bool:
         """True when the configured connector supports hybrid KV caches; decided on the resolved class."""
-        return supports_hma(cls.get_connector_class(kv_transfer_config))
+        return cls.get_connector_class(kv_transfer_config).supports_hma_config(kv_transfer_config)
 
     @classmethod
     def create_connector(cls, config: Any, role: KVConnectorRole, kv_cache_config: KVCacheConfig) -> KVConnectorBase_V1:

@@ -8,9 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from kvferry.clock import Clock, SystemClock
 from kvferry.config import KVTransferConfig, transfer_config
@@ -25,6 +23,9 @@ from kvferry.engine.request import Request
 from kvferry.engine.runner import ModelRunner
 from kvferry.engine.scheduler import Scheduler
 from kvferry.errors import ConfigError
+
+if TYPE_CHECKING:
+    import torch
 
 Prompt = str | Sequence[int]
 _IDLE_SLEEP_S = 0.001
@@ -75,7 +76,7 @@ class LLM:
             max_num_seqs=max_num_seqs,
             max_num_batched_tokens=max_num_batched_tokens,
             dtype=str(dtype).removeprefix("torch."),
-            device=_checked_device(device),
+            device=device,
             enable_prefix_caching=enable_prefix_caching,
             seed=seed,
             use_v2_model_runner=use_v2_model_runner,
@@ -322,17 +323,3 @@ class LLM:
 
 def _is_single(prompts: Any) -> bool:
     return isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], int))
-
-
-def _checked_device(device: str) -> str:
-    try:
-        kind = torch.device(device).type
-    except RuntimeError as err:
-        raise ConfigError(f"device={device!r} is not a device torch knows") from err
-    if kind not in ("cpu", "cuda") or (kind == "cuda" and not torch.cuda.is_available()):
-        raise ConfigError(f"device={device!r} is not available; this machine has cpu{_has_cuda()}")
-    return device
-
-
-def _has_cuda() -> str:
-    return " and cuda" if torch.cuda.is_available() else ""
