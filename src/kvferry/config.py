@@ -25,7 +25,7 @@ _CONSUMERS = ("kv_consumer", "kv_both")
 _ROLES = get_args(KVRole)
 _OFFLOADING_BACKENDS = ("native", "lmcache")
 _RUNNER_VARIABLES = ("KVFERRY_USE_V2_MODEL_RUNNER", "VLLM_USE_V2_MODEL_RUNNER")
-_TYPE_NAMES = {NoneType: "null", dict: "an object"}
+_TYPE_NAMES = {NoneType: "null", str: "text", dict: "an object"}
 _TRUTH = {"0": False, "1": True, "false": False, "true": True}
 
 C = TypeVar("C")
@@ -246,7 +246,7 @@ def _of_type(value: Any, hint: Any, where: str) -> Any:
     """`value` if it is what the annotation says (simple types, Literal, dict, tuple[Mapping, ...], unions of them)."""
     if get_origin(hint) is tuple:
         if not isinstance(value, list) or not all(isinstance(item, Mapping) for item in value):
-            raise ConfigError(f"{where} must be a list of objects, not {value!r}")
+            raise ConfigError(f"{where}={value!r} must be a list of objects")
         return tuple(value)
     parts = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
     choices = [choice for part in parts if get_origin(part) is Literal for choice in get_args(part)]
@@ -262,7 +262,7 @@ def _of_type(value: Any, hint: Any, where: str) -> Any:
         near = did_you_mean(value, choices) if isinstance(value, str) else ""
         raise ConfigError(f"{where}={value!r} is not one of {', '.join(choices)}{near if 'mean' in near else ''}")
     names = " or ".join(_TYPE_NAMES.get(t) or str(t.__name__) for t in types)
-    raise ConfigError(f"{where} must be {names}, not {value!r}")
+    raise ConfigError(f"{where}={value!r} must be {names}")
 
 
 def _in_bounds(value: Any, bounds: Mapping[str, Any], where: str) -> Any:

@@ -51,10 +51,7 @@ def test_parse_takes_what_users_pass() -> None:
         ({"kv_connector": "C"}, ["kv_role", "kv_both"]),
         ({"kv_connector": "C", "kv_role": "both"}, ["kv_role='both'", "kv_both"]),
         ({"kv_load_failure_policy": "ignore"}, ["'ignore'", "recompute"]),
-        (
-            {"kv_connector_extra_config": [1]},
-            ["kv_transfer_config.kv_connector_extra_config must be an object", "[1]"],
-        ),
+        ({"kv_connector_extra_config": [1]}, ["kv_connector_extra_config=[1]"]),
     ],
 )
 def test_bad_values_are_named(value: Any, texts: list[str]) -> None:

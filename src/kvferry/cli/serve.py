@@ -76,9 +76,9 @@ def _run(model: str, engine: dict[str, Any], server: dict[str, Any], num_threads
     options = ServerOptions(**server)
     if num_threads is not None:
         torch.set_num_threads(num_threads)
-    bound = bind_socket(options.host, options.port)
-    llm = LLM(model, **engine)
-    run_server(llm, options, bound, lambda: _announce(options.model_names, bound))
+    with bind_socket(options.host, options.port) as bound:
+        llm = LLM(model, **engine)
+        run_server(llm, options, bound, lambda: _announce(options.model_names, bound))
 
 
 def _announce(names: tuple[str, ...], bound: socket.socket) -> None:

@@ -7,7 +7,7 @@ understands several groups.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 from kvferry.config import KVTransferConfig
 from kvferry.contract import KVConnectorFactory
@@ -72,7 +72,8 @@ def parts_of(transfer: KVTransferConfig) -> list[KVTransferConfig]:
     parts = transfer.kv_connector_extra_config.get("connectors")
     if not isinstance(parts, list) or not all(isinstance(part, Mapping) and "kv_connector" in part for part in parts):
         return []
-    inherited = {"kv_role": transfer.kv_role, "kv_load_failure_policy": transfer.kv_load_failure_policy}
+    own = ("kv_connector", "kv_connector_module_path", "kv_connector_extra_config")
+    inherited = {f.name: getattr(transfer, f.name) for f in fields(transfer) if f.name not in own}
     return [KVTransferConfig.parse({**inherited, **part}) for part in parts]
 
 

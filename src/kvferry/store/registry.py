@@ -51,7 +51,9 @@ def _find(config: Mapping[str, Any], where: str) -> tuple[TierFactory, dict[str,
     settings = dict(config)
     type_name = settings.pop("type", None)
     module_path = settings.pop("tier_module_path", None)
-    if not isinstance(type_name, str) or not type_name:
+    if type_name is not None and not isinstance(type_name, str):
+        raise ConfigError(f"{where}.type={type_name!r} must be text{did_you_mean('', TIER_TYPES)}")
+    if not type_name:
         raise ConfigError(f"{where}.type is missing{did_you_mean('', TIER_TYPES)}")
     if module_path is not None:
         if not isinstance(module_path, str) or not module_path:
