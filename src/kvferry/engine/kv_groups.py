@@ -28,6 +28,8 @@ class LayerGeometry:
     num_kv_heads: int
     head_size: int
     head_size_v: int
+    window_tokens: int | None = None
+    """A token sees itself and the `window_tokens - 1` before it; None: all before it."""
 
 
 def layer_name(layer_index: int) -> str:
@@ -38,10 +40,12 @@ def layer_name(layer_index: int) -> str:
 def full_attention_specs(
     layers: Sequence[LayerGeometry], block_size: int, dtype: torch.dtype
 ) -> dict[str, KVCacheSpec]:
-    """One spec per layer, all in one group. ConfigError when the layers' KV differs in shape."""
-    if len(set(layers)) != 1:
+    """One spec per layer, all in one group, windows or not. ConfigError when the layers' KV differs in shape."""
+    shapes = {(layer.num_kv_heads, layer.head_size, layer.head_size_v) for layer in layers}
+    if len(shapes) != 1:
         raise ConfigError(
-            f"layers keep KV of different shapes, which one KV group cannot hold: {sorted(set(map(str, layers)))}"
+            "layers keep KV of different shapes (heads, head size of K, of V), which one KV group cannot hold: "
+            f"{sorted(shapes)}"
         )
     first = layers[0]
     spec = FullAttentionSpec(
