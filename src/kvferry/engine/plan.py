@@ -48,11 +48,12 @@ class EnginePlan:
 def plan_engine(model: ModelShape, options: EngineOptions, transfer: KVTransferConfig) -> EnginePlan:
     """Plan without taking memory or opening anything. Raises ConfigError for settings that cannot work together."""
     configured = transfer if transfer.is_kv_transfer_instance else None
-    connector_class = None if configured is None else KVConnectorFactory.get_connector_class(configured)
+    connector = None if configured is None else KVConnectorFactory.resolve(configured)
+    is_unable = connector is not None and not connector.capabilities.supports_v2_model_runner
     runner = choose_model_runner(
         v2_runner_environment(),
         options.use_v2_model_runner,
-        connector_class,
+        connector.name if connector is not None and is_unable else None,
         type(model).__name__ if model.hf_config is None else architecture_of(model.hf_config),
         v2_support(options.device),
     )

@@ -8,7 +8,6 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 V2_ARCHITECTURES: frozenset[str] = frozenset()
 """Models that get V2 without being asked; none in this release."""
@@ -45,14 +44,14 @@ def v2_support(device: str) -> V2Support:
 def choose_model_runner(
     environment: Mapping[str, bool],
     setting: bool | None,
-    connector_class: type[Any] | None,
+    unable_connector: str | None,
     architecture: str,
     support: V2Support,
 ) -> RunnerChoice:
     """Environment before setting before the rule. Reads nothing but its arguments.
 
-    `environment`: what `config.v2_runner_environment` found, the variable that counts first. `connector_class`: the
-    class of the engine's connector, explicit or implicit, or None.
+    `environment`: what `config.v2_runner_environment` found, the variable that counts first. `unable_connector`: name
+    of the engine's connector, explicit or implicit, if as configured it does not declare support for V2.
     """
     said = dict(environment) | ({} if setting is None else {"use_v2_model_runner": setting})
     if said:
@@ -65,8 +64,8 @@ def choose_model_runner(
         if not wanted:
             return RunnerChoice(False, f"{first}={wanted}", warnings)
         return _unless_impossible(f"{first}={wanted}", support, warnings)
-    if connector_class is not None and not getattr(connector_class, "supports_v2_model_runner", False):
-        return RunnerChoice(False, f"{connector_class.__name__} does not declare supports_v2_model_runner")
+    if unable_connector is not None:
+        return RunnerChoice(False, f"{unable_connector} does not declare supports_v2_model_runner")
     if architecture not in support.architectures:
         return RunnerChoice(False, f"{architecture} is not on the list of models that get V2 by default")
     return _unless_impossible(f"{architecture} is on the list of models that get V2 by default", support, ())

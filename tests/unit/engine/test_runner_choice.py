@@ -18,33 +18,25 @@ KVFERRY, VLLM = "KVFERRY_USE_V2_MODEL_RUNNER", "VLLM_USE_V2_MODEL_RUNNER"
 READY = V2Support(frozenset({"LlamaForCausalLM"}))
 
 
-class Declares:
-    supports_v2_model_runner = True
-
-
-class Silent:
-    pass
-
-
 def choose(
     environment: dict[str, bool] | None = None,
     setting: bool | None = None,
-    connector: type | None = None,
+    unable_connector: str | None = None,
     architecture: str = "LlamaForCausalLM",
     support: V2Support = READY,
 ) -> Any:
-    return choose_model_runner(environment or {}, setting, connector, architecture, support)
+    return choose_model_runner(environment or {}, setting, unable_connector, architecture, support)
 
 
 @pytest.mark.parametrize("wanted", [True, False])
 def test_the_environment_comes_first(wanted):
-    choice = choose({VLLM: wanted}, connector=Silent, architecture="Other")
+    choice = choose({VLLM: wanted}, unable_connector="Silent", architecture="Other")
     assert (choice.use_v2, choice.reason, choice.warnings) == (wanted, f"{VLLM}={wanted}", ())
 
 
 @pytest.mark.parametrize("wanted", [True, False])
 def test_then_the_setting(wanted):
-    choice = choose(setting=wanted, connector=Silent, architecture="Other")
+    choice = choose(setting=wanted, unable_connector="Silent", architecture="Other")
     assert (choice.use_v2, choice.reason, choice.warnings) == (wanted, f"use_v2_model_runner={wanted}", ())
 
 
@@ -61,15 +53,14 @@ def test_a_disagreement_is_told_and_the_environment_wins():
 
 
 def test_a_connector_that_does_not_declare_it_means_v1():
-    choice = choose(connector=Silent)
+    choice = choose(unable_connector="Silent")
     assert (choice.use_v2, choice.warnings) == (False, ())
     assert "Silent does not declare supports_v2_model_runner" in choice.reason
-    assert choose(connector=Declares).use_v2
-    assert choose(connector=None).use_v2
+    assert choose().use_v2
 
 
 def test_a_model_off_the_list_means_v1_without_a_warning():
-    choice = choose(architecture="NewForCausalLM", connector=Declares)
+    choice = choose(architecture="NewForCausalLM")
     assert (choice.use_v2, choice.warnings) == (False, ())
     assert "NewForCausalLM" in choice.reason
 
@@ -86,7 +77,7 @@ def test_what_is_missing_or_unsupported_means_v1_with_a_warning_that_lists_it(se
 
 
 def test_v2_by_rule():
-    choice = choose(connector=Declares)
+    choice = choose()
     assert (choice.use_v2, choice.warnings) == (True, ())
     assert "LlamaForCausalLM" in choice.reason
 
