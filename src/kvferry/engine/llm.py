@@ -26,8 +26,9 @@ from kvferry.engine.config import (
     SchedulerConfig,
     resolve_kv_budget,
 )
-from kvferry.engine.connector_host import HostCounters, start_connectors
+from kvferry.engine.connector_host import start_connectors
 from kvferry.engine.detokenizer import Detokenizer
+from kvferry.engine.guard import HostCounters
 from kvferry.engine.kv_groups import full_attention_specs, kv_cache_config_for
 from kvferry.engine.model_loader import EngineModel, load_model
 from kvferry.engine.outputs import RequestOutput, report

@@ -26,7 +26,6 @@ from kvferry.contract.sides import SchedulerSide, WorkerSide
 from kvferry.contract.views import RequestView, StepView
 from kvferry.errors import ContractError
 
-
 NO_HOOKS = {"role", "CONNECTOR_API", "supports_v2_model_runner"}  # what an instance is, and what a class declares
 
 
