@@ -119,3 +119,6 @@ def _checked(connector_class: Any, module_path: str, class_name: str) -> type[KV
 
 
 KVConnectorFactory.register_connector("OffloadingConnector", "kvferry.connectors.offloading", "OffloadingConnector")
+KVConnectorFactory.register_connector(
+    "LoadRecoveryExampleConnector", "kvferry.connectors.load_recovery", "LoadRecoveryExampleConnector"
+)
