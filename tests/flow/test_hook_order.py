@@ -323,6 +323,7 @@ def test_every_row_is_called_or_has_a_reason(start):
             record.claim = claim
             for seed in (1, 2):
                 add(llm, 7, max_tokens=8, seed=seed)
+            called |= {hook for _, hook in record.names()}
             for _ in range(60):
                 record.received = set(llm.scheduler.transfers.loads)
                 called |= {hook for _, hook in step(llm, record)}
