@@ -185,8 +185,7 @@ class Scheduler:
         plan = _Plan(self._config.max_num_batched_tokens, SchedulerOutput(BlockState(self.manager)))
         self._give_up_late_loads()
         self.transfers.note_late()
-        for request in self._repairs.settle():
-            self._keep_tokens(request, request.num_computed_tokens)
+        self._settle_repairs()
         self._schedule_running(plan)
         if not plan.output.preempted_req_ids and not plan.waits_for_frees:
             self._schedule_loaded(plan)
@@ -198,16 +197,15 @@ class Scheduler:
         return plan.output
 
     def _schedule_running(self, plan: _Plan) -> None:
-        num_behind = len(self.running)
-        for request in list(self.running):
+        able = [request for request in self.running if not self._repairs.is_waiting(request)]
+        num_behind = len(able)
+        for request in able:
             num_behind -= 1  # one token is kept for each of them
             if plan.waits_for_frees:
                 return
             num_new = min(request.num_tokens - request.num_computed_tokens, plan.budget_tokens - num_behind)
             target = request.num_computed_tokens + num_new
-            if request.status is not RequestStatus.RUNNING or self._repairs.is_waiting(request):
-                continue
-            if self._make_room(request, target, plan):
+            if request.status is RequestStatus.RUNNING and self._make_room(request, target, plan):
                 self._add(request, num_new, plan)
 
     def _make_room(self, request: Request, num_tokens: int, plan: _Plan) -> bool:
@@ -344,6 +342,7 @@ class Scheduler:
         self._complete_loads((reported.finished_recving or set()) - self._sync_loads.keys(), failed.request_ids)
         for request_id in reported.finished_sending or ():
             self.transfers.finished_sending(request_id)
+        self._settle_repairs()
         if self._connector.end_step():
             self._switch_connector_off()
         news, self._news = self._news, {}
@@ -459,6 +458,10 @@ class Scheduler:
                 # What it will take over is known only when its wait is over.
                 request.num_local_tokens, request.num_external_tokens, request.external_hit_sources = sources
         struck.append(request)
+
+    def _settle_repairs(self) -> None:
+        for request in self._repairs.settle():
+            self._keep_tokens(request, request.num_computed_tokens)
 
     def _fail_load(self, request: Request, num_good_tokens: int) -> None:
         """Keep only the first tokens of an admitted request, or end it, as `kv_load_failure_policy` says."""
