@@ -130,6 +130,18 @@ def test_the_local_hit_before_the_load_stays(make_llm, load_async):
     assert output.num_external_tokens == 16
 
 
+@pytest.mark.parametrize("report_by", REPORTS)
+def test_what_was_computed_beside_a_failed_load_is_not_stored(make_llm, report_by):
+    llm = make_llm(report_by=report_by, fail_block_indexes=[3], fail_every_nth_load=2)
+    first, longer = prompt(70), [*prompt(64), *prompt(50, seed=1)]
+    warm(llm, first)
+    run(llm, first)  # the first load works
+    forget(llm)
+    run(llm, longer)  # the second fails, and blocks 4 to 6 are computed in the same step
+    forget(llm)
+    assert run(llm, longer).num_external_tokens == 112, "they were stored when they were computed again"
+
+
 def test_salts_are_kept_apart(make_llm):
     llm = make_llm()
     tokens = prompt(90)
