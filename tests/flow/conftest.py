@@ -239,10 +239,13 @@ class FakeConnector(KVConnectorBase_V1, SupportsHMA):
 
     def wait_for_save(self) -> None:
         self.note("wait_for_save")
+        pool, is_bad = self.script.scheduler.pool, bool(self.errors or self.failures)
         for key, block_id in self._get_connector_metadata().saves:
-            if self.script.store_steps:
+            if self.script.store_steps and is_bad:
+                pool.free_blocks([pool.blocks[block_id]])
+            elif self.script.store_steps:
                 self.slow_stores.append((self.script.store_steps, key, block_id))
-            elif not (self.errors or self.failures):
+            elif not is_bad:
                 self.script.store[key] = [layer[block_id].clone() for layer in self.kv_caches]
 
     def get_transfer_results(self, finished_req_ids: set[str]) -> KVConnectorTransferResults:
