@@ -225,7 +225,8 @@ def parse_json_object(text: str, where: str) -> dict[str, Any]:
 def parse_settings(cls: type[C], values: Mapping[str, Any], where: str) -> C:
     """Read a free-form mapping into the frozen dataclass `cls`, whose fields are the known keys.
 
-    Fields may be of simple types, unions of them, or `tuple[Mapping, ...]` (given as a list of objects). Whole floats
+    Fields may be of simple types, unions of them, `tuple[Mapping, ...]` (given as a list of objects) or
+    `tuple[int, ...]` (given as a list of whole numbers, none below the minimum). Whole floats
     count as int (`1e9`), strings must not be empty, `metadata={"minimum": n}` bounds numbers. Every mistake is a
     ConfigError that names it as `where.key`: unknown (with the nearest known key), missing, wrong type, too small.
     """
@@ -248,6 +249,10 @@ def parse_settings(cls: type[C], values: Mapping[str, Any], where: str) -> C:
 
 def _of_type(value: Any, hint: Any, where: str) -> Any:
     """`value` if it is what the annotation says (simple types, Literal, dict, tuple[Mapping, ...], unions of them)."""
+    if get_origin(hint) is tuple and get_args(hint)[0] is int:
+        if not isinstance(value, list):
+            raise ConfigError(f"{where}={value!r} must be a list of whole numbers")
+        return tuple(_of_type(item, int, f"{where}[{i}]") for i, item in enumerate(value))
     if get_origin(hint) is tuple:
         if not isinstance(value, list) or not all(isinstance(item, Mapping) for item in value):
             raise ConfigError(f"{where}={value!r} must be a list of objects")
@@ -270,6 +275,8 @@ def _of_type(value: Any, hint: Any, where: str) -> Any:
 
 
 def _in_bounds(value: Any, bounds: Mapping[str, Any], where: str) -> Any:
+    if isinstance(value, tuple):
+        return tuple(_in_bounds(item, bounds, f"{where}[{i}]") for i, item in enumerate(value))
     if isinstance(value, float) and not math.isfinite(value):
         raise ConfigError(f"{where}={value} must be a finite number")
     if value is None:

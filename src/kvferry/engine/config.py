@@ -187,6 +187,12 @@ class SchedulerConfig:
     """An asynchronous load may take this long; then its blocks are set aside and the request is computed."""
     stall_timeout_s: float = 300.0
     """With nothing able to run for this long (all blocks pinned), the next waiting request ends with an error."""
+    send_timeout_s: float = 600.0
+    """A connector may keep a finished request's blocks for this long; then that is logged and counted, and the engine
+    no longer steps for their sake. They stay held, since the transfer may still read them."""
+    connector_failure_limit: int = 5
+    """A connector is switched off when one of its hooks failed (raised, or broke the contract) in this many steps in
+    which it was called, with no step between them in which it was called and did not fail."""
 
 
 @dataclass(frozen=True, slots=True)

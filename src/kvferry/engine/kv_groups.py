@@ -10,7 +10,7 @@ layer i of every group lies at the same offset, and a block id belongs to one gr
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from kvferry.contract import AttentionSpec, FullAttentionSpec, KVCacheConfig, KVCacheSpec, make_kv_cache_config
-from kvferry.errors import ConfigError
+from kvferry.errors import ConfigError, ContractError
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +66,29 @@ def kv_cache_config_for(num_blocks: int, groups: list[dict[str, KVCacheSpec]]) -
         raise ConfigError(f"KV groups of different block sizes ({sorted(sizes)}) are not supported by this engine")
     config.hash_block_size = config.cache_hit_alignment_tokens = sizes.pop()
     return config
+
+
+def copy_kv_blocks(
+    src_kv_caches: Mapping[str, torch.Tensor],
+    dst_kv_caches: Mapping[str, torch.Tensor],
+    src_block_ids: Sequence[int],
+    dst_block_ids: Sequence[int],
+    direction: str,
+) -> None:
+    """Copy blocks between two sets of KV tensors, layer by layer; what `set_host_xfer_buffer_ops` offers connectors.
+
+    Both map layer names to [blocks, heads, tokens, content], on any device; block `src_block_ids[i]` goes to
+    `dst_block_ids[i]`. `direction` ("h2d" or "d2h") is vLLM's and follows from the tensors' devices. The copy is done
+    on return. ContractError when layers or numbers of blocks differ; nothing is copied then.
+    """
+    if direction not in ("h2d", "d2h"):
+        raise ContractError(f"copy direction {direction!r} is neither 'h2d' nor 'd2h'")
+    if len(src_block_ids) != len(dst_block_ids) or src_kv_caches.keys() != dst_kv_caches.keys():
+        raise ContractError("source and destination of a block copy must have the same layers and numbers of blocks")
+    for name, src in src_kv_caches.items():
+        dst = dst_kv_caches[name]
+        taken = src[torch.tensor(src_block_ids, dtype=torch.long, device=src.device)]
+        dst[torch.tensor(dst_block_ids, dtype=torch.long, device=dst.device)] = taken.to(dst.device)
 
 
 class KVBuffer:

@@ -14,8 +14,9 @@ from kvferry.clock import Clock, SystemClock
 from kvferry.config import KVTransferConfig, transfer_config
 from kvferry.contract import KVConnectorBase_V1
 from kvferry.engine.config import EngineOptions, RequestOutputKind, SamplingParams
-from kvferry.engine.connector_host import HostCounters, start_connectors
+from kvferry.engine.connector_host import start_connectors
 from kvferry.engine.detokenizer import Detokenizer
+from kvferry.engine.guard import HostCounters
 from kvferry.engine.model_loader import EngineModel, load_model
 from kvferry.engine.outputs import RequestOutput, report
 from kvferry.engine.plan import plan_engine
