@@ -6,24 +6,27 @@ This is the only module that reads `os.environ`.
 from __future__ import annotations
 
 import json
+import math
 import os
 import sys
 import uuid
 from collections.abc import Mapping
-from dataclasses import MISSING, dataclass, field, fields
+from dataclasses import MISSING, dataclass, field, fields, replace
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Literal, TypeVar, Union, cast, get_args, get_origin, get_type_hints
 
 from kvferry.errors import ConfigError, did_you_mean
 
+GIB = 1 << 30
 KVRole = Literal["kv_producer", "kv_consumer", "kv_both"]
 _PRODUCERS = ("kv_producer", "kv_both")
 _CONSUMERS = ("kv_consumer", "kv_both")
-_ROLES = ("kv_producer", "kv_consumer", "kv_both")
-_FAILURE_POLICIES = ("recompute", "fail")
-_ON_SHADOW = ("warn", "error")
-_NAME_KEYS = ("kv_connector", "engine_id", "kv_connector_module_path")
+_ROLES = get_args(KVRole)
+_OFFLOADING_BACKENDS = ("native", "lmcache")
+_RUNNER_VARIABLES = ("KVFERRY_USE_V2_MODEL_RUNNER", "VLLM_USE_V2_MODEL_RUNNER")
+_TYPE_NAMES = {NoneType: "null", str: "text", dict: "an object"}
+_TRUTH = {"0": False, "1": True, "false": False, "true": True}
 
 C = TypeVar("C")
 
@@ -34,9 +37,18 @@ def cache_dir() -> Path:
     return (Path(base) if base else Path.home() / ".cache") / "kvferry"
 
 
-def shared_memory_dir() -> Path:
-    """Where arenas live unless told otherwise; memory-backed on Linux."""
-    return Path(os.environ.get("KVFERRY_SHM_DIR", "/dev/shm"))
+def v2_runner_environment() -> dict[str, bool]:
+    """What the environment says about the second model runner: variable -> value, the one that counts first.
+
+    `KVFERRY_USE_V2_MODEL_RUNNER` goes before vLLM's `VLLM_USE_V2_MODEL_RUNNER`. ConfigError unless 0, 1, true or false.
+    """
+    said = {}
+    for name in _RUNNER_VARIABLES:
+        if (text := os.environ.get(name)) is not None:
+            if text.lower() not in _TRUTH:
+                raise ConfigError(f"environment variable {name}={text!r} is not one of {', '.join(_TRUTH)}")
+            said[name] = _TRUTH[text.lower()]
+    return said
 
 
 def _default_buffer_device() -> str:
@@ -60,7 +72,7 @@ class KVTransferConfig:
     """Device on which a connector buffers KV."""
     kv_role: KVRole | None = None
     """Required with `kv_connector`: does this engine produce KV for others, consume it, or both?"""
-    kv_port: int = 14579
+    kv_port: int = field(default=14579, metadata={"minimum": 0, "maximum": 65535})
     """Base port for connectors that listen."""
     kv_connector_extra_config: dict[str, Any] = field(default_factory=dict)
     """Settings of the connector itself; each connector checks its own keys."""
@@ -75,27 +87,17 @@ class KVTransferConfig:
     vLLM does not know it)."""
 
     def __post_init__(self) -> None:
-        for key in _NAME_KEYS:
-            if not isinstance(getattr(self, key), str | None):
-                raise ConfigError(f"{key}={getattr(self, key)!r} must be text")
         if self.engine_id is None:
             self.engine_id = str(uuid.uuid4())
-        if self.kv_role is not None and self.kv_role not in _ROLES:
-            raise ConfigError(f"kv_role={self.kv_role!r} is not one of {', '.join(_ROLES)}")
+        hints = get_type_hints(type(self))
+        for f in fields(self):
+            where = f"kv_transfer_config.{f.name}"
+            value = _of_type(getattr(self, f.name), hints[f.name], where)
+            setattr(self, f.name, _in_bounds(value, f.metadata, where))
         if self.kv_connector is not None and self.kv_role is None:
             raise ConfigError(
                 f"kv_connector={self.kv_connector!r} is set but kv_role is not: "
                 f'add "kv_role", one of {", ".join(_ROLES)}'
-            )
-        if self.kv_load_failure_policy not in _FAILURE_POLICIES:
-            raise ConfigError(
-                f"kv_load_failure_policy={self.kv_load_failure_policy!r} is not one of {', '.join(_FAILURE_POLICIES)}"
-            )
-        if self.on_shadow not in _ON_SHADOW:
-            raise ConfigError(f"on_shadow={self.on_shadow!r} is not one of {', '.join(_ON_SHADOW)}")
-        if not isinstance(self.kv_connector_extra_config, dict):
-            raise ConfigError(
-                f"kv_connector_extra_config={self.kv_connector_extra_config!r} must be an object of settings"
             )
 
     @classmethod
@@ -138,10 +140,81 @@ class KVTransferConfig:
         return self.kv_connector_extra_config.get(key, default)
 
 
+def transfer_config(
+    kv_transfer_config: KVTransferConfig | Mapping[str, Any] | str | None,
+    kv_offloading_size: float | None = None,
+    kv_offloading_backend: str | None = None,
+) -> KVTransferConfig:
+    """The one connector that an engine's settings mean together; not one to use when they mean none.
+
+    `kv_offloading_size` (GiB of host memory) asks for an OffloadingConnector, or with the backend "lmcache" for an
+    LMCacheMPConnector, whose server has memory of its own; other settings for it may stand in
+    `kv_connector_extra_config`. Raises ConfigError when `kv_transfer_config` names a connector too, when it describes
+    one that nobody names, and for a wrong size or backend.
+    """
+    transfer = KVTransferConfig.parse(kv_transfer_config)
+    if kv_offloading_size is not None:
+        return _implicit_offloading(transfer, kv_offloading_size, kv_offloading_backend or "native")
+    if kv_offloading_backend is not None:
+        raise ConfigError(f"kv_offloading_backend={kv_offloading_backend!r} needs kv_offloading_size (GiB)")
+    if transfer.kv_connector is None:
+        for name in ("kv_role", "kv_connector_module_path", "kv_connector_extra_config"):
+            if (value := getattr(transfer, name)) not in (None, {}):
+                raise ConfigError(
+                    f"kv_transfer_config.{name}={value!r} is set but kv_connector is not: "
+                    "name the connector it is for, or leave it out"
+                )
+    return transfer
+
+
+def _implicit_offloading(transfer: KVTransferConfig, size_gib: float, backend: str) -> KVTransferConfig:
+    where = f"kv_offloading_size={size_gib!r}"
+    if backend not in _OFFLOADING_BACKENDS:
+        near = did_you_mean(str(backend), _OFFLOADING_BACKENDS)
+        raise ConfigError(f"kv_offloading_backend={backend!r} is not known{near}")
+    is_number = isinstance(size_gib, int | float) and not isinstance(size_gib, bool)
+    if not is_number or not math.isfinite(size_gib) or int(size_gib * GIB) < 1:
+        raise ConfigError(f"{where} must be a number above 0 (GiB of host memory)")
+    extra = transfer.kv_connector_extra_config
+    for name, value, allowed in (
+        ("kv_connector", transfer.kv_connector, None),
+        ("kv_connector_module_path", transfer.kv_connector_module_path, None),
+        ("kv_role", transfer.kv_role or "kv_both", "kv_both"),
+        ("kv_connector_extra_config.cpu_bytes_to_use", extra.get("cpu_bytes_to_use"), None),
+    ):
+        if value != allowed:
+            raise ConfigError(
+                f"kv_transfer_config.{name}={value!r} and {where} both say which connector to use: leave one of them "
+                "out (the size of an OffloadingConnector is cpu_bytes_to_use in its kv_connector_extra_config)"
+            )
+    is_native = backend == "native"
+    return replace(
+        transfer,
+        kv_connector="OffloadingConnector" if is_native else "LMCacheMPConnector",
+        kv_role="kv_both",
+        kv_load_failure_policy="recompute",
+        kv_connector_extra_config={**extra, "cpu_bytes_to_use": int(size_gib * GIB)} if is_native else extra,
+    )
+
+
 def parse_json_object(text: str, where: str) -> dict[str, Any]:
-    """Parse JSON text that must be an object; ConfigError says where and at which position it is wrong."""
+    """Parse JSON text that must be an object; ConfigError says where and at which position it is wrong.
+
+    Keys given twice and NaN or Infinity, which Python's parser would take, are wrong as well.
+    """
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        keys = [key for key, _ in pairs]
+        for key in keys:
+            if keys.count(key) > 1:
+                raise ConfigError(f"{where} has the key {key!r} twice in one object; leave one out")
+        return dict(pairs)
+
+    def no_number(name: str) -> float:
+        raise ConfigError(f"{where} has the value {name}, which JSON does not have; give a number")
+
     try:
-        value = json.loads(text)
+        value = json.loads(text, object_pairs_hook=unique, parse_constant=no_number)
     except json.JSONDecodeError as err:
         raise ConfigError(f"{where} is not valid JSON at character {err.pos}: {err.msg}; got {text!r}") from None
     if not isinstance(value, dict):
@@ -152,7 +225,8 @@ def parse_json_object(text: str, where: str) -> dict[str, Any]:
 def parse_settings(cls: type[C], values: Mapping[str, Any], where: str) -> C:
     """Read a free-form mapping into the frozen dataclass `cls`, whose fields are the known keys.
 
-    Fields may be of simple types, unions of them, or `tuple[Mapping, ...]` (given as a list of objects). Whole floats
+    Fields may be of simple types, unions of them, `tuple[Mapping, ...]` (given as a list of objects) or
+    `tuple[int, ...]` (given as a list of whole numbers, none below the minimum). Whole floats
     count as int (`1e9`), strings must not be empty, `metadata={"minimum": n}` bounds numbers. Every mistake is a
     ConfigError that names it as `where.key`: unknown (with the nearest known key), missing, wrong type, too small.
     """
@@ -164,25 +238,51 @@ def parse_settings(cls: type[C], values: Mapping[str, Any], where: str) -> C:
     settings = {}
     for name, f in known.items():
         if name in values:
-            settings[name] = _checked(values[name], hints[name], f.metadata.get("minimum"), f"{where}.{name}")
+            value = _of_type(values[name], hints[name], f"{where}.{name}")
+            if value == "":
+                raise ConfigError(f"{where}.{name} must not be empty")
+            settings[name] = _in_bounds(value, f.metadata, f"{where}.{name}")
         elif f.default is MISSING:
             raise ConfigError(f"{where}.{name} is missing")
     return cls(**settings)
 
 
-def _checked(value: Any, hint: Any, minimum: float | None, where: str) -> Any:
+def _of_type(value: Any, hint: Any, where: str) -> Any:
+    """`value` if it is what the annotation says (simple types, Literal, dict, tuple[Mapping, ...], unions of them)."""
+    if get_origin(hint) is tuple and get_args(hint)[0] is int:
+        if not isinstance(value, list):
+            raise ConfigError(f"{where}={value!r} must be a list of whole numbers")
+        return tuple(_of_type(item, int, f"{where}[{i}]") for i, item in enumerate(value))
     if get_origin(hint) is tuple:
         if not isinstance(value, list) or not all(isinstance(item, Mapping) for item in value):
-            raise ConfigError(f"{where} must be a list of objects, not {value!r}")
+            raise ConfigError(f"{where}={value!r} must be a list of objects")
         return tuple(value)
-    allowed = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
-    if int in allowed and isinstance(value, float) and value.is_integer():
+    parts = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
+    choices = [choice for part in parts if get_origin(part) is Literal for choice in get_args(part)]
+    types = [get_origin(part) or part for part in parts if get_origin(part) is not Literal]
+    if int in types and isinstance(value, float) and value.is_integer():
         value = int(value)
-    if type(value) not in allowed and not (float in allowed and type(value) is int):
-        names = " or ".join("null" if t is NoneType else str(t.__name__) for t in allowed)
-        raise ConfigError(f"{where} must be {names}, not {value!r}")
-    if value == "":
-        raise ConfigError(f"{where} must not be empty")
-    if minimum is not None and value is not None and value < minimum:
+    is_number = type(value) is int and float in types
+    if is_number or (isinstance(value, tuple(types)) and not (isinstance(value, bool) and bool not in types)):
+        return value
+    if choices:
+        if isinstance(value, str) and value in choices:
+            return value
+        near = did_you_mean(value, choices) if isinstance(value, str) else ""
+        raise ConfigError(f"{where}={value!r} is not one of {', '.join(choices)}{near if 'mean' in near else ''}")
+    names = " or ".join(_TYPE_NAMES.get(t) or str(t.__name__) for t in types)
+    raise ConfigError(f"{where}={value!r} must be {names}")
+
+
+def _in_bounds(value: Any, bounds: Mapping[str, Any], where: str) -> Any:
+    if isinstance(value, tuple):
+        return tuple(_in_bounds(item, bounds, f"{where}[{i}]") for i, item in enumerate(value))
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ConfigError(f"{where}={value} must be a finite number")
+    if value is None:
+        return value
+    if (minimum := bounds.get("minimum")) is not None and value < minimum:
         raise ConfigError(f"{where}={value} must be at least {minimum}")
+    if (maximum := bounds.get("maximum")) is not None and value > maximum:
+        raise ConfigError(f"{where}={value} must be at most {maximum}")
     return value

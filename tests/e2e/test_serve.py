@@ -114,8 +114,8 @@ def test_drain_is_bounded(model_folder: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--kv-transfer-config", "{}", "--kv-offloading-size", "1"], "--kv-transfer-config and --kv-offloading-size"),
-        (["--kv-offloading-size", "-1"], "--kv-offloading-size=-1.0"),
+        (["--kv-transfer-config", '{"kv_role": "kv_consumer"}', "--kv-offloading-size", "1"], "both say"),
+        (["--kv-offloading-size", "-1"], "kv_offloading_size=-1.0"),
         (["--kv-transfer-config", "{"], "kv_transfer_config is not valid JSON"),
         (["--max-num-seqs", "0"], "max_num_seqs"),
     ],

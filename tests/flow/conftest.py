@@ -16,6 +16,7 @@ from kvferry.contract import (
     KVConnectorMetadata,
     KVConnectorRole,
     KVConnectorTransferResults,
+    LoadFailure,
     SupportsHMA,
 )
 from kvferry.engine.outputs import RequestOutput
@@ -41,6 +42,11 @@ class Script:
     release_sends: bool = False
     extra_sent: set[str] = field(default_factory=set)
     extra_received: set[str] = field(default_factory=set)
+    extra_failed: set[str] = field(default_factory=set)
+    extra_failed_blocks: set[LoadFailure] = field(default_factory=set)
+    extra_bad_ids: set[Any] = field(default_factory=set)
+    by_position: bool = False
+    store_steps: int = 0
     finish_params: dict[str, Any] | None = None
     pending_push_steps: int = 0
     pending_frees: bool = False
@@ -78,6 +84,8 @@ class FakeConnector(KVConnectorBase_V1, SupportsHMA):
         self.in_flight: dict[str, tuple[int, list[tuple[Key, int]]]] = {}
         self.sending: set[str] = set()
         self.errors: set[int] = set()
+        self.failures: set[LoadFailure] = set()
+        self.slow_stores: list[tuple[int, Key, int]] = []
         setattr(self.script, role.name.lower(), self)
         self.note("__init__")
 
@@ -93,6 +101,9 @@ class FakeConnector(KVConnectorBase_V1, SupportsHMA):
         self.note("bind_kv_cache_manager")
         super().bind_kv_cache_manager(kv_cache_manager)
 
+    def bind_gpu_block_pool(self, gpu_block_pool: Any) -> None:
+        self.pool = gpu_block_pool
+
     def get_finished_count(self) -> int | None:
         self.note("get_finished_count")
         return None
@@ -101,8 +112,8 @@ class FakeConnector(KVConnectorBase_V1, SupportsHMA):
         self.note("set_xfer_handshake_metadata")
 
     def on_new_request(self, request: Any) -> None:
-        self.note("on_new_request")
         self.requests[request.request_id] = request
+        self.note("on_new_request")
 
     def stored_tokens(self, tokens: list[int]) -> int:
         size, num = self.block_size, 0
@@ -150,6 +161,8 @@ class FakeConnector(KVConnectorBase_V1, SupportsHMA):
             table = scheduler_output.kv_connector_block_state.get_block_ids(req_id)[0]
             for i in range(computed[req_id] // self.block_size, (computed[req_id] + num) // self.block_size):
                 meta.saves.append((tuple(tokens[: (i + 1) * self.block_size]), table[i]))
+        if self.script.store_steps:
+            self.pool.touch(self.pool.blocks[block_id] for _, block_id in meta.saves)
         return meta
 
     def update_connector_output(self, connector_output: Any) -> None:
@@ -200,18 +213,22 @@ class FakeConnector(KVConnectorBase_V1, SupportsHMA):
             if meta.is_async:
                 self.in_flight[req_id] = (self.script.load_steps, items)
             else:
-                self.load(items)
+                self.load(req_id, items)
 
-    def load(self, items: list[tuple[Key, int]]) -> None:
+    def load(self, req_id: str, items: list[tuple[Key, int]]) -> None:
+        any_bad = False
         for key, block_id in items:
             index = len(key) // self.block_size - 1
             is_bad = index in self.script.bad_block_indexes and self.script.num_failures_left > 0
             self.script.block_ids_loaded.append(block_id)
             for layer, saved in zip(self.kv_caches, self.script.store[key], strict=True):
                 layer[block_id] = 7.0 if is_bad else saved
-            if is_bad:
+            if is_bad and self.script.by_position:
+                self.failures.add(LoadFailure(req_id, 0, index))
+            elif is_bad:
                 self.errors.add(block_id)
-        if self.errors:
+            any_bad |= is_bad
+        if any_bad:
             self.script.num_failures_left -= 1
 
     def wait_for_layer_load(self, layer_name: str) -> None:
@@ -222,20 +239,28 @@ class FakeConnector(KVConnectorBase_V1, SupportsHMA):
 
     def wait_for_save(self) -> None:
         self.note("wait_for_save")
+        pool, is_bad = self.script.scheduler.pool, bool(self.errors or self.failures)
         for key, block_id in self._get_connector_metadata().saves:
-            if not self.errors:
+            if self.script.store_steps and is_bad:
+                pool.free_blocks([pool.blocks[block_id]])
+            elif self.script.store_steps:
+                self.slow_stores.append((self.script.store_steps, key, block_id))
+            elif not is_bad:
                 self.script.store[key] = [layer[block_id].clone() for layer in self.kv_caches]
 
     def get_transfer_results(self, finished_req_ids: set[str]) -> KVConnectorTransferResults:
         self.note("get_transfer_results")
-        results = KVConnectorTransferResults(set(self.script.extra_sent), set(self.script.extra_received))
+        self.run_slow_stores()
+        results = KVConnectorTransferResults(
+            set(self.script.extra_sent), set(self.script.extra_received), set(self.script.extra_failed)
+        )
         for req_id, (steps, items) in list(self.in_flight.items()):
             if self.script.hold_loads:
                 continue
             self.in_flight[req_id] = (steps - 1, items)
             if steps <= 0:
                 del self.in_flight[req_id]
-                self.load(items)
+                self.load(req_id, items)
                 results.finished_recving.add(req_id)
                 if self.script.fails_recving and self.script.num_failures_left > 0:
                     self.script.num_failures_left -= 1
@@ -243,12 +268,23 @@ class FakeConnector(KVConnectorBase_V1, SupportsHMA):
         if self.script.release_sends:
             results.finished_sending |= self.sending
             self.sending = set()
+        results.failed_blocks = self.failures | self.script.extra_failed_blocks
+        self.failures = set()
         return results
+
+    def run_slow_stores(self) -> None:
+        """Copy what was saved `store_steps` steps ago, out of blocks that were pinned so long."""
+        self.slow_stores = [(steps - 1, key, block_id) for steps, key, block_id in self.slow_stores]
+        pool = self.script.scheduler.pool
+        for _, key, block_id in [store for store in self.slow_stores if store[0] <= 0]:
+            self.script.store[key] = [layer[block_id].clone() for layer in self.kv_caches]
+            pool.free_blocks([pool.blocks[block_id]])
+        self.slow_stores = [store for store in self.slow_stores if store[0] > 0]
 
     def get_block_ids_with_load_errors(self) -> set[int]:
         self.note("get_block_ids_with_load_errors")
         errors, self.errors = self.errors, set()
-        return errors
+        return errors | self.script.extra_bad_ids
 
     def build_connector_worker_meta(self) -> None:
         self.note("build_connector_worker_meta")
@@ -302,6 +338,36 @@ class Engine:
         """Empty the engine's prefix cache and poison its blocks."""
         assert self.llm.scheduler.manager.reset_prefix_cache()
         self.llm.runner._kv.storage.fill_(0x55)
+
+    def poison(self) -> None:
+        """From now on overwrite the KV of blocks nobody holds or can find, as soon as that is so."""
+        pool = self.llm.scheduler.manager.block_pool
+        pattern = torch.tensor([0x7F7F7F7F], dtype=torch.int32).view(torch.float32).item()
+        free, take, evict = pool.free_blocks, pool.get_new_blocks, pool.evict_blocks
+
+        def spoil(blocks: Any) -> None:
+            for block in blocks:
+                if block.ref_cnt == 0 and block.block_hash is None and not block.is_null:
+                    for view in self.llm.kv_caches.values():
+                        view[block.block_id] = pattern
+
+        def free_blocks(blocks: Any) -> None:
+            blocks = list(blocks)
+            free(blocks)
+            spoil(blocks)
+
+        def get_new_blocks(num_blocks: int) -> Any:
+            blocks = take(num_blocks)
+            for view in self.llm.kv_caches.values():
+                view[[block.block_id for block in blocks]] = pattern
+            return blocks
+
+        def evict_blocks(block_ids: Any) -> None:
+            block_ids = list(block_ids)
+            evict(block_ids)
+            spoil(pool.blocks[block_id] for block_id in block_ids)
+
+        pool.free_blocks, pool.get_new_blocks, pool.evict_blocks = free_blocks, get_new_blocks, evict_blocks
 
     @property
     def num_free_blocks(self) -> int:

@@ -11,8 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from typer.testing import CliRunner
 
 from kvferry import LLM, SamplingParams
+from kvferry.cli.main import app
 from kvferry.errors import ConfigError
 from kvferry.testing.stub_model import StubModel
 
@@ -33,31 +35,191 @@ def disk(**settings: Any) -> dict[str, Any]:
     return {"secondary_tiers": [{"type": "fs", **settings}]}
 
 
-CASES: list[tuple[str, Callable[[Path], Any], list[str]]] = [
-    ("bad JSON", lambda tmp: '{"kv_connector": "Off', ["not valid JSON", "character"]),
-    ("unknown key", lambda tmp: transfer(kv_rol="x"), ["kv_transfer_config.kv_rol", "kv_role"]),
-    ("no role", lambda tmp: {"kv_connector": "OffloadingConnector"}, ["kv_role", "kv_both"]),
-    ("unknown connector", lambda tmp: transfer(kv_connector="OfloadingConnector"), ["OffloadingConnector"]),
-    ("empty module path", lambda tmp: transfer(kv_connector_module_path=""), ["kv_connector_module_path is empty"]),
-    ("no module", lambda tmp: transfer(kv_connector_module_path="nothing.here"), ["nothing"]),
-    ("bad policy", lambda tmp: transfer(kv_load_failure_policy="retry"), ["'retry'", "recompute"]),
-    ("unknown setting", lambda tmp: transfer({"cpu_byte_to_use": 1}), ["cpu_byte_to_use", "'cpu_bytes_to_use'"]),
-    ("no host memory", lambda tmp: transfer({"cpu_bytes_to_use": None}), ["cpu_bytes_to_use", "missing"]),
-    ("memory as text", lambda tmp: transfer({"cpu_bytes_to_use": "1GiB"}), ["cpu_bytes_to_use", "'1GiB'"]),
-    ("memory below a chunk", lambda tmp: transfer({"cpu_bytes_to_use": 100}), ["cpu_bytes_to_use=100", "8192"]),
-    ("odd chunk", lambda tmp: transfer({"chunk_tokens": 40}), ["chunk_tokens=40", "multiple of 16"]),
-    ("no weights version", lambda tmp: transfer({"weights_version": None}), ["weights_version", "random"]),
-    ("tiers no list", lambda tmp: transfer({"secondary_tiers": "fs"}), ["secondary_tiers", "'fs'"]),
-    ("unknown tier", lambda tmp: transfer({"secondary_tiers": [{"type": "fss"}]}), ["[0].type", "'fs'"]),
-    ("no path", lambda tmp: transfer(disk()), ["secondary_tiers[0].path", "missing"]),
-    ("tier key", lambda tmp: transfer(disk(path=str(tmp), max_byte=1)), ["[0].max_byte", "'max_bytes'"]),
-    ("quota below a chunk", lambda tmp: transfer(disk(path=str(tmp / "kv"), max_bytes=5000)), ["max_bytes", "5000"]),
-    ("path is a file", lambda tmp: transfer(disk(path=str(_file(tmp)))), ["secondary_tiers[0]", "no writable folder"]),
+def offloading(size: Any = 0.01, **settings: Any) -> dict[str, Any]:
+    """Settings of `LLM` for an implied connector."""
+    return {"kv_offloading_size": size, **settings}
+
+
+def connector(**fields: Any) -> dict[str, Any]:
+    return {"kv_transfer_config": transfer(**fields)}
+
+
+def extra(**settings: Any) -> dict[str, Any]:
+    return {"kv_transfer_config": transfer(settings)}
+
+
+def raw(config: Any) -> dict[str, Any]:
+    return {"kv_transfer_config": config}
+
+
+def tier(tmp: Path, **settings: Any) -> dict[str, Any]:
+    return extra(**disk(path=str(tmp / "kv"), **settings))
+
+
+Case = tuple[str, dict[str, Any] | Callable[[Path], dict[str, Any]], list[str]]
+TYPO = {"kv_conector": "OffloadingConnector"}
+CASES: list[Case] = [
+    # JSON
+    ("bad JSON", raw('{"kv_connector": "Off'), ["kv_transfer_config", "not valid JSON", "character 17"]),
+    ("JSON list", raw("[]"), ["kv_transfer_config must be a JSON object", "'[]'"]),
+    ("JSON text", raw('"OffloadingConnector"'), ["kv_transfer_config must be a JSON object"]),
+    ("key twice", raw('{"kv_role": "kv_both", "kv_role": "kv_both"}'), ["kv_transfer_config", "'kv_role' twice"]),
+    ("not a number", raw('{"kv_port": NaN}'), ["kv_transfer_config", "NaN", "give a number"]),
+    ("number for a config", raw(3), ["kv_transfer_config=3", "JSON text"]),
+    # keys, types and values of kv_transfer_config
+    ("unknown key", connector(kv_rol="x"), ["kv_transfer_config.kv_rol", "'kv_role'"]),
+    ("typo in the first key", raw(TYPO), ["kv_transfer_config.kv_conector", "'kv_connector'"]),
+    ("connector no text", connector(kv_connector=7), ["kv_transfer_config.kv_connector=7 must be text or null"]),
+    ("engine_id no text", connector(engine_id=5), ["kv_transfer_config.engine_id=5 must be text or null"]),
+    ("role no text", connector(kv_role=3), ["kv_transfer_config.kv_role=3", "kv_producer, kv_consumer, kv_both"]),
+    ("unknown role", connector(kv_role="kv_bot"), ["kv_transfer_config.kv_role='kv_bot'", "did you mean 'kv_both'"]),
+    ("port as text", connector(kv_port="x"), ["kv_transfer_config.kv_port='x' must be int"]),
+    ("port true", connector(kv_port=True), ["kv_transfer_config.kv_port=True must be int"]),
+    ("broken port", connector(kv_port=80.5), ["kv_transfer_config.kv_port=80.5 must be int"]),
+    ("port below", connector(kv_port=-1), ["kv_transfer_config.kv_port=-1 must be at least 0"]),
+    ("port above", connector(kv_port=65536), ["kv_transfer_config.kv_port=65536 must be at most 65535"]),
+    (
+        "settings no object",
+        connector(kv_connector_extra_config=[]),
+        ["kv_transfer_config.kv_connector_extra_config=[] must be an object"],
+    ),
+    (
+        "settings null",
+        connector(kv_connector_extra_config=None),
+        ["kv_transfer_config.kv_connector_extra_config=None must be an object"],
+    ),
+    (
+        "flag as text",
+        connector(enable_permute_local_kv="no"),
+        ["kv_transfer_config.enable_permute_local_kv='no' must be bool"],
+    ),
+    (
+        "module path no text",
+        connector(kv_connector_module_path=["m"]),
+        ["kv_transfer_config.kv_connector_module_path=['m'] must be text or null"],
+    ),
+    ("device no text", connector(kv_buffer_device=0), ["kv_transfer_config.kv_buffer_device=0 must be text"]),
+    (
+        "bad policy",
+        connector(kv_load_failure_policy="retry"),
+        ["kv_transfer_config.kv_load_failure_policy='retry'", "recompute"],
+    ),
+    ("policy null", connector(kv_load_failure_policy=None), ["kv_transfer_config.kv_load_failure_policy=None"]),
+    # combinations of them
+    ("no role", raw({"kv_connector": "OffloadingConnector"}), ["kv_role", "kv_both"]),
+    ("role of none", raw({"kv_role": "kv_both"}), ["kv_transfer_config.kv_role='kv_both'", "kv_connector is not"]),
+    (
+        "settings of none",
+        raw({"kv_connector_extra_config": {"a": 1}}),
+        ["kv_transfer_config.kv_connector_extra_config={'a': 1}", "kv_connector is not"],
+    ),
+    (
+        "module of none",
+        raw({"kv_connector_module_path": "m"}),
+        ["kv_transfer_config.kv_connector_module_path='m'", "kv_connector is not"],
+    ),
+    (
+        "unknown connector",
+        connector(kv_connector="OfloadingConnector"),
+        ["'OfloadingConnector'", "'OffloadingConnector'"],
+    ),
+    ("empty module path", connector(kv_connector_module_path=""), ["kv_connector_module_path is empty"]),
+    ("no module", connector(kv_connector_module_path="nothing.here"), ["kv_connector_module_path", "'nothing'"]),
+    (
+        "no class",
+        connector(kv_connector_module_path="kvferry.connectors.offloading", kv_connector="OffloadConnector"),
+        ["'OffloadConnector'", "'OffloadingConnector'"],
+    ),
+    # settings of the OffloadingConnector
+    (
+        "unknown setting",
+        extra(cpu_byte_to_use=1),
+        ["kv_connector_extra_config.cpu_byte_to_use is unknown", "'cpu_bytes_to_use'"],
+    ),
+    ("no host memory", extra(cpu_bytes_to_use=None), ["kv_connector_extra_config.cpu_bytes_to_use is missing"]),
+    ("memory as text", extra(cpu_bytes_to_use="1GiB"), ["kv_connector_extra_config.cpu_bytes_to_use='1GiB'", "int"]),
+    ("memory below a chunk", extra(cpu_bytes_to_use=100), ["cpu_bytes_to_use=100", "at least 8192"]),
+    ("no memory at all", extra(cpu_bytes_to_use=0), ["cpu_bytes_to_use=0 must be at least 1"]),
+    ("more memory than there is", extra(cpu_bytes_to_use=1 << 50), ["/dev/shm", "lower cpu_bytes_to_use", "arena_dir"]),
+    ("odd chunk", extra(chunk_tokens=40), ["chunk_tokens=40", "multiple of 16", "32 and 48"]),
+    ("small chunk", extra(chunk_tokens=8), ["chunk_tokens=8 must be at least 16"]),
+    ("async as text", extra(load_async="yes"), ["kv_connector_extra_config.load_async='yes' must be bool"]),
+    ("timeout below 0", extra(stall_timeout_s=-1), ["stall_timeout_s=-1 must be at least 0"]),
+    ("timeout no number", extra(shutdown_timeout_s=float("nan")), ["shutdown_timeout_s=nan must be a finite number"]),
+    ("empty arena folder", extra(arena_dir=""), ["kv_connector_extra_config.arena_dir must not be empty"]),
+    ("arena in a file", lambda tmp: extra(arena_dir=str(_file(tmp))), ["file", "set arena_dir to another folder"]),
+    ("no weights version", extra(weights_version=None), ["set weights_version", "random"]),
+    # tiers
+    ("tiers no list", extra(secondary_tiers="fs"), ["kv_connector_extra_config.secondary_tiers='fs'", "list"]),
+    ("tier no object", extra(secondary_tiers=["fs"]), ["kv_connector_extra_config.secondary_tiers=['fs']", "objects"]),
+    ("no tier type", extra(secondary_tiers=[{"path": "x"}]), ["secondary_tiers[0].type is missing", "fs"]),
+    ("unknown tier", extra(secondary_tiers=[{"type": "fss"}]), ["secondary_tiers[0].type 'fss'", "'fs'"]),
+    ("tier type no text", extra(secondary_tiers=[{"type": 3}]), ["secondary_tiers[0].type=3", "text"]),
+    ("no path", extra(**disk()), ["secondary_tiers[0].path is missing"]),
+    ("tier key", lambda tmp: tier(tmp, max_byte=1), ["secondary_tiers[0].max_byte is unknown", "'max_bytes'"]),
+    ("quota as text", lambda tmp: tier(tmp, max_bytes="1G"), ["secondary_tiers[0].max_bytes='1G' must be int or null"]),
+    ("quota below a chunk", lambda tmp: tier(tmp, max_bytes=5000), ["max_bytes 5000", "raise max_bytes"]),
+    ("no threads", lambda tmp: tier(tmp, num_threads=0), ["num_threads", "at least 1"]),
+    ("path is a file", lambda tmp: extra(**disk(path=str(_file(tmp)))), ["secondary_tiers[0]", "no writable folder"]),
     (
         "two tiers of one name",
-        lambda tmp: transfer({"secondary_tiers": [{"type": "fs", "path": str(tmp / n)} for n in "ab"]}),
-        ["name"],
+        lambda tmp: extra(secondary_tiers=[{"type": "fs", "path": str(tmp / n)} for n in "ab"]),
+        ["name of its own", "['fs', 'fs']"],
     ),
+    (
+        "no tier module",
+        extra(secondary_tiers=[{"type": "T", "tier_module_path": "no.module"}]),
+        ["secondary_tiers[0]", "no.module"],
+    ),
+    # implied offloading
+    (
+        "connector and size",
+        offloading(**connector()),
+        ["kv_transfer_config.kv_connector='OffloadingConnector'", "kv_offloading_size=0.01", "cpu_bytes_to_use"],
+    ),
+    (
+        "module path and size",
+        offloading(**raw({"kv_connector_module_path": "m"})),
+        ["kv_transfer_config.kv_connector_module_path='m'", "kv_offloading_size=0.01"],
+    ),
+    (
+        "another role and size",
+        offloading(**raw({"kv_role": "kv_producer"})),
+        ["kv_transfer_config.kv_role='kv_producer'", "kv_offloading_size=0.01"],
+    ),
+    (
+        "size twice",
+        offloading(**raw({"kv_connector_extra_config": {"cpu_bytes_to_use": 1}})),
+        ["kv_connector_extra_config.cpu_bytes_to_use=1", "kv_offloading_size=0.01"],
+    ),
+    ("size 0", offloading(0), ["kv_offloading_size=0 must be a number above 0 (GiB"]),
+    ("size below 0", offloading(-1.5), ["kv_offloading_size=-1.5 must be a number above 0"]),
+    ("size inf", offloading(float("inf")), ["kv_offloading_size=inf must be a number above 0"]),
+    ("size nan", offloading(float("nan")), ["kv_offloading_size=nan must be a number above 0"]),
+    ("size as text", offloading("4"), ["kv_offloading_size='4' must be a number above 0"]),
+    ("size true", offloading(True), ["kv_offloading_size=True must be a number above 0"]),
+    ("unknown backend", offloading(kv_offloading_backend="lmcach"), ["kv_offloading_backend='lmcach'", "'lmcache'"]),
+    (
+        "backend without size",
+        {"kv_offloading_backend": "native"},
+        ["kv_offloading_backend='native' needs kv_offloading_size"],
+    ),
+    # the engine's own
+    ("no block size", {"block_size": 0}, ["block_size=0 must be a whole number of at least 1"]),
+    ("block size as text", {"block_size": "16"}, ["block_size='16'"]),
+    ("no sequences", {"max_num_seqs": 0}, ["max_num_seqs=0"]),
+    ("no tokens", {"max_num_batched_tokens": -5}, ["max_num_batched_tokens=-5"]),
+    ("cache sized twice", {"kv_cache_bytes": 1 << 20}, ["num_kv_blocks and kv_cache_bytes", "once"]),
+    ("cache too small", {"num_kv_blocks": 2, "max_model_len": 64}, ["too small", "num_kv_blocks=5"]),
+    ("longer than the model", {"max_model_len": 5000}, ["max_model_len=5000", "limit of 4096"]),
+    ("unknown dtype", {"dtype": "float8"}, ["dtype='float8' is not one of", "bfloat16"]),
+    ("unknown device", {"device": "tpu"}, ["device='tpu' is not a device"]),
+    ("device not here", {"device": "meta"}, ["device='meta' is not available", "cpu"]),
+    ("device as number", {"device": 0}, ["device=0 is not available"]),
+    ("seed as text", {"seed": "1"}, ["seed='1' must be a whole number"]),
+    ("prefix caching as text", {"enable_prefix_caching": "no"}, ["enable_prefix_caching='no'", "True or False"]),
+    ("runner as text", {"use_v2_model_runner": "1"}, ["use_v2_model_runner='1'", "True or False"]),
+    ("hybrid as number", {"disable_hybrid_kv_cache_manager": 0}, ["disable_hybrid_kv_cache_manager=0"]),
 ]
 
 
@@ -71,14 +233,51 @@ def own_arenas() -> list[str]:
     return [name for name in os.listdir("/dev/shm") if f"-{os.getpid()}-" in name]
 
 
-@pytest.mark.parametrize(("config", "texts"), [c[1:] for c in CASES], ids=[c[0] for c in CASES])
-def test_errors_name_key_value_and_remedy(config: Callable[[Path], Any], texts: list[str], tmp_path: Path) -> None:
+@pytest.mark.parametrize(("settings", "texts"), [c[1:] for c in CASES], ids=[c[0] for c in CASES])
+def test_errors_name_key_value_and_remedy(settings: Any, texts: list[str], tmp_path: Path) -> None:
     before = own_arenas(), threading.active_count()
+    given = settings(tmp_path) if callable(settings) else settings
     with pytest.raises(ConfigError) as caught:
-        LLM(StubModel(), num_kv_blocks=32, kv_transfer_config=config(tmp_path))
+        LLM(StubModel(), **{"num_kv_blocks": 32, **given})
     for text in texts:
         assert text in str(caught.value)
     assert (own_arenas(), threading.active_count()) == before, "something was left behind"
+
+
+SERVE_CASES: list[tuple[list[str], list[str]]] = [
+    (["--kv-transfer-config", '{"kv_connector"'], ["kv_transfer_config", "not valid JSON"]),
+    (["--kv-transfer-config", '{"kv_conector": "X"}'], ["kv_transfer_config.kv_conector", "'kv_connector'"]),
+    (["--kv-offloading-size", "0"], ["kv_offloading_size=0.0", "above 0"]),
+    (["--kv-offloading-size", "nan"], ["kv_offloading_size=nan", "above 0"]),
+    (["--kv-offloading-size", "1", "--kv-offloading-backend", "disk"], ["kv_offloading_backend='disk'", "native"]),
+    (["--kv-offloading-backend", "native"], ["kv_offloading_backend='native' needs kv_offloading_size"]),
+    (
+        ["--kv-offloading-size", "1", "--kv-transfer-config", '{"kv_connector": "A", "kv_role": "kv_both"}'],
+        ["kv_transfer_config.kv_connector='A'", "kv_offloading_size=1.0"],
+    ),
+    (["--port", "-1"], ["port=-1 must be a number of at least 0"]),
+    (["--port", "70000"], ["port=70000"]),
+    (["--host", "no.such.host.invalid"], ["host='no.such.host.invalid'"]),
+    (["--max-queued-requests", "-1"], ["max_queued_requests=-1"]),
+    (["--max-body-bytes", "0"], ["max_body_bytes=0"]),
+    (["--drain-timeout-s", "inf"], ["drain_timeout_s=inf"]),
+    (["--port", "0", "--block-size", "0"], ["block_size=0"]),
+    (["--port", "0", "--device", "tpu"], ["device='tpu'"]),
+    (["--port", "0"], ["model='no-such-model'", "give a model folder"]),
+]
+
+
+@pytest.mark.parametrize(("arguments", "texts"), SERVE_CASES, ids=[" ".join(c[0])[:60] for c in SERVE_CASES])
+def test_wrong_options_of_the_server_are_errors_before_a_model_is_loaded(arguments, texts):
+    result = CliRunner().invoke(app, ["serve", "no-such-model", *arguments])
+    assert isinstance(result.exception, ConfigError), result
+    for text in texts:
+        assert text in str(result.exception)
+
+
+def test_the_table_is_long_enough() -> None:
+    assert len(CASES) + len(SERVE_CASES) >= 40
+    assert len({name for name, _, _ in CASES}) == len(CASES)
 
 
 def test_a_folder_in_use_names_the_holder_and_is_free_after_its_end(tmp_path: Path) -> None:

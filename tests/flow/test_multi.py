@@ -207,8 +207,10 @@ def test_a_broken_synchronous_load_is_computed_again_and_stored_by_nobody(
     assert llm.counters.load_failures == 1
     monkeypatch.setattr(ThirdParty, "claims_sync", False)
     monkeypatch.setattr(ThirdParty, "raises_in", "")
-    assert llm.reset_prefix_cache()
-    assert run(llm, tokens).num_external_tokens == 256, "stored anew, and right"
+    for _ in range(2):  # the first store may still be given up while the tokens are computed again
+        assert llm.reset_prefix_cache()
+        loaded = run(llm, tokens).num_external_tokens
+    assert loaded == 256, "stored anew, and right"
 
 
 def test_a_child_that_is_still_looking_delays_a_hit_by_the_deadline(make_llm: Any, third_party: Any) -> None:

@@ -14,6 +14,7 @@ import torch
 import transformers
 
 from kvferry import LLM, SamplingParams
+from kvferry.engine.model_facts import read_model_facts
 from kvferry.errors import ConfigError
 
 PAGE = Path(__file__).parents[2] / "docs" / "guides" / "models.md"
@@ -227,7 +228,14 @@ def test_family_answers_as_transformers_does(tmp_path, reference, name):
     prefix, settings, _ = SUPPORTED[name]
     folder = save(tmp_path, prefix, settings)
     ref = reference(folder)
+    facts = read_model_facts(folder)
     with LLM(folder, block_size=4, num_kv_blocks=200, max_num_batched_tokens=24) as llm:
+        assert (facts.path, facts.dtype, facts.max_model_len) == (
+            llm._model.path,
+            llm._model.dtype,
+            llm._model.max_model_len,
+        )
+        assert facts.layers == llm._model.layers, "what config.json tells is not what the model does"
         for prompt in prompts():  # alone; in chunks when longer than 24 tokens
             ref.check(prompt, llm.generate(prompt, GREEDY)[0].outputs[0].token_ids)
         assert llm.scheduler.manager.reset_prefix_cache()

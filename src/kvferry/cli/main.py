@@ -12,6 +12,7 @@ from rich.console import Console
 import kvferry
 from kvferry.cli.connectors import connectors
 from kvferry.cli.demo import DemoOptions, run_demo
+from kvferry.cli.doctor import doctor
 from kvferry.cli.serve import serve
 from kvferry.errors import KVFerryError
 
@@ -57,6 +58,7 @@ def demo(
 
 app.command()(serve)
 app.command()(connectors)
+app.command()(doctor)
 
 
 def main() -> None:

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import torch
 
+    from kvferry.contract.base import LoadFailure
+
 
 @dataclass(frozen=True, kw_only=True)
 class KVCacheSpec:
@@ -139,6 +141,7 @@ class KVConnectorOutput:
     finished_recving: set[str] | None = None
     failed_recving: set[str] = field(default_factory=set)
     invalid_block_ids: set[int] = field(default_factory=set)
+    failed_blocks: set[LoadFailure] = field(default_factory=set)
     kv_connector_stats: object | None = None
     kv_cache_events: object | None = None
     kv_connector_worker_meta: object | None = None
@@ -151,6 +154,7 @@ class KVConnectorOutput:
             or self.finished_recving
             or self.failed_recving
             or self.invalid_block_ids
+            or self.failed_blocks
             or self.kv_connector_stats
             or self.kv_cache_events
             or self.kv_connector_worker_meta

@@ -10,14 +10,12 @@ import enum
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import torch
+
+from kvferry.config import KVTransferConfig
 from kvferry.errors import ConfigError
-
-if TYPE_CHECKING:
-    import torch
-
-    from kvferry.config import KVTransferConfig
 
 DEFAULT_KV_CACHE_BYTES = 1 << 30
 MAX_LOGPROBS = 20
@@ -120,6 +118,8 @@ class EngineOptions:
     device: str = "cpu"
     enable_prefix_caching: bool = True
     seed: int = 0
+    use_v2_model_runner: bool | None = None
+    disable_hybrid_kv_cache_manager: bool | None = None
 
     def __post_init__(self) -> None:
         for name in ("block_size", "max_num_seqs", "max_num_batched_tokens"):
@@ -131,6 +131,13 @@ class EngineOptions:
             raise ConfigError("num_kv_blocks and kv_cache_bytes are both set: give the size of the KV cache once")
         if self.dtype not in DTYPE_NAMES:
             raise ConfigError(f"dtype={self.dtype!r} is not one of {', '.join(DTYPE_NAMES)}")
+        _require_device(self.device)
+        if isinstance(self.seed, bool) or not isinstance(self.seed, int):
+            raise ConfigError(f"seed={self.seed!r} must be a whole number")
+        for name in ("enable_prefix_caching", "use_v2_model_runner", "disable_hybrid_kv_cache_manager"):
+            value = getattr(self, name)
+            if not isinstance(value, bool) and (value is not None or name == "enable_prefix_caching"):
+                raise ConfigError(f"{name}={value!r} must be True or False")
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,6 +187,12 @@ class SchedulerConfig:
     """An asynchronous load may take this long; then its blocks are set aside and the request is computed."""
     stall_timeout_s: float = 300.0
     """With nothing able to run for this long (all blocks pinned), the next waiting request ends with an error."""
+    send_timeout_s: float = 600.0
+    """A connector may keep a finished request's blocks for this long; then that is logged and counted, and the engine
+    no longer steps for their sake. They stay held, since the transfer may still read them."""
+    connector_failure_limit: int = 5
+    """A connector is switched off when one of its hooks failed (raised, or broke the contract) in this many steps in
+    which it was called, with no step between them in which it was called and did not fail."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -198,6 +211,8 @@ class EngineConfig:
     scheduler_config: SchedulerConfig
     kv_transfer_config: KVTransferConfig | None
     instance_id: str
+    use_v2_model_runner: bool = False
+    """The timetable of hooks that workers keep; False is the first model runner's."""
     parallel_config: ParallelConfig = field(default_factory=ParallelConfig)
     load_config: LoadConfig = field(default_factory=LoadConfig)
     speculative_config: None = None
@@ -235,6 +250,16 @@ def resolve_kv_budget(options: EngineOptions, block_bytes: int, model_limit_toke
             f"set num_kv_blocks={needed_blocks} or kv_cache_bytes={needed_blocks * block_bytes}, or lower max_model_len"
         )
     return KVBudget(num_blocks, min(longest, usable_tokens))
+
+
+def _require_device(device: object) -> None:
+    try:
+        kind = torch.device(device).type if isinstance(device, str) else "none"
+    except RuntimeError as err:
+        raise ConfigError(f"device={device!r} is not a device torch knows") from err
+    has_cuda = torch.cuda.is_available()
+    if kind not in ("cpu", "cuda") or (kind == "cuda" and not has_cuda):
+        raise ConfigError(f"device={device!r} is not available; this machine has cpu{' and cuda' if has_cuda else ''}")
 
 
 def _require_int(name: str, value: object, minimum: int) -> None:

@@ -2,15 +2,16 @@
 
 `SchedulerConnector` and `WorkerConnector` stand between engine and connector, one per role. A hook that raises is
 logged, counted and answered for; an answer that breaks the contract is a ContractError in the log, and the request
-goes on without the connector. Neither ends the engine. Without a connector both answer as if it had nothing.
+goes on without the connector. Neither ends the engine; repeated, they end the connector (guard.py). Without a
+connector, and once it is switched off, both answer as if it had nothing.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from kvferry.clock import Clock
@@ -24,9 +25,20 @@ from kvferry.contract import (
     KVConnectorTransferResults,
     supports_hma,
 )
+from kvferry.contract.clauses import (
+    broken_binding,
+    broken_block_ids,
+    broken_finish,
+    broken_groups,
+    broken_match,
+    broken_meta,
+    broken_results,
+    broken_sources,
+)
 from kvferry.engine.attention import PackedBatch
 from kvferry.engine.config import EngineConfig
-from kvferry.engine.kv_groups import KVBuffer
+from kvferry.engine.guard import Breaker, Guard, HostCounters
+from kvferry.engine.kv_groups import KVBuffer, copy_kv_blocks
 from kvferry.engine.kv_manager import BlockIds, KVCacheBlocks, KVManager
 from kvferry.engine.outputs import ForwardContext, SchedulerOutput
 from kvferry.engine.request import Request
@@ -36,50 +48,6 @@ if TYPE_CHECKING:
     import torch
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(slots=True)
-class HostCounters:
-    """What went wrong at the border to the connector."""
-
-    hook_errors: dict[str, int] = field(default_factory=dict)
-    """Exceptions per hook."""
-    contract_errors: dict[str, int] = field(default_factory=dict)
-    """Answers that broke the contract, per hook."""
-    unknown_completions: int = 0
-    """Completions of requests that were not waiting for one (late or duplicate)."""
-    load_failures: int = 0
-    """Loads that failed or ran out of time."""
-
-
-class _Guard:
-    """Calls hooks of one connector instance; never raises."""
-
-    def __init__(self, connector: KVConnectorBase_V1, counters: HostCounters) -> None:
-        self.connector = connector
-        self.counters = counters
-        self.failed_hooks: set[str] = set()
-        """Hooks that raised since the owner last cleared this."""
-
-    def call(self, hook: str, default: Any, *args: Any, check: Callable[[Any], str | None] | None = None) -> Any:
-        """The hook's answer, or `default` when it raises or `check` names a broken clause."""
-        try:
-            answer = getattr(self.connector, hook)(*args)
-        except Exception:  # a host hook: a plugin's fault must not end the engine
-            self._count(self.counters.hook_errors, hook)
-            logger.exception("%s.%s failed; going on without it", type(self.connector).__name__, hook)
-            return default
-        broken = check(answer) if check is not None else None
-        if broken is None:
-            return answer
-        self._count(self.counters.contract_errors, hook)
-        error = ContractError(f"{type(self.connector).__name__}.{hook} answered {answer!r}: {broken}")
-        logger.error("%s; going on without it", error)
-        return default
-
-    def _count(self, counts: dict[str, int], hook: str) -> None:
-        counts[hook] = counts.get(hook, 0) + 1
-        self.failed_hooks.add(hook)
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,19 +65,32 @@ class SchedulerConnector:
     """The scheduler's view of its connector."""
 
     def __init__(
-        self, connector: KVConnectorBase_V1 | None, clock: Clock, lookup_timeout_s: float, counters: HostCounters
+        self,
+        guard: Guard | None,
+        breaker: Breaker,
+        kv_cache_config: KVCacheConfig,
+        clock: Clock,
+        lookup_timeout_s: float,
     ) -> None:
-        self.counters = counters
-        self._guard = None if connector is None else _Guard(connector, counters)
-        self._is_hma = connector is not None and supports_hma(connector)
+        self.counters = breaker.counters
+        self._guard = guard
+        self._breaker = breaker
+        self._is_hma = guard is not None and supports_hma(guard.connector)
+        self._kv_cache_config = kv_cache_config
         self._clock = clock
         self._lookup_timeout_s = lookup_timeout_s
         self._first_asked_s: dict[str, float] = {}
+        self._refused_ids: set[str] = set()
 
     @property
     def connector(self) -> KVConnectorBase_V1 | None:
-        """The connector's scheduler instance, or None when none is configured."""
+        """The connector's scheduler instance, or None when none is configured; also when it is switched off."""
         return None if self._guard is None else self._guard.connector
+
+    @property
+    def is_active(self) -> bool:
+        """True while there is a connector that is not switched off."""
+        return self._guard is not None and not self._guard.is_off
 
     def on_new_request(self, request: Request) -> None:
         """Announce a request before it is scheduled."""
@@ -117,17 +98,23 @@ class SchedulerConnector:
             self._guard.call("on_new_request", None, request)
 
     def match(self, request: Request, num_local_tokens: int) -> ExternalMatch | None:
-        """What can be loaded beyond `num_local_tokens`; None: ask again in a later step. A bad answer is no match."""
-        if self._guard is None:
+        """What can be loaded beyond `num_local_tokens`; None: ask again in a later step.
+
+        A lookup that fails is no match, and the request is not asked for again.
+        """
+        if self._guard is None or request.request_id in self._refused_ids:
             return NO_MATCH
-        answer = self._guard.call(
+        self._guard.failed_hooks.clear()
+        alignment = self._kv_cache_config.cache_hit_alignment_tokens or 1
+        num_tokens, is_async = self._guard.call(
             "get_num_new_matched_tokens",
             (0, False),
             request,
             num_local_tokens,
-            check=lambda answer: _broken_match(answer, num_local_tokens, request.num_tokens),
+            check=lambda answer: broken_match(answer, num_local_tokens, request.num_tokens, alignment),
         )
-        num_tokens, is_async = answer
+        if self._guard.failed_hooks:
+            self._refused_ids.add(request.request_id)
         if request.get_skip_reading_prefix_cache():
             num_tokens, is_async = 0, False
         if num_tokens is None and not self._waited_too_long(request):
@@ -143,13 +130,18 @@ class SchedulerConnector:
         logger.warning("%s: the connector answered None for %.0f s; computing it", request.request_id, waited_s)
         return True
 
+    def allocating(self, request: Request, match: ExternalMatch) -> None:
+        """Blocks of a match are about to be allocated."""
+        if self._guard is not None and match.is_async:
+            groups = self._kv_cache_config.transfer_group_ids
+            check = partial(broken_groups, group_ids=groups)
+            self._guard.call("get_loaded_kv_cache_group_ids", groups, request, check=check)
+
     def blocks_allocated(self, request: Request, blocks: KVCacheBlocks, match: ExternalMatch) -> bool:
         """Tell the connector where to load to. False when it failed, so that no load can be counted on."""
         if self._guard is None:
             return True
         self._guard.failed_hooks.clear()
-        if match.is_async:
-            self._guard.call("get_loaded_kv_cache_group_ids", (), request)
         self._guard.call("update_state_after_alloc", None, request, blocks, match.num_tokens)
         if match.num_tokens and request.num_preemptions == 0:
             sources = self._guard.call(
@@ -157,7 +149,7 @@ class SchedulerConnector:
                 {CacheHitSource.EXTERNAL_UNSPECIFIED: match.num_tokens},
                 request,
                 match.num_tokens,
-                check=lambda answer: _broken_sources(answer, match.num_tokens),
+                check=partial(broken_sources, num_external=match.num_tokens),
             )
             request.external_hit_sources = {str(getattr(key, "value", key)): num for key, num in sources.items()}
         return "update_state_after_alloc" not in self._guard.failed_hooks
@@ -165,18 +157,17 @@ class SchedulerConnector:
     def build_meta(self, output: SchedulerOutput) -> None:
         """Put the step's orders to the workers into `output`; None there when the connector failed."""
         if self._guard is not None:
-            output.kv_connector_metadata = self._guard.call(
-                "build_connector_meta", None, output, check=lambda meta: "must be an object" if meta is None else None
-            )
+            output.kv_connector_metadata = self._guard.call("build_connector_meta", None, output, check=broken_meta)
 
     def request_finished(self, request: Request, block_ids: BlockIds) -> tuple[bool, dict[str, Any] | None]:
         """(keep the blocks until the id is reported as sent, parameters for the response)."""
         self._first_asked_s.pop(request.request_id, None)
+        self._refused_ids.discard(request.request_id)
         if self._guard is None:
             return False, None
         hook = "request_finished_all_groups" if self._is_hma else "request_finished"
         answer: tuple[bool, dict[str, Any] | None] = self._guard.call(
-            hook, (False, None), request, block_ids if self._is_hma else block_ids[0], check=_broken_finish
+            hook, (False, None), request, block_ids if self._is_hma else block_ids[0], check=broken_finish
         )
         return answer
 
@@ -187,13 +178,23 @@ class SchedulerConnector:
         if had_forward or not output.is_empty():
             self._guard.call("update_connector_output", None, output)
 
-    def end_step(self) -> None:
-        """Collect what is due once per step."""
+    def breach(self, hook: str, what: str) -> None:
+        """Note that what a hook reported breaks the contract."""
+        if self._guard is not None:
+            self._guard.breach(hook, what)
+
+    def end_step(self) -> bool:
+        """Collect what is due once per step. True when the connector has failed too often: `switch_off` must follow."""
         if self._guard is not None:
             self._guard.call("get_kv_connector_stats", None)
             events = self._guard.call("take_events", ())
             with suppress(TypeError):
                 list(events)  # generators do their work only when read
+        return self._breaker.end_step()
+
+    def switch_off(self) -> bool:
+        """End the connector; no hook is called from now on. False when a copy of its worker may still run."""
+        return self._breaker.switch_off()
 
     def has_pending_block_frees(self) -> bool:
         """True when blocks will come free without a preemption."""
@@ -204,47 +205,15 @@ class SchedulerConnector:
         return self._guard is not None and bool(self._guard.call("has_pending_push_work", False))
 
     def reset_cache(self) -> bool:
-        """Make the connector forget; False only when it says so."""
-        return self._guard is None or self._guard.call("reset_cache", False) is not False
+        """Make the connector forget; False only when it says so or fails."""
+        if self._guard is None or self._guard.is_off:
+            return True
+        return self._guard.call("reset_cache", False) is not False
 
     def shutdown(self) -> None:
         """Shut the connector down."""
         if self._guard is not None:
-            self._guard.call("shutdown", None)
-
-
-def _broken_match(answer: Any, num_local: int, num_tokens: int) -> str | None:
-    """The clause that an answer of `get_num_new_matched_tokens` breaks, or None."""
-    if not (isinstance(answer, tuple) and len(answer) == 2 and isinstance(answer[1], bool)):
-        return "must be (number of tokens or None, bool)"
-    num_external, is_async = answer
-    if num_external is None:
-        return None
-    if isinstance(num_external, bool) or not isinstance(num_external, int):
-        return "the number of tokens must be an int or None"
-    if num_external < 0:
-        return "the number of tokens must not be negative"
-    if num_external == 0:
-        return "nothing cannot be loaded asynchronously: answer (0, False)" if is_async else None
-    left = num_tokens - num_local
-    if num_external > left:
-        return f"claims more than the {left} tokens that are left"
-    if not is_async and num_external == left:
-        return "a synchronous load must leave at least one token to compute"
-    return None
-
-
-def _broken_sources(answer: Any, num_external: int) -> str | None:
-    counts = list(answer.values()) if isinstance(answer, dict) else [-1]
-    if all(isinstance(num, int) and num >= 0 for num in counts) and sum(counts) == num_external:
-        return None
-    return f"must be a dict of token counts that sum to {num_external}"
-
-
-def _broken_finish(answer: Any) -> str | None:
-    if not (isinstance(answer, tuple) and len(answer) == 2 and isinstance(answer[0], bool)):
-        return "must be (bool, parameters or None)"
-    return None if answer[1] is None or isinstance(answer[1], dict) else "the parameters must be a dict or None"
+            self._guard.shutdown()
 
 
 _LOAD_HOOKS = frozenset(
@@ -252,6 +221,7 @@ _LOAD_HOOKS = frozenset(
         "handle_preemptions",
         "bind_connector_metadata",
         "start_load_kv",
+        "has_connector_metadata",
         "wait_for_layer_load",
         "get_transfer_results",
         "get_block_ids_with_load_errors",
@@ -262,10 +232,11 @@ _LOAD_HOOKS = frozenset(
 class WorkerConnector:
     """The runner's view of its connector, in the order of vLLM's first model runner. Is the model's `LayerHooks`."""
 
-    def __init__(self, connector: KVConnectorBase_V1 | None, kv: KVBuffer, counters: HostCounters) -> None:
-        self._guard = None if connector is None else _Guard(connector, counters)
+    def __init__(self, guard: Guard | None, kv: KVBuffer) -> None:
+        self._guard = guard
         self._kv = kv
         self._is_bound = False
+        self._is_in_layer = False
         self._context = ForwardContext(None, dict(kv.layers))
 
     def begin_step(self, plan: SchedulerOutput, batch: PackedBatch | None) -> None:
@@ -285,11 +256,13 @@ class WorkerConnector:
     def before_layer(self, name: str) -> None:
         """Wait until this layer's loads are in the pool."""
         if self._guard is not None and self._is_bound:
-            self._guard.call("wait_for_layer_load", None, name)
+            self._is_in_layer = self._guard.call("has_connector_metadata", False, check=broken_binding)
+            if self._is_in_layer:
+                self._guard.call("wait_for_layer_load", None, name)
 
     def after_layer(self, name: str, kv_layer: torch.Tensor, attn_metadata: Any) -> None:
         """Let the connector save this layer."""
-        if self._guard is not None and self._is_bound:
+        if self._guard is not None and self._is_in_layer:
             self._guard.call("save_kv_layer", None, name, kv_layer, attn_metadata)
 
     def end_step(self, plan: SchedulerOutput) -> tuple[KVConnectorOutput, bool]:
@@ -302,12 +275,13 @@ class WorkerConnector:
                 call("start_load_kv", None, self._context)
             call("wait_for_save", None)
         results = call(
-            "get_transfer_results", KVConnectorTransferResults(), set(plan.finished_req_ids), check=_broken_results
+            "get_transfer_results", KVConnectorTransferResults(), set(plan.finished_req_ids), check=broken_results
         )
         output = KVConnectorOutput(
             set(results.finished_sending), set(results.finished_recving), set(results.failed_recving)
         )
-        output.invalid_block_ids = set(call("get_block_ids_with_load_errors", set(), check=_broken_block_ids))
+        output.failed_blocks = set(getattr(results, "failed_blocks", ()))
+        output.invalid_block_ids = set(call("get_block_ids_with_load_errors", set(), check=broken_block_ids))
         if "get_block_ids_with_load_errors" in self._guard.failed_hooks:
             output.failed_recving |= results.finished_recving  # their blocks may be among those not named
         output.kv_connector_stats = call("get_kv_connector_stats", None)
@@ -323,26 +297,13 @@ class WorkerConnector:
     def clear(self) -> None:
         """Take this step's metadata away; harmless when there is none."""
         if self._guard is not None and self._is_bound:
-            self._is_bound = False
+            self._is_bound = self._is_in_layer = False
             self._guard.call("clear_connector_metadata", None)
 
     def shutdown(self) -> None:
         """Shut the connector down."""
         if self._guard is not None:
-            self._guard.call("shutdown", None)
-
-
-def _broken_results(answer: Any) -> str | None:
-    names = ("finished_sending", "finished_recving", "failed_recving")
-    if all(isinstance(getattr(answer, name, None), set | frozenset) for name in names):
-        return None
-    return f"must have sets named {', '.join(names)}"
-
-
-def _broken_block_ids(answer: Any) -> str | None:
-    if isinstance(answer, set | frozenset | list | tuple) and all(isinstance(block_id, int) for block_id in answer):
-        return None
-    return "must be a set of block ids"
+            self._guard.shutdown()
 
 
 @dataclass(frozen=True, slots=True)
@@ -358,48 +319,60 @@ class HostedConnectors:
 def start_connectors(
     config: EngineConfig, kv_cache_config: KVCacheConfig, device: str, clock: Clock
 ) -> HostedConnectors:
-    """Allocate the KV memory and start worker, then scheduler instance. What a constructor raises, this raises."""
-    counters = HostCounters()
-    transfer = config.kv_transfer_config
-    if transfer is None:
-        kv = KVBuffer(kv_cache_config, device)
-        return _hosted(config, kv, None, None, clock, counters)
-    layout = KVConnectorFactory.get_connector_class(transfer).get_required_kvcache_layout(config)
-    if layout not in (None, kv_cache_config.kv_cache_layout):
-        logger.warning(
-            "the connector asks for KV layout %s, this engine has %s", layout, kv_cache_config.kv_cache_layout
-        )
-    worker = KVConnectorFactory.create_connector(config, KVConnectorRole.WORKER, kv_cache_config)
-    started = [worker]
+    """Allocate the KV memory and start worker, then scheduler instance. What a hook raises here, this raises."""
+    breaker = Breaker(config.scheduler_config.connector_failure_limit, HostCounters())
+    if config.kv_transfer_config is None:
+        return _hosted(config, KVBuffer(kv_cache_config, device), breaker, clock)
+    _check_layout(config, kv_cache_config)
     try:
+        worker = KVConnectorFactory.create_connector(config, KVConnectorRole.WORKER, kv_cache_config)
+        Guard(worker, breaker)
         kv = KVBuffer(kv_cache_config, device, worker.get_mem_pool_context())
         worker.register_kv_caches(kv.views())
+        worker.set_host_xfer_buffer_ops(copy_kv_blocks)
         scheduler = KVConnectorFactory.create_connector(config, KVConnectorRole.SCHEDULER, kv_cache_config)
-        started.append(scheduler)
-        hosted = _hosted(config, kv, scheduler, worker, clock, counters)
-        scheduler.bind_kv_cache_manager(hosted.manager)
-        scheduler.get_finished_count()
-        handshake = worker.get_handshake_metadata()
-        scheduler.set_xfer_handshake_metadata({} if handshake is None else {0: handshake})
+        Guard(scheduler, breaker)
+        hosted = _hosted(config, kv, breaker, clock)
+        _introduce(scheduler, worker, hosted.manager)
     except BaseException:
-        for connector in started:
-            _Guard(connector, counters).call("shutdown", None)
+        for guard in breaker.guards:
+            guard.shutdown()
         raise
     return hosted
 
 
-def _hosted(
-    config: EngineConfig,
-    kv: KVBuffer,
-    scheduler: KVConnectorBase_V1 | None,
-    worker: KVConnectorBase_V1 | None,
-    clock: Clock,
-    counters: HostCounters,
-) -> HostedConnectors:
+def _check_layout(config: EngineConfig, kv_cache_config: KVCacheConfig) -> None:
+    assert config.kv_transfer_config is not None
+    layout = KVConnectorFactory.get_connector_class(config.kv_transfer_config).get_required_kvcache_layout(config)
+    if layout not in (None, kv_cache_config.kv_cache_layout):
+        logger.warning(
+            "the connector asks for KV layout %s, this engine has %s", layout, kv_cache_config.kv_cache_layout
+        )
+
+
+def _introduce(scheduler: KVConnectorBase_V1, worker: KVConnectorBase_V1, manager: KVManager) -> None:
+    """Acquaint the scheduler instance with the pool and with its only worker."""
+    scheduler.bind_kv_cache_manager(manager)
+    if scheduler.requires_kv_delivery:
+        # Asks to withhold tokens whose request lost its blocks while they were made. Here a request is preempted
+        # before a step and never within one, so there is nothing to withhold.
+        logger.debug("%s requires KV delivery", type(scheduler).__name__)
+    num_reports = scheduler.get_finished_count()
+    if num_reports not in (None, 0, 1):
+        raise ContractError(
+            f"{type(scheduler).__name__}.get_finished_count answered {num_reports!r}: "
+            "this engine has one worker, so it must be None or 1"
+        )
+    handshake = worker.get_handshake_metadata()
+    scheduler.set_xfer_handshake_metadata_pp_aware({} if handshake is None else {(0, 0): handshake})
+
+
+def _hosted(config: EngineConfig, kv: KVBuffer, breaker: Breaker, clock: Clock) -> HostedConnectors:
     cache = config.cache_config
+    worker, scheduler = breaker.guards or (None, None)
     return HostedConnectors(
         kv,
         KVManager(cache.num_gpu_blocks, cache.block_size, len(kv.config.kv_cache_groups), cache.enable_prefix_caching),
-        SchedulerConnector(scheduler, clock, config.scheduler_config.lookup_timeout_s, counters),
-        WorkerConnector(worker, kv, counters),
+        SchedulerConnector(scheduler, breaker, kv.config, clock, config.scheduler_config.lookup_timeout_s),
+        WorkerConnector(worker, kv),
     )

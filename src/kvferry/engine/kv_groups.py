@@ -10,7 +10,7 @@ layer i of every group lies at the same offset, and a block id belongs to one gr
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from kvferry.contract import AttentionSpec, FullAttentionSpec, KVCacheConfig, KVCacheSpec, make_kv_cache_config
-from kvferry.errors import ConfigError
+from kvferry.errors import ConfigError, ContractError
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +28,8 @@ class LayerGeometry:
     num_kv_heads: int
     head_size: int
     head_size_v: int
+    window_tokens: int | None = None
+    """A token sees itself and the `window_tokens - 1` before it; None: all before it."""
 
 
 def layer_name(layer_index: int) -> str:
@@ -38,10 +40,12 @@ def layer_name(layer_index: int) -> str:
 def full_attention_specs(
     layers: Sequence[LayerGeometry], block_size: int, dtype: torch.dtype
 ) -> dict[str, KVCacheSpec]:
-    """One spec per layer, all in one group. ConfigError when the layers' KV differs in shape."""
-    if len(set(layers)) != 1:
+    """One spec per layer, all in one group, windows or not. ConfigError when the layers' KV differs in shape."""
+    shapes = {(layer.num_kv_heads, layer.head_size, layer.head_size_v) for layer in layers}
+    if len(shapes) != 1:
         raise ConfigError(
-            f"layers keep KV of different shapes, which one KV group cannot hold: {sorted(set(map(str, layers)))}"
+            "layers keep KV of different shapes (heads, head size of K, of V), which one KV group cannot hold: "
+            f"{sorted(shapes)}"
         )
     first = layers[0]
     spec = FullAttentionSpec(
@@ -62,6 +66,29 @@ def kv_cache_config_for(num_blocks: int, groups: list[dict[str, KVCacheSpec]]) -
         raise ConfigError(f"KV groups of different block sizes ({sorted(sizes)}) are not supported by this engine")
     config.hash_block_size = config.cache_hit_alignment_tokens = sizes.pop()
     return config
+
+
+def copy_kv_blocks(
+    src_kv_caches: Mapping[str, torch.Tensor],
+    dst_kv_caches: Mapping[str, torch.Tensor],
+    src_block_ids: Sequence[int],
+    dst_block_ids: Sequence[int],
+    direction: str,
+) -> None:
+    """Copy blocks between two sets of KV tensors, layer by layer; what `set_host_xfer_buffer_ops` offers connectors.
+
+    Both map layer names to [blocks, heads, tokens, content], on any device; block `src_block_ids[i]` goes to
+    `dst_block_ids[i]`. `direction` ("h2d" or "d2h") is vLLM's and follows from the tensors' devices. The copy is done
+    on return. ContractError when layers or numbers of blocks differ; nothing is copied then.
+    """
+    if direction not in ("h2d", "d2h"):
+        raise ContractError(f"copy direction {direction!r} is neither 'h2d' nor 'd2h'")
+    if len(src_block_ids) != len(dst_block_ids) or src_kv_caches.keys() != dst_kv_caches.keys():
+        raise ContractError("source and destination of a block copy must have the same layers and numbers of blocks")
+    for name, src in src_kv_caches.items():
+        dst = dst_kv_caches[name]
+        taken = src[torch.tensor(src_block_ids, dtype=torch.long, device=src.device)]
+        dst[torch.tensor(dst_block_ids, dtype=torch.long, device=dst.device)] = taken.to(dst.device)
 
 
 class KVBuffer:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import chain
 
 from kvferry.engine.block_pool import Block, BlockPool
 from kvferry.engine.request import Request
@@ -127,23 +128,50 @@ class KVManager:
             default=None,
         )
 
+    def share_block(self, first_id: str, second_id: str, index: int) -> bool:
+        """True when two requests have the same block at a position, in every group."""
+        pairs = list(zip(self._table(first_id), self._table(second_id), strict=True))
+        return all(index < min(len(a), len(b)) and a[index] is b[index] for a, b in pairs)
+
+    def withdraw(self, bad_block_ids: set[int]) -> None:
+        """Make bad blocks unfindable.
+
+        If one could be found until now, anything may have been computed from it, also by requests long gone: then
+        all content is forgotten.
+        """
+        was_findable = any(self.block_pool.blocks[block_id].block_hash is not None for block_id in bad_block_ids)
+        self.block_pool.evict_blocks(range(len(self.block_pool.blocks)) if was_findable else bad_block_ids)
+
+    def drop_pins(self, also_held: Iterable[Block] = ()) -> int:
+        """Let go of every hold on a block beyond those of tables and `also_held`; returns how many there were."""
+        pins = [
+            block
+            for block, expected in zip(self.block_pool.blocks, self._expected_refs(also_held), strict=True)
+            for _ in range(block.ref_cnt - expected)
+        ]
+        self.block_pool.free_blocks(pins)
+        return len(pins)
+
     def reset_prefix_cache(self) -> bool:
         """Forget all cached content; False while any block is held."""
         return self.block_pool.reset_prefix_cache()
 
     def check_integrity(self, also_held: Iterable[Block] = ()) -> None:
         """Assert that tables and pool agree; `also_held` are detached blocks."""
-        refs = [0] * len(self.block_pool.blocks)
         for tables in self._tables.values():
             assert len(tables) == self.num_groups and len({len(table) for table in tables}) == 1
             for table in tables:
                 ids = [block.block_id for block in table if not block.is_null]
                 assert len(ids) == len(set(ids)), "a block stands twice in one table"
-                for block_id in ids:
-                    refs[block_id] += 1
-        for block in also_held:
-            refs[block.block_id] += 1
-        self.block_pool.check_integrity(refs)
+        self.block_pool.check_integrity(self._expected_refs(also_held))
+
+    def _expected_refs(self, also_held: Iterable[Block]) -> list[int]:
+        """Per block id, the holds of tables and of `also_held`."""
+        refs = [0] * len(self.block_pool.blocks)
+        tables = (block for tables in self._tables.values() for table in tables for block in table)
+        for block in chain(tables, also_held):
+            refs[block.block_id] += not block.is_null
+        return refs
 
     def _table(self, request_id: str) -> tuple[list[Block], ...]:
         return self._tables.get(request_id) or tuple([] for _ in range(self.num_groups))

@@ -8,33 +8,25 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from kvferry.clock import Clock, SystemClock
-from kvferry.config import KVTransferConfig
+from kvferry.config import KVTransferConfig, transfer_config
 from kvferry.contract import KVConnectorBase_V1
-from kvferry.engine.config import (
-    CacheConfig,
-    EngineConfig,
-    EngineOptions,
-    LoadConfig,
-    ModelConfig,
-    RequestOutputKind,
-    SamplingParams,
-    SchedulerConfig,
-    resolve_kv_budget,
-)
-from kvferry.engine.connector_host import HostCounters, start_connectors
+from kvferry.engine.config import EngineOptions, RequestOutputKind, SamplingParams
+from kvferry.engine.connector_host import start_connectors
 from kvferry.engine.detokenizer import Detokenizer
-from kvferry.engine.kv_groups import full_attention_specs, kv_cache_config_for
+from kvferry.engine.guard import HostCounters
 from kvferry.engine.model_loader import EngineModel, load_model
 from kvferry.engine.outputs import RequestOutput, report
+from kvferry.engine.plan import plan_engine
 from kvferry.engine.request import Request
 from kvferry.engine.runner import ModelRunner
 from kvferry.engine.scheduler import Scheduler
 from kvferry.errors import ConfigError
+
+if TYPE_CHECKING:
+    import torch
 
 Prompt = str | Sequence[int]
 _IDLE_SLEEP_S = 0.001
@@ -49,6 +41,9 @@ class LLM:
     `num_kv_blocks` or `kv_cache_bytes` sizes the KV cache (1 GiB at most when neither is given). `max_model_len` is
     the longest prompt plus output; what model and cache allow when not given. `max_num_batched_tokens` bounds the
     tokens of one forward, so it is the chunk size of long prompts. `dtype` "auto" takes the checkpoint's.
+    `kv_offloading_size` (GiB of host memory) and `kv_offloading_backend` ("native", "lmcache") choose a connector
+    where `kv_transfer_config` does not: see `kvferry.config.transfer_config`. `use_v2_model_runner` and
+    `disable_hybrid_kv_cache_manager` are decided by the engine unless set: see `kvferry.engine.plan`.
     Raises ConfigError before any work when the settings, the model or the connector's configuration are wrong.
     """
 
@@ -66,6 +61,10 @@ class LLM:
         device: str = "cpu",
         enable_prefix_caching: bool = True,
         kv_transfer_config: KVTransferConfig | Mapping[str, Any] | str | None = None,
+        kv_offloading_size: float | None = None,
+        kv_offloading_backend: str | None = None,
+        use_v2_model_runner: bool | None = None,
+        disable_hybrid_kv_cache_manager: bool | None = None,
         seed: int = 0,
         clock: Clock | None = None,
     ) -> None:
@@ -78,42 +77,36 @@ class LLM:
             max_num_seqs=max_num_seqs,
             max_num_batched_tokens=max_num_batched_tokens,
             dtype=str(dtype).removeprefix("torch."),
-            device=_checked_device(device),
+            device=device,
             enable_prefix_caching=enable_prefix_caching,
             seed=seed,
+            use_v2_model_runner=use_v2_model_runner,
+            disable_hybrid_kv_cache_manager=disable_hybrid_kv_cache_manager,
         )
-        transfer = KVTransferConfig.parse(kv_transfer_config)
+        transfer = transfer_config(kv_transfer_config, kv_offloading_size, kv_offloading_backend)
         self._clock = clock or SystemClock()
         self._model = load_model(model, options.dtype, device) if isinstance(model, str | Path) else model
-        self._start(options, transfer if transfer.is_kv_transfer_instance else None)
+        self._start(options, transfer)
         self._num_added = 0
         self._next_check_s = self._clock.now() + _CHECK_EVERY_S
         self._unclaimed: list[RequestOutput] = []  # came while `generate` waited for others
         self._is_shut_down = False
 
-    def _start(self, options: EngineOptions, transfer: KVTransferConfig | None) -> None:
+    def _start(self, options: EngineOptions, transfer: KVTransferConfig) -> None:
         model = self._model
-        specs = full_attention_specs(model.layers, options.block_size, model.dtype)
-        block_bytes = sum(spec.page_size_bytes for spec in specs.values())
-        budget = resolve_kv_budget(options, block_bytes, model.max_model_len)
-        self.kv_cache_config = kv_cache_config_for(budget.num_blocks, [specs])
-        self.config = EngineConfig(
-            cache_config=CacheConfig(options.block_size, budget.num_blocks, options.enable_prefix_caching),
-            model_config=ModelConfig(model.path, model.dtype, budget.max_model_len, options.seed, model.hf_config),
-            scheduler_config=SchedulerConfig(options.max_num_seqs, options.max_num_batched_tokens),
-            kv_transfer_config=transfer,
-            instance_id=secrets.token_hex(8),
-            load_config=LoadConfig(model.load_format),
-        )
+        plan = plan_engine(model, options, transfer)
+        plan.log()
+        self.config, self.kv_cache_config = plan.config, plan.kv_cache_config
         self._hosted = start_connectors(self.config, self.kv_cache_config, options.device, self._clock)
         self.runner = ModelRunner(model, self._hosted.kv, options.block_size, options.device, self._hosted.worker)
+        configured = self.config.kv_transfer_config
         self.scheduler = Scheduler(
             self.config.scheduler_config,
             self._hosted.manager,
             self._hosted.scheduler,
-            max_model_len=budget.max_model_len,
+            max_model_len=self.config.model_config.max_model_len,
             eos_token_ids=model.eos_token_ids,
-            recompute_failed_loads=transfer is None or transfer.kv_load_failure_policy == "recompute",
+            recompute_failed_loads=configured is None or configured.kv_load_failure_policy == "recompute",
             clock=self._clock,
         )
 
@@ -331,17 +324,3 @@ class LLM:
 
 def _is_single(prompts: Any) -> bool:
     return isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], int))
-
-
-def _checked_device(device: str) -> str:
-    try:
-        kind = torch.device(device).type
-    except RuntimeError as err:
-        raise ConfigError(f"device={device!r} is not a device torch knows") from err
-    if kind not in ("cpu", "cuda") or (kind == "cuda" and not torch.cuda.is_available()):
-        raise ConfigError(f"device={device!r} is not available; this machine has cpu{_has_cuda()}")
-    return device
-
-
-def _has_cuda() -> str:
-    return " and cuda" if torch.cuda.is_available() else ""

@@ -15,7 +15,7 @@ import logging
 import shutil
 import struct
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
@@ -45,6 +45,7 @@ from kvferry.errors import ConfigError
 logger = logging.getLogger(__name__)
 
 _CONVERSION_VERSION = 2
+_GGUF_DTYPE = torch.bfloat16
 _BATCH_DEPENDENT_ROPE = ("dynamic", "longrope")
 # What transformers and the file formats below it raise for files and architectures they cannot take.
 _LOADING_ERRORS = (
@@ -54,20 +55,25 @@ _LOADING_ERRORS = (
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")
 
 
-class EngineModel(Protocol):
-    """What the runner needs of a model. `HFModel` and `kvferry.testing.stub_model.StubModel` are the two."""
+class ModelShape(Protocol):
+    """What an engine is planned from; known without weights (`kvferry.engine.model_facts`)."""
 
     path: str
     """Folder of the weights, for connectors' fingerprints."""
     dtype: torch.dtype
     layers: Sequence[LayerGeometry]
-    vocab_size: int
     max_model_len: int
+    hf_config: Any
+    load_format: str
+
+
+class EngineModel(ModelShape, Protocol):
+    """What the runner needs of a model. `HFModel` and `kvferry.testing.stub_model.StubModel` are the two."""
+
+    vocab_size: int
     eos_token_ids: frozenset[int]
     tokenizer: Any
     """None: token ids in, token ids out."""
-    hf_config: Any
-    load_format: str
 
     def forward(self, batch: PackedBatch, kv: KVBuffer, hooks: LayerHooks) -> torch.Tensor:
         """Run all tokens of a step, writing and reading KV in `kv`; logits [len(batch.logits_rows), vocabulary]."""
@@ -88,15 +94,44 @@ def find_model_folder(source: str | Path) -> Path:
 
     Raises ConfigError when there is no such model.
     """
-    if str(source) == "smollm2":
-        return _gguf_folder(_smollm2_gguf())
+    if (gguf := _find_gguf(source)) is not None:
+        return _gguf_folder(gguf)
     path = Path(source).expanduser()
-    if path.suffix == ".gguf" and path.is_file():
-        return _gguf_folder(path)
     if (path / "config.json").is_file():
         return path.resolve()
     what = f"folder {path} has no config.json" if path.is_dir() else f"there is no {path}"
     raise ConfigError(f"model={str(source)!r}: {what}; give a model folder, a .gguf file, or 'smollm2'")
+
+
+def _find_gguf(source: str | Path) -> Path | None:
+    path = _smollm2_gguf() if str(source) == "smollm2" else Path(source).expanduser()
+    return path if path.suffix == ".gguf" and path.is_file() else None
+
+
+def max_tokens_of(config: Any) -> int:
+    """The longest sequence the model can attend to; 2^20 tokens when it names no limit."""
+    return int(getattr(config, "max_position_embeddings", 0) or 1 << 20)
+
+
+def read_model_config(source: str | Path) -> tuple[Path, Any]:
+    """Where the model is, and its transformers configuration, read from config.json or a GGUF's header alone.
+
+    Raises ConfigError when there is no such model, or its architecture is one the engine cannot run.
+    """
+    gguf = _find_gguf(source)
+    path = gguf or find_model_folder(source)
+    try:
+        config = (
+            AutoConfig.from_pretrained(path)
+            if gguf is None
+            else AutoConfig.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=_GGUF_DTYPE)
+        )
+    except _LOADING_ERRORS as err:
+        raise ConfigError(
+            f"model={str(source)!r}: its configuration is not one transformers understands: {err}"
+        ) from err
+    _refuse_unsupported(config, architecture_of(config))
+    return path, config
 
 
 def _smollm2_gguf() -> Path:
@@ -131,7 +166,7 @@ def _convert_gguf(path: Path, folder: Path) -> None:
     where = {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
     try:
         model = AutoModelForCausalLM.from_pretrained(
-            **where, dtype=torch.bfloat16, quantization_config=GgufConfig(dequantize=True)
+            **where, dtype=_GGUF_DTYPE, quantization_config=GgufConfig(dequantize=True)
         )
         tokenizer = AutoTokenizer.from_pretrained(**where)
     except _LOADING_ERRORS as err:
@@ -158,13 +193,8 @@ def _rename_unless_there(partial: Path, folder: Path) -> None:
 
 def load_model(source: str | Path, dtype: str, device: str) -> HFModel:
     """Load a model and prove that it runs paged. Raises ConfigError naming the architecture and what is missing."""
-    folder = find_model_folder(source)
-    try:
-        config = AutoConfig.from_pretrained(folder)
-    except _LOADING_ERRORS as err:
-        raise ConfigError(f"model={str(source)!r}: config.json is not one transformers understands: {err}") from err
-    name = _architecture(config)
-    _refuse_unsupported(config, name)
+    folder, config = read_model_config(find_model_folder(source))
+    name = architecture_of(config)
     try:
         with _no_progress_bars():
             model = AutoModelForCausalLM.from_pretrained(
@@ -187,7 +217,8 @@ def _no_progress_bars() -> Iterator[None]:
             transformers_logging.enable_progress_bar()
 
 
-def _architecture(config: Any) -> str:
+def architecture_of(config: Any) -> str:
+    """The model's class as its configuration names it; without names, the configuration's own class."""
     names = getattr(config, "architectures", None)
     return str(names[0]) if names else type(config).__name__
 
@@ -215,7 +246,7 @@ class HFModel:
         self.path = str(folder)
         self.dtype: torch.dtype = model.dtype
         self.vocab_size = int(model.get_input_embeddings().num_embeddings)
-        self.max_model_len = int(getattr(model.config, "max_position_embeddings", 0) or 1 << 20)
+        self.max_model_len = max_tokens_of(model.config)
         self.eos_token_ids = _eos_token_ids(model)
         has_tokenizer = any((folder / name).is_file() for name in _TOKENIZER_FILES)
         self.tokenizer: Any = AutoTokenizer.from_pretrained(folder) if has_tokenizer else None
@@ -268,16 +299,17 @@ class HFModel:
                 f"{self._architecture} is not supported: of its {num_layers} layers, {len(probe.layers)} use "
                 "exchangeable attention; the others have one of their own, or keep state the engine cannot page"
             )
-        self._check_windows(probe.windows)
-        return [probe.layers[i] for i in range(num_layers)]
+        layers = [probe.layers[i] for i in range(num_layers)]
+        self._check_windows(layers)
+        return layers
 
-    def _check_windows(self, windows: Mapping[int, int | None]) -> None:
+    def _check_windows(self, layers: Sequence[LayerGeometry]) -> None:
         """Layers with a local view must tell it to their attention: the masks the others rely on are not made here."""
         config = self.hf_config.get_text_config()
         default = "full_attention" if getattr(config, "sliding_window", None) is None else "sliding_attention"
-        kinds = getattr(config, "layer_types", None) or [default] * len(windows)
+        kinds = getattr(config, "layer_types", None) or [default] * len(layers)
         for index, kind in enumerate(kinds):
-            if kind != "full_attention" and windows[index] is None:
+            if kind != "full_attention" and layers[index].window_tokens is None:
                 raise ConfigError(
                     f"{self._architecture} is not supported: its layer {index} is {kind!r} and does not hand "
                     "the attention its window"
@@ -306,7 +338,6 @@ class _LayerProbe:
 
     def __init__(self) -> None:
         self.layers: dict[int, LayerGeometry] = {}
-        self.windows: dict[int, int | None] = {}
 
     def attend(
         self,
@@ -316,8 +347,7 @@ class _LayerProbe:
         value: torch.Tensor,
         options: AttentionOptions,
     ) -> torch.Tensor:
-        self.layers[layer_index] = LayerGeometry(key.shape[0], key.shape[2], value.shape[2])
-        self.windows[layer_index] = options.window_tokens
+        self.layers[layer_index] = LayerGeometry(key.shape[0], key.shape[2], value.shape[2], options.window_tokens)
         return causal_attention(query * options.scale, key, value, options)[None]
 
 

@@ -113,6 +113,7 @@ class Request:
         self.num_external_tokens = 0
         self.external_hit_sources: dict[str, int] = {}
         self.num_load_failures = 0
+        self.num_tokens_when_admitted = 0
         self.output_kv_transfer_params: dict[str, Any] | None = None
         self.arrival_s = arrival_s
         self.arrival_index = arrival_index  # who came first goes first

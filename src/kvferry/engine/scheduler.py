@@ -21,11 +21,12 @@ from dataclasses import dataclass, field
 from operator import attrgetter
 
 from kvferry.clock import Clock
-from kvferry.contract import CacheHitSource
+from kvferry.contract import CacheHitSource, KVConnectorOutput
 from kvferry.engine.config import SchedulerConfig
 from kvferry.engine.connector_host import NO_MATCH, ExternalMatch, SchedulerConnector
 from kvferry.engine.kv_manager import BlockIds, KVCacheBlocks, KVManager
 from kvferry.engine.outputs import BatchItem, BlockState, NewRequestData, SchedulerOutput, SchedulerStats, StepResult
+from kvferry.engine.recovery import SharedRepairs, read_failures
 from kvferry.engine.request import Request, RequestStatus, SampledToken
 from kvferry.engine.transfers import Transfers
 from kvferry.errors import ConfigError
@@ -95,12 +96,13 @@ class Scheduler:
         self.waiting: deque[Request] = deque()
         self.running: list[Request] = []
         self.loaded: deque[Request] = deque()
-        self.transfers = Transfers(manager.block_pool, connector.counters)
+        self.transfers = Transfers(manager.block_pool, connector.counters, clock, config)
         self.num_preemptions = 0
         # Each running request takes a token in every step, so more than the budget cannot run.
         self._max_running = min(config.max_num_seqs, config.max_num_batched_tokens)
         self._config = config
         self._connector = connector
+        self._repairs = SharedRepairs(manager)
         self._max_model_len = max_model_len
         self._eos_token_ids = eos_token_ids
         self._recompute_failed_loads = recompute_failed_loads
@@ -118,7 +120,9 @@ class Scheduler:
         self.check_request(request)
         if request.request_id in self._requests:
             raise ConfigError(f"request_id={request.request_id!r} is the id of a request that has not finished")
-        if request.kv_transfer_params and self._connector.connector is None:
+        if request.request_id in self.transfers.held:
+            raise ConfigError(f"request_id={request.request_id!r} is the id of a request whose blocks are still held")
+        if request.kv_transfer_params and not self._connector.is_active:
             logger.warning("%s: kv_transfer_params are ignored, there is no connector", request.request_id)
         self._requests[request.request_id] = request
         self._connector.on_new_request(request)
@@ -151,8 +155,11 @@ class Scheduler:
         return bool(self._requests or self._news)
 
     def has_requests(self) -> bool:
-        """True while stepping does something: for requests, or for blocks and work the connector still holds."""
-        return self.has_unfinished_requests() or self.has_loose_ends() or bool(self.transfers.held)
+        """True while stepping does something: for requests, or for blocks and work the connector still holds.
+
+        Not for ever: held blocks count only until their deadline.
+        """
+        return self.has_unfinished_requests() or self.has_loose_ends() or self.transfers.is_awaited()
 
     def has_loose_ends(self) -> bool:
         """True while finished requests are yet to be announced to workers or the connector has work to push."""
@@ -167,6 +174,8 @@ class Scheduler:
             num_loading=len(self.transfers.loads),
             num_preemptions=self.num_preemptions,
             kv_cache_usage=1 - pool.get_num_free_blocks() / (len(pool.blocks) - 1),
+            num_held_blocks=self.transfers.num_held_blocks(),
+            oldest_held_s=self.transfers.oldest_held_s(),
         )
 
     # ---- the plan ---------------------------------------------------------------------------------------------
@@ -175,6 +184,8 @@ class Scheduler:
         """Plan the next step; may be empty. Exactly one `update` with its result must follow."""
         plan = _Plan(self._config.max_num_batched_tokens, SchedulerOutput(BlockState(self.manager)))
         self._give_up_late_loads()
+        self.transfers.note_late()
+        self._settle_repairs()
         self._schedule_running(plan)
         if not plan.output.preempted_req_ids and not plan.waits_for_frees:
             self._schedule_loaded(plan)
@@ -186,8 +197,9 @@ class Scheduler:
         return plan.output
 
     def _schedule_running(self, plan: _Plan) -> None:
-        num_behind = len(self.running)
-        for request in list(self.running):
+        able = [request for request in self.running if not self._repairs.is_waiting(request)]
+        num_behind = len(able)
+        for request in able:
             num_behind -= 1  # one token is kept for each of them
             if plan.waits_for_frees:
                 return
@@ -210,6 +222,7 @@ class Scheduler:
 
     def _preempt(self, request: Request, plan: _Plan) -> None:
         self.running.remove(request)
+        self._repairs.forget(request.request_id)
         self.manager.free(request.request_id)
         request.status = RequestStatus.PREEMPTED
         request.num_computed_tokens = 0
@@ -220,13 +233,15 @@ class Scheduler:
 
     def _schedule_loaded(self, plan: _Plan) -> None:
         """Admit requests whose asynchronous load has ended; their blocks are theirs already."""
-        while self.loaded and self._has_room(plan):
-            request = self.loaded[0]
+        ready = (request for request in list(self.loaded) if not self._repairs.is_waiting(request))
+        for request in ready:
+            if not self._has_room(plan):
+                return
             num_new = min(request.num_tokens - request.num_computed_tokens, plan.budget_tokens)
             if not self.manager.can_allocate(request, request.num_computed_tokens + num_new):
                 plan.lacks_blocks = True
                 return
-            self.loaded.popleft()
+            self.loaded.remove(request)
             self._connector.blocks_allocated(request, self.manager.get_blocks(request.request_id), NO_MATCH)
             self._run(request, num_new, plan)
 
@@ -258,6 +273,7 @@ class Scheduler:
             return False
         num_computed = num_local + match.num_tokens
         num_new = 0 if match.is_async else min(request.num_tokens - num_computed, plan.budget_tokens)
+        self._connector.allocating(request, match)
         self.manager.allocate(request, num_computed + num_new, computed)
         is_planned = self._connector.blocks_allocated(request, self.manager.get_blocks(request.request_id), match)
         if not is_planned and match.is_async:
@@ -276,7 +292,7 @@ class Scheduler:
         request.num_computed_tokens = num_computed
         if match.is_async:
             request.status = RequestStatus.WAITING_FOR_REMOTE_KVS
-            self.transfers.start_load(request, self._clock.now() + self._config.load_timeout_s)
+            self.transfers.start_load(request, num_local)
             return True
         if match.num_tokens:
             plan.sync_loads[request.request_id] = num_local
@@ -299,6 +315,7 @@ class Scheduler:
 
     def _run(self, request: Request, num_new: int, plan: _Plan) -> None:
         self._add(request, num_new, plan)
+        request.num_tokens_when_admitted = request.num_tokens
         request.status = RequestStatus.RUNNING
         insort(self.running, request, key=_arrival)
 
@@ -314,15 +331,20 @@ class Scheduler:
         Returns the requests that got a token or ended since the last call, aborted ones too.
         """
         reported = result.connector_output
-        discarded = self._failed_sync_loads(result) | self._strike_bad_blocks(reported.invalid_block_ids)
+        self._leave_unknown_out(reported)
+        failed = read_failures(reported, self.manager, self._connector.breach)
+        discarded = self._strike_bad_blocks(failed.bad_block_ids)
+        discarded |= self._failed_sync_loads(failed.request_ids, result.sync_loads_unproved)
         for item in plan.batch:
             if item.request.request_id not in discarded:
                 self._advance(item, result.sampled)
         self._connector.worker_reported(reported, had_forward=bool(plan.batch))
-        self._complete_loads(reported.finished_recving or (), reported.failed_recving)
+        self._complete_loads((reported.finished_recving or set()) - self._sync_loads.keys(), failed.request_ids)
         for request_id in reported.finished_sending or ():
             self.transfers.finished_sending(request_id)
-        self._connector.end_step()
+        self._settle_repairs()
+        if self._connector.end_step():
+            self._switch_connector_off()
         news, self._news = self._news, {}
         return list(news.values())
 
@@ -371,6 +393,8 @@ class Scheduler:
         if status in (RequestStatus.FINISHED_STOPPED, RequestStatus.FINISHED_LENGTH_CAPPED):
             request.output_kv_transfer_params = params
         self.transfers.release(request.request_id, self.manager.detach(request.request_id), keep, was_loading)
+        self.transfers.remember(request.request_id)
+        self._repairs.forget(request.request_id)
         del self._requests[request.request_id]
         self._news[request.request_id] = request
         self._finished_ids.add(request.request_id)
@@ -382,33 +406,67 @@ class Scheduler:
 
     # ---- loads that end, fail, or never end -------------------------------------------------------------------
 
-    def _failed_sync_loads(self, result: StepResult) -> set[str]:
-        """Requests whose loads of this step nobody vouches for: back to what was there before the load."""
-        if not result.sync_loads_unproved:
-            return set()
-        for request_id, num_local in self._sync_loads.items():
-            self._fail_load(self._requests[request_id], num_local)
-        return set(self._sync_loads)
+    def _leave_unknown_out(self, reported: KVConnectorOutput) -> None:
+        """Strike out of a report what names requests this engine never had; what is late comes to nothing later."""
+        failed_ids = {failure.request_id for failure in reported.failed_blocks}
+        sets = (reported.finished_sending or set(), reported.finished_recving or set(), reported.failed_recving)
+        named = [request_id for ids in (*sets, failed_ids) for request_id in ids]
+        unknown = [name for name in named if name not in self._requests and not self.transfers.is_old(name)]
+        if unknown:
+            self._connector.counters.unknown_completions += len(unknown)
+            self._connector.breach("get_transfer_results", f"named {sorted(set(unknown))}: there are no such requests")
+            for ids in sets:
+                ids.difference_update(unknown)
+        known_blocks = {failure for failure in reported.failed_blocks if failure.request_id in self._requests}
+        self._connector.counters.late_completions += len(failed_ids - set(unknown) - self._requests.keys())
+        reported.failed_blocks = known_blocks
 
-    def _strike_bad_blocks(self, bad_block_ids: set[int]) -> set[str]:
+    def _failed_sync_loads(self, failed_ids: set[str], all_unproved: bool) -> set[str]:
+        """Requests whose loads of this step failed, or nobody vouches for: back to what was there before the load."""
+        discarded = self._sync_loads.keys() if all_unproved else self._sync_loads.keys() & failed_ids
+        for request_id in discarded:
+            request = self._requests.get(request_id)
+            if request is not None and request.num_computed_tokens > self._sync_loads[request_id]:
+                self._fail_load(request, self._sync_loads[request_id])
+        return set(discarded)
+
+    def _strike_bad_blocks(self, bad_ids: set[int]) -> set[str]:
         """Requests that hold blocks whose load failed go back to before the first of them; returns those."""
-        if not bad_block_ids:
+        if not bad_ids:
             return set()
-        known_ids = {block_id for block_id in bad_block_ids if 0 <= block_id < len(self.manager.block_pool.blocks)}
-        self.manager.block_pool.evict_blocks(known_ids)
+        self.manager.withdraw(bad_ids)
         for request in self.transfers.loading_requests():
-            self.transfers.shorten_load(request, self.manager.first_bad_token(request.request_id, known_ids))
-        struck = set()
-        for request in [*self.running, *self.loaded]:
-            first_bad = self.manager.first_bad_token(request.request_id, known_ids)
+            first_bad = self.manager.first_bad_token(request.request_id, bad_ids)
             if first_bad is not None:
-                struck.add(request.request_id)
-                self._fail_load(request, first_bad)
-        return struck
+                self.transfers.shorten_load(request.request_id, first_bad)
+        struck: list[Request] = []
+        for request in [*self.running, *self.loaded]:
+            first_bad = self.manager.first_bad_token(request.request_id, bad_ids)
+            if first_bad is not None:
+                self._strike(request, first_bad, struck)
+        return {request.request_id for request in struck}
+
+    def _strike(self, request: Request, first_bad: int, struck: list[Request]) -> None:
+        if request.status is RequestStatus.RUNNING and request.num_tokens > request.num_tokens_when_admitted:
+            # Tokens were chosen by what the block held and may have been seen: they cannot be taken back.
+            self._connector.counters.load_failures += 1
+            self._finish(request, RequestStatus.FINISHED_ERROR, "its KV cache was found bad after it had been used")
+        else:
+            sources = request.num_local_tokens, request.num_external_tokens, request.external_hit_sources
+            self._fail_load(request, first_bad)
+            if not request.is_finished() and self._repairs.strike(request, struck):
+                # What it will take over is known only when its wait is over.
+                request.num_local_tokens, request.num_external_tokens, request.external_hit_sources = sources
+        struck.append(request)
+
+    def _settle_repairs(self) -> None:
+        for request in self._repairs.settle():
+            self._keep_tokens(request, request.num_computed_tokens)
 
     def _fail_load(self, request: Request, num_good_tokens: int) -> None:
         """Keep only the first tokens of an admitted request, or end it, as `kv_load_failure_policy` says."""
         self._connector.counters.load_failures += 1
+        request.num_load_failures += 1
         self._keep_tokens(request, min(num_good_tokens, request.num_computed_tokens))
         if not self._recompute_failed_loads:
             self._finish(request, RequestStatus.FINISHED_ERROR, "its KV cache failed to load")
@@ -419,22 +477,21 @@ class Scheduler:
         self._note_sources(request, num_local, min(request.num_external_tokens, num_tokens - num_local))
 
     def _complete_loads(self, received_ids: Iterable[str], failed_ids: set[str]) -> None:
+        for request_id in failed_ids & self.transfers.loads.keys():
+            self.transfers.shorten_load(request_id, 0)  # also when its end is reported in a later step
         for request_id in received_ids:
             load = self.transfers.finished_recving(request_id)
             if load is None:
                 continue
-            request = load.request
-            num_good = 0 if request_id in failed_ids else load.num_good_tokens
-            if num_good < request.num_computed_tokens:
-                self._fail_load(request, num_good)
-            if not request.is_finished():
-                self._promote(request)
+            if load.num_good_tokens < load.request.num_computed_tokens:
+                self._fail_load(load.request, load.num_good_tokens)
+            if not load.request.is_finished():
+                self._promote(load.request)
 
     def _promote(self, request: Request) -> None:
         """A load has ended: on to running with what it brought, or back to the start when that is nothing."""
         request.status = RequestStatus.PREEMPTED if request.num_preemptions else RequestStatus.WAITING
         if request.num_computed_tokens == 0:
-            request.num_load_failures += 1
             self.manager.free(request.request_id)
             self._queue(request)
             return
@@ -452,14 +509,30 @@ class Scheduler:
         self._note_sources(request, 0, 0)
 
     def _give_up_late_loads(self) -> None:
-        for request in self.transfers.take_late_loads(self._clock.now()):
+        for request in self.transfers.take_late_loads():
             logger.warning("%s: its KV did not arrive in time", request.request_id)
-            self._connector.counters.load_failures += 1
-            self._set_aside(request)
-            request.status = RequestStatus.PREEMPTED if request.num_preemptions else RequestStatus.WAITING
-            self._queue(request)
-            if not self._recompute_failed_loads:
-                self._finish(request, RequestStatus.FINISHED_ERROR, "its KV cache did not arrive in time")
+            self._give_up_load(request, "its KV cache did not arrive in time")
+
+    def _give_up_load(self, request: Request, error: str) -> None:
+        """Compute a loading request without its load, or end it, as `kv_load_failure_policy` says."""
+        self._connector.counters.load_failures += 1
+        self._set_aside(request)
+        request.status = RequestStatus.PREEMPTED if request.num_preemptions else RequestStatus.WAITING
+        self._queue(request)
+        if not self._recompute_failed_loads:
+            self._finish(request, RequestStatus.FINISHED_ERROR, error)
+
+    def _switch_connector_off(self) -> None:
+        """End a connector that fails again and again; who waits for it goes on without, what it holds comes free.
+
+        Not so when its worker failed to stop, for a copy of its may then still run: such blocks are lost for good.
+        """
+        is_safe = self._connector.switch_off()
+        for request in self.transfers.loading_requests():
+            self._give_up_load(request, "the connector that was loading its KV cache was switched off")
+        self.transfers.connector_gone(is_safe)
+        if is_safe:
+            self.manager.drop_pins(self.transfers.held_blocks())
 
     def _check_stall(self, plan: _Plan) -> None:
         """End the first request in line when none got blocks for too long, so that nobody waits for ever."""
@@ -479,6 +552,7 @@ class Scheduler:
         """Assert that queues, states, tables and pool agree."""
         self.manager.check_integrity(self.transfers.held_blocks())
         self.transfers.check_integrity()
+        self._repairs.check_integrity([*self.running, *self.loaded])
         queued = [*self.waiting, *self.running, *self.loaded, *self.transfers.loading_requests()]
         assert len({r.request_id for r in queued}) == len(queued), "a request stands in two queues"
         assert {r.request_id for r in queued} == set(self._requests), "a request is lost or undead"

@@ -29,6 +29,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from kvferry.errors import ConfigError, HostError
+from kvferry.store.space import space_at
 
 logger = logging.getLogger(__name__)
 
@@ -94,7 +95,8 @@ class Arena:
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
             sweep_dead_arenas(folder)
             info = ArenaInfo(str(folder / _new_name(engine_id)), num_slots, slot_bytes, secrets.token_bytes(16))
-            _check_room(info, folder)
+            if (free_bytes := space_at(folder).free_bytes) < info.total_bytes:
+                raise no_room(info, folder, have=f"{free_bytes} bytes are free")
             fd = _create_locked(info.path)
         except OSError as error:
             raise ConfigError(f"cannot make an arena in {folder}: {error}; set arena_dir to another folder") from error
@@ -106,7 +108,7 @@ class Arena:
             os.unlink(info.path)
             os.close(fd)
             if isinstance(error, OSError):
-                raise _no_room(info, folder, have=str(error)) from error
+                raise no_room(info, folder, have=str(error)) from error
             raise
 
     @classmethod
@@ -221,13 +223,8 @@ def _create_locked(path: str) -> int:
         os.close(fd)  # a sweeper had the lock first, took the file for a dead owner's and unlinked it: once more
 
 
-def _check_room(info: ArenaInfo, folder: Path) -> None:
-    space = os.statvfs(folder)
-    if space.f_bavail * space.f_frsize < info.total_bytes:
-        raise _no_room(info, folder, have=f"{space.f_bavail * space.f_frsize} bytes are free")
-
-
-def _no_room(info: ArenaInfo, folder: Path, have: str) -> ConfigError:
+def no_room(info: ArenaInfo, folder: Path, have: str) -> ConfigError:
+    """The error of an arena that does not fit."""
     return ConfigError(
         f"no room for the host arena in {folder}: {info.total_bytes} bytes are needed ({info.num_slots} slots of "
         f"{info.slot_bytes} bytes), {have}; lower cpu_bytes_to_use, give the container more shared memory "

@@ -28,7 +28,8 @@ from kvferry.store.disk_format import HEADER_BYTES, UnknownFormat
 from kvferry.store.disk_index import FOLDER_BYTES, DiskIndex, Entry, Room, Victim, chunk_cost_bytes
 from kvferry.store.disk_journal import Journal, Note, Use, read_order
 from kvferry.store.io_threads import Done, IoThreads, Urgency
-from kvferry.store.tier import ResetReceipt, TierJob, TierResult, TierStats
+from kvferry.store.space import space_at
+from kvferry.store.tier import ResetReceipt, TierJob, TierResult, TierRoom, TierStats
 from kvferry.types import Namespace, StoreKey
 
 logger = logging.getLogger(__name__)
@@ -78,6 +79,15 @@ class _Chore:
 
 
 _Work = _Store | _Load | _Chore
+
+
+def _check_quota(name: str, max_bytes: int | None, payload_bytes: int) -> None:
+    needed_bytes = FOLDER_BYTES + chunk_cost_bytes(HEADER_BYTES + payload_bytes)
+    if max_bytes is not None and max_bytes < needed_bytes:
+        raise ConfigError(
+            f"{name}: max_bytes {max_bytes} is smaller than one chunk with its header and books "
+            f"({needed_bytes} bytes); raise max_bytes, or lower the chunk size"
+        )
 
 
 class DiskTier:
@@ -151,14 +161,26 @@ class DiskTier:
         entries = self._index.entries
         return [_OWN + key in entries and not self._is_closed for key in keys]
 
+    @classmethod
+    def room(cls, config: Mapping[str, Any], payload_bytes: int, where: str) -> TierRoom:
+        """The chunks that quota and disk give room for. ConfigError for wrong settings; opens and makes nothing."""
+        settings = parse_settings(DiskSettings, config, where)
+        _check_quota(settings.name, settings.max_bytes, payload_bytes)
+        space = space_at(Path(settings.path))
+        limit_bytes, reason = settings.max_bytes, f"max_bytes {settings.max_bytes}"
+        if limit_bytes is None:
+            limit_bytes, reason = space.free_bytes, f"no max_bytes: the {space.free_bytes} bytes that are free"
+        num_chunks = max(0, limit_bytes - FOLDER_BYTES) // chunk_cost_bytes(HEADER_BYTES + payload_bytes)
+        problem = None
+        if not space.is_writable:
+            problem = f"{where}.path={settings.path!r} is no writable folder: give one, or correct its permissions"
+        elif limit_bytes > space.total_bytes:
+            problem = f"{where}.max_bytes={limit_bytes} is more than the whole disk ({space.total_bytes}): lower it"
+        return TierRoom(settings.name, num_chunks, f"{reason}, {payload_bytes} bytes a chunk", problem)
+
     def check_fits(self, payload_bytes: int) -> None:
         """ConfigError when the quota is smaller than one such chunk."""
-        needed_bytes = FOLDER_BYTES + chunk_cost_bytes(HEADER_BYTES + payload_bytes)
-        if self._index.limit_bytes is not None and self._index.limit_bytes < needed_bytes:
-            raise ConfigError(
-                f"{self.name}: max_bytes {self._index.limit_bytes} is smaller than one chunk with its header and books "
-                f"({needed_bytes} bytes); raise max_bytes, or lower the chunk size"
-            )
+        _check_quota(self.name, self._index.limit_bytes, payload_bytes)
 
     def stats(self) -> TierStats:
         """A snapshot; O(chunks)."""

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, cast
 
 from kvferry.clock import Clock, SystemClock
 from kvferry.errors import ConfigError, did_you_mean
-from kvferry.store.tier import Tier, TierFactory
+from kvferry.store.tier import Tier, TierFactory, TierRoom
 from kvferry.types import Namespace
 
 
@@ -32,12 +32,28 @@ def create_tier(
     May block (opens, scans). `where` is the place of `config` in the user's configuration, for messages.
     ConfigError: unknown type or key (with the nearest known name), wrong value, module missing, medium unusable.
     """
+    factory, settings = _find(config, where)
+    return factory.from_config(settings, namespace, clock if clock is not None else SystemClock(), where)
+
+
+def tier_room(config: Mapping[str, Any], payload_bytes: int, *, where: str) -> TierRoom:
+    """What a tier so configured would hold of chunks of that size. Opens nothing. ConfigError as `create_tier`'s."""
+    factory, settings = _find(config, where)
+    if hasattr(factory, "room"):
+        return cast("TierRoom", factory.room(settings, payload_bytes, where))
+    name = str(settings.get("name", config["type"]))
+    return TierRoom(name, None, f"tiers of type {config['type']!r} do not tell before they are opened")
+
+
+def _find(config: Mapping[str, Any], where: str) -> tuple[TierFactory, dict[str, Any]]:
     if not isinstance(config, Mapping):
         raise ConfigError(f"{where} must be an object like {{'type': 'fs', 'path': ...}}, not {config!r}")
     settings = dict(config)
     type_name = settings.pop("type", None)
     module_path = settings.pop("tier_module_path", None)
-    if not isinstance(type_name, str) or not type_name:
+    if type_name is not None and not isinstance(type_name, str):
+        raise ConfigError(f"{where}.type={type_name!r} must be text{did_you_mean('', TIER_TYPES)}")
+    if not type_name:
         raise ConfigError(f"{where}.type is missing{did_you_mean('', TIER_TYPES)}")
     if module_path is not None:
         if not isinstance(module_path, str) or not module_path:
@@ -47,8 +63,7 @@ def create_tier(
         tier_type = TIER_TYPES[type_name]
     else:
         raise ConfigError(f"{where}.type {type_name!r} is unknown{did_you_mean(type_name, TIER_TYPES)}")
-    factory = _resolve(tier_type, where)
-    return factory.from_config(settings, namespace, clock if clock is not None else SystemClock(), where)
+    return _resolve(tier_type, where), settings
 
 
 def _resolve(tier_type: TierType, where: str) -> TierFactory:

@@ -91,6 +91,16 @@ class TierStats:
     details: Mapping[str, int] = field(default_factory=dict)  # counters only this kind of tier has
 
 
+@dataclass(frozen=True, slots=True)
+class TierRoom:
+    """What a tier of some settings would hold, told without opening it (`kvferry doctor`)."""
+
+    name: str
+    num_chunks: int | None  # None: not known
+    reason: str
+    problem: str | None = None  # why it could not be opened on this machine, and the remedy
+
+
 class Tier(Protocol):
     """One tier. The module docstring is the contract."""
 
@@ -146,7 +156,10 @@ class Tier(Protocol):
 
 
 class TierFactory(Protocol):
-    """What a class named in a tier's `type` must offer."""
+    """What a class named in a tier's `type` must offer.
+
+    A classmethod `room(config, payload_bytes, where) -> TierRoom` is welcome; it opens nothing.
+    """
 
     def from_config(self, config: Mapping[str, Any], namespace: Namespace, clock: Clock, where: str) -> Tier:
         """Build the tier (classmethod). `config` is without `type` and `tier_module_path`; `where` is its path in the

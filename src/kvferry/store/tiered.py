@@ -92,6 +92,12 @@ class _Lane:
         return self.tier.contains((key,))[0] and key not in self.failed
 
 
+def check_tier_names(names: Sequence[str]) -> None:
+    """ConfigError when two tiers below host memory have one name, or its."""
+    if len({*names, HOST}) <= len(names):
+        raise ConfigError(f"every tier needs a name of its own, other than {HOST!r}: {list(names)}; set `name`")
+
+
 class TieredStore:
     """Host arena over tiers, as the module docstring tells. Does not close the arena: whoever made it does."""
 
@@ -115,9 +121,7 @@ class TieredStore:
         largest_bytes = payload_bytes if isinstance(payload_bytes, int) else arena.info.slot_bytes
         if not 0 < largest_bytes <= arena.info.slot_bytes:
             raise ConfigError(f"a chunk of {largest_bytes} bytes does not fit a slot of {arena.info.slot_bytes} bytes")
-        names = [tier.name for tier in tiers]
-        if len({*names, HOST}) <= len(names):
-            raise ConfigError(f"every tier needs a name of its own, other than {HOST!r}: {names}; set `name`")
+        check_tier_names([tier.name for tier in tiers])
         for tier in tiers:
             tier.check_fits(largest_bytes)
         self._slot_bytes = arena.info.slot_bytes

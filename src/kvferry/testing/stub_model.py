@@ -43,10 +43,14 @@ class StubModel:
         max_model_len: int = 4096,
         eos_token_ids: frozenset[int] = frozenset(),
         path: str = "stub",
+        windows: Sequence[int | None] | None = None,
     ) -> None:
+        """`windows` (one per layer) only says that layers have windows: all tokens are read all the same."""
         self.path = path
         self.dtype = torch.float32
-        self.layers: Sequence[LayerGeometry] = [LayerGeometry(num_kv_heads, head_size, head_size)] * num_layers
+        self.layers: Sequence[LayerGeometry] = [
+            LayerGeometry(num_kv_heads, head_size, head_size, window) for window in windows or [None] * num_layers
+        ]
         self.vocab_size = vocab_size
         self.max_model_len = max_model_len
         self.eos_token_ids = eos_token_ids

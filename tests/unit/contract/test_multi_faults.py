@@ -332,7 +332,7 @@ def test_what_a_switched_off_child_had_under_way_is_over_once_it_is_shut_down(cl
         assert pool.refs == [0, 0, 1, 1], "the other child keeps its pins"
         assert not pair.scheduler.has_pending_push_work()
     else:
-        assert not (output.finished_sending or output.finished_recving), "it may still read and write"
+        assert not output.finished_sending | output.finished_recving, "it may still read and write"
         assert pool.refs == [0, 0, 2, 1]
     pair.scheduler.shutdown()
     pair.w[0].answers.clear()

@@ -135,13 +135,15 @@ class OffloadingWorkerSide(WorkerSide):
         return WorkerReport(reports) if reports else None
 
     def shutdown(self) -> None:
-        """Finish the copy that is running, drop the rest, release the arena."""
+        """Finish the copy that is running, drop the rest, release the arena. HostError when the copy does not end."""
         with self._wake:
             self._closing = True
             self._wake.notify()
         if self._thread.is_alive():
             self._thread.join(_JOIN_TIMEOUT_S)
-        if self._arena is not None and self._copier is not None and not self._thread.is_alive():
+            if self._thread.is_alive():
+                raise HostError(f"a copy has not ended {_JOIN_TIMEOUT_S:.0f} s after shutdown: its blocks may change")
+        if self._arena is not None and self._copier is not None:
             self._copier.unmap_host()
             self._arena.close()
 

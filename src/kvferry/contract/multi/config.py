@@ -103,4 +103,4 @@ def _transfer_config(parent: KVTransferConfig, values: Mapping[str, Any], where:
     try:
         return KVTransferConfig(**{**inherited, **values})
     except ConfigError as err:
-        raise ConfigError(f"{where}.{err}") from None
+        raise ConfigError(f"{where}.{str(err).removeprefix('kv_transfer_config.')}") from None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import math
 import signal
 import socket
 from collections.abc import Callable
@@ -41,8 +42,8 @@ class ServerOptions:
 
     def __post_init__(self) -> None:
         for name, minimum in (("port", 0), ("max_queued_requests", 0), ("max_body_bytes", 1), ("drain_timeout_s", 0)):
-            if getattr(self, name) < minimum:
-                raise ConfigError(f"{name}={getattr(self, name)} must be at least {minimum}")
+            if not minimum <= getattr(self, name) < math.inf:
+                raise ConfigError(f"{name}={getattr(self, name)} must be a number of at least {minimum}")
 
 
 def bind_socket(host: str, port: int) -> socket.socket:

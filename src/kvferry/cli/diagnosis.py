@@ -1,0 +1,146 @@
+"""What `kvferry doctor` finds out: decisions, capacities and problems of a configuration. Opens and loads nothing.
+
+`diagnose` raises ConfigError for what is wrong on any machine; what this machine lacks is listed in `problems`.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+
+from kvferry.config import KVTransferConfig
+from kvferry.connectors.offloading import OffloadingConnector
+from kvferry.connectors.offloading.capacity import offloading_capacity
+from kvferry.contract import KVConnectorFactory
+from kvferry.engine.config import EngineOptions
+from kvferry.engine.hybrid import parts_of
+from kvferry.engine.model_loader import ModelShape
+from kvferry.engine.plan import EnginePlan, plan_engine
+from kvferry.store.arena import SHM_DIRECTORY
+from kvferry.store.space import space_at
+
+_PACKAGES = ("kvferry", "torch", "transformers", "xxhash", "msgpack", "vllm")
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One decision or size, and why it is so."""
+
+    topic: str
+    value: str
+    reason: str
+    details: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(slots=True)
+class Diagnosis:
+    """All findings in the order of the report, the problems with their remedies, and the environment."""
+
+    findings: list[Finding] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
+    environment: dict[str, Any] = field(default_factory=dict)
+
+    def add(self, topic: str, value: str, reason: str, **details: Any) -> None:
+        """Append a finding."""
+        self.findings.append(Finding(topic, value, reason, details))
+
+    def add_capacity(self, place: str, num_tokens: int | None, reason: str) -> None:
+        """Append the tokens of KV (of all layers) that one place holds; None: not known."""
+        value = "not known" if num_tokens is None else f"{num_tokens} tokens"
+        self.add(f"capacity of {place}", value, reason, tokens=num_tokens)
+
+
+def diagnose(model: ModelShape, options: EngineOptions, transfer: KVTransferConfig) -> Diagnosis:
+    """Plan an engine with these settings and look at what it would need of this machine."""
+    plan = plan_engine(model, options, transfer)
+    result = Diagnosis(environment=_environment())
+    for path, part in _connectors(plan.config.kv_transfer_config):
+        _add_connector(result, path, part)
+    if plan.config.kv_transfer_config is None:
+        result.add("connector", "none", "kv_transfer_config names none, and there is no kv_offloading_size")
+    result.add("hybrid KV cache", "on" if plan.hybrid.enabled else "off", plan.hybrid.reason)
+    result.add("model runner", "V2" if plan.runner.use_v2 else "V1", plan.runner.reason)
+    _add_layout(result, plan)
+    _add_capacities(result, plan)
+    result.problems += [warning for warning in (plan.hybrid.warning, *plan.runner.warnings) if warning is not None]
+    return result
+
+
+def _connectors(transfer: KVTransferConfig | None, path: str = "connector") -> Iterator[tuple[str, KVTransferConfig]]:
+    """The connector and, of a composite, its parts, with the place of each."""
+    if transfer is not None:
+        yield path, transfer
+        for i, part in enumerate(parts_of(transfer)):
+            yield from _connectors(part, f"{path}[{i}]")
+
+
+def _add_connector(result: Diagnosis, path: str, transfer: KVTransferConfig) -> None:
+    found = KVConnectorFactory.resolve(transfer)
+    result.add(
+        path,
+        f"{found.module}:{found.connector_class.__qualname__}",
+        f"kv_connector {found.name}, {found.origin.value}",
+        origin=found.origin.value,
+        file=found.file,
+        version=found.version,
+        api=".".join(map(str, found.capabilities.connector_api)),
+        supports_hma=found.capabilities.supports_hma,
+        supports_v2_model_runner=found.capabilities.supports_v2_model_runner,
+    )
+
+
+def _add_layout(result: Diagnosis, plan: EnginePlan) -> None:
+    layout = plan.config.cache_config.kv_cache_layout
+    result.add("KV layout", layout, "the only one of the embedded engine: per block layer, token, head, content")
+    for path, part in _connectors(plan.config.kv_transfer_config):
+        required = KVConnectorFactory.get_connector_class(part).get_required_kvcache_layout(plan.config)
+        if required is not None and required != layout:
+            result.problems.append(
+                f"{path} {part.kv_connector} requires the KV layout {required}, but the engine has {layout}: use a "
+                "connector that takes any layout, or vLLM as the host"
+            )
+
+
+def _add_capacities(result: Diagnosis, plan: EnginePlan) -> None:
+    cache = plan.config.cache_config
+    usable = cache.num_gpu_blocks - 1
+    bytes_ = max(tensor.offset + tensor.size for tensor in plan.kv_cache_config.kv_cache_tensors)
+    result.add_capacity(
+        "device",
+        usable * cache.block_size,
+        f"{usable} blocks of {cache.block_size} tokens beside the null block, {bytes_} bytes; "
+        f"a request has at most {plan.config.model_config.max_model_len}",
+    )
+    for path, part in _connectors(plan.config.kv_transfer_config):
+        if issubclass(KVConnectorFactory.get_connector_class(part), OffloadingConnector):
+            for tier in offloading_capacity(replace(plan.config, kv_transfer_config=part), plan.kv_cache_config):
+                place = tier.name if path == "connector" else f"{tier.name} of {path}"
+                result.add_capacity(place, tier.num_tokens, tier.reason)
+                if tier.problem is not None:
+                    result.problems.append(tier.problem)
+
+
+def _environment() -> dict[str, Any]:
+    space = space_at(SHM_DIRECTORY)
+    return {
+        "python": sys.version.split()[0],
+        **{name: version for name in _PACKAGES if (version := _version(name)) is not None},
+        "cpus": len(os.sched_getaffinity(0)),
+        "torch_threads": torch.get_num_threads(),
+        "cuda_devices": torch.cuda.device_count(),
+        f"{SHM_DIRECTORY}_bytes": space.total_bytes,
+        f"{SHM_DIRECTORY}_free_bytes": space.free_bytes,
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None

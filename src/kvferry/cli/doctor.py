@@ -1,0 +1,75 @@
+"""`kvferry doctor`: what an engine with these settings would decide, hold and lack."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.padding import Padding
+from rich.text import Text
+
+from kvferry.cli import options as opt
+from kvferry.config import transfer_config
+from kvferry.errors import ConfigError
+
+if TYPE_CHECKING:
+    from kvferry.cli.diagnosis import Diagnosis
+
+
+def doctor(
+    context: typer.Context,
+    model: Annotated[str, typer.Option(help="Folder, .gguf file, or smollm2.")] = "smollm2",
+    kv_transfer_config: opt.TransferConfig = None,
+    kv_offloading_size: opt.OffloadingSize = None,
+    kv_offloading_backend: opt.OffloadingBackend = None,
+    max_model_len: opt.MaxModelLen = None,
+    max_num_seqs: opt.MaxNumSeqs = 64,
+    max_num_batched_tokens: opt.MaxNumBatchedTokens = 512,
+    block_size: opt.BlockSize = 16,
+    num_kv_blocks: opt.NumKVBlocks = None,
+    kv_cache_bytes: opt.KVCacheBytes = None,
+    dtype: opt.Dtype = "auto",
+    device: opt.Device = "cpu",
+    use_v2_model_runner: opt.V2Runner = None,
+    disable_hybrid_kv_cache_manager: opt.DisableHybrid = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead.")] = False,
+) -> None:
+    """Say what an engine with these settings would decide and hold, each with its reason. Loads and opens nothing.
+
+    The exit status is 0 when all is well, 1 when this machine lacks something (the remedy is printed), 2 when the
+    settings are wrong wherever they are used.
+    """
+    transfer = transfer_config(kv_transfer_config, kv_offloading_size, kv_offloading_backend)
+    try:
+        from kvferry.cli.diagnosis import diagnose
+        from kvferry.engine.config import EngineOptions
+        from kvferry.engine.model_facts import read_model_facts
+    except ModuleNotFoundError as err:
+        raise ConfigError(f"{err.name} is not installed: pip install 'kvferry[engine]'") from err
+    options = EngineOptions(**{name: context.params[name] for name in opt.ENGINE_OPTIONS})
+    diagnosis = diagnose(read_model_facts(model, dtype), options, transfer)
+    if as_json:
+        typer.echo(json.dumps(dataclasses.asdict(diagnosis), indent=2))
+    else:
+        _print(diagnosis, Console())
+    raise typer.Exit(1 if diagnosis.problems else 0)
+
+
+def _print(diagnosis: Diagnosis, console: Console) -> None:
+    for finding in diagnosis.findings:
+        console.print(f"{finding.topic}: {finding.value}", style="bold", markup=False, highlight=False)
+        console.print(Padding(Text(finding.reason), (0, 0, 0, 4)))
+        if finding.topic.startswith("connector"):
+            console.print(Padding(Text(_listed(finding.details)), (0, 0, 0, 4)))
+    console.print(f"environment: {_listed(diagnosis.environment)}", markup=False, highlight=False)
+    for problem in diagnosis.problems:
+        console.print(f"problem: {problem}", style="red", markup=False, highlight=False)
+    if not diagnosis.problems:
+        console.print("no problems found", style="green")
+
+
+def _listed(facts: dict[str, Any]) -> str:
+    return ", ".join(f"{name} {value}" for name, value in facts.items())

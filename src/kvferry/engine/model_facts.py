@@ -1,0 +1,50 @@
+"""A model's shape from its configuration alone: what an engine would keep of it, without loading weights."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from kvferry.engine.kv_groups import LayerGeometry
+from kvferry.engine.model_loader import max_tokens_of, read_model_config
+
+
+@dataclass(slots=True)
+class ModelFacts:
+    """A `ModelShape` read from config.json (or a GGUF's header). The engine itself learns the shape by running it."""
+
+    path: str
+    dtype: torch.dtype
+    layers: Sequence[LayerGeometry]
+    max_model_len: int
+    hf_config: Any
+    load_format: str = "auto"
+
+
+def read_model_facts(source: str | Path, dtype: str = "auto") -> ModelFacts:
+    """`source` and `dtype` as for `LLM`. "auto" is the configuration's own, float32 when it names none.
+
+    Raises ConfigError when there is no such model, or the engine cannot run its architecture.
+    """
+    path, config = read_model_config(source)
+    chosen = getattr(torch, dtype) if dtype != "auto" else getattr(config, "dtype", None) or torch.float32
+    return ModelFacts(str(path), chosen, _layers(config.get_text_config()), max_tokens_of(config), config)
+
+
+def _layers(config: Any) -> list[LayerGeometry]:
+    num_layers = int(config.num_hidden_layers)
+    num_heads = int(config.num_attention_heads)
+    num_kv_heads = int(getattr(config, "num_key_value_heads", None) or num_heads)
+    head_size = head_size_v = int(getattr(config, "head_dim", None) or config.hidden_size // num_heads)
+    if (nope_size := getattr(config, "qk_nope_head_dim", None)) is not None:  # latent attention, kept expanded
+        head_size, head_size_v = int(nope_size + config.qk_rope_head_dim), int(config.v_head_dim)
+    window = getattr(config, "sliding_window", None)
+    kinds = getattr(config, "layer_types", None) or ["sliding_attention"] * num_layers
+    return [
+        LayerGeometry(num_kv_heads, head_size, head_size_v, window if kind == "sliding_attention" else None)
+        for kind in kinds
+    ]

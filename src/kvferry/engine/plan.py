@@ -1,0 +1,78 @@
+"""What an engine decides before it takes memory: sizes, KV groups, model runner. `LLM` and `kvferry doctor` use it."""
+
+from __future__ import annotations
+
+import logging
+import secrets
+from dataclasses import dataclass
+
+from kvferry.config import KVTransferConfig, v2_runner_environment
+from kvferry.contract import KVCacheConfig, KVConnectorFactory
+from kvferry.engine.config import (
+    CacheConfig,
+    EngineConfig,
+    EngineOptions,
+    LoadConfig,
+    ModelConfig,
+    SchedulerConfig,
+    resolve_kv_budget,
+)
+from kvferry.engine.hybrid import HybridChoice, decide_hybrid
+from kvferry.engine.kv_groups import full_attention_specs, kv_cache_config_for
+from kvferry.engine.model_loader import ModelShape, architecture_of
+from kvferry.engine.runner_choice import RunnerChoice, choose_model_runner, v2_support
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class EnginePlan:
+    """The engine's configuration, and the decisions that users may want explained."""
+
+    config: EngineConfig
+    kv_cache_config: KVCacheConfig
+    hybrid: HybridChoice
+    runner: RunnerChoice
+
+    def log(self) -> None:
+        """Tell the decisions, and warn of those that cost something."""
+        for warning in (self.hybrid.warning, *self.runner.warnings):
+            if warning is not None:
+                logger.warning("%s", warning)
+        logger.info("model runner %s: %s", "V2" if self.runner.use_v2 else "V1", self.runner.reason)
+        logger.debug("hybrid KV cache %s: %s", "on" if self.hybrid.enabled else "off", self.hybrid.reason)
+        if self.hybrid.enabled:
+            logger.debug("this release keeps all layers in one KV group all the same")
+
+
+def plan_engine(model: ModelShape, options: EngineOptions, transfer: KVTransferConfig) -> EnginePlan:
+    """Plan without taking memory or opening anything. Raises ConfigError for settings that cannot work together."""
+    configured = transfer if transfer.is_kv_transfer_instance else None
+    connector = None if configured is None else KVConnectorFactory.resolve(configured)
+    is_unable = connector is not None and not connector.capabilities.supports_v2_model_runner
+    runner = choose_model_runner(
+        v2_runner_environment(),
+        options.use_v2_model_runner,
+        connector.name if connector is not None and is_unable else None,
+        type(model).__name__ if model.hf_config is None else architecture_of(model.hf_config),
+        v2_support(options.device),
+    )
+    specs = full_attention_specs(model.layers, options.block_size, model.dtype)
+    block_bytes = sum(spec.page_size_bytes for spec in specs.values())
+    budget = resolve_kv_budget(options, block_bytes, model.max_model_len)
+    hybrid = decide_hybrid(
+        configured,
+        options.disable_hybrid_kv_cache_manager,
+        [layer.window_tokens for layer in model.layers],
+        budget.max_model_len,
+    )
+    config = EngineConfig(
+        cache_config=CacheConfig(options.block_size, budget.num_blocks, options.enable_prefix_caching),
+        model_config=ModelConfig(model.path, model.dtype, budget.max_model_len, options.seed, model.hf_config),
+        scheduler_config=SchedulerConfig(options.max_num_seqs, options.max_num_batched_tokens, not hybrid.enabled),
+        kv_transfer_config=configured,
+        instance_id=secrets.token_hex(8),
+        use_v2_model_runner=runner.use_v2,
+        load_config=LoadConfig(model.load_format),
+    )
+    return EnginePlan(config, kv_cache_config_for(budget.num_blocks, [specs]), hybrid, runner)

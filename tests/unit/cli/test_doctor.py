@@ -1,0 +1,195 @@
+"""`kvferry doctor`: what it says must be what an engine then does, and it may touch nothing."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from kvferry import LLM
+from kvferry.cli.diagnosis import Diagnosis, diagnose
+from kvferry.cli.main import app
+from kvferry.config import transfer_config
+from kvferry.contract import KVConnectorBase_V1
+from kvferry.engine.config import EngineOptions
+from kvferry.errors import ConfigError
+from kvferry.store import arena as arena_module
+from kvferry.store.space import Space
+from kvferry.testing.stub_model import StubModel
+
+TOKEN_BYTES = 2 * 2 * (4 + 4) * 4
+"""Of the stub: 2 layers, 2 heads, 4 + 4 elements of 4 bytes."""
+CONFIG = {
+    "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 64, "num_hidden_layers": 3,
+    "num_attention_heads": 8, "num_key_value_heads": 2, "intermediate_size": 64, "vocab_size": 100,
+    "max_position_embeddings": 256, "dtype": "bfloat16",
+}  # fmt: skip
+
+
+class WantsLayout(KVConnectorBase_V1):
+    """Insists on vLLM's HND."""
+
+    supports_v2_model_runner = True
+
+    def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None: ...
+    def wait_for_layer_load(self, layer_name: str) -> None: ...
+    def save_kv_layer(self, layer_name: str, kv_layer: Any, attn_metadata: Any, **kwargs: Any) -> None: ...
+    def wait_for_save(self) -> None: ...
+    def get_num_new_matched_tokens(self, request: Any, num_computed_tokens: int) -> tuple[int, bool]: ...
+    def update_state_after_alloc(self, request: Any, blocks: Any, num_external_tokens: int) -> None: ...
+    def build_connector_meta(self, scheduler_output: Any) -> Any: ...
+    @classmethod
+    def get_required_kvcache_layout(cls, vllm_config: Any) -> str | None:
+        assert vllm_config.kv_transfer_config.kv_connector == cls.__name__
+        return "LBHNC"
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A model without weights: reading any would fail."""
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text(json.dumps(CONFIG))
+    return tmp_path / "model"
+
+
+def offloading(**settings: Any) -> dict[str, Any]:
+    settings = {"cpu_bytes_to_use": 1 << 20, "weights_version": "1", **settings}
+    return {"kv_connector": "OffloadingConnector", "kv_role": "kv_both", "kv_connector_extra_config": settings}
+
+
+def wants_layout() -> dict[str, Any]:
+    return {"kv_connector": "WantsLayout", "kv_role": "kv_both", "kv_connector_module_path": __name__}
+
+
+def judge(transfer: Any = None, *, windows: Any = None, size: float | None = None, **settings: Any) -> Diagnosis:
+    options = EngineOptions(**{"num_kv_blocks": 9, **settings})
+    return diagnose(StubModel(windows=windows), options, transfer_config(transfer, size))
+
+
+def finding(diagnosis: Diagnosis, topic: str) -> Any:
+    (found,) = [finding for finding in diagnosis.findings if finding.topic == topic]
+    return found
+
+
+def run(*arguments: str) -> Any:
+    return CliRunner().invoke(app, ["doctor", *arguments])
+
+
+def test_capacities_are_those_of_the_engine_that_is_then_started(tmp_path: Path) -> None:
+    tiers = [
+        {"type": "fs", "path": str(tmp_path / "kv"), "max_bytes": 1 << 20, "name": "quota"},
+        {"type": "BlockingTier", "tier_module_path": "kvferry.testing.tiers"},
+    ]
+    transfer = offloading(secondary_tiers=tiers[:1])
+    diagnosis = judge(offloading(secondary_tiers=tiers))
+    assert diagnosis.problems == []
+    assert not (tmp_path / "kv").exists()
+    chunk_bytes = 64 * TOKEN_BYTES
+    assert finding(diagnosis, "capacity of device").details["tokens"] == 8 * 16
+    assert finding(diagnosis, "capacity of host").details["tokens"] == (1 << 20) // chunk_bytes * 64
+    assert finding(diagnosis, "capacity of BlockingTier").value == "not known"
+    on_disk = finding(diagnosis, "capacity of quota").details["tokens"]
+    assert 0 < on_disk < (1 << 20) // chunk_bytes * 64  # headers and books count too
+    with LLM(StubModel(), num_kv_blocks=9, kv_transfer_config=transfer) as llm:
+        store: Any = llm.connector.side.store  # type: ignore[union-attr]
+        assert store.stats().num_slots * 64 == finding(diagnosis, "capacity of host").details["tokens"]
+        assert llm.config.cache_config.num_gpu_blocks == 9
+
+
+def test_the_disk_takes_as_many_chunks_as_were_told(tmp_path: Path) -> None:
+    quota_bytes, chunk_bytes = 300_000, 64 * TOKEN_BYTES
+    tier = {"type": "fs", "path": str(tmp_path / "kv"), "max_bytes": quota_bytes}
+    told = finding(judge(offloading(secondary_tiers=[tier])), "capacity of fs").details["tokens"] // 64
+    with LLM(StubModel(), num_kv_blocks=80, kv_transfer_config=offloading(secondary_tiers=[tier])) as llm:
+        for i in range(2 * quota_bytes // chunk_bytes // 16 + 1):
+            llm.generate([(i * 17 + j * 7) % 1000 for j in range(1030)])
+    assert len(list((tmp_path / "kv").rglob("*.kv"))) == told
+
+
+def test_decisions_and_their_reasons() -> None:
+    diagnosis = judge(size=0.001, transfer={"kv_connector_extra_config": {"weights_version": "1"}})
+    connector = finding(diagnosis, "connector")
+    assert connector.value == "kvferry.connectors.offloading:OffloadingConnector"
+    assert connector.details["file"].endswith("kvferry/connectors/offloading/__init__.py")
+    assert connector.details["supports_hma"] is True
+    assert finding(diagnosis, "model runner").value == "V1"
+    assert "OffloadingConnector does not declare" in finding(diagnosis, "model runner").reason
+    assert "not needed" in finding(diagnosis, "hybrid KV cache").reason
+    assert finding(judge(offloading(), windows=(None, 32)), "hybrid KV cache").value == "on"
+    assert finding(judge(), "connector").value == "none"
+    assert finding(judge(), "KV layout").value == "BLNHC"
+
+
+def test_what_costs_or_fails_is_a_problem_with_a_remedy(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    tier = {"type": "fs", "path": str(tmp_path / "file")}
+    for diagnosis, words in (
+        (judge(offloading(cpu_bytes_to_use=1 << 50)), ["no room", "lower cpu_bytes_to_use", "--shm-size"]),
+        (judge(offloading(arena_dir=str(tmp_path / "file"))), ["arena", "set arena_dir"]),
+        (judge(offloading(secondary_tiers=[tier])), ["secondary_tiers[0].path", "no writable folder"]),
+        (judge(offloading(secondary_tiers=[tier | {"path": str(tmp_path), "max_bytes": 1 << 60}])), ["lower it"]),
+        (judge(use_v2_model_runner=True), ["second model runner", "not part of this"]),
+    ):
+        (problem,) = diagnosis.problems
+        assert all(word in problem for word in words), problem
+    layout, hybrid = sorted(judge(wants_layout(), windows=(None, 32)).problems)
+    assert all(word in layout for word in ("WantsLayout", "LBHNC", "BLNHC")), layout
+    assert all(word in hybrid for word in ("WantsLayout", "times as much")), hybrid
+
+
+def test_parts_of_a_composite_are_judged_one_by_one() -> None:
+    composite = {**wants_layout(), "kv_connector_extra_config": {"connectors": [offloading(), wants_layout()]}}
+    diagnosis = judge(composite)
+    topics = [found.topic for found in diagnosis.findings]
+    assert topics[:3] == ["connector", "connector[0]", "connector[1]"]
+    assert finding(diagnosis, "capacity of host of connector[0]").details["tokens"] == (1 << 20) // TOKEN_BYTES
+    assert sum("requires the KV layout" in problem for problem in diagnosis.problems) == 2
+
+
+@pytest.mark.parametrize(
+    "extra", [{"cpu_byte": 1}, {"chunk_tokens": 40}, {"secondary_tiers": [{"type": "fs", "path": "x", "max_bytes": 1}]},
+              {"secondary_tiers": [{"type": "fs", "path": n} for n in "ab"]}], ids=str
+)  # fmt: skip
+def test_settings_wrong_on_any_machine_are_errors(extra: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError):
+        judge(offloading(**extra))
+
+
+def test_the_command_reads_a_configuration_and_no_weights(folder: Path) -> None:
+    result = run("--model", str(folder), "--kv-offloading-size", "0.5", "--num-kv-blocks", "20", "--json")
+    assert result.exit_code == 0, result.output
+    report = json.loads(result.stdout)
+    tokens = {found["topic"]: found["details"].get("tokens") for found in report["findings"]}
+    chunk_bytes = 64 * 3 * 2 * (8 + 8) * 2  # 3 layers, 2 heads of 8 for K and V, bfloat16
+    assert tokens["capacity of device"] == 19 * 16
+    assert tokens["capacity of host"] == (1 << 29) // chunk_bytes * 64
+    assert report["problems"] == []
+    assert report["environment"]["torch"] == torch.__version__
+    text = run("--model", str(folder), "--kv-offloading-size", "0.5")
+    assert text.exit_code == 0
+    for words in ("OffloadingConnector", "hybrid KV cache: off", "model runner: V1", "KV layout: BLNHC", "no problems"):
+        assert words in text.stdout
+    assert list(folder.iterdir()) == [folder / "config.json"]
+
+
+def test_exit_status(folder: Path) -> None:
+    result = run("--model", str(folder), "--kv-offloading-size", "500000")
+    assert result.exit_code == 1
+    assert "problem: no room for the host arena" in result.stdout
+    for wrong in (("--block-size", "0"), ("--kv-transfer-config", "{"), ("--device", "tpu"), ("--model", "nothing")):
+        result = run("--model", str(folder), *wrong)
+        assert isinstance(result.exception, ConfigError), wrong  # `main` makes it exit status 2
+
+
+def test_little_shared_memory_is_what_the_engine_runs_into(monkeypatch: pytest.MonkeyPatch) -> None:
+    space = Space(free_bytes=2 << 20, total_bytes=64 << 20, is_writable=True)
+    monkeypatch.setattr("kvferry.connectors.offloading.capacity.space_at", lambda folder: space)
+    monkeypatch.setattr(arena_module, "space_at", lambda folder: space)
+    (problem,) = judge(offloading()).problems
+    with pytest.raises(ConfigError) as caught:
+        LLM(StubModel(), num_kv_blocks=9, kv_transfer_config=offloading())
+    assert str(caught.value) == problem

@@ -1,0 +1,147 @@
+"""Every branch of the rule that chooses the model runner, and what engines make of it."""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+from typing import Any
+
+import pytest
+
+from kvferry import LLM
+from kvferry.config import v2_runner_environment
+from kvferry.engine.runner_choice import V2_ARCHITECTURES, V2Support, choose_model_runner, v2_support
+from kvferry.errors import ConfigError
+from kvferry.testing.stub_model import StubModel
+
+KVFERRY, VLLM = "KVFERRY_USE_V2_MODEL_RUNNER", "VLLM_USE_V2_MODEL_RUNNER"
+READY = V2Support(frozenset({"LlamaForCausalLM"}))
+
+
+def choose(
+    environment: dict[str, bool] | None = None,
+    setting: bool | None = None,
+    unable_connector: str | None = None,
+    architecture: str = "LlamaForCausalLM",
+    support: V2Support = READY,
+) -> Any:
+    return choose_model_runner(environment or {}, setting, unable_connector, architecture, support)
+
+
+@pytest.mark.parametrize("wanted", [True, False])
+def test_the_environment_comes_first(wanted):
+    choice = choose({VLLM: wanted}, unable_connector="Silent", architecture="Other")
+    assert (choice.use_v2, choice.reason, choice.warnings) == (wanted, f"{VLLM}={wanted}", ())
+
+
+@pytest.mark.parametrize("wanted", [True, False])
+def test_then_the_setting(wanted):
+    choice = choose(setting=wanted, unable_connector="Silent", architecture="Other")
+    assert (choice.use_v2, choice.reason, choice.warnings) == (wanted, f"use_v2_model_runner={wanted}", ())
+
+
+def test_a_disagreement_is_told_and_the_environment_wins():
+    choice = choose({KVFERRY: True}, setting=False)
+    assert choice.use_v2
+    assert len(choice.warnings) == 1
+    for word in ("use_v2_model_runner=False", f"{KVFERRY}=True"):
+        assert word in choice.warnings[0]
+    assert choose({KVFERRY: True}, setting=True).warnings == ()
+    ours_first = choose({KVFERRY: False, VLLM: True})
+    assert not ours_first.use_v2
+    assert f"{VLLM}=True is overruled by {KVFERRY}=False" in ours_first.warnings[0]
+
+
+def test_a_connector_that_does_not_declare_it_means_v1():
+    choice = choose(unable_connector="Silent")
+    assert (choice.use_v2, choice.warnings) == (False, ())
+    assert "Silent does not declare supports_v2_model_runner" in choice.reason
+    assert choose().use_v2
+
+
+def test_a_model_off_the_list_means_v1_without_a_warning():
+    choice = choose(architecture="NewForCausalLM")
+    assert (choice.use_v2, choice.warnings) == (False, ())
+    assert "NewForCausalLM" in choice.reason
+
+
+@pytest.mark.parametrize("setting", [None, True])
+def test_what_is_missing_or_unsupported_means_v1_with_a_warning_that_lists_it(setting):
+    support = V2Support(READY.architectures, missing=("Triton",), unsupported=("pipeline parallelism", "LoRA"))
+    choice = choose(setting=setting, support=support)
+    assert not choice.use_v2
+    assert len(choice.warnings) == 1
+    for word in ("Triton", "pipeline parallelism", "LoRA"):
+        assert word in choice.warnings[0]
+    assert choose(setting=False, support=support).warnings == ()
+
+
+def test_v2_by_rule():
+    choice = choose()
+    assert (choice.use_v2, choice.warnings) == (True, ())
+    assert "LlamaForCausalLM" in choice.reason
+
+
+def test_this_release_has_no_v2_and_looks_for_triton_on_cuda_devices(monkeypatch):
+    assert frozenset() == V2_ARCHITECTURES
+    assert any("not part of this kvferry version" in reason for reason in v2_support("cpu").missing)
+    assert not any("Triton" in reason for reason in v2_support("cpu").missing)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert any("Triton" in reason for reason in v2_support("cuda:0").missing)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
+    assert not any("Triton" in reason for reason in v2_support("cuda:0").missing)
+
+
+@pytest.mark.parametrize("name", [KVFERRY, VLLM])
+def test_the_environment_is_read_strictly(name, monkeypatch):
+    for text, value in (("0", False), ("1", True), ("false", False), ("true", True), ("True", True)):
+        monkeypatch.setenv(name, text)
+        assert v2_runner_environment() == {name: value}
+    for text in ("", "yes", "2", "on", " 1"):
+        monkeypatch.setenv(name, text)
+        with pytest.raises(ConfigError, match=f"{name}={text!r} is not one of 0, 1, false, true"):
+            v2_runner_environment()
+
+
+def test_ours_goes_before_vllms(monkeypatch):
+    monkeypatch.setenv(VLLM, "1")
+    monkeypatch.setenv(KVFERRY, "0")
+    assert list(v2_runner_environment().items()) == [(KVFERRY, False), (VLLM, True)]
+
+
+@pytest.fixture
+def said(caplog: pytest.LogCaptureFixture) -> Any:
+    caplog.set_level(logging.INFO, "kvferry.engine.plan")
+    return lambda level: [r.getMessage() for r in caplog.records if r.levelno == level and "model runner" in r.message]
+
+
+IMPLICIT = {"kv_offloading_size": 0.01, "kv_transfer_config": {"kv_connector_extra_config": {"weights_version": "1"}}}
+
+
+@pytest.mark.parametrize(
+    ("settings", "because"),
+    [
+        ({}, "StubModel is not on the list"),
+        ({"kv_transfer_config": {}}, "StubModel is not on the list"),
+        (IMPLICIT, "OffloadingConnector does not declare"),
+    ],
+    ids=["no connector", "empty transfer config", "implicit connector"],
+)
+def test_an_engine_tells_its_reason_once_and_warns_of_nothing(settings, because, said):
+    with LLM(StubModel(), num_kv_blocks=32, **settings) as llm:
+        assert llm.config.use_v2_model_runner is False
+    assert len(said(logging.INFO)) == 1
+    assert because in said(logging.INFO)[0]
+    assert said(logging.WARNING) == []
+
+
+def test_asking_for_v2_is_answered_by_v1_and_a_warning(said, monkeypatch):
+    with LLM(StubModel(), num_kv_blocks=32, use_v2_model_runner=True) as llm:
+        assert llm.config.use_v2_model_runner is False
+    assert len(said(logging.WARNING)) == 1
+    assert "not part of this kvferry version" in said(logging.WARNING)[0]
+    monkeypatch.setenv(KVFERRY, "0")
+    with LLM(StubModel(), num_kv_blocks=32, use_v2_model_runner=True) as llm:
+        assert llm.config.use_v2_model_runner is False
+    assert len(said(logging.WARNING)) == 2
+    assert "overruled" in said(logging.WARNING)[1]
