@@ -26,9 +26,9 @@ NUM_BLOCKS = 25
 CHILDREN = ("a", "b")
 STUCK_AFTER_S = 60 + 300 + 300 + 100  # lookup, load and stall deadlines one after the other, and some
 BAD_ANSWERS: list[Any] = [
-    (10_000, False), (10_000, True), (-4, False), (0, True), ("many", False), (True, False), None, 7,
+    (10_000, False), (10_000, True), (-4, False), (0, True), ("many", False), (True, False), None, (3, True), (4, True), 7,
 ]  # fmt: skip
-LOAD_FAULTS = [fault for fault in LoadFault if fault not in (LoadFault.NONE, LoadFault.BAD_POSITION)]
+LOAD_FAULTS = [fault for fault in LoadFault if fault not in (LoadFault.NONE,)]
 RAISING_HOOKS = ("on_new_request", "wait_for_layer_load", "wait_for_save", "request_finished", "get_transfer_results")
 DOCUMENTS = [[(37 * d + 11 * i) % 500 for i in range(40)] for d in range(3)]
 
@@ -270,7 +270,7 @@ class ContractMachine(RuleBasedStateMachine):
             written, read = medium.busy_blocks()
             for block_id in written | read:
                 assert self.pool.blocks[block_id].ref_cnt > 0, f"block {block_id} is free, but a transfer uses it"
-        if not getattr(self.llm.counters, "switched_off", None):
+        if not self.llm.counters.switched_off:
             for block in self.pool.blocks:
                 assert block.ref_cnt == refs[block.block_id], f"block {block.block_id}: {block.ref_cnt} holders"
         self.somebody_moves()
