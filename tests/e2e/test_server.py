@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from itertools import product
 from typing import Any
 
 import openai
@@ -309,6 +310,11 @@ def test_second_request_is_loaded_by_the_connector() -> None:
         metrics = server.metrics()
         assert metrics["vllm:external_prefix_cache_hits_total"] == 128
         assert metrics['vllm:prompt_tokens_cached_by_source_total{source="host"}'] == 128
+        host = '{connector="OffloadingConnector",medium="host"}'
+        assert metrics[f"kvferry:connector_hit_tokens_total{host}"] == 128
+        assert metrics[f"kvferry:connector_loads_total{host}"] == 2
+        assert metrics[f"kvferry:connector_used_bytes{host}"] > 0
+        assert metrics['kvferry:connector_fallbacks_total{connector="OffloadingConnector",reason="failed load"}'] == 0
         assert server.http("POST", "/reset_prefix_cache?reset_external=true")[0] == 200
         assert server.http("POST", "/reset_prefix_cache?reset_external=2")[0] == 400
 
@@ -321,8 +327,9 @@ def test_every_metric_is_there_from_the_start_and_counts() -> None:
         at_start = server.metrics()
         for metric in METRICS:
             suffix = {Kind.COUNTER: "_total", Kind.HISTOGRAM: "_count"}.get(metric.kind, "")
-            for value in metric.label_values or (None,):
-                series = metric.name + suffix + ("" if value is None else f'{{{metric.label}="{value}"}}')
+            for values in product(*metric.values):  # none where a label is open: there is no connector
+                labels = ",".join(f'{label}="{value}"' for label, value in zip(metric.labels, values, strict=True))
+                series = metric.name + suffix + (f"{{{labels}}}" if labels else "")
                 assert at_start[series] == (1 if metric.name == "kvferry:engine_up" else 0), series
         for _ in range(2):
             server.client.completions.create(model="stub", prompt=PROMPT, max_tokens=5, temperature=0)

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from kvferry.clock import Clock
 from kvferry.contract import (
     CacheHitSource,
+    ConnectorStats,
     KVCacheConfig,
     KVConnectorBase_V1,
     KVConnectorFactory,
@@ -50,6 +51,8 @@ class HostCounters:
     """Completions of requests that were not waiting for one (late or duplicate)."""
     load_failures: int = 0
     """Loads that failed or ran out of time."""
+    switched_off: str | None = None
+    """Why the connector was switched off; None while it is on."""
 
 
 class _Guard:
@@ -105,6 +108,8 @@ class SchedulerConnector:
         self._clock = clock
         self._lookup_timeout_s = lookup_timeout_s
         self._first_asked_s: dict[str, float] = {}
+        self._stats: ConnectorStats | None = None
+        self._has_asked_stats = False
 
     @property
     def connector(self) -> KVConnectorBase_V1 | None:
@@ -190,10 +195,23 @@ class SchedulerConnector:
     def end_step(self) -> None:
         """Collect what is due once per step."""
         if self._guard is not None:
-            self._guard.call("get_kv_connector_stats", None)
+            self._ask_stats()
             events = self._guard.call("take_events", ())
             with suppress(TypeError):
                 list(events)  # generators do their work only when read
+
+    @property
+    def stats(self) -> ConnectorStats | None:
+        """The connector's totals as of the last step (before the first: now); None from one that does not tell."""
+        if not self._has_asked_stats:
+            self._ask_stats()
+        return self._stats
+
+    def _ask_stats(self) -> None:
+        self._has_asked_stats = True
+        if self._guard is not None:
+            stats = self._guard.call("get_kv_connector_stats", None)
+            self._stats = stats if isinstance(stats, ConnectorStats) else None
 
     def has_pending_block_frees(self) -> bool:
         """True when blocks will come free without a preemption."""

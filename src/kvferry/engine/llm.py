@@ -14,7 +14,7 @@ import torch
 
 from kvferry.clock import Clock, SystemClock
 from kvferry.config import KVTransferConfig
-from kvferry.contract import KVConnectorBase_V1
+from kvferry.contract import ConnectorStats, KVConnectorBase_V1
 from kvferry.engine.config import (
     CacheConfig,
     EngineConfig,
@@ -256,6 +256,11 @@ class LLM:
     def counters(self) -> HostCounters:
         """What went wrong at the border to the connector so far."""
         return self._hosted.scheduler.counters
+
+    @property
+    def connector_stats(self) -> ConnectorStats | None:
+        """The connector's totals since start, as of the last step; None without one, or when it keeps none."""
+        return self._hosted.scheduler.stats
 
     def reset_prefix_cache(self, reset_connector: bool = False) -> bool:
         """Forget the engine's own cached KV, and with `reset_connector` the connector's too.

@@ -116,6 +116,10 @@ class SchedulerStats:
     num_preemptions: int
     kv_cache_usage: float
     """Part of the KV blocks in use, 0 to 1."""
+    num_held_blocks: dict[str, int] = field(default_factory=dict)
+    """Blocks of requests that are gone, by what still uses them."""
+    oldest_held_s: float = 0.0
+    """Age of the oldest of them."""
 
 
 @dataclass(frozen=True, slots=True)

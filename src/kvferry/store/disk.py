@@ -25,7 +25,7 @@ from kvferry.errors import ConfigError, TierBusy, TierCorrupt, TierError, TierUn
 from kvferry.hashing import digest as digest_of
 from kvferry.store.disk_files import ChunkFolder, FoundChunk, OnStep, chunk_name
 from kvferry.store.disk_format import HEADER_BYTES, UnknownFormat
-from kvferry.store.disk_index import FOLDER_BYTES, DiskIndex, Entry, Room, Victim, chunk_cost_bytes
+from kvferry.store.disk_index import FOLDER_BYTES, OWN, DiskIndex, Entry, Room, Victim, chunk_cost_bytes
 from kvferry.store.disk_journal import Journal, Note, Use, read_order
 from kvferry.store.io_threads import Done, IoThreads, Urgency
 from kvferry.store.tier import ResetReceipt, TierJob, TierResult, TierStats
@@ -39,7 +39,6 @@ PAUSE_S = 5.0  # no stores for so long after the disk refused one
 CLOSE_S = 5.0
 _NOTES_PER_BATCH = 64
 _MAX_NOTES = 1 << 16
-_OWN = b"\0\0"  # the number of the own namespace
 _REFUSALS = frozenset(
     {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG, errno.ENOENT, errno.EMFILE}
 )
@@ -149,7 +148,7 @@ class DiskTier:
     def contains(self, keys: Sequence[StoreKey]) -> list[bool]:
         """Whether the books have it."""
         entries = self._index.entries
-        return [_OWN + key in entries and not self._is_closed for key in keys]
+        return [OWN + key in entries and not self._is_closed for key in keys]
 
     def check_fits(self, payload_bytes: int) -> None:
         """ConfigError when the quota is smaller than one such chunk."""
@@ -161,9 +160,9 @@ class DiskTier:
             )
 
     def stats(self) -> TierStats:
-        """A snapshot; O(chunks)."""
+        """A snapshot."""
         return TierStats(
-            num_chunks=len(self._own_entries()),
+            num_chunks=self._index.num_own,
             used_bytes=self._index.used_bytes,
             max_bytes=self._index.limit_bytes,
             num_queued=len(self._writing) + self._loading.total(),
@@ -188,7 +187,7 @@ class DiskTier:
     def submit_store(self, job: TierJob) -> None:
         """TierBusy: queue full, the disk refused a store some seconds ago, the key is in use, or everything that could
         make room is."""
-        entry = _OWN + job.key
+        entry = OWN + job.key
         self._check_open()
         if entry in self._index.unknown:
             raise TierUnavailable(f"chunk {job.key.hex()}: a file that must not be replaced is in its place")
@@ -212,7 +211,7 @@ class DiskTier:
 
     def submit_load(self, job: TierJob) -> None:
         """TierUnavailable when there is no such chunk."""
-        entry = _OWN + job.key
+        entry = OWN + job.key
         self._check_open()
         if entry not in self._index.entries:
             raise TierUnavailable(f"chunk {job.key.hex()} is not on the disk")
@@ -238,8 +237,8 @@ class DiskTier:
     def touch(self, keys: Sequence[StoreKey]) -> None:
         """Order of use; reaches the disk in batches."""
         for key in keys:
-            if self._index.touch(_OWN + key):
-                self._notes.append((Use.USED, self._chunk_id(_OWN + key)))
+            if self._index.touch(OWN + key):
+                self._notes.append((Use.USED, self._chunk_id(OWN + key)))
         if len(self._notes) >= _NOTES_PER_BATCH and not self._is_noting:
             self._is_noting = True
             self._delete([])
@@ -247,7 +246,7 @@ class DiskTier:
     def remove(self, keys: Sequence[StoreKey]) -> None:
         """Misses at once; the files go in the background."""
         victims = []
-        for entry in (_OWN + key for key in keys):
+        for entry in (OWN + key for key in keys):
             if entry in self._writing:
                 self._writing[entry].is_removed = True
             elif entry in self._index.entries:
@@ -261,7 +260,7 @@ class DiskTier:
         own = self._own_entries()
         used_bytes = sum(self._index.entries[entry] for entry in own)
         writing = [entry for entry in self._writing if entry not in self._index.entries]
-        self.remove([StoreKey(entry[len(_OWN) :]) for entry in (*own, *writing)])
+        self.remove([StoreKey(entry[len(OWN) :]) for entry in (*own, *writing)])
         return ResetReceipt(self.name, len(own), used_bytes)
 
     def drain(self, timeout_s: float) -> bool:
@@ -393,7 +392,7 @@ class DiskTier:
             self._index.end_removal(victim)
 
     def _own_entries(self) -> list[Entry]:
-        return [entry for entry in self._index.entries if entry.startswith(_OWN)]
+        return [entry for entry in self._index.entries if entry.startswith(OWN)]
 
     def _delete(self, victims: list[Victim]) -> None:
         self._threads.submit(Urgency.CHORE, _Chore(victims))

@@ -63,7 +63,6 @@ class StoreStats:
     num_free_slots: int
     num_host_chunks: int
     num_pending_chunks: int  # being copied or promoted in
-    num_pinned_chunks: int  # held by callers or by tier writes
     num_host_hits: int  # successful pins
     num_committed: int
     committed_bytes: int
@@ -314,16 +313,13 @@ class TieredStore:
     # -- looking in ------------------------------------------------------------------------------------------------
 
     def stats(self) -> StoreStats:
-        """A snapshot; O(chunks in host)."""
-        chunks = self._host.chunks()
-        num_ready = sum(chunk.state is ChunkState.READY for chunk in chunks)
+        """A snapshot. Costs nothing worth mentioning, however many chunks there are: may be taken in every step."""
         return StoreStats(
             num_slots=self._num_slots,
             slot_bytes=self._slot_bytes,
             num_free_slots=self._host.num_free,
-            num_host_chunks=num_ready,
-            num_pending_chunks=len(chunks) - num_ready,
-            num_pinned_chunks=sum(bool(chunk.num_pins or chunk.num_writes) for chunk in chunks),
+            num_host_chunks=self._host.num_ready,
+            num_pending_chunks=self._host.num_pending,
             num_host_hits=self._num_host_hits,
             num_committed=self._num_committed,
             committed_bytes=self._committed_bytes,
@@ -334,6 +330,15 @@ class TieredStore:
             traffic={lane.tier.name: lane.traffic.snapshot() for lane in self._lanes},
             tiers={lane.tier.name: lane.tier.stats() for lane in self._lanes},
         )
+
+    def num_pinned_chunks(self) -> int:
+        """Chunks held by callers or by tier writes; O(chunks in host)."""
+        return sum(bool(chunk.num_pins or chunk.num_writes) for chunk in self._host.chunks())
+
+    def origin(self, key: StoreKey) -> str:
+        """The tier from which the chunk in host memory was read; the host's name when a worker copied it in."""
+        chunk = self._host.get(key)
+        return (chunk.origin if chunk is not None else "") or HOST
 
     def check_integrity(self) -> None:
         """AssertionError when the books of the store or of a tier do not add up."""
@@ -417,6 +422,7 @@ class TieredStore:
             self._count_failure(lane, "load", error)
             return False
         lane.loading[job.job_id] = chunk
+        chunk.origin = lane.tier.name
         return True
 
     def _finish_load(self, lane: _Lane, result: TierResult) -> None:

@@ -26,6 +26,9 @@ def vllm_facade(scheduler_side: type[SchedulerSide], worker_side: type[WorkerSid
                 results.finished_sending, results.finished_recving, results.failed_recving
             )
 
+        def get_kv_connector_stats(self) -> None:
+            """Nothing: vLLM wants objects of its own kind here."""
+
         def get_external_cache_hit_sources(self, request: Any, num_external_tokens: int) -> dict[Any, int]:
             sources = super().get_external_cache_hit_sources(request, num_external_tokens)
             return {vllm_base.CacheHitSource[source.name]: tokens for source, tokens in sources.items()}

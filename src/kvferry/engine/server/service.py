@@ -140,10 +140,10 @@ class EngineService:
         Raises Overloaded, EngineStopped, and ConfigError when one of them cannot run.
         """
         if self._refusal is not None:
-            self._metrics.add("vllm:admission_rejections", label="stopping")
+            self._metrics.add("vllm:admission_rejections", 1, "stopping")
             raise EngineStopped(self._refusal)
         if len(self._streams) + len(jobs) > self.max_unfinished:
-            self._metrics.add("vllm:admission_rejections", label="queue_full")
+            self._metrics.add("vllm:admission_rejections", 1, "queue_full")
             raise Overloaded(
                 f"the server has {len(self._streams)} unfinished requests of at most {self.max_unfinished}"
             )
