@@ -11,6 +11,7 @@ from rich.console import Console
 
 import kvferry
 from kvferry.cli.demo import DemoOptions, run_demo
+from kvferry.cli.explain import explain
 from kvferry.cli.serve import serve
 from kvferry.errors import KVFerryError
 
@@ -55,6 +56,7 @@ def demo(
 
 
 app.command()(serve)
+app.command()(explain)
 
 
 def main() -> None:

@@ -36,6 +36,9 @@ def serve(
     dtype: Annotated[str, typer.Option(help="auto takes the checkpoint's.")] = "auto",
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     enable_prefix_caching: Annotated[bool, typer.Option(help="Reuse KV of equal prefixes in the engine.")] = True,
+    explain_requests: Annotated[
+        bool, typer.Option(help="Remember why prefixes were hits or not, for `kvferry explain` and /debug/requests.")
+    ] = True,
     seed: Annotated[int, typer.Option(help="For requests that bring none.")] = 0,
     num_threads: Annotated[
         int | None, typer.Option(help="Threads for computing; 1 where other processes share the cores.")
@@ -50,8 +53,9 @@ def serve(
 ) -> None:
     """Serve a model over HTTP as OpenAI does: /v1/completions, /v1/chat/completions, /v1/models.
 
-    Also /health, /ready, /metrics (Prometheus) and /reset_prefix_cache. The exit status is 0 after SIGTERM or Ctrl-C,
-    2 when the server could not start. There is no authentication: whoever reaches the port may use the model.
+    Also /health, /ready, /metrics (Prometheus), /debug/requests and /reset_prefix_cache. The exit status is 0 after
+    SIGTERM or Ctrl-C, 2 when the server could not start. There is no authentication: whoever reaches the port may use
+    the model.
     """
     transfer = KVTransferConfig.parse(transfer_config(kv_transfer_config, kv_offloading_size))
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
@@ -86,6 +90,7 @@ def serve(
         device=device,
         enable_prefix_caching=enable_prefix_caching,
         kv_transfer_config=transfer,
+        explain_requests=explain_requests,
         seed=seed,
     )
     run_server(llm, options, bound, lambda: _announce(options.model_names, bound))

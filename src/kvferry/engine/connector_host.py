@@ -23,6 +23,7 @@ from kvferry.contract import (
     KVConnectorOutput,
     KVConnectorRole,
     KVConnectorTransferResults,
+    PrefixRange,
     supports_hma,
 )
 from kvferry.engine.attention import PackedBatch
@@ -110,6 +111,8 @@ class SchedulerConnector:
         self._first_asked_s: dict[str, float] = {}
         self._stats: ConnectorStats | None = None
         self._has_asked_stats = False
+        self.on_admission: Callable[[Request, KVCacheBlocks], None] | None = None
+        """Called when a request gets its blocks, before the connector hears of it."""
 
     @property
     def connector(self) -> KVConnectorBase_V1 | None:
@@ -150,6 +153,8 @@ class SchedulerConnector:
 
     def blocks_allocated(self, request: Request, blocks: KVCacheBlocks, match: ExternalMatch) -> bool:
         """Tell the connector where to load to. False when it failed, so that no load can be counted on."""
+        if self.on_admission is not None:
+            self.on_admission(request, blocks)
         if self._guard is None:
             return True
         self._guard.failed_hooks.clear()
@@ -166,6 +171,19 @@ class SchedulerConnector:
             )
             request.external_hit_sources = {str(getattr(key, "value", key)): num for key, num in sources.items()}
         return "update_state_after_alloc" not in self._guard.failed_hooks
+
+    def asked_since_s(self, request_id: str) -> float | None:
+        """Since when the connector has been answering "ask again" for this request; None: it is not."""
+        return self._first_asked_s.get(request_id)
+
+    def explain(self, request: Request, num_local_tokens: int) -> list[PrefixRange]:
+        """What the connector says of the tokens behind the local ones."""
+        if self._guard is None:
+            return []
+        answer: list[PrefixRange] = self._guard.call(
+            "explain_prefix", [], request, num_local_tokens, check=_broken_explanation
+        )
+        return answer
 
     def build_meta(self, output: SchedulerOutput) -> None:
         """Put the step's orders to the workers into `output`; None there when the connector failed."""
@@ -257,6 +275,12 @@ def _broken_sources(answer: Any, num_external: int) -> str | None:
     if all(isinstance(num, int) and num >= 0 for num in counts) and sum(counts) == num_external:
         return None
     return f"must be a dict of token counts that sum to {num_external}"
+
+
+def _broken_explanation(answer: Any) -> str | None:
+    if isinstance(answer, list) and all(isinstance(item, PrefixRange) for item in answer):
+        return None
+    return "must be a list of PrefixRange"
 
 
 def _broken_finish(answer: Any) -> str | None:

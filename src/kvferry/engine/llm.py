@@ -28,6 +28,7 @@ from kvferry.engine.config import (
 )
 from kvferry.engine.connector_host import HostCounters, start_connectors
 from kvferry.engine.detokenizer import Detokenizer
+from kvferry.engine.explain import Explainer
 from kvferry.engine.kv_groups import full_attention_specs, kv_cache_config_for
 from kvferry.engine.model_loader import EngineModel, load_model
 from kvferry.engine.outputs import RequestOutput, report
@@ -49,6 +50,8 @@ class LLM:
     `num_kv_blocks` or `kv_cache_bytes` sizes the KV cache (1 GiB at most when neither is given). `max_model_len` is
     the longest prompt plus output; what model and cache allow when not given. `max_num_batched_tokens` bounds the
     tokens of one forward, so it is the chunk size of long prompts. `dtype` "auto" takes the checkpoint's.
+    `explain_requests` remembers of each request, at the moment its blocks are given out, why its prefix was a hit or
+    not; `explain` tells it, also of the last 256 that ended.
     Raises ConfigError before any work when the settings, the model or the connector's configuration are wrong.
     """
 
@@ -66,6 +69,7 @@ class LLM:
         device: str = "cpu",
         enable_prefix_caching: bool = True,
         kv_transfer_config: KVTransferConfig | Mapping[str, Any] | str | None = None,
+        explain_requests: bool = False,
         seed: int = 0,
         clock: Clock | None = None,
     ) -> None:
@@ -86,6 +90,13 @@ class LLM:
         self._clock = clock or SystemClock()
         self._model = load_model(model, options.dtype, device) if isinstance(model, str | Path) else model
         self._start(options, transfer if transfer.is_kv_transfer_instance else None)
+        self._explainer = Explainer(
+            self.config.scheduler_config,
+            self.scheduler,
+            self._hosted.scheduler,
+            self._clock,
+            is_enabled=explain_requests,
+        )
         self._num_added = 0
         self._next_check_s = self._clock.now() + _CHECK_EVERY_S
         self._unclaimed: list[RequestOutput] = []  # came while `generate` waited for others
@@ -132,8 +143,12 @@ class LLM:
         `request_id` must be new to this engine; one is made up unless given.
         """
         request = self._make_request(prompt, sampling_params or SamplingParams(), cache_salt, request_id)
-        self.scheduler.add_request(request)
+        self._add(request)
         return request.request_id
+
+    def _add(self, request: Request) -> None:
+        self.scheduler.add_request(request)
+        self._explainer.added(request)
 
     def step(self) -> list[RequestOutput]:
         """Run one step. Blocks for one forward.
@@ -144,7 +159,9 @@ class LLM:
         unclaimed, self._unclaimed = self._unclaimed, []
         plan = self.scheduler.schedule()
         result = self.runner.execute(plan)
-        reports = [report(request, self.tokenizer) for request in self.scheduler.update(plan, result)]
+        news = self.scheduler.update(plan, result)
+        self._explainer.take_ends(news)
+        reports = [report(request, self.tokenizer) for request in news]
         return unclaimed + [output for output in reports if output is not None]
 
     def abort_request(self, request_id: str) -> None:
@@ -180,7 +197,7 @@ class LLM:
         others: list[RequestOutput] = []
         try:
             for request in requests:
-                self.scheduler.add_request(request)
+                self._add(request)
             while unfinished:
                 for output in self._step_or_rest():
                     if output.request_id in unfinished:
@@ -261,6 +278,17 @@ class LLM:
     def connector_stats(self) -> ConnectorStats | None:
         """The connector's totals since start, as of the last step; None without one, or when it keeps none."""
         return self._hosted.scheduler.stats
+
+    def explain(self, request_id: str) -> dict[str, Any] | None:
+        """What a request waits for, and why its prefix was a hit or not, without token ids or text; None: unknown.
+
+        Keys: see `kvferry.engine.explain`. Of requests that ended only with `explain_requests`, and only the last 256.
+        """
+        return self._explainer.explain(request_id)
+
+    def live_requests(self) -> list[dict[str, Any]]:
+        """Id, state and age of each request that has not ended, oldest first."""
+        return self._explainer.live_requests()
 
     def reset_prefix_cache(self, reset_connector: bool = False) -> bool:
         """Forget the engine's own cached KV, and with `reset_connector` the connector's too.

@@ -115,6 +115,7 @@ class DiskTier:
         self._paused_until_s = float("-inf")
         self._is_closed = False
         self._counts: Counter[str] = Counter()
+        self._lost: list[tuple[StoreKey, str]] = []
         self._folder = ChunkFolder(path, namespace, fsync=fsync, on_step=on_step)
         try:
             self._read_index()
@@ -158,6 +159,15 @@ class DiskTier:
                 f"{self.name}: max_bytes {self._index.limit_bytes} is smaller than one chunk with its header and books "
                 f"({needed_bytes} bytes); raise max_bytes, or lower the chunk size"
             )
+
+    def take_lost(self) -> list[tuple[StoreKey, str]]:
+        """Evicted, corrupt, of another format, or without their file."""
+        lost, self._lost = self._lost, []
+        return lost
+
+    def _note_lost(self, entry: Entry, reason: str) -> None:
+        if entry.startswith(OWN):
+            self._lost.append((StoreKey(entry[len(OWN) :]), reason))
 
     def stats(self) -> TierStats:
         """A snapshot."""
@@ -203,7 +213,9 @@ class DiskTier:
             raise TierBusy("all chunks that could make room are in use")
         for victim in room.victims:
             if victim.entry is not None:
-                self._counts["evicted"] += victim.entry != entry
+                if victim.entry != entry:
+                    self._counts["evicted"] += 1
+                    self._note_lost(victim.entry, "evicted")
                 self._notes.append((Use.GONE, self._chunk_id(victim.entry)))
         work = _Store(job, room)
         self._writing[entry] = work
@@ -332,6 +344,9 @@ class DiskTier:
     def _finish_store(self, work: _Store, done: Done[_Work]) -> TierResult:
         del self._writing[work.room.entry]
         self._index.settle(work.room, is_written=done.error is None)
+        for victim in work.room.victims:
+            if victim.entry is not None and not victim.is_deleted:  # it is back
+                self._note_lost(victim.entry, "evicted")
         error = done.error
         if isinstance(error, OSError) and error.errno in _REFUSALS:
             self._paused_until_s = self._clock.now() + PAUSE_S
@@ -348,6 +363,7 @@ class DiskTier:
             del self._loading[entry]
         if isinstance(done.error, TierCorrupt):
             self._counts["corrupt"] += 1
+            self._note_lost(entry, "corrupt")
             if work.quarantined is None:
                 self.remove((work.job.key,))
             else:
@@ -355,8 +371,10 @@ class DiskTier:
                 self._index.add_quarantined(work.quarantined, chunk_cost_bytes(HEADER_BYTES + len(work.job.buffer)))
         elif isinstance(done.error, UnknownFormat):
             self._counts["unknown_format"] += 1
+            self._note_lost(entry, "of an unknown format")
             self._index.set_unknown(entry)
         elif isinstance(done.error, FileNotFoundError):
+            self._note_lost(entry, "its file is gone")
             self._index.discard(entry)
         return _result(work.job, done.error, done.seconds)
 

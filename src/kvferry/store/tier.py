@@ -128,6 +128,14 @@ class Tier(Protocol):
         """`remove` of every chunk of this tier's namespace. Never waits."""
         ...
 
+    def take_lost(self) -> list[tuple[StoreKey, str]]:
+        """Chunks that went since the last call although nobody asked for it, each with the reason: "evicted", ...
+
+        One may be back since (its file could not be deleted): ask `contains`. The owner calls it as often as `poll`.
+        Never waits.
+        """
+        ...
+
     def stats(self) -> TierStats:
         """A snapshot. Never waits."""
         ...

@@ -22,6 +22,7 @@ from kvferry.clock import Clock, SystemClock
 from kvferry.errors import ConfigError, TierBusy, TierCorrupt, TierError, TierUnavailable
 from kvferry.hashing import digest as digest_of
 from kvferry.store.arena import Arena
+from kvferry.store.lost import LostKeys
 from kvferry.store.memory import Chunk, ChunkState, HostIndex
 from kvferry.store.policy import EvictionPolicy, LRUPolicy
 from kvferry.store.tier import ResetReceipt, Tier, TierJob, TierResult, TierStats
@@ -130,6 +131,7 @@ class TieredStore:
         self._is_closed = False
         self._num_host_hits = self._num_committed = self._committed_bytes = self._num_evicted = self._num_refused = 0
         self._invalidated: Counter[str] = Counter()
+        self._lost = LostKeys()
 
     # -- asking ----------------------------------------------------------------------------------------------------
 
@@ -139,6 +141,23 @@ class TieredStore:
         if chunk is not None:
             return Presence.HOST if chunk.state is ChunkState.READY else Presence.PENDING
         return Presence.TIER if any(lane.offers(key) for lane in self._lanes) else Presence.MISS
+
+    def explain(self, key: StoreKey) -> tuple[str, str]:
+        """Where the chunk is now (host, the name of a tier, "pending", "nowhere"), and why, in words. As `lookup`."""
+        chunk = self._host.get(key)
+        if chunk is not None and chunk.state is ChunkState.READY:
+            return HOST, "in host memory"
+        if chunk is not None:
+            is_copied = chunk.state is ChunkState.COPYING
+            return "pending", "being copied into host memory" if is_copied else f"being read from {chunk.origin}"
+        for lane in self._lanes:
+            if lane.offers(key):
+                return lane.tier.name, f"in {lane.tier.name}, not in host memory"
+        return "nowhere", self._lost.reason(key)
+
+    def note_missing(self, key: StoreKey, reason: str) -> None:
+        """Remember for `explain` why this chunk was not stored."""
+        self._lost.note(key, reason)
 
     def touch(self, keys: Sequence[StoreKey]) -> None:
         """Used just now. `keys` is a prefix, head to tail; the head counts as the most recent: tails go first."""
@@ -242,6 +261,9 @@ class TieredStore:
                         durable.append((result.key, result.digest, lane.tier.name))
                 else:
                     self._finish_load(lane, result)
+            for key, reason in lane.tier.take_lost():
+                if not lane.offers(key):
+                    self._lost.note(key, f"{reason} ({lane.tier.name})")
             self._advance(lane)
         if self._on_durable is not None:
             for key, digest, name in durable:
@@ -285,6 +307,7 @@ class TieredStore:
         for lane in self._lanes:
             lane.tier.remove((key,))
         self._invalidated[reason] += 1
+        self._lost.note(key, f"invalidated: {reason}")
         logger.warning("chunk %s was dropped everywhere: %s", key.hex(), reason)
 
     def clear(self) -> list[ResetReceipt]:
@@ -294,8 +317,10 @@ class TieredStore:
         for chunk in chunks:
             self._forget(chunk)
         receipts = [ResetReceipt(HOST, len(chunks), ready_bytes)]
+        self._lost.note_all_gone("forgotten at a reset")
         for lane in self._lanes:
             lane.failed.clear()
+            lane.tier.take_lost()
             receipts.append(lane.tier.clear())
         return receipts
 
@@ -306,6 +331,7 @@ class TieredStore:
             if digest_of(self._host.view(chunk, chunk.payload_bytes)) != chunk.digest:
                 self._forget(chunk)
                 self._invalidated["scrub"] += 1
+                self._lost.note(chunk.key, "it changed in host memory")
                 logger.error("chunk %s changed in host memory and was dropped", chunk.key.hex())
                 bad.append(chunk.key)
         return bad
@@ -364,6 +390,7 @@ class TieredStore:
 
     def _on_evict(self, chunk: Chunk) -> None:
         self._num_evicted += 1
+        self._lost.note(chunk.key, "evicted (host)")
         for lane in self._lanes:
             if lane.backlog.pop(chunk.key, None) is not None:
                 lane.traffic.num_dropped += 1
@@ -402,6 +429,7 @@ class TieredStore:
             self._count_failure(lane, "store", result.error)
             if isinstance(result.error, TierCorrupt):  # it is the host's copy that is bad
                 self._forget(chunk)
+                self._lost.note(chunk.key, "it changed in host memory")
         self._host.release(chunk)
 
     def _load_from_any(self, chunk: Chunk) -> bool:
@@ -435,6 +463,7 @@ class TieredStore:
             return
         error = result.error if result.error is not None else TierUnavailable("a load without a proved digest")
         self._count_failure(lane, "load", error)
+        self._lost.note(chunk.key, f"failed to load from {lane.tier.name}: {type(error).__name__}")
         if not isinstance(error, TierBusy) and lane.tier.contains((chunk.key,))[0]:
             lane.failed.add(chunk.key)
         self._load_from_any(chunk)

@@ -29,6 +29,7 @@ class MemoryTier:
         self._stores: list[TierJob] = []
         self._loads: list[TierJob] = []
         self._lost: list[TierResult] = []
+        self._corrupt: list[StoreKey] = []
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any], namespace: Namespace, clock: Clock, where: str) -> MemoryTier:
@@ -84,6 +85,11 @@ class MemoryTier:
         self.remove([*self.chunks, *(job.key for job in self._stores)])
         return receipt
 
+    def take_lost(self) -> list[tuple[StoreKey, str]]:
+        """What turned out to be corrupt."""
+        lost, self._corrupt = self._corrupt, []
+        return [(key, "corrupt") for key in lost]
+
     def stats(self) -> TierStats:
         """A snapshot."""
         used_bytes = sum(len(payload) for payload, _ in self.chunks.values())
@@ -122,6 +128,7 @@ class MemoryTier:
         job.buffer[:] = payload
         if xxhash.xxh3_128_digest(job.buffer) != digest:
             del self.chunks[job.key]
+            self._corrupt.append(job.key)
             raise TierCorrupt(f"chunk {job.key.hex()}: the bytes do not match their digest")
         return digest
 
@@ -200,5 +207,6 @@ class FailingTier(MemoryTier):
         if self.load_error is not None:
             if isinstance(self.load_error, TierCorrupt):
                 self.chunks.pop(job.key, None)
+                self._corrupt.append(job.key)
             raise self.load_error
         return super()._load(job)

@@ -22,6 +22,7 @@ from typing import Any
 
 from kvferry.clock import Clock, SystemClock
 from kvferry.connectors.offloading.config import EXTRA_CONFIG, ChunkGeometry, OffloadingConfig, check_groups
+from kvferry.connectors.offloading.explain import explain_prefix
 from kvferry.connectors.offloading.identity import model_identity, store_namespace
 from kvferry.connectors.offloading.messages import (
     ChunkPart,
@@ -34,6 +35,7 @@ from kvferry.connectors.offloading.messages import (
 from kvferry.connectors.offloading.requests import KeyMaker, LoadState, RequestState, groups_needed
 from kvferry.connectors.offloading.stats import OffloadingCounters
 from kvferry.contract.base import CacheHitSource, KVConnectorHandshakeMetadata
+from kvferry.contract.explain import PrefixRange
 from kvferry.contract.host import HostInfo
 from kvferry.contract.kv_cache import KVConnectorOutput
 from kvferry.contract.sides import SchedulerSide
@@ -404,13 +406,13 @@ class OffloadingSchedulerSide(SchedulerSide):
         if NULL_BLOCK_ID in blocks or len(blocks) < per_chunk:
             return None  # behind the window already
         if self._num_pinned_blocks + len(blocks) > self.host.num_blocks * 3 // 4:
-            self.counters.dropped_stores += 1
+            self._drop_store(keys, "too many blocks are pinned")
             return None
         for key in present:
             self.store.invalidate(key, "another worker's shard of its chunk is missing")
         refs = self._reserve(keys)
         if refs is None:
-            self.counters.dropped_stores += 1
+            self._drop_store(keys, "no slot is free in host memory")
             return None
         part = ChunkPart(group.group_id, 0, tuple(blocks), refs)
         pinned = [self._pool.blocks[block_id] for block_id in blocks]
@@ -419,6 +421,11 @@ class OffloadingSchedulerSide(SchedulerSide):
         record = self._new_job(state, (part,), (keys,), is_load=False, pinned=pinned)
         record.chunk = chunk
         return record.job
+
+    def _drop_store(self, keys: tuple[StoreKey, ...], reason: str) -> None:
+        self.counters.dropped_stores += 1
+        for key in keys:
+            self.store.note_missing(key, f"computed, but not stored: {reason}")
 
     def _reserve(self, keys: tuple[StoreKey, ...]) -> tuple[SlotRef, ...] | None:
         """A slot for each shard, or none at all."""
@@ -476,11 +483,12 @@ class OffloadingSchedulerSide(SchedulerSide):
             payload = self.geometry.payload_bytes[part.group_id]
             digests = [record.reports[rank].digests[i] for rank in range(len(keys))]
             is_good = None not in digests and not record.is_tainted
-            for ref, value in zip(part.slots, digests, strict=True):
+            for key, ref, value in zip(keys, part.slots, digests, strict=True):
                 if is_good and value is not None:
                     self.store.commit(ref, value, payload)
                 else:
                     self.store.abort(ref)
+                    self.store.note_missing(key, "computed, but not stored: the copy failed")
             self.counters.stored_chunks += is_good
             if not is_good:
                 self.counters.failed_stores += 1
@@ -524,6 +532,15 @@ class OffloadingSchedulerSide(SchedulerSide):
         oldest = next((record for record in self._jobs.values() if record.pinned_blocks), None)
         held_s = 0.0 if oldest is None else self._clock.now() - (oldest.deadline_s - _JOB_DEADLINE_S)
         return self.counters.told(self._store.stats(), self._num_pinned_blocks, held_s)
+
+    def explain_prefix(self, request: RequestView, num_computed_tokens: int) -> list[PrefixRange]:
+        """Chunk by chunk what the store says of the tokens behind `num_computed_tokens`. Changes nothing."""
+        live = self._requests.get(request.request_id)
+        chain = self._keys.chain(request) if live is None else live.chain
+        if chain is not None:
+            chain.extend(request.token_ids)
+        state = RequestState(request, chain, num_computed_tokens, load=LoadState.NONE if live is None else live.load)
+        return explain_prefix(state, self.store, self._keys, self.host.groups, self.geometry)
 
     # ---- ends -------------------------------------------------------------------------------------------------
 
