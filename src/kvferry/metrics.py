@@ -57,7 +57,7 @@ HIT_SOURCES = ("device", "host", "p2p", "disk", "external_unspecified")
 _FAILURES = ("TierBusy", "TierCorrupt", "TierUnavailable", "HostError", "TransferError", "other")
 FAILURE_REASONS = (*(f"{what} {why}" for what in ("load", "store") for why in _FAILURES), "other")
 FALLBACK_REASONS = ("stalled wait", "failed load", "failed store", "dropped store", "other")
-HELD_REASONS = ("load", "send", "other")
+HELD_REASONS = ("loading", "sending", "late_load", "late_send", "quarantined", "other")
 
 _MEDIUM = (("connector", "medium"), ((), ()))
 _CONNECTOR = (("connector",), ((),))
@@ -133,6 +133,8 @@ METRICS = (
     Metric("kvferry:connector_contract_errors", Kind.COUNTER, "Connector answers that broke the contract."),
     Metric("kvferry:connector_load_failures", Kind.COUNTER, "KV loads that failed or ran out of time."),
     Metric("kvferry:connector_unknown_completions", Kind.COUNTER, "Completions nobody waited for."),
+    Metric("kvferry:kv_events_messages", Kind.COUNTER, "Messages with KV events, dropped ones included."),
+    Metric("kvferry:kv_events_dropped", Kind.COUNTER, "Of those, dropped because the publisher's queue was full."),
     Metric("kvferry:connector_switched_off", Kind.GAUGE, "1 when the connector was switched off for its faults."),
     Metric(
         "kvferry:held_blocks", Kind.GAUGE, "KV blocks of requests that are gone, by what still uses them.",

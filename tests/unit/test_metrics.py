@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 
 import pytest
 
@@ -80,3 +81,13 @@ def test_totals_of_others_are_followed_upwards_only() -> None:
     for total, shown in ((3, 3), (3, 3), (1, 3), (5, 5)):
         metrics.follow("kvferry:connector_loads", total, "C", "fs")
         assert series(metrics)[name] == shown
+
+
+def test_the_table_in_the_docs_is_the_table() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "guides" / "server.md").read_text()
+    rows = [line for line in page.splitlines() if line.startswith("| `kvferry:connector_")]
+    assert rows == [
+        f"| `{metric.name}` | {metric.help} | {', '.join(f'`{label}`' for label in metric.labels)} |"
+        for metric in METRICS
+        if metric.open_labels
+    ]

@@ -9,6 +9,7 @@ import typer
 
 from kvferry.config import KVTransferConfig
 from kvferry.errors import ConfigError
+from kvferry.kv_events import KVEventsConfig
 
 if TYPE_CHECKING:
     import socket
@@ -36,6 +37,9 @@ def serve(
     dtype: Annotated[str, typer.Option(help="auto takes the checkpoint's.")] = "auto",
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     enable_prefix_caching: Annotated[bool, typer.Option(help="Reuse KV of equal prefixes in the engine.")] = True,
+    kv_events_config: Annotated[
+        str | None, typer.Option(metavar="JSON", help="Publish which KV lies where, on a ZMQ socket.")
+    ] = None,
     explain_requests: Annotated[
         bool, typer.Option(help="Remember why prefixes were hits or not, for `kvferry explain` and /debug/requests.")
     ] = True,
@@ -58,6 +62,7 @@ def serve(
     the model.
     """
     transfer = KVTransferConfig.parse(transfer_config(kv_transfer_config, kv_offloading_size))
+    events = KVEventsConfig.parse(kv_events_config)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     try:
         import torch
@@ -91,6 +96,7 @@ def serve(
         enable_prefix_caching=enable_prefix_caching,
         kv_transfer_config=transfer,
         explain_requests=explain_requests,
+        kv_events_config=events,
         seed=seed,
     )
     run_server(llm, options, bound, lambda: _announce(options.model_names, bound))

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from kvferry.errors import ConfigError
+from kvferry.kv_events import KVEventsConfig
 
 if TYPE_CHECKING:
     import torch
@@ -202,6 +203,7 @@ class EngineConfig:
     load_config: LoadConfig = field(default_factory=LoadConfig)
     speculative_config: None = None
     lora_config: None = None
+    kv_events_config: KVEventsConfig = field(default_factory=KVEventsConfig)
 
 
 @dataclass(frozen=True, slots=True)

@@ -33,6 +33,7 @@ from kvferry.engine.kv_manager import BlockIds, KVCacheBlocks, KVManager
 from kvferry.engine.outputs import ForwardContext, SchedulerOutput
 from kvferry.engine.request import Request
 from kvferry.errors import ContractError
+from kvferry.kv_events import KVCacheEvent
 
 if TYPE_CHECKING:
     import torch
@@ -52,8 +53,8 @@ class HostCounters:
     """Completions of requests that were not waiting for one (late or duplicate)."""
     load_failures: int = 0
     """Loads that failed or ran out of time."""
-    switched_off: str | None = None
-    """Why the connector was switched off; None while it is on."""
+    switched_off: dict[str, str] = field(default_factory=dict)
+    """Connector -> why it was switched off. Empty while all is well."""
 
 
 class _Guard:
@@ -113,6 +114,8 @@ class SchedulerConnector:
         self._has_asked_stats = False
         self.on_admission: Callable[[Request, KVCacheBlocks], None] | None = None
         """Called when a request gets its blocks, before the connector hears of it."""
+        self.events: list[KVCacheEvent] | None = None
+        """KV events of the connector, for whoever empties it; None: nobody does."""
 
     @property
     def connector(self) -> KVConnectorBase_V1 | None:
@@ -216,7 +219,7 @@ class SchedulerConnector:
             self._ask_stats()
             events = self._guard.call("take_events", ())
             with suppress(TypeError):
-                list(events)  # generators do their work only when read
+                self._keep_events(list(events))  # generators do their work only when read
 
     @property
     def stats(self) -> ConnectorStats | None:
@@ -224,6 +227,10 @@ class SchedulerConnector:
         if not self._has_asked_stats:
             self._ask_stats()
         return self._stats
+
+    def _keep_events(self, events: list[Any]) -> None:
+        if self.events is not None:
+            self.events += [event for event in events if isinstance(event, KVCacheEvent)]
 
     def _ask_stats(self) -> None:
         self._has_asked_stats = True

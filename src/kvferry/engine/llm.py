@@ -28,6 +28,7 @@ from kvferry.engine.config import (
 )
 from kvferry.engine.connector_host import HostCounters, start_connectors
 from kvferry.engine.detokenizer import Detokenizer
+from kvferry.engine.device_events import DeviceEvents
 from kvferry.engine.explain import Explainer
 from kvferry.engine.kv_groups import full_attention_specs, kv_cache_config_for
 from kvferry.engine.model_loader import EngineModel, load_model
@@ -36,6 +37,7 @@ from kvferry.engine.request import Request
 from kvferry.engine.runner import ModelRunner
 from kvferry.engine.scheduler import Scheduler
 from kvferry.errors import ConfigError
+from kvferry.kv_events import AllBlocksCleared, EventPublisher, KVCacheEvent, KVEventsConfig
 
 Prompt = str | Sequence[int]
 _IDLE_SLEEP_S = 0.001
@@ -51,7 +53,8 @@ class LLM:
     the longest prompt plus output; what model and cache allow when not given. `max_num_batched_tokens` bounds the
     tokens of one forward, so it is the chunk size of long prompts. `dtype` "auto" takes the checkpoint's.
     `explain_requests` remembers of each request, at the moment its blocks are given out, why its prefix was a hit or
-    not; `explain` tells it, also of the last 256 that ended.
+    not; `explain` tells it, also of the last 256 that ended. `kv_events_config` publishes which KV lies where: see
+    `kvferry.kv_events`.
     Raises ConfigError before any work when the settings, the model or the connector's configuration are wrong.
     """
 
@@ -70,6 +73,7 @@ class LLM:
         enable_prefix_caching: bool = True,
         kv_transfer_config: KVTransferConfig | Mapping[str, Any] | str | None = None,
         explain_requests: bool = False,
+        kv_events_config: KVEventsConfig | Mapping[str, Any] | str | None = None,
         seed: int = 0,
         clock: Clock | None = None,
     ) -> None:
@@ -87,9 +91,16 @@ class LLM:
             seed=seed,
         )
         transfer = KVTransferConfig.parse(kv_transfer_config)
+        events = KVEventsConfig.parse(kv_events_config)
         self._clock = clock or SystemClock()
         self._model = load_model(model, options.dtype, device) if isinstance(model, str | Path) else model
-        self._start(options, transfer if transfer.is_kv_transfer_instance else None)
+        self._publisher = EventPublisher(events) if events.is_published else None
+        try:
+            self._start(options, transfer if transfer.is_kv_transfer_instance else None, events)
+        except BaseException:
+            if self._publisher is not None:
+                self._publisher.shutdown()
+            raise
         self._explainer = Explainer(
             self.config.scheduler_config,
             self.scheduler,
@@ -102,7 +113,7 @@ class LLM:
         self._unclaimed: list[RequestOutput] = []  # came while `generate` waited for others
         self._is_shut_down = False
 
-    def _start(self, options: EngineOptions, transfer: KVTransferConfig | None) -> None:
+    def _start(self, options: EngineOptions, transfer: KVTransferConfig | None, events: KVEventsConfig) -> None:
         model = self._model
         specs = full_attention_specs(model.layers, options.block_size, model.dtype)
         block_bytes = sum(spec.page_size_bytes for spec in specs.values())
@@ -115,8 +126,11 @@ class LLM:
             kv_transfer_config=transfer,
             instance_id=secrets.token_hex(8),
             load_config=LoadConfig(model.load_format),
+            kv_events_config=events,
         )
         self._hosted = start_connectors(self.config, self.kv_cache_config, options.device, self._clock)
+        if self._publisher is not None:
+            self._collect_events(events)
         self.runner = ModelRunner(model, self._hosted.kv, options.block_size, options.device, self._hosted.worker)
         self.scheduler = Scheduler(
             self.config.scheduler_config,
@@ -161,8 +175,25 @@ class LLM:
         result = self.runner.execute(plan)
         news = self.scheduler.update(plan, result)
         self._explainer.take_ends(news)
+        self._publish_events()
         reports = [report(request, self.tokenizer) for request in news]
         return unclaimed + [output for output in reports if output is not None]
+
+    def _collect_events(self, events: KVEventsConfig) -> None:
+        manager = self._hosted.manager
+        self._device_events = DeviceEvents(manager.block_size, events.include_token_ids)
+        manager.on_cached, manager.block_pool.on_removed = self._device_events.stored, self._device_events.removed
+        self._hosted.scheduler.events = []
+
+    def _publish_events(self, *more: KVCacheEvent) -> None:
+        """Hand what happened since the last call to the publisher's thread."""
+        if self._publisher is None:
+            return
+        connector = self._hosted.scheduler
+        of_connector, connector.events = connector.events or [], []
+        events = [*self._device_events.take(), *of_connector, *more]
+        if events:
+            self._publisher.publish(events)
 
     def abort_request(self, request_id: str) -> None:
         """End a request now; `step` returns it with finish_reason "abort". Unknown ids are ignored."""
@@ -279,6 +310,11 @@ class LLM:
         """The connector's totals since start, as of the last step; None without one, or when it keeps none."""
         return self._hosted.scheduler.stats
 
+    @property
+    def event_publisher(self) -> EventPublisher | None:
+        """What publishes KV events, or None; has the endpoints as bound, and counters."""
+        return self._publisher
+
     def explain(self, request_id: str) -> dict[str, Any] | None:
         """What a request waits for, and why its prefix was a hit or not, without token ids or text; None: unknown.
 
@@ -300,6 +336,8 @@ class LLM:
         done = self.scheduler.manager.reset_prefix_cache()
         if reset_connector:
             done &= self._hosted.scheduler.reset_cache()
+        # With a connector this would say too much: removals are told one by one.
+        self._publish_events(*([AllBlocksCleared()] if done and self.connector is None else []))
         return done
 
     def shutdown(self) -> None:
@@ -310,6 +348,8 @@ class LLM:
         self.scheduler.abort_all()
         self._hosted.worker.shutdown()
         self._hosted.scheduler.shutdown()
+        if self._publisher is not None:
+            self._publisher.shutdown()
 
     def __enter__(self) -> LLM:
         return self

@@ -117,9 +117,9 @@ class SchedulerStats:
     kv_cache_usage: float
     """Part of the KV blocks in use, 0 to 1."""
     num_held_blocks: dict[str, int] = field(default_factory=dict)
-    """Blocks of requests that are gone, by what still uses them."""
+    """Blocks of requests that are gone, by why they are held (`engine.transfers.HoldReason`)."""
     oldest_held_s: float = 0.0
-    """Age of the oldest of them."""
+    """For how long the oldest of them have been held, in seconds."""
 
 
 @dataclass(frozen=True, slots=True)

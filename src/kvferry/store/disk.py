@@ -151,6 +151,10 @@ class DiskTier:
         entries = self._index.entries
         return [OWN + key in entries and not self._is_closed for key in keys]
 
+    def keys(self) -> list[StoreKey]:
+        """The own namespace's."""
+        return [StoreKey(entry[len(OWN) :]) for entry in self._own_entries()]
+
     def check_fits(self, payload_bytes: int) -> None:
         """ConfigError when the quota is smaller than one such chunk."""
         needed_bytes = FOLDER_BYTES + chunk_cost_bytes(HEADER_BYTES + payload_bytes)
@@ -213,9 +217,8 @@ class DiskTier:
             raise TierBusy("all chunks that could make room are in use")
         for victim in room.victims:
             if victim.entry is not None:
-                if victim.entry != entry:
-                    self._counts["evicted"] += 1
-                    self._note_lost(victim.entry, "evicted")
+                self._counts["evicted"] += victim.entry != entry
+                self._note_lost(victim.entry, "evicted" if victim.entry != entry else "being written anew")
                 self._notes.append((Use.GONE, self._chunk_id(victim.entry)))
         work = _Store(job, room)
         self._writing[entry] = work

@@ -100,6 +100,10 @@ class Tier(Protocol):
         """Whether each chunk could be loaded now, as far as the tier knows without asking anybody. Never waits."""
         ...
 
+    def keys(self) -> list[StoreKey]:
+        """Every chunk that `contains` would say yes to. O(chunks); never waits."""
+        ...
+
     def check_fits(self, payload_bytes: int) -> None:
         """ConfigError when a chunk of so many bytes could never be stored (quota, value limit)."""
         ...

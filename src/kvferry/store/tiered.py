@@ -15,7 +15,7 @@ from __future__ import annotations
 import logging
 import time
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Set
 from dataclasses import dataclass, field, replace
 
 from kvferry.clock import Clock, SystemClock
@@ -132,6 +132,7 @@ class TieredStore:
         self._num_host_hits = self._num_committed = self._committed_bytes = self._num_evicted = self._num_refused = 0
         self._invalidated: Counter[str] = Counter()
         self._lost = LostKeys()
+        self._moved: dict[str, set[StoreKey]] | None = None  # by place; None: nobody wants to know
 
     # -- asking ----------------------------------------------------------------------------------------------------
 
@@ -158,6 +159,31 @@ class TieredStore:
     def note_missing(self, key: StoreKey, reason: str) -> None:
         """Remember for `explain` why this chunk was not stored."""
         self._lost.note(key, reason)
+
+    def track_moves(self) -> None:
+        """From now on `take_moved` tells what came and went; what the tiers hold already counts as having come."""
+        self._moved = {HOST: set(), **{lane.tier.name: set(lane.tier.keys()) for lane in self._lanes}}
+
+    def take_moved(self) -> dict[str, Set[StoreKey]]:
+        """By place: chunks that may have come there or gone since the last call; `has` tells which."""
+        if self._moved is None:
+            return {}
+        for lane in self._lanes:
+            self._take_losses(lane)
+        moved: dict[str, Set[StoreKey]] = {place: keys for place, keys in self._moved.items() if keys}
+        self._moved.update({place: set() for place in moved})
+        return moved
+
+    def has(self, place: str, key: StoreKey) -> bool:
+        """The host or this tier has the whole chunk."""
+        if place != HOST:
+            return any(lane.tier.contains((key,))[0] for lane in self._lanes if lane.tier.name == place)
+        chunk = self._host.get(key)
+        return chunk is not None and chunk.state is ChunkState.READY
+
+    def _note_move(self, place: str, key: StoreKey) -> None:
+        if self._moved is not None:
+            self._moved[place].add(key)
 
     def touch(self, keys: Sequence[StoreKey]) -> None:
         """Used just now. `keys` is a prefix, head to tail; the head counts as the most recent: tails go first."""
@@ -193,6 +219,7 @@ class TieredStore:
         self._host.make_ready(chunk, digest, payload_bytes)
         if chunk.is_dropped:
             return
+        self._note_move(HOST, chunk.key)
         self._num_committed += 1
         self._committed_bytes += payload_bytes
         for lane in self._lanes:
@@ -261,9 +288,7 @@ class TieredStore:
                         durable.append((result.key, result.digest, lane.tier.name))
                 else:
                     self._finish_load(lane, result)
-            for key, reason in lane.tier.take_lost():
-                if not lane.offers(key):
-                    self._lost.note(key, f"{reason} ({lane.tier.name})")
+            self._take_losses(lane)
             self._advance(lane)
         if self._on_durable is not None:
             for key, digest, name in durable:
@@ -306,6 +331,7 @@ class TieredStore:
             self._forget(chunk)
         for lane in self._lanes:
             lane.tier.remove((key,))
+            self._note_move(lane.tier.name, key)
         self._invalidated[reason] += 1
         self._lost.note(key, f"invalidated: {reason}")
         logger.warning("chunk %s was dropped everywhere: %s", key.hex(), reason)
@@ -317,11 +343,13 @@ class TieredStore:
         for chunk in chunks:
             self._forget(chunk)
         receipts = [ResetReceipt(HOST, len(chunks), ready_bytes)]
-        self._lost.note_all_gone("forgotten at a reset")
         for lane in self._lanes:
             lane.failed.clear()
-            lane.tier.take_lost()
+            self._take_losses(lane)
+            if self._moved is not None:
+                self._moved[lane.tier.name].update(lane.tier.keys())
             receipts.append(lane.tier.clear())
+        self._lost.note_all_gone("forgotten at a reset")
         return receipts
 
     def scrub(self, max_slots: int) -> list[StoreKey]:
@@ -391,6 +419,7 @@ class TieredStore:
     def _on_evict(self, chunk: Chunk) -> None:
         self._num_evicted += 1
         self._lost.note(chunk.key, "evicted (host)")
+        self._note_move(HOST, chunk.key)
         for lane in self._lanes:
             if lane.backlog.pop(chunk.key, None) is not None:
                 lane.traffic.num_dropped += 1
@@ -399,6 +428,13 @@ class TieredStore:
         for lane in self._lanes:
             lane.backlog.pop(chunk.key, None)
         self._host.drop(chunk)
+        self._note_move(HOST, chunk.key)
+
+    def _take_losses(self, lane: _Lane) -> None:
+        for key, reason in lane.tier.take_lost():
+            self._note_move(lane.tier.name, key)
+            if not lane.offers(key):
+                self._lost.note(key, f"{reason} ({lane.tier.name})")
 
     def _advance(self, lane: _Lane) -> None:
         """Hand the tier as much of the backlog as it takes."""
@@ -420,6 +456,7 @@ class TieredStore:
     def _finish_write(self, lane: _Lane, result: TierResult) -> None:
         chunk = lane.writing.pop(result.job_id)
         chunk.num_writes -= 1
+        self._note_move(lane.tier.name, chunk.key)
         lane.traffic.store_s += result.seconds
         if result.error is None:
             lane.failed.discard(chunk.key)
@@ -460,6 +497,7 @@ class TieredStore:
             lane.traffic.num_loaded += 1
             lane.traffic.loaded_bytes += result.payload_bytes
             self._host.make_ready(chunk, result.digest, result.payload_bytes)
+            self._note_move(HOST, chunk.key)
             return
         error = result.error if result.error is not None else TierUnavailable("a load without a proved digest")
         self._count_failure(lane, "load", error)

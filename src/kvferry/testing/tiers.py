@@ -43,6 +43,10 @@ class MemoryTier:
         """What the dict says."""
         return [key in self.chunks and not self.is_closed for key in keys]
 
+    def keys(self) -> list[StoreKey]:
+        """The dict's."""
+        return list(self.chunks)
+
     def check_fits(self, payload_bytes: int) -> None:
         """Everything does."""
 

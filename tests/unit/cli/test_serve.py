@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import pytest
+from typer.testing import CliRunner
 
+from kvferry.cli.main import app
 from kvferry.cli.serve import transfer_config
 from kvferry.config import KVTransferConfig
 from kvferry.errors import ConfigError
@@ -27,3 +29,9 @@ def test_sizes_that_are_none(size: float) -> None:
 def test_both_are_one_too_many() -> None:
     with pytest.raises(ConfigError, match="--kv-transfer-config and --kv-offloading-size"):
         transfer_config("{}", 1)
+
+
+def test_events_that_other_machines_could_hear_are_refused_before_anything_starts() -> None:
+    arguments = ["serve", "no-such-model", "--kv-events-config", '{"endpoint": "tcp://*:5557"}']
+    with pytest.raises(ConfigError, match=r"kv_events_config\.endpoint"):
+        CliRunner().invoke(app, arguments, catch_exceptions=False)

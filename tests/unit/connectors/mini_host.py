@@ -49,7 +49,9 @@ class Pool:
 class MiniHost:
     """One scheduler side, `tp` worker sides with pools of their own, and KV written by hand."""
 
-    def __init__(self, extra: dict[str, Any], *, tp: int = 1, window: int | None = None) -> None:
+    def __init__(
+        self, extra: dict[str, Any], *, tp: int = 1, window: int | None = None, wants_kv_events: bool = False
+    ) -> None:
         full = FullAttentionSpec(block_size=BLOCK, num_kv_heads=HEADS, head_size=CONTENT // 2, dtype=torch.float32)
         groups: list[dict[str, Any]] = [{f"full{i}": full for i in range(LAYERS)}]
         if window is not None:
@@ -79,6 +81,7 @@ class MiniHost:
                 kv_transfer_config=transfer,
                 parallel_config=SimpleNamespace(tensor_parallel_size=tp, pipeline_parallel_size=1, rank=rank),
                 model_config=SimpleNamespace(model="m", max_model_len=4096),
+                kv_events_config=SimpleNamespace(enable_kv_cache_events=wants_kv_events),
             )
             info = host_info(config, cache_config)
             worker = OffloadingWorkerSide(info)

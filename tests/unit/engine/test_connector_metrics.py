@@ -68,3 +68,15 @@ def test_tokens_of_a_step_are_computed_prompt_and_generated_tokens() -> None:
         found = series(metrics)
     assert found['vllm:iteration_tokens_total_count{model_name="m"}'] == 6
     assert found['vllm:iteration_tokens_total_sum{model_name="m"}'] == (40 + 3) + (8 + 3)
+
+
+def test_messages_with_events_are_counted() -> None:
+    events = {"enable_kv_cache_events": True, "endpoint": "tcp://127.0.0.1:0"}
+    with LLM(StubModel(), num_kv_blocks=50, kv_events_config=events) as llm:
+        metrics = Metrics("m")
+        observer = EngineObserver(llm, metrics)
+        llm.add_request(list(range(40)), SamplingParams(max_tokens=1, output_kind=RequestOutputKind.DELTA))
+        while llm.has_unfinished_requests():
+            observer.step_done(llm.step())
+        assert series(metrics)['kvferry:kv_events_messages_total{model_name="m"}'] == 1
+        assert series(metrics)['kvferry:kv_events_dropped_total{model_name="m"}'] == 0

@@ -22,6 +22,7 @@ from typing import Any
 
 from kvferry.clock import Clock, SystemClock
 from kvferry.connectors.offloading.config import EXTRA_CONFIG, ChunkGeometry, OffloadingConfig, check_groups
+from kvferry.connectors.offloading.events import ChunkEvents
 from kvferry.connectors.offloading.explain import explain_prefix
 from kvferry.connectors.offloading.identity import model_identity, store_namespace
 from kvferry.connectors.offloading.messages import (
@@ -42,6 +43,7 @@ from kvferry.contract.sides import SchedulerSide
 from kvferry.contract.stats import ConnectorStats
 from kvferry.contract.views import BlockIds, RequestView, ScheduledRequest, StepView
 from kvferry.errors import ConfigError
+from kvferry.kv_events import KVCacheEvent
 from kvferry.store.arena import Arena
 from kvferry.store.registry import create_tier
 from kvferry.store.tiered import HOST, OnDurable, TieredStore
@@ -95,6 +97,7 @@ class OffloadingSchedulerSide(SchedulerSide):
         self._block_bytes: tuple[int, ...] = ()
         self._store: TieredStore | None = None
         self._arena: Arena | None = None
+        self._events: ChunkEvents | None = None
 
     # ---- start and stop ---------------------------------------------------------------------------------------
 
@@ -142,6 +145,8 @@ class OffloadingSchedulerSide(SchedulerSide):
             )
             self._arena = arena
             undo.pop_all()
+        if self.host.wants_kv_events:
+            self._events = ChunkEvents(self._store, self._keys, geometry.chunk_tokens)
         logger.info(
             "offloading: %d slots of %d bytes, chunks of %d tokens, tiers: host%s",
             geometry.num_slots,
@@ -541,6 +546,10 @@ class OffloadingSchedulerSide(SchedulerSide):
             chain.extend(request.token_ids)
         state = RequestState(request, chain, num_computed_tokens, load=LoadState.NONE if live is None else live.load)
         return explain_prefix(state, self.store, self._keys, self.host.groups, self.geometry)
+
+    def take_events(self) -> Iterable[KVCacheEvent]:
+        """Chunks that came to or went from a tier since the last call, when the host wants to know."""
+        return () if self._events is None else self._events.take()
 
     # ---- ends -------------------------------------------------------------------------------------------------
 

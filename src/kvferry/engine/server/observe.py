@@ -56,10 +56,14 @@ class EngineObserver:
         metrics.raise_to("kvferry:connector_contract_errors", sum(counters.contract_errors.values()))
         metrics.raise_to("kvferry:connector_load_failures", counters.load_failures)
         metrics.raise_to("kvferry:connector_unknown_completions", counters.unknown_completions)
-        metrics.set("kvferry:connector_switched_off", counters.switched_off is not None)
+        metrics.set("kvferry:connector_switched_off", bool(counters.switched_off))
         for reason, num_blocks in by_known(stats.num_held_blocks, HELD_REASONS).items():
             metrics.set("kvferry:held_blocks", num_blocks, reason)
         metrics.set("kvferry:oldest_held_seconds", stats.oldest_held_s)
+        publisher = self._llm.event_publisher
+        if publisher is not None:
+            metrics.raise_to("kvferry:kv_events_messages", publisher.num_messages)
+            metrics.raise_to("kvferry:kv_events_dropped", publisher.num_dropped)
 
     def _tokens(self, output: RequestOutput, now_s: float) -> None:
         num_new, request_id = len(output.outputs[0].token_ids), output.request_id
