@@ -42,24 +42,21 @@ class Explainer:
     """Remembers admissions of live requests and the explanations of the last ended ones. Scheduler's thread only."""
 
     def __init__(
-        self,
-        config: SchedulerConfig,
-        scheduler: Scheduler,
-        connector: SchedulerConnector,
-        clock: Clock,
-        *,
-        is_enabled: bool,
+        self, config: SchedulerConfig, scheduler: Scheduler, connector: SchedulerConnector, clock: Clock
     ) -> None:
         self._max_running = min(config.max_num_seqs, config.max_num_batched_tokens)
         self._scheduler = scheduler
         self._connector = connector
         self._clock = clock
-        self._is_enabled = is_enabled
+        self._is_enabled = False
         self._live: dict[str, Request] = {}
         self._admissions: dict[str, _Admission] = {}
         self._ended: OrderedDict[str, dict[str, Any]] = OrderedDict()
-        if is_enabled:
-            connector.on_admission = self.admitted
+
+    def enable(self) -> None:
+        """Remember admissions and ends from now on."""
+        self._is_enabled = True
+        self._connector.on_admission = self.admitted
 
     def added(self, request: Request) -> None:
         """The scheduler has taken the request."""

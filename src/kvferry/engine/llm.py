@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
@@ -94,24 +95,25 @@ class LLM:
         events = KVEventsConfig.parse(kv_events_config)
         self._clock = clock or SystemClock()
         self._model = load_model(model, options.dtype, device) if isinstance(model, str | Path) else model
-        self._publisher = EventPublisher(events) if events.is_published else None
-        try:
+        self._publisher: EventPublisher | None = None
+        with self._publishing(events):
             self._start(options, transfer if transfer.is_kv_transfer_instance else None, events)
-        except BaseException:
-            if self._publisher is not None:
-                self._publisher.shutdown()
-            raise
-        self._explainer = Explainer(
-            self.config.scheduler_config,
-            self.scheduler,
-            self._hosted.scheduler,
-            self._clock,
-            is_enabled=explain_requests,
-        )
+        if explain_requests:
+            self._explainer.enable()
         self._num_added = 0
         self._next_check_s = self._clock.now() + _CHECK_EVERY_S
         self._unclaimed: list[RequestOutput] = []  # came while `generate` waited for others
         self._is_shut_down = False
+
+    @contextmanager
+    def _publishing(self, events: KVEventsConfig) -> Iterator[None]:
+        """Bind the endpoints before connectors start; free them when what follows fails."""
+        with ExitStack() as undo:
+            if events.is_published:
+                self._publisher = EventPublisher(events)
+                undo.callback(self._publisher.shutdown)
+            yield
+            undo.pop_all()
 
     def _start(self, options: EngineOptions, transfer: KVTransferConfig | None, events: KVEventsConfig) -> None:
         model = self._model
@@ -141,6 +143,7 @@ class LLM:
             recompute_failed_loads=transfer is None or transfer.kv_load_failure_policy == "recompute",
             clock=self._clock,
         )
+        self._explainer = Explainer(self.config.scheduler_config, self.scheduler, self._hosted.scheduler, self._clock)
 
     # ---- one step at a time -----------------------------------------------------------------------------------
 

@@ -107,16 +107,7 @@ class OffloadingSchedulerSide(SchedulerSide):
 
     def set_xfer_handshake_metadata(self, metadata: dict[int, KVConnectorHandshakeMetadata]) -> None:
         """Open arena and tiers, now that the workers' layout is known. Workers must agree on it."""
-        shakes = [shake for _, shake in sorted(metadata.items()) if isinstance(shake, WorkerHandshake)]
-        if len(shakes) != self.host.world_size:
-            raise ConfigError(
-                f"{len(shakes)} of {self.host.world_size} workers sent their KV layout; "
-                "all must run kvferry's OffloadingConnector"
-            )
-        first = shakes[0]
-        for shake in shakes[1:]:
-            if (shake.payload_description, shake.block_bytes) != (first.payload_description, first.block_bytes):
-                raise ConfigError(f"workers {first.rank} and {shake.rank} have different KV layouts")
+        first = self._agreed_layout(metadata)
         geometry = ChunkGeometry.of(self.config, self.host.groups, first.block_bytes, self.host.world_size)
         namespace = store_namespace(self.host, geometry, first.payload_description)
         with ExitStack() as undo:  # a failure below must leave no folder locked and no segment behind
@@ -154,6 +145,19 @@ class OffloadingSchedulerSide(SchedulerSide):
             geometry.chunk_tokens,
             "".join(f", {tier.name}" for tier in tiers),
         )
+
+    def _agreed_layout(self, metadata: dict[int, KVConnectorHandshakeMetadata]) -> WorkerHandshake:
+        shakes = [shake for _, shake in sorted(metadata.items()) if isinstance(shake, WorkerHandshake)]
+        if len(shakes) != self.host.world_size:
+            raise ConfigError(
+                f"{len(shakes)} of {self.host.world_size} workers sent their KV layout; "
+                "all must run kvferry's OffloadingConnector"
+            )
+        first = shakes[0]
+        for shake in shakes[1:]:
+            if (shake.payload_description, shake.block_bytes) != (first.payload_description, first.block_bytes):
+                raise ConfigError(f"workers {first.rank} and {shake.rank} have different KV layouts")
+        return first
 
     def _durable(self, key: StoreKey, digest: bytes, tier: str) -> None:
         if self.on_durable is not None:
