@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import enum
 from dataclasses import dataclass
+from itertools import product
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
@@ -27,9 +28,16 @@ class Metric:
     name: str
     kind: Kind
     help: str
-    label: str | None = None
-    label_values: tuple[str, ...] = ()
+    labels: tuple[str, ...] = ()
+    """Beside `model_name` and `engine`, which all have."""
+    values: tuple[tuple[str, ...], ...] = ()
+    """What each label may say; () where the engine knows it first, and tells `Metrics.begin`."""
     buckets: tuple[float, ...] = ()
+
+    @property
+    def open_labels(self) -> frozenset[str]:
+        """Labels whose values are known only when the engine stands."""
+        return frozenset(label for label, values in zip(self.labels, self.values, strict=True) if not values)
 
 
 def _decades(*steps: float, low: int, high: int) -> tuple[float, ...]:
@@ -41,10 +49,18 @@ _BETWEEN_TOKENS_S = _decades(1, 2.5, 5, 7.5, low=-3, high=2)
 _REQUEST_S = _decades(1, 2, 5, low=-2, high=4)
 _TOKENS = _decades(1, 2, 5, low=0, high=6)
 _FEW = (1.0, 2.0, 5.0, 10.0, 20.0)
+_STEP_TOKENS = (1.0, *(2.0**power for power in range(3, 15)))
 
 _FINISH_REASONS = ("stop", "length", "abort", "error")
 _TOKEN_SOURCES = ("local_compute", "local_cache_hit", "external_kv_transfer")
 HIT_SOURCES = ("device", "host", "p2p", "disk", "external_unspecified")
+_FAILURES = ("TierBusy", "TierCorrupt", "TierUnavailable", "HostError", "TransferError", "other")
+FAILURE_REASONS = (*(f"{what} {why}" for what in ("load", "store") for why in _FAILURES), "other")
+FALLBACK_REASONS = ("stalled wait", "failed load", "failed store", "dropped store", "other")
+HELD_REASONS = ("loading", "sending", "late_load", "late_send", "quarantined", "other")
+
+_MEDIUM = (("connector", "medium"), ((), ()))
+_CONNECTOR = (("connector",), ((),))
 
 METRICS = (
     # ---- now
@@ -53,31 +69,36 @@ METRICS = (
     Metric(
         "vllm:num_requests_waiting_by_reason", Kind.GAUGE,
         "Of those, for a place or blocks (capacity), or for KV that the connector loads (deferred).",
-        "reason", ("capacity", "deferred"),
+        ("reason",), (("capacity", "deferred"),),
     ),
     Metric("vllm:kv_cache_usage_perc", Kind.GAUGE, "Part of the KV blocks in use; 1 means all."),
     # ---- tokens
     Metric("vllm:prompt_tokens", Kind.COUNTER, "Prompt tokens of requests that got their first token."),
     Metric(
         "vllm:prompt_tokens_by_source", Kind.COUNTER, "Prompt tokens by where their KV came from.",
-        "source", _TOKEN_SOURCES,
+        ("source",), (_TOKEN_SOURCES,),
     ),
     Metric("vllm:prompt_tokens_cached", Kind.COUNTER, "Prompt tokens whose KV was not computed."),
     Metric(
         "vllm:prompt_tokens_cached_by_source", Kind.COUNTER, "Of those, by the place the KV was found in.",
-        "source", HIT_SOURCES,
+        ("source",), (HIT_SOURCES,),
     ),
     Metric("vllm:prefix_cache_queries", Kind.COUNTER, "Tokens looked up in the engine's own prefix cache."),
     Metric("vllm:prefix_cache_hits", Kind.COUNTER, "Of those, tokens found."),
     Metric("vllm:external_prefix_cache_queries", Kind.COUNTER, "Tokens the connector was asked for."),
     Metric("vllm:external_prefix_cache_hits", Kind.COUNTER, "Of those, tokens it loaded."),
     Metric("vllm:generation_tokens", Kind.COUNTER, "Generated tokens."),
+    Metric(
+        "vllm:iteration_tokens_total", Kind.HISTOGRAM,
+        "Tokens of a step: generated ones, and computed prompt tokens of requests that got their first.",
+        buckets=_STEP_TOKENS,
+    ),
     # ---- requests
     Metric("vllm:num_preemptions", Kind.COUNTER, "Requests that lost their blocks and were computed again."),
-    Metric("vllm:request_success", Kind.COUNTER, "Requests that ended.", "finished_reason", _FINISH_REASONS),
+    Metric("vllm:request_success", Kind.COUNTER, "Requests that ended.", ("finished_reason",), (_FINISH_REASONS,)),
     Metric(
         "vllm:admission_rejections", Kind.COUNTER, "Requests refused, for the server was full or stopping.",
-        "reason", ("queue_full", "stopping"),
+        ("reason",), (("queue_full", "stopping"),),
     ),
     Metric("vllm:request_prompt_tokens", Kind.HISTOGRAM, "Prompt tokens of a request.", buckets=_TOKENS),
     Metric("vllm:request_generation_tokens", Kind.HISTOGRAM, "Generated tokens of a request.", buckets=_TOKENS),
@@ -112,51 +133,100 @@ METRICS = (
     Metric("kvferry:connector_contract_errors", Kind.COUNTER, "Connector answers that broke the contract."),
     Metric("kvferry:connector_load_failures", Kind.COUNTER, "KV loads that failed or ran out of time."),
     Metric("kvferry:connector_unknown_completions", Kind.COUNTER, "Completions nobody waited for."),
+    Metric("kvferry:kv_events_messages", Kind.COUNTER, "Messages with KV events, dropped ones included."),
+    Metric("kvferry:kv_events_dropped", Kind.COUNTER, "Of those, dropped because the publisher's queue was full."),
+    Metric("kvferry:connector_switched_off", Kind.GAUGE, "1 when the connector was switched off for its faults."),
+    Metric(
+        "kvferry:held_blocks", Kind.GAUGE, "KV blocks of requests that are gone, by what still uses them.",
+        ("reason",), (HELD_REASONS,),
+    ),
+    Metric("kvferry:oldest_held_seconds", Kind.GAUGE, "Since when the oldest of them is held."),
+    # ---- what each connector says of itself (`ConnectorStats`)
+    Metric(
+        "kvferry:connector_hit_tokens", Kind.COUNTER, "Tokens loaded for requests, by where they were found.", *_MEDIUM
+    ),
+    Metric("kvferry:connector_loads", Kind.COUNTER, "Chunks or blocks read from a medium.", *_MEDIUM),
+    Metric("kvferry:connector_loaded_bytes", Kind.COUNTER, "Bytes read from a medium.", *_MEDIUM),
+    Metric("kvferry:connector_load_seconds", Kind.COUNTER, "What reading took, over all readers.", *_MEDIUM),
+    Metric("kvferry:connector_stores", Kind.COUNTER, "Chunks or blocks written to a medium.", *_MEDIUM),
+    Metric("kvferry:connector_stored_bytes", Kind.COUNTER, "Bytes written to a medium.", *_MEDIUM),
+    Metric("kvferry:connector_store_seconds", Kind.COUNTER, "What writing took, over all writers.", *_MEDIUM),
+    Metric(
+        "kvferry:connector_failures", Kind.COUNTER, "Reads and writes that failed.",
+        ("connector", "medium", "reason"), ((), (), FAILURE_REASONS),
+    ),
+    Metric("kvferry:connector_evictions", Kind.COUNTER, "Chunks that made room for others.", *_MEDIUM),
+    Metric("kvferry:connector_dropped_stores", Kind.COUNTER, "Writes given up for lack of room or time.", *_MEDIUM),
+    Metric("kvferry:connector_used_bytes", Kind.GAUGE, "Bytes in use in a medium.", *_MEDIUM),
+    Metric("kvferry:connector_capacity_bytes", Kind.GAUGE, "Of so many; +Inf: no limit, or none known.", *_MEDIUM),
+    Metric(
+        "kvferry:connector_fallbacks", Kind.COUNTER, "Times it gave up on something it could have had.",
+        ("connector", "reason"), ((), FALLBACK_REASONS),
+    ),
+    Metric("kvferry:connector_held_blocks", Kind.GAUGE, "KV blocks it keeps from being reused.", *_CONNECTOR),
+    Metric("kvferry:connector_oldest_held_seconds", Kind.GAUGE, "Since when the oldest of them is.", *_CONNECTOR),
 )  # fmt: skip
 
 
 class Metrics:
     """The table's metrics for one served model. May be used by several threads.
 
-    Unknown names and label values are KeyErrors: everything that is counted has its row.
+    Unknown names and label values are KeyErrors: everything that is counted has its row. Labels are given in the
+    order of the row.
     """
 
     def __init__(self, model_name: str) -> None:
+        self._model_name = model_name
         self._registry = CollectorRegistry()
-        self._series: dict[tuple[str, str | None], Counter | Gauge | Histogram] = {}
-        self._totals: dict[tuple[str, str | None], float] = {}
+        self._families: dict[str, Counter | Gauge | Histogram] = {}
+        self._series: dict[tuple[str, ...], Counter | Gauge | Histogram] = {}
+        self._totals: dict[tuple[str, ...], float] = {}
         for metric in METRICS:
-            labels = ["model_name", "engine", *([metric.label] if metric.label else [])]
+            labels = ["model_name", "engine", *metric.labels]
             if metric.kind is Kind.HISTOGRAM:
                 family: Counter | Gauge | Histogram = Histogram(
                     metric.name, metric.help, labels, registry=self._registry, buckets=metric.buckets
                 )
             else:
                 family = metric.kind.value(metric.name, metric.help, labels, registry=self._registry)
-            for value in metric.label_values or (None,):
-                extra = () if value is None else (value,)
-                self._series[metric.name, value] = family.labels(model_name, "0", *extra)
+            self._families[metric.name] = family
+        self.begin()
 
-    def add(self, name: str, amount: float = 1, label: str | None = None) -> None:
+    def begin(self, **values: str) -> None:
+        """Let all series stand, at 0, whose open labels are exactly these; those that stand already stay."""
+        for metric in METRICS:
+            if metric.open_labels == values.keys():
+                known = [fixed or (values[label],) for label, fixed in zip(metric.labels, metric.values, strict=True)]
+                for labels in product(*known):
+                    series = self._families[metric.name].labels(self._model_name, "0", *labels)
+                    self._series[metric.name, *labels] = series
+
+    def add(self, name: str, amount: float = 1, *labels: str) -> None:
         """Raise a counter."""
-        series = self._series[name, label]
+        series = self._series[name, *labels]
         assert isinstance(series, Counter), name
         series.inc(amount)
 
-    def raise_to(self, name: str, total: float, label: str | None = None) -> None:
+    def raise_to(self, name: str, total: float, *labels: str) -> None:
         """Raise a counter to a total that is kept elsewhere (and never falls). One thread per counter."""
-        self.add(name, total - self._totals.get((name, label), 0), label)
-        self._totals[name, label] = total
+        key = (name, *labels)
+        self.add(name, total - self._totals.get(key, 0), *labels)
+        self._totals[key] = total
 
-    def set(self, name: str, value: float, label: str | None = None) -> None:
+    def follow(self, name: str, total: float, *labels: str) -> None:
+        """As `raise_to` for totals of others' making: one that falls is not followed."""
+        if total > self._totals.get((name, *labels), 0):
+            self.raise_to(name, total, *labels)
+
+    def set(self, name: str, value: float, *labels: str) -> None:
         """Set a gauge."""
-        series = self._series[name, label]
+        series = self._series[name, *labels]
         assert isinstance(series, Gauge), name
         series.set(value)
 
     def observe(self, name: str, value: float) -> None:
         """Enter one value into a histogram."""
-        series = self._series[name, None]
+        series = self._series[(name,)]
         assert isinstance(series, Histogram), name
         series.observe(value)
 

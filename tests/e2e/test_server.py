@@ -12,15 +12,19 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from itertools import product
 from typing import Any
 
 import openai
 import pytest
 import torch
 from tests import small_tokenizer
+from typer.testing import CliRunner
 
 from kvferry import LLM
+from kvferry.cli.main import app as cli
 from kvferry.engine.server.run import ServerOptions, bind_socket, make_server
+from kvferry.errors import HostError
 from kvferry.metrics import METRICS, Kind
 from kvferry.testing.stub_model import StubModel
 
@@ -309,6 +313,11 @@ def test_second_request_is_loaded_by_the_connector() -> None:
         metrics = server.metrics()
         assert metrics["vllm:external_prefix_cache_hits_total"] == 128
         assert metrics['vllm:prompt_tokens_cached_by_source_total{source="host"}'] == 128
+        host = '{connector="OffloadingConnector",medium="host"}'
+        assert metrics[f"kvferry:connector_hit_tokens_total{host}"] == 128
+        assert metrics[f"kvferry:connector_loads_total{host}"] == 2
+        assert metrics[f"kvferry:connector_used_bytes{host}"] > 0
+        assert metrics['kvferry:connector_fallbacks_total{connector="OffloadingConnector",reason="failed load"}'] == 0
         assert server.http("POST", "/reset_prefix_cache?reset_external=true")[0] == 200
         assert server.http("POST", "/reset_prefix_cache?reset_external=2")[0] == 400
 
@@ -321,8 +330,9 @@ def test_every_metric_is_there_from_the_start_and_counts() -> None:
         at_start = server.metrics()
         for metric in METRICS:
             suffix = {Kind.COUNTER: "_total", Kind.HISTOGRAM: "_count"}.get(metric.kind, "")
-            for value in metric.label_values or (None,):
-                series = metric.name + suffix + ("" if value is None else f'{{{metric.label}="{value}"}}')
+            for values in product(*metric.values):  # none where a label is open: there is no connector
+                labels = ",".join(f'{label}="{value}"' for label, value in zip(metric.labels, values, strict=True))
+                series = metric.name + suffix + (f"{{{labels}}}" if labels else "")
                 assert at_start[series] == (1 if metric.name == "kvferry:engine_up" else 0), series
         for _ in range(2):
             server.client.completions.create(model="stub", prompt=PROMPT, max_tokens=5, temperature=0)
@@ -509,3 +519,65 @@ def test_any_mixture_of_requests_leaves_a_working_server(shared: Running, seed: 
         statuses.add(status)
     assert statuses == {200, 400}
     shared.wait_for("vllm:num_requests_running", 0)
+
+
+# ---- explanations -------------------------------------------------------------------------------------------------
+
+
+def test_clients_learn_why_their_prefix_was_a_hit() -> None:
+    transfer = {
+        "kv_connector": "OffloadingConnector", "kv_role": "kv_both", "kv_load_failure_policy": "recompute",
+        "kv_connector_extra_config": {"cpu_bytes_to_use": 1 << 22, "weights_version": "1"},
+    }  # fmt: skip
+    with running(transfer=transfer, llm_settings={"explain_requests": True}) as server:
+        prompt = [*PROMPT, *PROMPT]
+        first = server.client.completions.create(model="stub", prompt=prompt, max_tokens=2)
+        deadline_s = time.monotonic() + 10
+        while json.loads(server.http("POST", "/reset_prefix_cache")[2]) != {"success": True}:
+            assert time.monotonic() < deadline_s
+        second = server.client.completions.create(model="stub", prompt=prompt, max_tokens=2)
+        ranges = []
+        for reply in (first, second):
+            status, _, body = server.http("GET", f"/debug/requests/{reply.id}")
+            assert status == 200
+            explained = json.loads(body)
+            assert explained["id"] == explained["requests"][0]["request_id"] == reply.id
+            ranges.append([(r["tokens"], r["place"], r["loaded"]) for r in explained["requests"][0]["ranges"]])
+        assert ranges == [
+            [([0, 128], "nowhere", False), ([128, 140], "nowhere", False)],
+            [([0, 128], "host", True), ([128, 140], "nowhere", False)],
+        ]
+        url = f"http://127.0.0.1:{server.port}"
+        shown = CliRunner().invoke(cli, ["explain", second.id, "--url", url], env={"COLUMNS": "200"})
+        assert shown.exit_code == 0, shown.output
+        for text in (
+            "finished (length)",
+            "loaded 128 from host, 12 to compute",
+            "in host memory",
+            "less than one chunk",
+        ):
+            assert text in shown.output
+        asked = json.loads(CliRunner().invoke(cli, ["explain", second.id, "--url", f"{url}/v1", "--json"]).output)
+        assert asked == json.loads(server.http("GET", f"/debug/requests/{second.id}")[2])
+        with pytest.raises(HostError, match="no request 'cmpl-0'"):
+            CliRunner().invoke(cli, ["explain", "cmpl-0", "--url", url], catch_exceptions=False)
+
+
+def test_live_requests_choices_and_unknown_ids() -> None:
+    with running(llm_settings={"explain_requests": True}) as server:
+        stream = server.client.completions.create(
+            model="stub", prompt=[PROMPT, PROMPT[:9]], max_tokens=2000, temperature=0, stream=True
+        )
+        reply_id = next(iter(stream)).id
+        live = json.loads(server.http("GET", "/debug/requests")[2])["requests"]
+        assert [request["request_id"] for request in live] == [f"{reply_id}-0", f"{reply_id}-1"]
+        assert {request["state"] for request in live} == {"running"}
+        both = json.loads(server.http("GET", f"/debug/requests/{reply_id}")[2])["requests"]
+        assert [request["tokens"]["prompt"] for request in both] == [70, 9]
+        one = json.loads(server.http("GET", f"/debug/requests/{reply_id}-1")[2])["requests"]
+        assert [request["tokens"]["prompt"] for request in one] == [9]
+        stream.close()
+        status, _, body = server.http("GET", "/debug/requests/cmpl-unknown")
+        error = json.loads(body)["error"]
+        assert (status, error["code"], error["param"]) == (404, "request_not_found", "id")
+        assert "no request 'cmpl-unknown'" in error["message"]

@@ -10,11 +10,13 @@ import typer
 from kvferry.cli import options as opt
 from kvferry.config import transfer_config
 from kvferry.errors import ConfigError
+from kvferry.kv_events import KVEventsConfig
 
 if TYPE_CHECKING:
     import socket
 
 _SERVER_OPTIONS = ("host", "port", "max_queued_requests", "max_body_bytes", "drain_timeout_s")
+_ENGINE_OPTIONS = ("enable_prefix_caching", "explain_requests", "seed")  # beside those that doctor shares
 
 
 def serve(
@@ -39,6 +41,12 @@ def serve(
     use_v2_model_runner: opt.V2Runner = None,
     disable_hybrid_kv_cache_manager: opt.DisableHybrid = None,
     enable_prefix_caching: opt.EnablePrefixCaching = True,
+    kv_events_config: Annotated[
+        str | None, typer.Option(metavar="JSON", help="Publish which KV lies where, on a ZMQ socket.")
+    ] = None,
+    explain_requests: Annotated[
+        bool, typer.Option(help="Remember why prefixes were hits or not, for `kvferry explain` and /debug/requests.")
+    ] = True,
     seed: opt.Seed = 0,
     num_threads: Annotated[
         int | None, typer.Option(min=1, help="Threads for computing; 1 where other processes share the cores.")
@@ -53,15 +61,17 @@ def serve(
 ) -> None:
     """Serve a model over HTTP as OpenAI does: /v1/completions, /v1/chat/completions, /v1/models.
 
-    Also /health, /ready, /metrics (Prometheus) and /reset_prefix_cache. The exit status is 0 after SIGTERM or Ctrl-C,
-    2 when the server could not start. There is no authentication: whoever reaches the port may use the model.
+    Also /health, /ready, /metrics (Prometheus), /debug/requests and /reset_prefix_cache. The exit status is 0 after
+    SIGTERM or Ctrl-C, 2 when the server could not start. There is no authentication: whoever reaches the port may use
+    the model.
     """
     transfer = transfer_config(kv_transfer_config, kv_offloading_size, kv_offloading_backend)
+    events = KVEventsConfig.parse(kv_events_config)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     server = {name: context.params[name] for name in _SERVER_OPTIONS}
     server["model_names"] = tuple(served_model_name or [model])
-    engine = {name: context.params[name] for name in (*opt.ENGINE_OPTIONS, "enable_prefix_caching", "seed")}
-    _run(model, {"kv_transfer_config": transfer, **engine}, server, num_threads)
+    engine = {name: context.params[name] for name in (*opt.ENGINE_OPTIONS, *_ENGINE_OPTIONS)}
+    _run(model, {"kv_transfer_config": transfer, "kv_events_config": events, **engine}, server, num_threads)
 
 
 def _run(model: str, engine: dict[str, Any], server: dict[str, Any], num_threads: int | None) -> None:

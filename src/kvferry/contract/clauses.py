@@ -9,6 +9,7 @@ from collections.abc import Callable, Collection
 from typing import Any
 
 from kvferry.contract.base import LoadFailure
+from kvferry.contract.explain import PrefixRange
 
 Clause = Callable[[Any], str | None]
 
@@ -61,6 +62,13 @@ def broken_finish(answer: Any) -> str | None:
     if not (isinstance(answer, tuple) and len(answer) == 2 and isinstance(answer[0], bool)):
         return "must be (bool, parameters or None)"
     return None if answer[1] is None or isinstance(answer[1], dict) else "the parameters must be a dict or None"
+
+
+def broken_explanation(answer: Any) -> str | None:
+    """Of `explain_prefix`."""
+    if isinstance(answer, list) and all(isinstance(item, PrefixRange) for item in answer):
+        return None
+    return "must be a list of PrefixRange"
 
 
 def broken_binding(answer: Any) -> str | None:

@@ -33,6 +33,8 @@ class HostInfo:
     extra_config: Mapping[str, Any]
     numerics: Mapping[str, str]
     """Host settings beside the weights on which KV bytes depend (KV dtype, model dtype, quantisation)."""
+    wants_kv_events: bool = False
+    """True when the host publishes KV events, so that `take_events` is worth its work."""
 
     @property
     def world_size(self) -> int:
@@ -62,6 +64,7 @@ def host_info(vllm_config: Any, kv_cache_config: KVCacheConfig) -> HostInfo:
         load_failure_policy=str(transfer.kv_load_failure_policy),
         extra_config=dict(transfer.kv_connector_extra_config),
         numerics=_numerics(vllm_config),
+        wants_kv_events=bool(getattr(getattr(vllm_config, "kv_events_config", None), "enable_kv_cache_events", False)),
     )
 
 

@@ -10,7 +10,7 @@ Queue order: blocks without content first, then least recently freed. A held blo
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from kvferry.errors import ContractError
@@ -40,6 +40,8 @@ class BlockPool:
         self.null_block.is_null = True
         self._free = OrderedDict((b.block_id, b) for b in self.blocks if not b.is_null)
         self._cached: dict[BlockKey, Block] = {}
+        self.on_removed: Callable[[BlockKey], None] | None = None
+        """Called when a content can no longer be found."""
 
     def get_num_free_blocks(self) -> int:
         """Blocks that can be handed out now."""
@@ -79,11 +81,13 @@ class BlockPool:
         """The block that holds this content, or None."""
         return self._cached.get(key)
 
-    def cache_block(self, block: Block, key: BlockKey) -> None:
-        """Let the block be found by its content. The first block of a content stays the one that is found."""
-        if block.block_hash is None and not block.is_null and key not in self._cached:
-            block.block_hash = key
-            self._cached[key] = block
+    def cache_block(self, block: Block, key: BlockKey) -> bool:
+        """Let the block be found by its content. False: another block is found by it, and stays so."""
+        if block.block_hash is not None or block.is_null or key in self._cached:
+            return False
+        block.block_hash = key
+        self._cached[key] = block
+        return True
 
     def evict_blocks(self, block_ids: Iterable[int]) -> None:
         """Make the content of these blocks unfindable; who holds them keeps them."""
@@ -114,4 +118,6 @@ class BlockPool:
     def _forget(self, block: Block) -> None:
         if block.block_hash is not None:
             del self._cached[block.block_hash]
+            if self.on_removed is not None:
+                self.on_removed(block.block_hash)
             block.block_hash = None

@@ -16,6 +16,7 @@ import torch
 
 from kvferry.config import KVTransferConfig
 from kvferry.errors import ConfigError
+from kvferry.kv_events import KVEventsConfig
 
 DEFAULT_KV_CACHE_BYTES = 1 << 30
 MAX_LOGPROBS = 20
@@ -217,6 +218,7 @@ class EngineConfig:
     load_config: LoadConfig = field(default_factory=LoadConfig)
     speculative_config: None = None
     lora_config: None = None
+    kv_events_config: KVEventsConfig = field(default_factory=KVEventsConfig)
 
 
 @dataclass(frozen=True, slots=True)

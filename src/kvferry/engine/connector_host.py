@@ -9,6 +9,7 @@ connector, and once it is switched off, both answer as if it had nothing.
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
@@ -17,17 +18,20 @@ from typing import TYPE_CHECKING, Any
 from kvferry.clock import Clock
 from kvferry.contract import (
     CacheHitSource,
+    ConnectorStats,
     KVCacheConfig,
     KVConnectorBase_V1,
     KVConnectorFactory,
     KVConnectorOutput,
     KVConnectorRole,
     KVConnectorTransferResults,
+    PrefixRange,
     supports_hma,
 )
 from kvferry.contract.clauses import (
     broken_binding,
     broken_block_ids,
+    broken_explanation,
     broken_finish,
     broken_groups,
     broken_match,
@@ -43,6 +47,7 @@ from kvferry.engine.kv_manager import BlockIds, KVCacheBlocks, KVManager
 from kvferry.engine.outputs import ForwardContext, SchedulerOutput
 from kvferry.engine.request import Request
 from kvferry.errors import ContractError
+from kvferry.kv_events import KVCacheEvent
 
 if TYPE_CHECKING:
     import torch
@@ -81,6 +86,12 @@ class SchedulerConnector:
         self._lookup_timeout_s = lookup_timeout_s
         self._first_asked_s: dict[str, float] = {}
         self._refused_ids: set[str] = set()
+        self._stats: ConnectorStats | None = None
+        self._has_asked_stats = False
+        self.on_admission: Callable[[Request, KVCacheBlocks], None] | None = None
+        """Called when a request gets its blocks, before the connector hears of it."""
+        self.events: list[KVCacheEvent] | None = None
+        """KV events of the connector, for whoever empties it; None: nobody does."""
 
     @property
     def connector(self) -> KVConnectorBase_V1 | None:
@@ -139,6 +150,8 @@ class SchedulerConnector:
 
     def blocks_allocated(self, request: Request, blocks: KVCacheBlocks, match: ExternalMatch) -> bool:
         """Tell the connector where to load to. False when it failed, so that no load can be counted on."""
+        if self.on_admission is not None:
+            self.on_admission(request, blocks)
         if self._guard is None:
             return True
         self._guard.failed_hooks.clear()
@@ -153,6 +166,19 @@ class SchedulerConnector:
             )
             request.external_hit_sources = {str(getattr(key, "value", key)): num for key, num in sources.items()}
         return "update_state_after_alloc" not in self._guard.failed_hooks
+
+    def asked_since_s(self, request_id: str) -> float | None:
+        """Since when the connector has been answering "ask again" for this request; None: it is not."""
+        return self._first_asked_s.get(request_id)
+
+    def explain(self, request: Request, num_local_tokens: int) -> list[PrefixRange]:
+        """What the connector says of the tokens behind the local ones."""
+        if self._guard is None:
+            return []
+        answer: list[PrefixRange] = self._guard.call(
+            "explain_prefix", [], request, num_local_tokens, check=broken_explanation
+        )
+        return answer
 
     def build_meta(self, output: SchedulerOutput) -> None:
         """Put the step's orders to the workers into `output`; None there when the connector failed."""
@@ -186,15 +212,32 @@ class SchedulerConnector:
     def end_step(self) -> bool:
         """Collect what is due once per step. True when the connector has failed too often: `switch_off` must follow."""
         if self._guard is not None:
-            self._guard.call("get_kv_connector_stats", None)
+            self._ask_stats()
             events = self._guard.call("take_events", ())
             with suppress(TypeError):
-                list(events)  # generators do their work only when read
+                self._keep_events(list(events))  # generators do their work only when read
         return self._breaker.end_step()
 
     def switch_off(self) -> bool:
         """End the connector; no hook is called from now on. False when a copy of its worker may still run."""
         return self._breaker.switch_off()
+
+    @property
+    def stats(self) -> ConnectorStats | None:
+        """The connector's totals as of the last step (before the first: now); None from one that does not tell."""
+        if not self._has_asked_stats:
+            self._ask_stats()
+        return self._stats
+
+    def _keep_events(self, events: list[Any]) -> None:
+        if self.events is not None:
+            self.events += [event for event in events if isinstance(event, KVCacheEvent)]
+
+    def _ask_stats(self) -> None:
+        self._has_asked_stats = True
+        if self._guard is not None:
+            stats = self._guard.call("get_kv_connector_stats", None)
+            self._stats = stats if isinstance(stats, ConnectorStats) else None
 
     def has_pending_block_frees(self) -> bool:
         """True when blocks will come free without a preemption."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from itertools import chain
 
@@ -41,6 +41,8 @@ class KVManager:
         self.num_groups = num_groups
         self.enable_prefix_caching = enable_prefix_caching
         self._tables: dict[str, tuple[list[Block], ...]] = {}
+        self.on_cached: Callable[[Request, int, int], None] | None = None
+        """Called with (request, group, index of the block) when a content can be found from now on."""
 
     def get_computed_blocks(self, request: Request) -> KVCacheBlocks:
         """The longest cached prefix that leaves one token to compute; pure, nothing is held yet."""
@@ -95,9 +97,10 @@ class KVManager:
             return
         for group, table in enumerate(self._table(request.request_id)):
             num_full = num_tokens // self.block_size
-            for block, block_hash in zip(table[:num_full], request.block_hashes, strict=False):
-                if block.block_hash is None:
-                    self.block_pool.cache_block(block, (group, block_hash))
+            for index, (block, block_hash) in enumerate(zip(table[:num_full], request.block_hashes, strict=False)):
+                is_new = block.block_hash is None and self.block_pool.cache_block(block, (group, block_hash))
+                if is_new and self.on_cached is not None:
+                    self.on_cached(request, group, index)
 
     def get_blocks(self, request_id: str) -> KVCacheBlocks:
         """All blocks of a request (a copy of its table)."""

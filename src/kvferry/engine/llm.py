@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
@@ -12,10 +13,12 @@ from typing import TYPE_CHECKING, Any
 
 from kvferry.clock import Clock, SystemClock
 from kvferry.config import KVTransferConfig, transfer_config
-from kvferry.contract import KVConnectorBase_V1
+from kvferry.contract import ConnectorStats, KVConnectorBase_V1
 from kvferry.engine.config import EngineOptions, RequestOutputKind, SamplingParams
 from kvferry.engine.connector_host import start_connectors
 from kvferry.engine.detokenizer import Detokenizer
+from kvferry.engine.device_events import DeviceEvents
+from kvferry.engine.explain import Explainer
 from kvferry.engine.guard import HostCounters
 from kvferry.engine.model_loader import EngineModel, load_model
 from kvferry.engine.outputs import RequestOutput, report
@@ -24,6 +27,7 @@ from kvferry.engine.request import Request
 from kvferry.engine.runner import ModelRunner
 from kvferry.engine.scheduler import Scheduler
 from kvferry.errors import ConfigError
+from kvferry.kv_events import AllBlocksCleared, EventPublisher, KVCacheEvent, KVEventsConfig
 
 if TYPE_CHECKING:
     import torch
@@ -44,6 +48,9 @@ class LLM:
     `kv_offloading_size` (GiB of host memory) and `kv_offloading_backend` ("native", "lmcache") choose a connector
     where `kv_transfer_config` does not: see `kvferry.config.transfer_config`. `use_v2_model_runner` and
     `disable_hybrid_kv_cache_manager` are decided by the engine unless set: see `kvferry.engine.plan`.
+    `explain_requests` remembers of each request, at the moment its blocks are given out, why its prefix was a hit or
+    not; `explain` tells it, also of the last 256 that ended. `kv_events_config` publishes which KV lies where: see
+    `kvferry.kv_events`.
     Raises ConfigError before any work when the settings, the model or the connector's configuration are wrong.
     """
 
@@ -65,6 +72,8 @@ class LLM:
         kv_offloading_backend: str | None = None,
         use_v2_model_runner: bool | None = None,
         disable_hybrid_kv_cache_manager: bool | None = None,
+        explain_requests: bool = False,
+        kv_events_config: KVEventsConfig | Mapping[str, Any] | str | None = None,
         seed: int = 0,
         clock: Clock | None = None,
     ) -> None:
@@ -84,20 +93,37 @@ class LLM:
             disable_hybrid_kv_cache_manager=disable_hybrid_kv_cache_manager,
         )
         transfer = transfer_config(kv_transfer_config, kv_offloading_size, kv_offloading_backend)
+        events = KVEventsConfig.parse(kv_events_config)
         self._clock = clock or SystemClock()
         self._model = load_model(model, options.dtype, device) if isinstance(model, str | Path) else model
-        self._start(options, transfer)
+        self._publisher: EventPublisher | None = None
+        with self._publishing(events):
+            self._start(options, transfer, events)
+        if explain_requests:
+            self._explainer.enable()
         self._num_added = 0
         self._next_check_s = self._clock.now() + _CHECK_EVERY_S
         self._unclaimed: list[RequestOutput] = []  # came while `generate` waited for others
         self._is_shut_down = False
 
-    def _start(self, options: EngineOptions, transfer: KVTransferConfig) -> None:
+    @contextmanager
+    def _publishing(self, events: KVEventsConfig) -> Iterator[None]:
+        """Bind the endpoints before connectors start; free them when what follows fails."""
+        with ExitStack() as undo:
+            if events.is_published:
+                self._publisher = EventPublisher(events)
+                undo.callback(self._publisher.shutdown)
+            yield
+            undo.pop_all()
+
+    def _start(self, options: EngineOptions, transfer: KVTransferConfig, events: KVEventsConfig) -> None:
         model = self._model
         plan = plan_engine(model, options, transfer)
         plan.log()
-        self.config, self.kv_cache_config = plan.config, plan.kv_cache_config
+        self.config, self.kv_cache_config = replace(plan.config, kv_events_config=events), plan.kv_cache_config
         self._hosted = start_connectors(self.config, self.kv_cache_config, options.device, self._clock)
+        if self._publisher is not None:
+            self._collect_events(events)
         self.runner = ModelRunner(model, self._hosted.kv, options.block_size, options.device, self._hosted.worker)
         configured = self.config.kv_transfer_config
         self.scheduler = Scheduler(
@@ -109,6 +135,7 @@ class LLM:
             recompute_failed_loads=configured is None or configured.kv_load_failure_policy == "recompute",
             clock=self._clock,
         )
+        self._explainer = Explainer(self.config.scheduler_config, self.scheduler, self._hosted.scheduler, self._clock)
 
     # ---- one step at a time -----------------------------------------------------------------------------------
 
@@ -125,8 +152,12 @@ class LLM:
         `request_id` must be new to this engine; one is made up unless given.
         """
         request = self._make_request(prompt, sampling_params or SamplingParams(), cache_salt, request_id)
-        self.scheduler.add_request(request)
+        self._add(request)
         return request.request_id
+
+    def _add(self, request: Request) -> None:
+        self.scheduler.add_request(request)
+        self._explainer.added(request)
 
     def step(self) -> list[RequestOutput]:
         """Run one step. Blocks for one forward.
@@ -137,8 +168,27 @@ class LLM:
         unclaimed, self._unclaimed = self._unclaimed, []
         plan = self.scheduler.schedule()
         result = self.runner.execute(plan)
-        reports = [report(request, self.tokenizer) for request in self.scheduler.update(plan, result)]
+        news = self.scheduler.update(plan, result)
+        self._explainer.take_ends(news)
+        self._publish_events()
+        reports = [report(request, self.tokenizer) for request in news]
         return unclaimed + [output for output in reports if output is not None]
+
+    def _collect_events(self, events: KVEventsConfig) -> None:
+        manager = self._hosted.manager
+        self._device_events = DeviceEvents(manager.block_size, events.include_token_ids)
+        manager.on_cached, manager.block_pool.on_removed = self._device_events.stored, self._device_events.removed
+        self._hosted.scheduler.events = []
+
+    def _publish_events(self, *more: KVCacheEvent) -> None:
+        """Hand what happened since the last call to the publisher's thread."""
+        if self._publisher is None:
+            return
+        connector = self._hosted.scheduler
+        of_connector, connector.events = connector.events or [], []
+        events = [*self._device_events.take(), *of_connector, *more]
+        if events:
+            self._publisher.publish(events)
 
     def abort_request(self, request_id: str) -> None:
         """End a request now; `step` returns it with finish_reason "abort". Unknown ids are ignored."""
@@ -173,7 +223,7 @@ class LLM:
         others: list[RequestOutput] = []
         try:
             for request in requests:
-                self.scheduler.add_request(request)
+                self._add(request)
             while unfinished:
                 for output in self._step_or_rest():
                     if output.request_id in unfinished:
@@ -250,6 +300,27 @@ class LLM:
         """What went wrong at the border to the connector so far."""
         return self._hosted.scheduler.counters
 
+    @property
+    def connector_stats(self) -> ConnectorStats | None:
+        """The connector's totals since start, as of the last step; None without one, or when it keeps none."""
+        return self._hosted.scheduler.stats
+
+    @property
+    def event_publisher(self) -> EventPublisher | None:
+        """What publishes KV events, or None; has the endpoints as bound, and counters."""
+        return self._publisher
+
+    def explain(self, request_id: str) -> dict[str, Any] | None:
+        """What a request waits for, and why its prefix was a hit or not, without token ids or text; None: unknown.
+
+        Keys: see `kvferry.engine.explain`. Of requests that ended only with `explain_requests`, and only the last 256.
+        """
+        return self._explainer.explain(request_id)
+
+    def live_requests(self) -> list[dict[str, Any]]:
+        """Id, state and age of each request that has not ended, oldest first."""
+        return self._explainer.live_requests()
+
     def reset_prefix_cache(self, reset_connector: bool = False) -> bool:
         """Forget the engine's own cached KV, and with `reset_connector` the connector's too.
 
@@ -260,6 +331,8 @@ class LLM:
         done = self.scheduler.manager.reset_prefix_cache()
         if reset_connector:
             done &= self._hosted.scheduler.reset_cache()
+        # With a connector this would say too much: removals are told one by one.
+        self._publish_events(*([AllBlocksCleared()] if done and self.connector is None else []))
         return done
 
     def shutdown(self) -> None:
@@ -270,6 +343,8 @@ class LLM:
         self.scheduler.abort_all()
         self._hosted.worker.shutdown()
         self._hosted.scheduler.shutdown()
+        if self._publisher is not None:
+            self._publisher.shutdown()
 
     def __enter__(self) -> LLM:
         return self

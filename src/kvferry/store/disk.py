@@ -25,7 +25,7 @@ from kvferry.errors import ConfigError, TierBusy, TierCorrupt, TierError, TierUn
 from kvferry.hashing import digest as digest_of
 from kvferry.store.disk_files import ChunkFolder, FoundChunk, OnStep, chunk_name
 from kvferry.store.disk_format import HEADER_BYTES, UnknownFormat
-from kvferry.store.disk_index import FOLDER_BYTES, DiskIndex, Entry, Room, Victim, chunk_cost_bytes
+from kvferry.store.disk_index import FOLDER_BYTES, OWN, DiskIndex, Entry, Room, Victim, chunk_cost_bytes
 from kvferry.store.disk_journal import Journal, Note, Use, read_order
 from kvferry.store.io_threads import Done, IoThreads, Urgency
 from kvferry.store.space import space_at
@@ -40,7 +40,6 @@ PAUSE_S = 5.0  # no stores for so long after the disk refused one
 CLOSE_S = 5.0
 _NOTES_PER_BATCH = 64
 _MAX_NOTES = 1 << 16
-_OWN = b"\0\0"  # the number of the own namespace
 _REFUSALS = frozenset(
     {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG, errno.ENOENT, errno.EMFILE}
 )
@@ -126,6 +125,7 @@ class DiskTier:
         self._paused_until_s = float("-inf")
         self._is_closed = False
         self._counts: Counter[str] = Counter()
+        self._lost: list[tuple[StoreKey, str]] = []
         self._folder = ChunkFolder(path, namespace, fsync=fsync, on_step=on_step)
         try:
             self._read_index()
@@ -159,7 +159,11 @@ class DiskTier:
     def contains(self, keys: Sequence[StoreKey]) -> list[bool]:
         """Whether the books have it."""
         entries = self._index.entries
-        return [_OWN + key in entries and not self._is_closed for key in keys]
+        return [OWN + key in entries and not self._is_closed for key in keys]
+
+    def keys(self) -> list[StoreKey]:
+        """The own namespace's."""
+        return [StoreKey(entry[len(OWN) :]) for entry in self._own_entries()]
 
     @classmethod
     def room(cls, config: Mapping[str, Any], payload_bytes: int, where: str) -> TierRoom:
@@ -182,10 +186,19 @@ class DiskTier:
         """ConfigError when the quota is smaller than one such chunk."""
         _check_quota(self.name, self._index.limit_bytes, payload_bytes)
 
+    def take_lost(self) -> list[tuple[StoreKey, str]]:
+        """Evicted, corrupt, of another format, or without their file."""
+        lost, self._lost = self._lost, []
+        return lost
+
+    def _note_lost(self, entry: Entry, reason: str) -> None:
+        if entry.startswith(OWN):
+            self._lost.append((StoreKey(entry[len(OWN) :]), reason))
+
     def stats(self) -> TierStats:
-        """A snapshot; O(chunks)."""
+        """A snapshot."""
         return TierStats(
-            num_chunks=len(self._own_entries()),
+            num_chunks=self._index.num_own,
             used_bytes=self._index.used_bytes,
             max_bytes=self._index.limit_bytes,
             num_queued=len(self._writing) + self._loading.total(),
@@ -210,7 +223,7 @@ class DiskTier:
     def submit_store(self, job: TierJob) -> None:
         """TierBusy: queue full, the disk refused a store some seconds ago, the key is in use, or everything that could
         make room is."""
-        entry = _OWN + job.key
+        entry = OWN + job.key
         self._check_open()
         if entry in self._index.unknown:
             raise TierUnavailable(f"chunk {job.key.hex()}: a file that must not be replaced is in its place")
@@ -227,6 +240,7 @@ class DiskTier:
         for victim in room.victims:
             if victim.entry is not None:
                 self._counts["evicted"] += victim.entry != entry
+                self._note_lost(victim.entry, "evicted" if victim.entry != entry else "being written anew")
                 self._notes.append((Use.GONE, self._chunk_id(victim.entry)))
         work = _Store(job, room)
         self._writing[entry] = work
@@ -234,7 +248,7 @@ class DiskTier:
 
     def submit_load(self, job: TierJob) -> None:
         """TierUnavailable when there is no such chunk."""
-        entry = _OWN + job.key
+        entry = OWN + job.key
         self._check_open()
         if entry not in self._index.entries:
             raise TierUnavailable(f"chunk {job.key.hex()} is not on the disk")
@@ -260,8 +274,8 @@ class DiskTier:
     def touch(self, keys: Sequence[StoreKey]) -> None:
         """Order of use; reaches the disk in batches."""
         for key in keys:
-            if self._index.touch(_OWN + key):
-                self._notes.append((Use.USED, self._chunk_id(_OWN + key)))
+            if self._index.touch(OWN + key):
+                self._notes.append((Use.USED, self._chunk_id(OWN + key)))
         if len(self._notes) >= _NOTES_PER_BATCH and not self._is_noting:
             self._is_noting = True
             self._delete([])
@@ -269,7 +283,7 @@ class DiskTier:
     def remove(self, keys: Sequence[StoreKey]) -> None:
         """Misses at once; the files go in the background."""
         victims = []
-        for entry in (_OWN + key for key in keys):
+        for entry in (OWN + key for key in keys):
             if entry in self._writing:
                 self._writing[entry].is_removed = True
             elif entry in self._index.entries:
@@ -283,7 +297,7 @@ class DiskTier:
         own = self._own_entries()
         used_bytes = sum(self._index.entries[entry] for entry in own)
         writing = [entry for entry in self._writing if entry not in self._index.entries]
-        self.remove([StoreKey(entry[len(_OWN) :]) for entry in (*own, *writing)])
+        self.remove([StoreKey(entry[len(OWN) :]) for entry in (*own, *writing)])
         return ResetReceipt(self.name, len(own), used_bytes)
 
     def drain(self, timeout_s: float) -> bool:
@@ -355,6 +369,9 @@ class DiskTier:
     def _finish_store(self, work: _Store, done: Done[_Work]) -> TierResult:
         del self._writing[work.room.entry]
         self._index.settle(work.room, is_written=done.error is None)
+        for victim in work.room.victims:
+            if victim.entry is not None and not victim.is_deleted:  # it is back
+                self._note_lost(victim.entry, "evicted")
         error = done.error
         if isinstance(error, OSError) and error.errno in _REFUSALS:
             self._paused_until_s = self._clock.now() + PAUSE_S
@@ -371,6 +388,7 @@ class DiskTier:
             del self._loading[entry]
         if isinstance(done.error, TierCorrupt):
             self._counts["corrupt"] += 1
+            self._note_lost(entry, "corrupt")
             if work.quarantined is None:
                 self.remove((work.job.key,))
             else:
@@ -378,8 +396,10 @@ class DiskTier:
                 self._index.add_quarantined(work.quarantined, chunk_cost_bytes(HEADER_BYTES + len(work.job.buffer)))
         elif isinstance(done.error, UnknownFormat):
             self._counts["unknown_format"] += 1
+            self._note_lost(entry, "of an unknown format")
             self._index.set_unknown(entry)
         elif isinstance(done.error, FileNotFoundError):
+            self._note_lost(entry, "its file is gone")
             self._index.discard(entry)
         return _result(work.job, done.error, done.seconds)
 
@@ -415,7 +435,7 @@ class DiskTier:
             self._index.end_removal(victim)
 
     def _own_entries(self) -> list[Entry]:
-        return [entry for entry in self._index.entries if entry.startswith(_OWN)]
+        return [entry for entry in self._index.entries if entry.startswith(OWN)]
 
     def _delete(self, victims: list[Victim]) -> None:
         self._threads.submit(Urgency.CHORE, _Chore(victims))

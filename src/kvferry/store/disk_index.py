@@ -11,6 +11,8 @@ from kvferry.store.policy import LRUPolicy
 
 Entry = bytes
 """Number of the namespace (u16 LE, 0 is the own one) + key."""
+OWN = b"\0\0"
+"""The number of the own namespace."""
 
 # The journal and its rewrite: at most 5 records a chunk (disk_journal), and what is there without any chunk.
 _JOURNAL_BYTES_PER_CHUNK = 5 * RECORD_BYTES
@@ -54,6 +56,7 @@ class DiskIndex:
         self.limit_bytes = limit_bytes
         self.used_bytes = FOLDER_BYTES
         self.entries: dict[Entry, int] = {}  # what can be loaded -> cost
+        self.num_own = 0  # entries of the own namespace
         self.unknown: dict[Entry, int] = {}  # of another format version: neither loaded, nor evicted, nor replaced
         self.quarantine: deque[Victim] = deque()  # oldest first
         self._order: LRUPolicy[Entry] = LRUPolicy()  # of the entries
@@ -65,6 +68,7 @@ class DiskIndex:
         """A chunk that is on the disk, as the most recently used."""
         self.entries[entry] = cost_bytes
         self._order.insert(entry)
+        self.num_own += entry.startswith(OWN)
         self.used_bytes += cost_bytes
 
     def discard(self, entry: Entry) -> int:
@@ -173,6 +177,7 @@ class DiskIndex:
     def check_integrity(self) -> None:
         """AssertionError when the books do not add up."""
         assert len(self._order) == len(self.entries)
+        assert self.num_own == sum(entry.startswith(OWN) for entry in self.entries)
         assert all(entry in self._order for entry in self.entries)
         assert not self.entries.keys() & (self._leaving | self.unknown.keys() | self._rooms.keys())
         kept_bytes = sum(self.entries.values()) + sum(self.unknown.values())
@@ -183,4 +188,5 @@ class DiskIndex:
 
     def _take(self, entry: Entry) -> int:
         self._order.remove(entry)
+        self.num_own -= entry.startswith(OWN)
         return self.entries.pop(entry)

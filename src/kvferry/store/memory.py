@@ -30,6 +30,7 @@ class Chunk:
     payload_bytes: int = 0
     num_pins: int = 0  # of callers who copy out of it
     num_writes: int = 0  # of tiers that read it
+    origin: str = ""  # the tier it was read from; empty: a worker copied it in
     is_dropped: bool = False  # no longer found by its key; the slot is freed when nobody uses it
 
     @property
@@ -134,6 +135,16 @@ class HostIndex:
             elif chunk.state is ChunkState.READY and not chunk.is_dropped:
                 taken[chunk] = None
         return list(taken)
+
+    @property
+    def num_ready(self) -> int:
+        """READY chunks that can be found by key."""
+        return len(self._policy)
+
+    @property
+    def num_pending(self) -> int:
+        """Other chunks that can be found by key."""
+        return len(self._by_key) - len(self._policy)
 
     @property
     def num_free(self) -> int:

@@ -110,6 +110,10 @@ class Tier(Protocol):
         """Whether each chunk could be loaded now, as far as the tier knows without asking anybody. Never waits."""
         ...
 
+    def keys(self) -> list[StoreKey]:
+        """Every chunk that `contains` would say yes to. O(chunks); never waits."""
+        ...
+
     def check_fits(self, payload_bytes: int) -> None:
         """ConfigError when a chunk of so many bytes could never be stored (quota, value limit)."""
         ...
@@ -136,6 +140,14 @@ class Tier(Protocol):
 
     def clear(self) -> ResetReceipt:
         """`remove` of every chunk of this tier's namespace. Never waits."""
+        ...
+
+    def take_lost(self) -> list[tuple[StoreKey, str]]:
+        """Chunks that went since the last call although nobody asked for it, each with the reason: "evicted", ...
+
+        One may be back since (its file could not be deleted): ask `contains`. The owner calls it as often as `poll`.
+        Never waits.
+        """
         ...
 
     def stats(self) -> TierStats:

@@ -15,13 +15,14 @@ from __future__ import annotations
 import logging
 import time
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Set
 from dataclasses import dataclass, field, replace
 
 from kvferry.clock import Clock, SystemClock
 from kvferry.errors import ConfigError, TierBusy, TierCorrupt, TierError, TierUnavailable
 from kvferry.hashing import digest as digest_of
 from kvferry.store.arena import Arena
+from kvferry.store.lost import LostKeys
 from kvferry.store.memory import Chunk, ChunkState, HostIndex
 from kvferry.store.policy import EvictionPolicy, LRUPolicy
 from kvferry.store.tier import ResetReceipt, Tier, TierJob, TierResult, TierStats
@@ -63,7 +64,6 @@ class StoreStats:
     num_free_slots: int
     num_host_chunks: int
     num_pending_chunks: int  # being copied or promoted in
-    num_pinned_chunks: int  # held by callers or by tier writes
     num_host_hits: int  # successful pins
     num_committed: int
     committed_bytes: int
@@ -135,6 +135,8 @@ class TieredStore:
         self._is_closed = False
         self._num_host_hits = self._num_committed = self._committed_bytes = self._num_evicted = self._num_refused = 0
         self._invalidated: Counter[str] = Counter()
+        self._lost = LostKeys()
+        self._moved: dict[str, set[StoreKey]] | None = None  # by place; None: nobody wants to know
 
     # -- asking ----------------------------------------------------------------------------------------------------
 
@@ -144,6 +146,48 @@ class TieredStore:
         if chunk is not None:
             return Presence.HOST if chunk.state is ChunkState.READY else Presence.PENDING
         return Presence.TIER if any(lane.offers(key) for lane in self._lanes) else Presence.MISS
+
+    def explain(self, key: StoreKey) -> tuple[str, str]:
+        """Where the chunk is now (host, the name of a tier, "pending", "nowhere"), and why, in words. As `lookup`."""
+        chunk = self._host.get(key)
+        if chunk is not None and chunk.state is ChunkState.READY:
+            return HOST, "in host memory"
+        if chunk is not None:
+            is_copied = chunk.state is ChunkState.COPYING
+            return "pending", "being copied into host memory" if is_copied else f"being read from {chunk.origin}"
+        for lane in self._lanes:
+            if lane.offers(key):
+                return lane.tier.name, f"in {lane.tier.name}, not in host memory"
+        return "nowhere", self._lost.reason(key)
+
+    def note_missing(self, key: StoreKey, reason: str) -> None:
+        """Remember for `explain` why this chunk was not stored."""
+        self._lost.note(key, reason)
+
+    def track_moves(self) -> None:
+        """From now on `take_moved` tells what came and went; what the tiers hold already counts as having come."""
+        self._moved = {HOST: set(), **{lane.tier.name: set(lane.tier.keys()) for lane in self._lanes}}
+
+    def take_moved(self) -> dict[str, Set[StoreKey]]:
+        """By place: chunks that may have come there or gone since the last call; `has` tells which."""
+        if self._moved is None:
+            return {}
+        for lane in self._lanes:
+            self._take_losses(lane)
+        moved: dict[str, Set[StoreKey]] = {place: keys for place, keys in self._moved.items() if keys}
+        self._moved.update({place: set() for place in moved})
+        return moved
+
+    def has(self, place: str, key: StoreKey) -> bool:
+        """The host or this tier has the whole chunk."""
+        if place != HOST:
+            return any(lane.tier.contains((key,))[0] for lane in self._lanes if lane.tier.name == place)
+        chunk = self._host.get(key)
+        return chunk is not None and chunk.state is ChunkState.READY
+
+    def _note_move(self, place: str, key: StoreKey) -> None:
+        if self._moved is not None:
+            self._moved[place].add(key)
 
     def touch(self, keys: Sequence[StoreKey]) -> None:
         """Used just now. `keys` is a prefix, head to tail; the head counts as the most recent: tails go first."""
@@ -179,6 +223,7 @@ class TieredStore:
         self._host.make_ready(chunk, digest, payload_bytes)
         if chunk.is_dropped:
             return
+        self._note_move(HOST, chunk.key)
         self._num_committed += 1
         self._committed_bytes += payload_bytes
         for lane in self._lanes:
@@ -247,6 +292,7 @@ class TieredStore:
                         durable.append((result.key, result.digest, lane.tier.name))
                 else:
                     self._finish_load(lane, result)
+            self._take_losses(lane)
             self._advance(lane)
         if self._on_durable is not None:
             for key, digest, name in durable:
@@ -289,7 +335,9 @@ class TieredStore:
             self._forget(chunk)
         for lane in self._lanes:
             lane.tier.remove((key,))
+            self._note_move(lane.tier.name, key)
         self._invalidated[reason] += 1
+        self._lost.note(key, f"invalidated: {reason}")
         logger.warning("chunk %s was dropped everywhere: %s", key.hex(), reason)
 
     def clear(self) -> list[ResetReceipt]:
@@ -301,7 +349,11 @@ class TieredStore:
         receipts = [ResetReceipt(HOST, len(chunks), ready_bytes)]
         for lane in self._lanes:
             lane.failed.clear()
+            self._take_losses(lane)
+            if self._moved is not None:
+                self._moved[lane.tier.name].update(lane.tier.keys())
             receipts.append(lane.tier.clear())
+        self._lost.note_all_gone("forgotten at a reset")
         return receipts
 
     def scrub(self, max_slots: int) -> list[StoreKey]:
@@ -311,6 +363,7 @@ class TieredStore:
             if digest_of(self._host.view(chunk, chunk.payload_bytes)) != chunk.digest:
                 self._forget(chunk)
                 self._invalidated["scrub"] += 1
+                self._lost.note(chunk.key, "it changed in host memory")
                 logger.error("chunk %s changed in host memory and was dropped", chunk.key.hex())
                 bad.append(chunk.key)
         return bad
@@ -318,16 +371,13 @@ class TieredStore:
     # -- looking in ------------------------------------------------------------------------------------------------
 
     def stats(self) -> StoreStats:
-        """A snapshot; O(chunks in host)."""
-        chunks = self._host.chunks()
-        num_ready = sum(chunk.state is ChunkState.READY for chunk in chunks)
+        """A snapshot. Costs nothing worth mentioning, however many chunks there are: may be taken in every step."""
         return StoreStats(
             num_slots=self._num_slots,
             slot_bytes=self._slot_bytes,
             num_free_slots=self._host.num_free,
-            num_host_chunks=num_ready,
-            num_pending_chunks=len(chunks) - num_ready,
-            num_pinned_chunks=sum(bool(chunk.num_pins or chunk.num_writes) for chunk in chunks),
+            num_host_chunks=self._host.num_ready,
+            num_pending_chunks=self._host.num_pending,
             num_host_hits=self._num_host_hits,
             num_committed=self._num_committed,
             committed_bytes=self._committed_bytes,
@@ -338,6 +388,15 @@ class TieredStore:
             traffic={lane.tier.name: lane.traffic.snapshot() for lane in self._lanes},
             tiers={lane.tier.name: lane.tier.stats() for lane in self._lanes},
         )
+
+    def num_pinned_chunks(self) -> int:
+        """Chunks held by callers or by tier writes; O(chunks in host)."""
+        return sum(bool(chunk.num_pins or chunk.num_writes) for chunk in self._host.chunks())
+
+    def origin(self, key: StoreKey) -> str:
+        """The tier from which the chunk in host memory was read; the host's name when a worker copied it in."""
+        chunk = self._host.get(key)
+        return (chunk.origin if chunk is not None else "") or HOST
 
     def check_integrity(self) -> None:
         """AssertionError when the books of the store or of a tier do not add up."""
@@ -363,6 +422,8 @@ class TieredStore:
 
     def _on_evict(self, chunk: Chunk) -> None:
         self._num_evicted += 1
+        self._lost.note(chunk.key, "evicted (host)")
+        self._note_move(HOST, chunk.key)
         for lane in self._lanes:
             if lane.backlog.pop(chunk.key, None) is not None:
                 lane.traffic.num_dropped += 1
@@ -371,6 +432,13 @@ class TieredStore:
         for lane in self._lanes:
             lane.backlog.pop(chunk.key, None)
         self._host.drop(chunk)
+        self._note_move(HOST, chunk.key)
+
+    def _take_losses(self, lane: _Lane) -> None:
+        for key, reason in lane.tier.take_lost():
+            self._note_move(lane.tier.name, key)
+            if not lane.offers(key):
+                self._lost.note(key, f"{reason} ({lane.tier.name})")
 
     def _advance(self, lane: _Lane) -> None:
         """Hand the tier as much of the backlog as it takes."""
@@ -392,6 +460,7 @@ class TieredStore:
     def _finish_write(self, lane: _Lane, result: TierResult) -> None:
         chunk = lane.writing.pop(result.job_id)
         chunk.num_writes -= 1
+        self._note_move(lane.tier.name, chunk.key)
         lane.traffic.store_s += result.seconds
         if result.error is None:
             lane.failed.discard(chunk.key)
@@ -401,6 +470,7 @@ class TieredStore:
             self._count_failure(lane, "store", result.error)
             if isinstance(result.error, TierCorrupt):  # it is the host's copy that is bad
                 self._forget(chunk)
+                self._lost.note(chunk.key, "it changed in host memory")
         self._host.release(chunk)
 
     def _load_from_any(self, chunk: Chunk) -> bool:
@@ -421,6 +491,7 @@ class TieredStore:
             self._count_failure(lane, "load", error)
             return False
         lane.loading[job.job_id] = chunk
+        chunk.origin = lane.tier.name
         return True
 
     def _finish_load(self, lane: _Lane, result: TierResult) -> None:
@@ -430,9 +501,11 @@ class TieredStore:
             lane.traffic.num_loaded += 1
             lane.traffic.loaded_bytes += result.payload_bytes
             self._host.make_ready(chunk, result.digest, result.payload_bytes)
+            self._note_move(HOST, chunk.key)
             return
         error = result.error if result.error is not None else TierUnavailable("a load without a proved digest")
         self._count_failure(lane, "load", error)
+        self._lost.note(chunk.key, f"failed to load from {lane.tier.name}: {type(error).__name__}")
         if not isinstance(error, TierBusy) and lane.tier.contains((chunk.key,))[0]:
             lane.failed.add(chunk.key)
         self._load_from_any(chunk)

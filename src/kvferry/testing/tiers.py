@@ -29,6 +29,7 @@ class MemoryTier:
         self._stores: list[TierJob] = []
         self._loads: list[TierJob] = []
         self._lost: list[TierResult] = []
+        self._corrupt: list[StoreKey] = []
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any], namespace: Namespace, clock: Clock, where: str) -> MemoryTier:
@@ -41,6 +42,10 @@ class MemoryTier:
     def contains(self, keys: Sequence[StoreKey]) -> list[bool]:
         """What the dict says."""
         return [key in self.chunks and not self.is_closed for key in keys]
+
+    def keys(self) -> list[StoreKey]:
+        """The dict's."""
+        return list(self.chunks)
 
     def check_fits(self, payload_bytes: int) -> None:
         """Everything does."""
@@ -84,6 +89,11 @@ class MemoryTier:
         self.remove([*self.chunks, *(job.key for job in self._stores)])
         return receipt
 
+    def take_lost(self) -> list[tuple[StoreKey, str]]:
+        """What turned out to be corrupt."""
+        lost, self._corrupt = self._corrupt, []
+        return [(key, "corrupt") for key in lost]
+
     def stats(self) -> TierStats:
         """A snapshot."""
         used_bytes = sum(len(payload) for payload, _ in self.chunks.values())
@@ -122,6 +132,7 @@ class MemoryTier:
         job.buffer[:] = payload
         if xxhash.xxh3_128_digest(job.buffer) != digest:
             del self.chunks[job.key]
+            self._corrupt.append(job.key)
             raise TierCorrupt(f"chunk {job.key.hex()}: the bytes do not match their digest")
         return digest
 
@@ -200,5 +211,6 @@ class FailingTier(MemoryTier):
         if self.load_error is not None:
             if isinstance(self.load_error, TierCorrupt):
                 self.chunks.pop(job.key, None)
+                self._corrupt.append(job.key)
             raise self.load_error
         return super()._load(job)

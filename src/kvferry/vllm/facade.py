@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
 from typing import Any
 
+from vllm.distributed import kv_events as vllm_events
 from vllm.distributed.kv_transfer.kv_connector.v1 import base as vllm_base
 
 from kvferry.contract import base as own
@@ -25,6 +27,15 @@ def vllm_facade(scheduler_side: type[SchedulerSide], worker_side: type[WorkerSid
             return vllm_base.KVConnectorTransferResults(
                 results.finished_sending, results.finished_recving, results.failed_recving
             )
+
+        def get_kv_connector_stats(self) -> None:
+            """Nothing: vLLM wants objects of its own kind here."""
+
+        def take_events(self) -> list[Any]:
+            return [
+                getattr(vllm_events, type(event).__name__)(**{f.name: getattr(event, f.name) for f in fields(event)})
+                for event in super().take_events()
+            ]
 
         def get_external_cache_hit_sources(self, request: Any, num_external_tokens: int) -> dict[Any, int]:
             sources = super().get_external_cache_hit_sources(request, num_external_tokens)

@@ -51,6 +51,9 @@ class JobReport:
     rank: int
     digests: tuple[bytes | None, ...]
     error: str | None = None
+    """Type and text of the last failure."""
+    seconds: float = 0.0
+    """What its copies took, without the time in the queue."""
 
 
 @dataclass(slots=True)

@@ -12,9 +12,8 @@ the request waits (lookup answers None), at most `stall_timeout_s` without progr
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -23,6 +22,9 @@ from typing import Any
 
 from kvferry.clock import Clock, SystemClock
 from kvferry.connectors.offloading.config import EXTRA_CONFIG, ChunkGeometry, OffloadingConfig, check_groups
+from kvferry.connectors.offloading.events import ChunkEvents
+from kvferry.connectors.offloading.explain import explain_prefix
+from kvferry.connectors.offloading.identity import model_identity, store_namespace
 from kvferry.connectors.offloading.messages import (
     ChunkPart,
     CopyJob,
@@ -32,21 +34,23 @@ from kvferry.connectors.offloading.messages import (
     WorkerReport,
 )
 from kvferry.connectors.offloading.requests import KeyMaker, LoadState, RequestState, groups_needed
+from kvferry.connectors.offloading.stats import OffloadingCounters
 from kvferry.contract.base import CacheHitSource, KVConnectorHandshakeMetadata
+from kvferry.contract.explain import PrefixRange
 from kvferry.contract.host import HostInfo
 from kvferry.contract.kv_cache import KVConnectorOutput
 from kvferry.contract.sides import SchedulerSide
+from kvferry.contract.stats import ConnectorStats
 from kvferry.contract.views import BlockIds, RequestView, ScheduledRequest, StepView
 from kvferry.errors import ConfigError
-from kvferry.fingerprint import fingerprint_folder
+from kvferry.kv_events import KVCacheEvent
 from kvferry.store.arena import Arena
 from kvferry.store.registry import create_tier
-from kvferry.store.tiered import OnDurable, TieredStore
-from kvferry.types import NULL_BLOCK_ID, GroupInfo, Namespace, Presence, SlotRef, StoreKey
+from kvferry.store.tiered import HOST, OnDurable, TieredStore
+from kvferry.types import NULL_BLOCK_ID, GroupInfo, Presence, SlotRef, StoreKey
 
 logger = logging.getLogger(__name__)
 
-STORE_FORMAT_VERSION = 1
 _JOB_DEADLINE_S = 30.0
 _SCRUB_SLOTS = 1  # proved again in each idle step
 
@@ -68,19 +72,6 @@ class _Job:
     """Stores: computed in a step that read KV which had failed to load."""
 
 
-@dataclass(slots=True)
-class OffloadingCounters:
-    """Totals since start. Tokens and chunks, not bytes; the store has byte counters of its own."""
-
-    num_lookups: int = 0
-    loaded_tokens: int = 0
-    stored_chunks: int = 0
-    dropped_stores: int = 0
-    failed_loads: int = 0
-    failed_stores: int = 0
-    stalled_waits: int = 0
-
-
 class OffloadingSchedulerSide(SchedulerSide):
     """Index, policy and tier I/O; one instance per engine, in the scheduler's thread."""
 
@@ -95,7 +86,7 @@ class OffloadingSchedulerSide(SchedulerSide):
         """Called with (key, digest, tier name) when a chunk will outlive this process in a tier."""
         self._clock = clock or SystemClock()
         self._is_async = self.config.load_async or len(host.groups) > 1  # hybrid sync loads could not report failure
-        self._keys = KeyMaker(_model_identity(host, self.config), host.groups, host.world_size)
+        self._keys = KeyMaker(model_identity(host, self.config), host.groups, host.world_size)
         self._requests: dict[str, RequestState] = {}
         self._jobs: dict[int, _Job] = {}
         self._next_job_id = 0
@@ -103,8 +94,10 @@ class OffloadingSchedulerSide(SchedulerSide):
         self._num_pinned_blocks = 0
         self._pool: Any = None
         self._geometry: ChunkGeometry | None = None
+        self._block_bytes: tuple[int, ...] = ()
         self._store: TieredStore | None = None
         self._arena: Arena | None = None
+        self._events: ChunkEvents | None = None
 
     # ---- start and stop ---------------------------------------------------------------------------------------
 
@@ -114,18 +107,9 @@ class OffloadingSchedulerSide(SchedulerSide):
 
     def set_xfer_handshake_metadata(self, metadata: dict[int, KVConnectorHandshakeMetadata]) -> None:
         """Open arena and tiers, now that the workers' layout is known. Workers must agree on it."""
-        shakes = [shake for _, shake in sorted(metadata.items()) if isinstance(shake, WorkerHandshake)]
-        if len(shakes) != self.host.world_size:
-            raise ConfigError(
-                f"{len(shakes)} of {self.host.world_size} workers sent their KV layout; "
-                "all must run kvferry's OffloadingConnector"
-            )
-        first = shakes[0]
-        for shake in shakes[1:]:
-            if (shake.payload_description, shake.block_bytes) != (first.payload_description, first.block_bytes):
-                raise ConfigError(f"workers {first.rank} and {shake.rank} have different KV layouts")
+        first = self._agreed_layout(metadata)
         geometry = ChunkGeometry.of(self.config, self.host.groups, first.block_bytes, self.host.world_size)
-        namespace = _namespace(self.host, geometry, first.payload_description)
+        namespace = store_namespace(self.host, geometry, first.payload_description)
         with ExitStack() as undo:  # a failure below must leave no folder locked and no segment behind
             tiers = []
             for i, config in enumerate(self.config.secondary_tiers):
@@ -140,6 +124,7 @@ class OffloadingSchedulerSide(SchedulerSide):
             )
             undo.callback(arena.close)
             self._geometry = geometry
+            self._block_bytes = first.block_bytes
             self._store = TieredStore(
                 arena,
                 tiers,
@@ -151,6 +136,8 @@ class OffloadingSchedulerSide(SchedulerSide):
             )
             self._arena = arena
             undo.pop_all()
+        if self.host.wants_kv_events:
+            self._events = ChunkEvents(self._store, self._keys, geometry.chunk_tokens)
         logger.info(
             "offloading: %d slots of %d bytes, chunks of %d tokens, tiers: host%s",
             geometry.num_slots,
@@ -158,6 +145,19 @@ class OffloadingSchedulerSide(SchedulerSide):
             geometry.chunk_tokens,
             "".join(f", {tier.name}" for tier in tiers),
         )
+
+    def _agreed_layout(self, metadata: dict[int, KVConnectorHandshakeMetadata]) -> WorkerHandshake:
+        shakes = [shake for _, shake in sorted(metadata.items()) if isinstance(shake, WorkerHandshake)]
+        if len(shakes) != self.host.world_size:
+            raise ConfigError(
+                f"{len(shakes)} of {self.host.world_size} workers sent their KV layout; "
+                "all must run kvferry's OffloadingConnector"
+            )
+        first = shakes[0]
+        for shake in shakes[1:]:
+            if (shake.payload_description, shake.block_bytes) != (first.payload_description, first.block_bytes):
+                raise ConfigError(f"workers {first.rank} and {shake.rank} have different KV layouts")
+        return first
 
     def _durable(self, key: StoreKey, digest: bytes, tier: str) -> None:
         if self.on_durable is not None:
@@ -337,7 +337,7 @@ class OffloadingSchedulerSide(SchedulerSide):
         self.store.touch([key for part_keys in keys for key in part_keys])
         job = self._new_job(state, tuple(parts), tuple(keys), is_load=True)
         state.load = LoadState.RUNNING
-        self.counters.loaded_tokens += num_external_tokens
+        self.counters.hit_tokens.update(self._tokens_by_medium(state, num_external_tokens))
         self._new_loads.append(job.job)
 
     def _load_part(
@@ -357,17 +357,22 @@ class OffloadingSchedulerSide(SchedulerSide):
         self, request: RequestView, num_external_tokens: int
     ) -> dict[CacheHitSource, int]:
         """Tokens from chunks that were in host memory already, and from chunks fetched from below for this request."""
-        state = self._state(request)
-        assert state.chain is not None
-        chunk_tokens = self.geometry.chunk_tokens
-        start, end = state.num_local_tokens, state.num_local_tokens + num_external_tokens
-        disk = 0
-        for chunk in range(start // chunk_tokens, -(-end // chunk_tokens)):
-            groups = groups_needed(self.host.groups, self.geometry, chunk, end)
-            if any(key in state.promoted for key in self._chunk_keys(state, chunk, groups)):
-                disk += min(end, (chunk + 1) * chunk_tokens) - max(start, chunk * chunk_tokens)
+        by_medium = self._tokens_by_medium(self._state(request), num_external_tokens)
+        disk = sum(tokens for medium, tokens in by_medium.items() if medium != HOST)
         sources = {CacheHitSource.HOST: num_external_tokens - disk, CacheHitSource.DISK: disk}
         return {source: tokens for source, tokens in sources.items() if tokens}
+
+    def _tokens_by_medium(self, state: RequestState, num_external_tokens: int) -> Counter[str]:
+        """The claimed tokens by where their chunks were found; only while these are pinned."""
+        chunk_tokens = self.geometry.chunk_tokens
+        start, end = state.num_local_tokens, state.num_local_tokens + num_external_tokens
+        tokens: Counter[str] = Counter()
+        for chunk in range(start // chunk_tokens, -(-end // chunk_tokens)):
+            groups = groups_needed(self.host.groups, self.geometry, chunk, end)
+            promoted = [key for key in self._chunk_keys(state, chunk, groups) if key in state.promoted]
+            medium = self.store.origin(promoted[0]) if promoted else HOST
+            tokens[medium] += min(end, (chunk + 1) * chunk_tokens) - max(start, chunk * chunk_tokens)
+        return tokens
 
     # ---- store ------------------------------------------------------------------------------------------------
 
@@ -410,13 +415,13 @@ class OffloadingSchedulerSide(SchedulerSide):
         if NULL_BLOCK_ID in blocks or len(blocks) < per_chunk:
             return None  # behind the window already
         if self._num_pinned_blocks + len(blocks) > self.host.num_blocks * 3 // 4:
-            self.counters.dropped_stores += 1
+            self._drop_store(keys, "too many blocks are pinned")
             return None
         for key in present:
             self.store.invalidate(key, "another worker's shard of its chunk is missing")
         refs = self._reserve(keys)
         if refs is None:
-            self.counters.dropped_stores += 1
+            self._drop_store(keys, "no slot is free in host memory")
             return None
         part = ChunkPart(group.group_id, 0, tuple(blocks), refs)
         pinned = [self._pool.blocks[block_id] for block_id in blocks]
@@ -425,6 +430,11 @@ class OffloadingSchedulerSide(SchedulerSide):
         record = self._new_job(state, (part,), (keys,), is_load=False, pinned=pinned)
         record.chunk = chunk
         return record.job
+
+    def _drop_store(self, keys: tuple[StoreKey, ...], reason: str) -> None:
+        self.counters.dropped_stores += 1
+        for key in keys:
+            self.store.note_missing(key, f"computed, but not stored: {reason}")
 
     def _reserve(self, keys: tuple[StoreKey, ...]) -> tuple[SlotRef, ...] | None:
         """A slot for each shard, or none at all."""
@@ -474,9 +484,10 @@ class OffloadingSchedulerSide(SchedulerSide):
         ended: list[_Job] = []
         for item in report.reports:
             record = self._jobs.get(item.job_id)
-            if record is None:
+            if record is None or item.rank in record.reports:
                 continue
             record.reports[item.rank] = item
+            self.counters.add_copies(record.job, item, self._block_bytes, is_load=record.is_load)
             if len(record.reports) == self.host.world_size:
                 ended.append(self._jobs.pop(item.job_id))
         return ended
@@ -491,11 +502,12 @@ class OffloadingSchedulerSide(SchedulerSide):
             payload = self.geometry.payload_bytes[part.group_id]
             digests = [record.reports[rank].digests[i] for rank in range(len(keys))]
             is_good = None not in digests and not record.is_tainted
-            for ref, value in zip(part.slots, digests, strict=True):
+            for key, ref, value in zip(keys, part.slots, digests, strict=True):
                 if is_good and value is not None:
                     self.store.commit(ref, value, payload)
                 else:
                     self.store.abort(ref)
+                    self.store.note_missing(key, "computed, but not stored: the copy failed")
             self.counters.stored_chunks += is_good
             if not is_good:
                 self.counters.failed_stores += 1
@@ -530,6 +542,27 @@ class OffloadingSchedulerSide(SchedulerSide):
         now = self._clock.now()
         return bool(self._new_loads) or any(now < record.deadline_s for record in self._jobs.values())
 
+    def get_kv_connector_stats(self) -> ConnectorStats | None:
+        """Totals since start, in the vocabulary of all connectors; None before the store is open and after its end."""
+        if self._store is None:
+            return None
+        oldest = next((record for record in self._jobs.values() if record.pinned_blocks), None)
+        held_s = 0.0 if oldest is None else self._clock.now() - (oldest.deadline_s - _JOB_DEADLINE_S)
+        return self.counters.told(self._store.stats(), self._num_pinned_blocks, held_s)
+
+    def explain_prefix(self, request: RequestView, num_computed_tokens: int) -> list[PrefixRange]:
+        """Chunk by chunk what the store says of the tokens behind `num_computed_tokens`. Changes nothing."""
+        live = self._requests.get(request.request_id)
+        chain = self._keys.chain(request) if live is None else live.chain
+        if chain is not None:
+            chain.extend(request.token_ids)
+        state = RequestState(request, chain, num_computed_tokens, load=LoadState.NONE if live is None else live.load)
+        return explain_prefix(state, self.store, self._keys, self.host.groups, self.geometry)
+
+    def take_events(self) -> Iterable[KVCacheEvent]:
+        """Chunks that came to or went from a tier since the last call, when the host wants to know."""
+        return () if self._events is None else self._events.take()
+
     # ---- ends -------------------------------------------------------------------------------------------------
 
     def request_finished(self, request: RequestView, block_ids: BlockIds) -> tuple[bool, dict[str, Any] | None]:
@@ -551,31 +584,3 @@ class OffloadingSchedulerSide(SchedulerSide):
         for receipt in self.store.clear():
             logger.info("reset: %s dropped %d chunks", receipt.tier, receipt.num_chunks)
         return True
-
-
-def _model_identity(host: HostInfo, config: OffloadingConfig) -> str:
-    """The model's part of every key: the user's `weights_version`, or a fingerprint of the files."""
-    if config.weights_version is not None:
-        return f"version:{config.weights_version}"
-    where = "set weights_version in kv_connector_extra_config to a name that changes with the weights"
-    if host.weights_are_random:
-        raise ConfigError(f"the model's weights are random (load_format dummy), so KV has no lasting identity: {where}")
-    if not Path(host.model).is_dir():
-        raise ConfigError(f"model {host.model!r} is not a folder, so its weights cannot be fingerprinted: {where}")
-    logger.info("taking the fingerprint of %s", host.model)
-    return fingerprint_folder(Path(host.model))
-
-
-def _namespace(host: HostInfo, geometry: ChunkGeometry, payload: dict[str, Any]) -> Namespace:
-    """Everything beside the key on which stored payloads must agree."""
-    description = {
-        "store_format": STORE_FORMAT_VERSION,
-        "chunk_tokens": geometry.chunk_tokens,
-        "tp_size": host.tp_size,
-        "pp_size": host.pp_size,
-        "numerics": dict(host.numerics),
-        "kinds": [[group.kind.value, group.window_tokens, list(group.layer_names[:1])] for group in host.groups],
-        **payload,
-    }
-    canonical = json.dumps(description, sort_keys=True, separators=(",", ":")).encode()
-    return Namespace(hashlib.sha256(canonical).hexdigest()[:32], description)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections import deque
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -163,6 +164,7 @@ class OffloadingWorkerSide(WorkerSide):
     def _run(self, order: _Order) -> JobReport:
         digests: list[bytes | None] = []
         error = None
+        started_s = time.perf_counter()
         for part in order.job.parts:
             try:
                 digests.append(self._load(order, part) if order.is_load else self._store(order, part))
@@ -170,7 +172,7 @@ class OffloadingWorkerSide(WorkerSide):
                 logger.warning("%s of job %d failed: %s", "load" if order.is_load else "store", order.job.job_id, err)
                 digests.append(None)
                 error = f"{type(err).__name__}: {err}"
-        return JobReport(order.job.job_id, self.host.rank, tuple(digests), error)
+        return JobReport(order.job.job_id, self.host.rank, tuple(digests), error, time.perf_counter() - started_s)
 
     def _store(self, order: _Order, part: ChunkPart) -> bytes:
         arena, layout, copier = self._resources(order.arena)

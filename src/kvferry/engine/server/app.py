@@ -67,6 +67,8 @@ class Routes:
             Route("/health", self.health),
             Route("/ready", self.ready),
             Route("/metrics", self.metrics),
+            Route("/debug/requests", self.live_requests),
+            Route("/debug/requests/{name}", self.explain_request),
             Route("/reset_prefix_cache", self.reset_prefix_cache, methods=["POST"]),
         ]
 
@@ -104,7 +106,7 @@ class Routes:
             bool(body.return_token_ids),
             choices=[Choice(index) for index in range(len(jobs))],
         )
-        generation = await self._service.submit(jobs)
+        generation = await self._service.submit(jobs, reply.reply_id)
         if body.stream:
             return _EventStream(_events(generation, reply, body.wants_stream_usage), self._closer(generation))
         return await self._whole(request, generation, reply)
@@ -218,6 +220,21 @@ class Routes:
     async def metrics(self, request: Request) -> Response:
         """GET /metrics, in Prometheus' text format."""
         return Response(self._metrics.exposition(), media_type="text/plain; version=0.0.4; charset=utf-8")
+
+    async def live_requests(self, request: Request) -> Response:
+        """GET /debug/requests: those that have not ended."""
+        return JSONResponse({"requests": await self._service.live_requests()})
+
+    async def explain_request(self, request: Request) -> Response:
+        """GET /debug/requests/ID: what it waits for, and why its prefix was a hit or not. No tokens, no text."""
+        name = request.path_params["name"]
+        found = await self._service.explain(name)
+        if not found:
+            raise ApiError(
+                404, f"no request {name!r}: it is known while it runs, and the last 256 that ended are remembered",
+                param="id", code="request_not_found",
+            )  # fmt: skip
+        return JSONResponse({"id": name, "requests": found})
 
     async def reset_prefix_cache(self, request: Request) -> Response:
         """POST /reset_prefix_cache?reset_external=true: forget cached KV, and with the parameter the connector's."""

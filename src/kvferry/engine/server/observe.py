@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from kvferry.clock import Clock, SystemClock
 from kvferry.engine.llm import LLM
 from kvferry.engine.outputs import RequestOutput
-from kvferry.metrics import HIT_SOURCES, Metrics
+from kvferry.engine.server.connector_metrics import ConnectorMetrics, by_known
+from kvferry.metrics import HELD_REASONS, HIT_SOURCES, Metrics
 
 
 class EngineObserver:
@@ -20,8 +21,12 @@ class EngineObserver:
         self._metrics = metrics
         self._clock = clock or SystemClock()
         self._num_forwards = 0
+        self._num_step_tokens = 0
         self._last_token_s: dict[str, float] = {}
         self._num_tokens: dict[str, int] = {}
+        transfer = llm.config.kv_transfer_config
+        self._connector = ConnectorMetrics(metrics, "" if transfer is None else str(transfer.kv_connector))
+        self._connector.enter(llm.connector_stats)
 
     def step_done(self, outputs: Sequence[RequestOutput]) -> None:
         """Enter one step."""
@@ -29,11 +34,15 @@ class EngineObserver:
         self._num_forwards = self._llm.runner.num_forwards
         self._metrics.add("kvferry:engine_steps")
         now_s = self._clock.now()
+        self._num_step_tokens = 0
         for output in outputs:
             self._tokens(output, now_s)
             if output.finished:
                 self._end(output)
+        if self.had_forward:
+            self._metrics.observe("vllm:iteration_tokens_total", self._num_step_tokens)
         self._engine_state()
+        self._connector.enter(self._llm.connector_stats)
 
     def _engine_state(self) -> None:
         metrics, stats, counters = self._metrics, self._llm.scheduler.stats(), self._llm.counters
@@ -47,12 +56,21 @@ class EngineObserver:
         metrics.raise_to("kvferry:connector_contract_errors", sum(counters.contract_errors.values()))
         metrics.raise_to("kvferry:connector_load_failures", counters.load_failures)
         metrics.raise_to("kvferry:connector_unknown_completions", counters.unknown_completions)
+        metrics.set("kvferry:connector_switched_off", bool(counters.switched_off))
+        for reason, num_blocks in by_known(stats.num_held_blocks, HELD_REASONS).items():
+            metrics.set("kvferry:held_blocks", num_blocks, reason)
+        metrics.set("kvferry:oldest_held_seconds", stats.oldest_held_s)
+        publisher = self._llm.event_publisher
+        if publisher is not None:
+            metrics.raise_to("kvferry:kv_events_messages", publisher.num_messages)
+            metrics.raise_to("kvferry:kv_events_dropped", publisher.num_dropped)
 
     def _tokens(self, output: RequestOutput, now_s: float) -> None:
         num_new, request_id = len(output.outputs[0].token_ids), output.request_id
         if not num_new:
             return
         self._metrics.add("vllm:generation_tokens", num_new)
+        self._num_step_tokens += num_new
         if request_id not in self._num_tokens:
             self._first_token(output)
         else:
@@ -65,6 +83,7 @@ class EngineObserver:
         num_external = output.num_external_tokens
         num_local = output.num_cached_tokens - num_external
         add("vllm:prompt_tokens", num_prompt)
+        self._num_step_tokens += num_prompt - output.num_cached_tokens
         add("vllm:prompt_tokens_by_source", num_prompt - output.num_cached_tokens, "local_compute")
         add("vllm:prompt_tokens_by_source", num_local, "local_cache_hit")
         add("vllm:prompt_tokens_by_source", num_external, "external_kv_transfer")
@@ -85,7 +104,7 @@ class EngineObserver:
         observe, times = self._metrics.observe, output.metrics
         self._last_token_s.pop(output.request_id, None)
         num_tokens = self._num_tokens.pop(output.request_id, 0)
-        self._metrics.add("vllm:request_success", label=output.outputs[0].finish_reason)
+        self._metrics.add("vllm:request_success", 1, output.outputs[0].finish_reason or "")
         observe("vllm:request_prompt_tokens", len(output.prompt_token_ids))
         observe("vllm:request_generation_tokens", num_tokens)
         assert times.e2e_s is not None

@@ -55,15 +55,15 @@ class Generation:
     Raises EngineStopped when the engine ends first. `close` it in any case. Belongs to the event loop's thread.
     """
 
-    def __init__(self, service: EngineService, num_jobs: int) -> None:
+    def __init__(self, service: EngineService, num_jobs: int, name: str) -> None:
         self._service = service
         self._queue: asyncio.Queue[tuple[str, RequestOutput] | EngineStopped] = asyncio.Queue()
-        self._indexes = {f"req-{secrets.token_hex(8)}": index for index in range(num_jobs)}
+        self._indexes = {name if num_jobs == 1 else f"{name}-{index}": index for index in range(num_jobs)}
         self._unfinished = set(self._indexes)
 
     @property
     def request_ids(self) -> list[str]:
-        """The engine's request ids, one per job."""
+        """The engine's request ids, one per job: the name, or with several jobs `name-0`, `name-1` and so on."""
         return list(self._indexes)
 
     @property
@@ -134,20 +134,21 @@ class EngineService:
         """Requests submitted and not finished."""
         return len(self._streams)
 
-    async def submit(self, jobs: Sequence[Job]) -> Generation:
+    async def submit(self, jobs: Sequence[Job], name: str | None = None) -> Generation:
         """Queue all jobs or none; returns when the engine has taken them, after the step under way.
 
+        `name` is what the client will know them by; it must be new.
         Raises Overloaded, EngineStopped, and ConfigError when one of them cannot run.
         """
         if self._refusal is not None:
-            self._metrics.add("vllm:admission_rejections", label="stopping")
+            self._metrics.add("vllm:admission_rejections", 1, "stopping")
             raise EngineStopped(self._refusal)
         if len(self._streams) + len(jobs) > self.max_unfinished:
-            self._metrics.add("vllm:admission_rejections", label="queue_full")
+            self._metrics.add("vllm:admission_rejections", 1, "queue_full")
             raise Overloaded(
                 f"the server has {len(self._streams)} unfinished requests of at most {self.max_unfinished}"
             )
-        generation = Generation(self, len(jobs))
+        generation = Generation(self, len(jobs), name or f"req-{secrets.token_hex(8)}")
         for request_id in generation.request_ids:
             self._streams[request_id] = generation
         try:
@@ -172,6 +173,16 @@ class EngineService:
     async def reset_prefix_cache(self, reset_connector: bool) -> bool:
         """`LLM.reset_prefix_cache` between two steps."""
         return await self.call(lambda: self._llm.reset_prefix_cache(reset_connector))
+
+    async def explain(self, name: str) -> list[dict[str, Any]]:
+        """`LLM.explain` of the request of this id, or of all that were submitted under this name; [] when unknown."""
+        names = [name, *(f"{name}-{index}" for index in range(self.max_unfinished))]
+        found = await self.call(lambda: [self._llm.explain(request_id) for request_id in names])
+        return [explanation for explanation in found if explanation is not None]
+
+    async def live_requests(self) -> list[dict[str, Any]]:
+        """`LLM.live_requests` between two steps."""
+        return await self.call(self._llm.live_requests)
 
     def release(self, request_ids: Sequence[str]) -> None:
         """Forget these requests and abort those that have not finished; never waits."""
