@@ -16,7 +16,7 @@ from __future__ import annotations
 import logging
 from bisect import insort
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 from operator import attrgetter
 
@@ -30,6 +30,7 @@ from kvferry.engine.recovery import SharedRepairs, read_failures
 from kvferry.engine.request import Request, RequestStatus, SampledToken
 from kvferry.engine.transfers import Transfers
 from kvferry.errors import ConfigError
+from kvferry.types import NULL_BLOCK_ID
 
 logger = logging.getLogger(__name__)
 
@@ -333,8 +334,12 @@ class Scheduler:
         reported = result.connector_output
         self._leave_unknown_out(reported)
         failed = read_failures(reported, self.manager, self._connector.breach)
-        discarded = self._strike_bad_blocks(failed.bad_block_ids)
-        discarded |= self._failed_sync_loads(failed.request_ids, result.sync_loads_unproved)
+        failed_ids = self._sync_loads.keys() & failed.request_ids
+        if result.sync_loads_unproved:
+            failed_ids = set(self._sync_loads)
+        # Connectors must not keep what was computed over any of these, whoever reported it and how.
+        reported.invalid_block_ids = failed.bad_block_ids | self._blocks_of_sync_loads(failed_ids)
+        discarded = self._strike_bad_blocks(failed.bad_block_ids) | self._fail_sync_loads(failed_ids)
         for item in plan.batch:
             if item.request.request_id not in discarded:
                 self._advance(item, result.sampled)
@@ -421,14 +426,23 @@ class Scheduler:
         self._connector.counters.late_completions += len(failed_ids - set(unknown) - self._requests.keys())
         reported.failed_blocks = known_blocks
 
-    def _failed_sync_loads(self, failed_ids: set[str], all_unproved: bool) -> set[str]:
-        """Requests whose loads of this step failed, or nobody vouches for: back to what was there before the load."""
-        discarded = self._sync_loads.keys() if all_unproved else self._sync_loads.keys() & failed_ids
-        for request_id in discarded:
+    def _blocks_of_sync_loads(self, request_ids: Collection[str]) -> set[int]:
+        """Ids of the blocks that these requests were to load in this step, and of those behind them."""
+        size = self.manager.block_size
+        return {
+            block_id
+            for request_id in request_ids
+            for table in self.manager.get_block_ids(request_id)
+            for block_id in table[self._sync_loads[request_id] // size :]
+        } - {NULL_BLOCK_ID}
+
+    def _fail_sync_loads(self, request_ids: Collection[str]) -> set[str]:
+        """Back to what was there before the load; returns the requests, aborted ones too."""
+        for request_id in request_ids:
             request = self._requests.get(request_id)
             if request is not None and request.num_computed_tokens > self._sync_loads[request_id]:
                 self._fail_load(request, self._sync_loads[request_id])
-        return set(discarded)
+        return set(request_ids)
 
     def _strike_bad_blocks(self, bad_ids: set[int]) -> set[str]:
         """Requests that hold blocks whose load failed go back to before the first of them; returns those."""
@@ -450,6 +464,7 @@ class Scheduler:
         if request.status is RequestStatus.RUNNING and request.num_tokens > request.num_tokens_when_admitted:
             # Tokens were chosen by what the block held and may have been seen: they cannot be taken back.
             self._connector.counters.load_failures += 1
+            request.num_computed_tokens = min(first_bad, request.num_computed_tokens)
             self._finish(request, RequestStatus.FINISHED_ERROR, "its KV cache was found bad after it had been used")
         else:
             sources = request.num_local_tokens, request.num_external_tokens, request.external_hit_sources

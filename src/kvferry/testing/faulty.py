@@ -71,6 +71,8 @@ class Medium:
         self.faults = Faults()
         self.transfer_steps = 1
         self.num_done: Counter[str] = Counter()
+        self.proved: set[PageKey] = set()
+        """Pages that a test has looked at."""
         self.workers: list[FaultyConnector] = []
         self.schedulers: list[FaultyConnector] = []
 
@@ -88,7 +90,6 @@ class Medium:
             for job in worker.jobs:
                 (written if job.is_load else read).update(block_id for _, _, block_id in job.pages)
         return written, read
-
 
     def pinned_blocks(self) -> list[int]:
         """Blocks that saves have pinned, once per pin."""
@@ -120,6 +121,8 @@ class _Job:
     is_send: bool = False
     fault: LoadFault = LoadFault.NONE
     steps_left: int = 0
+    reads: frozenset[int] = frozenset()
+    """Saves: all blocks of the request when the step was planned."""
     is_tainted: bool = False
     """Saves: computed in a step that read KV which had failed to load."""
 
@@ -256,6 +259,7 @@ class FaultyConnector(KVConnectorBase_V1, SupportsHMA):
             pages = [page for page in self._pages(request, tables, indexes) if page[0] not in self.medium.pages]
             if pages:
                 job = self._job(request_id, pages)
+                job.reads = frozenset(block_id for table in tables for block_id in table)
                 self._pool.touch([self._pool.blocks[block_id] for _, _, block_id in pages])
                 self.jobs.append(job)
                 orders.jobs.append(job)
@@ -267,29 +271,23 @@ class FaultyConnector(KVConnectorBase_V1, SupportsHMA):
         self._failed |= connector_output.failed_recving
         report = connector_output.kv_connector_worker_meta
         saved = report.pages if isinstance(report, _Saved) else {}
-        tainted = self._tainted(connector_output.invalid_block_ids)
+        bad_block_ids = connector_output.invalid_block_ids
+        self._remember_failures(bad_block_ids)
         for job in list(self.jobs):
+            job.is_tainted |= not job.reads.isdisjoint(bad_block_ids)
             if job.job_id in saved:
                 self.jobs.remove(job)
                 self._pool.free_blocks([self._pool.blocks[block_id] for _, _, block_id in job.pages])
-                if job.request_id not in tainted and not job.is_tainted:
+                if not job.is_tainted:
                     self.medium.pages.update(saved[job.job_id])
                     self.medium.num_done["saves"] += 1
-            elif job.request_id in tainted:
-                job.is_tainted = True
 
-    def _tainted(self, bad_block_ids: set[int]) -> set[str]:
-        """Requests with one of these blocks; what they computed since is worthless."""
-        if not bad_block_ids:
-            return set()
-        tables = {request_id: self._kv_cache_manager.get_block_ids(request_id) for request_id in self._requests}
-        tainted = {
-            request_id
-            for request_id, groups in tables.items()
-            if any(bad_block_ids.intersection(table) for table in groups)
-        }
-        self._failed |= tainted
-        return tainted
+    def _remember_failures(self, bad_block_ids: set[int]) -> None:
+        """Claim nothing more for requests that have one of these blocks, so that a lasting failure cannot loop."""
+        for request_id in self._requests if bad_block_ids else ():
+            tables = self._kv_cache_manager.get_block_ids(request_id)
+            if any(bad_block_ids.intersection(table) for table in tables):
+                self._failed.add(request_id)
 
     def request_finished_all_groups(
         self, request: Any, block_ids: tuple[list[int], ...]

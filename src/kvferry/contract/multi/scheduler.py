@@ -60,6 +60,8 @@ class MultiSchedulerHooks(MultiBase):
         self._claims = Claims(policy, self.settings.lookup_wait_s, clock or SystemClock())
         self._next = MultiMetadata()
         self._new_req_ids: list[str] = []
+        self._loading: dict[str, Claim] = {}
+        """Asynchronous loads that have not been reported yet."""
         self._ledgers: dict[int, PinLedger] = {}
         self._num_closed_ranks: Counter[int] = Counter()
         self._views = [_ReportView(self._num_ranks()) for _ in self.children]
@@ -179,6 +181,7 @@ class MultiSchedulerHooks(MultiBase):
     def _note_load(self, request_id: str, claim: Claim, blocks: Any, num_external_tokens: int) -> None:
         if claim.is_async:
             self._next.async_loads[request_id] = claim.child
+            self._loading[request_id] = claim
             return
         block_ids = self._next.sync_loads.setdefault(claim.child, set())
         end = claim.num_local_tokens + num_external_tokens
@@ -240,11 +243,14 @@ class MultiSchedulerHooks(MultiBase):
             child.num_broken_answers += report.num_broken_answers
             if report.is_off:
                 child.switch_off("its worker instance is")
+            own = view.of(report)
+            for request_id in own["finished_recving"]:
+                self._loading.pop(request_id, None)
             output = replace(
                 connector_output,
                 kv_connector_stats=by_label.get(child.label),
                 invalid_block_ids=set(bad_block_ids),
-                **view.of(report),
+                **own,
             )
             child.tell("update_connector_output", output)
             self._close(child, report.num_closed_ranks)
@@ -286,21 +292,30 @@ class MultiSchedulerHooks(MultiBase):
     ) -> tuple[bool, dict[str, Any] | None]:
         """Keep the blocks until every child that wants to has reported. Parameters flat, and by child's label.
 
+        While one child still loads the request's blocks, the others are shown only those filled before the load.
         ContractError, and no child is asked, when there are several groups and a child supports only one.
         """
         for child in self.children:
             if len(block_ids) > 1 and not child.is_hma:
                 raise ContractError(f"{child.label} supports one KV cache group, the host passed {len(block_ids)}")
         promised = self._claims.end(request.request_id)
+        load = self._loading.pop(request.request_id, None)
         params: dict[str, dict[str, Any]] = {}
         for child in self.children:
-            delays, child_params = _finish(child, request, block_ids)
+            is_filled = load is None or load.child == child.index
+            filled = block_ids if is_filled or load is None else self._first_blocks(block_ids, load.num_local_tokens)
+            delays, child_params = _finish(child, request, filled)
             if delays:
                 promised.add(child.index)
             if child_params is not None:
                 params[child.label] = child_params
         self._next.ended[request.request_id] = tuple(sorted(promised))
         return bool(promised), _merged_params(params)
+
+    def _first_blocks(self, block_ids: BlockIds, num_tokens: int) -> BlockIds:
+        groups = self._kv_cache_config.kv_cache_groups
+        sizes = [group.kv_cache_spec.block_size for group in groups]
+        return tuple(table[: num_tokens // size] for table, size in zip(block_ids, sizes, strict=False))
 
     def reset_cache(self) -> bool:
         """Every child is asked. True only when all have done it; `last_reset` says what became of each."""
