@@ -11,9 +11,11 @@ import pytest
 
 from kvferry.config import KVTransferConfig
 from kvferry.connectors.offloading.config import OffloadingConfig
+from kvferry.contract import KVConnectorFactory
+from kvferry.kv_events import KVEventsConfig
 
 ROOT = Path(__file__).parents[2]
-PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])
+PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
 TEXT = {page.relative_to(ROOT).as_posix(): page.read_text() for page in PAGES}
 
 EXECUTED_BY = {
@@ -23,6 +25,9 @@ EXECUTED_BY = {
         "tests/e2e/test_demo.py",
         "kvferry demo --json demo.json --plot demo.png",
     ),
+    "kvferry serve": ("tests/e2e/test_serve.py", '"--kv-offloading-size"'),
+    "kvferry connectors": ("tests/unit/cli/test_connectors.py", '"connectors"'),
+    "kvferry doctor": ("tests/unit/cli/test_doctor.py", "doctor"),
     "vllm serve": ("tests/vllm/test_smoke.py", '"kv_connector_module_path": "kvferry.vllm"'),
 }
 """Command (or how it begins) -> the file that makes CI execute it, and the words there that do."""
@@ -53,6 +58,17 @@ def test_vllm_line_is_a_valid_configuration(page: str, command: str) -> None:
     config = KVTransferConfig.parse(words[words.index("--kv-transfer-config") + 1])
     assert config.kv_connector_module_path == "kvferry.vllm"
     assert OffloadingConfig.parse(config.kv_connector_extra_config).secondary_tiers
+
+
+@pytest.mark.parametrize(("page", "text"), [block for block in blocks("json") if block[0] != "docs/keys.md"])
+def test_json_is_a_configuration(page: str, text: str) -> None:
+    values = json.loads(text)
+    if "kv_connector" in values:
+        transfer = KVTransferConfig.parse(values)
+        resolved = KVConnectorFactory.resolve(transfer) if "module_path" not in text else None
+        assert resolved is None or resolved.name == values["kv_connector"]
+    else:
+        assert KVEventsConfig.parse(values)
 
 
 def test_make_targets_in_the_text_exist() -> None:

@@ -8,16 +8,15 @@ import sys
 from typing import Annotated, Any
 
 import typer
-from rich.box import SIMPLE
 from rich.console import Console
-from rich.table import Table
+from rich.padding import Padding
 from rich.text import Text
 
 from kvferry.contract.factory import KVConnectorFactory
 from kvferry.contract.resolver import KnownConnector
 
 
-def connectors(as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False) -> None:
+def connectors(as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead.")] = False) -> None:
     """List the connectors that kv_connector may name: built-in, registered, and entry points of installed packages.
 
     One that cannot be used is listed with the reason and the remedy; the exit status is 0 all the same.
@@ -27,7 +26,7 @@ def connectors(as_json: Annotated[bool, typer.Option("--json", help="Print JSON 
     if as_json:
         typer.echo(json.dumps([_as_dict(connector) for connector in known], indent=2))
     else:
-        _print_table(known, Console())
+        _print_list(known, Console())
 
 
 def _as_dict(connector: KnownConnector) -> dict[str, Any]:
@@ -51,24 +50,18 @@ def _as_dict(connector: KnownConnector) -> dict[str, Any]:
     return {**row, "version": resolved.version, "file": resolved.file, "capabilities": capabilities}
 
 
-def _print_table(known: list[KnownConnector], console: Console) -> None:
-    table = Table("name", "origin", "version", "HMA", "V2 runner", "what it is", box=SIMPLE)
-    table.columns[0].no_wrap = True
-    table.columns[0].overflow = "fold"
+def _print_list(known: list[KnownConnector], console: Console) -> None:
     for connector in known:
         target, resolved = connector.target, connector.resolved
+        version = resolved.version if resolved is not None else target.version
+        console.print(Text(f"{target.name}  ({target.origin.value} {version or '-'})", style="bold"), soft_wrap=True)
         if resolved is None:
-            table.add_row(
-                *map(Text, (target.name, target.origin.value, target.version or "-", "-", "-", "unavailable"))
-            )
-            continue
-        able = (resolved.capabilities.supports_hma, resolved.capabilities.supports_v2_model_runner)
-        cells = (target.name, target.origin.value, resolved.version or "-", *map(_yes_no, able), connector.description)
-        table.add_row(*map(Text, cells))
-    console.print(table)
-    for connector in known:
-        if connector.problem is not None:
-            console.print(Text(f"{connector.target.name} is unavailable: {connector.problem}"), soft_wrap=True)
+            what = f"unavailable: {connector.problem}"
+        else:
+            able = resolved.capabilities
+            hybrid, runner = _yes_no(able.supports_hma), _yes_no(able.supports_v2_model_runner)
+            what = f"{connector.description}\nhybrid KV caches: {hybrid}; second model runner: {runner}"
+        console.print(Padding(Text(what), (0, 0, 1, 4)))
 
 
 def _yes_no(value: bool | None) -> str:
