@@ -27,7 +27,7 @@ NUM_BLOCKS = 25
 CHILDREN = ("a", "b")
 STUCK_AFTER_S = 60 + 300 + 300 + 100  # lookup, load and stall deadlines one after the other, and some
 BAD_ANSWERS: list[Any] = [
-    (10_000, False), (10_000, True), (-4, False), (0, True), ("many", False), (True, False), None, (3, True), 7,
+    (10_000, False), (10_000, True), (-4, False), (0, True), ("many", False), (True, False), None, (3, False), 7,
 ]  # fmt: skip
 LOAD_FAULTS = [fault for fault in LoadFault if fault is not LoadFault.NONE]
 RAISING_HOOKS = ("on_new_request", "wait_for_layer_load", "wait_for_save", "request_finished", "get_transfer_results")
