@@ -122,6 +122,34 @@ def test_failed_request_of_a_sync_load(make_engine, tokens):
     assert engine.llm.counters.late_completions == 0
 
 
+@pytest.mark.parametrize("how", ["position", "request", "raise"])
+def test_connectors_hear_of_every_block_that_a_sync_load_left_bad(make_engine, script, tokens, monkeypatch, how):
+    """However the failure was reported: whoever stored what was computed over it must take that back."""
+    engine = make_engine(script(by_position=how == "position"))
+    prompt = tokens(23)
+    warm(engine, prompt)
+    engine.run(prompt[:9])  # 8 tokens, 2 blocks, are local
+    heard = []
+    listen = engine.script.scheduler.update_connector_output
+    monkeypatch.setattr(
+        engine.script.scheduler,
+        "update_connector_output",
+        lambda output: (heard.append(set(output.invalid_block_ids)), listen(output)),
+    )
+    request_id = engine.add(prompt)
+    if how == "position":
+        engine.script.bad_block_indexes = {3}
+    elif how == "request":
+        engine.script.extra_failed = engine.script.extra_received = {request_id}
+    else:
+        engine.script.raise_in["start_load_kv"] = 1
+    engine.step()
+    (table,) = engine.llm.scheduler.manager.get_block_ids(request_id)
+    assert heard == [{table[3]} if how == "position" else set(table[2:])]
+    engine.script.extra_failed = engine.script.extra_received = set()
+    engine.check(engine.finish()[request_id])
+
+
 # ---- shared blocks ------------------------------------------------------------------------------------------------
 
 

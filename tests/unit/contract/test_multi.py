@@ -9,7 +9,19 @@ from typing import Any
 
 import pytest
 import torch
-from tests.multi_children import Hybrid, Pair, Shake, cache_config, child, host_config, nested, transfer
+from tests.multi_children import (
+    Hybrid,
+    Pair,
+    Shake,
+    cache_config,
+    child,
+    host_config,
+    nested,
+    request,
+    results,
+    start_load,
+    transfer,
+)
 
 from kvferry.config import KVTransferConfig
 from kvferry.contract import (
@@ -233,3 +245,18 @@ def test_properties() -> None:
     assert not pair.scheduler.requires_kv_delivery
     assert Pair(children=[child(kv_role="kv_consumer"), child()]).scheduler.requires_kv_delivery
     assert not pair.scheduler.supports_divergent_local_hybrid_hits
+
+
+@pytest.mark.parametrize("has_arrived", [False, True])
+def test_children_are_not_shown_blocks_that_another_child_still_loads(has_arrived: bool) -> None:
+    """The host passes an aborted request's blocks, but nothing is in them yet."""
+    pair = Pair()
+    pair.scheduler.on_new_request(request())
+    start_load(pair, 0)
+    if has_arrived:
+        pair.w[0].answers["get_transfer_results"] = results(received="r")
+    pair.step()
+    pair.scheduler.request_finished_all_groups(request(), ([10, 11, 12, 13],))
+    owner, other = (side.called("request_finished_all_groups")[0][1] for side in pair.s)
+    assert owner == ([10, 11, 12, 13],)
+    assert other == (owner if has_arrived else ([10],))

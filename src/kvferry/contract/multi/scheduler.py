@@ -60,7 +60,7 @@ class MultiSchedulerHooks(MultiBase):
         self._claims = Claims(policy, self.settings.lookup_wait_s, clock or SystemClock())
         self._next = MultiMetadata()
         self._new_req_ids: list[str] = []
-        self._loading: dict[str, Claim] = {}
+        self._open_loads: dict[str, Claim] = {}
         """Asynchronous loads that have not been reported yet."""
         self._ledgers: dict[int, PinLedger] = {}
         self._num_closed_ranks: Counter[int] = Counter()
@@ -181,7 +181,7 @@ class MultiSchedulerHooks(MultiBase):
     def _note_load(self, request_id: str, claim: Claim, blocks: Any, num_external_tokens: int) -> None:
         if claim.is_async:
             self._next.async_loads[request_id] = claim.child
-            self._loading[request_id] = claim
+            self._open_loads[request_id] = claim
             return
         block_ids = self._next.sync_loads.setdefault(claim.child, set())
         end = claim.num_local_tokens + num_external_tokens
@@ -245,7 +245,7 @@ class MultiSchedulerHooks(MultiBase):
                 child.switch_off("its worker instance is")
             own = view.of(report)
             for request_id in own["finished_recving"]:
-                self._loading.pop(request_id, None)
+                self._open_loads.pop(request_id, None)
             output = replace(
                 connector_output,
                 kv_connector_stats=by_label.get(child.label),
@@ -299,7 +299,7 @@ class MultiSchedulerHooks(MultiBase):
             if len(block_ids) > 1 and not child.is_hma:
                 raise ContractError(f"{child.label} supports one KV cache group, the host passed {len(block_ids)}")
         promised = self._claims.end(request.request_id)
-        load = self._loading.pop(request.request_id, None)
+        load = self._open_loads.pop(request.request_id, None)
         params: dict[str, dict[str, Any]] = {}
         for child in self.children:
             is_filled = load is None or load.child == child.index
