@@ -21,6 +21,8 @@ class PrefixRange:
     """The KV cache group, where groups differ."""
     source: str = ""
     """Which connector says so."""
+    is_claimed: bool = True
+    """False when another connector than the one that says so is to load the request's KV."""
 
     def as_dict(self) -> dict[str, Any]:
         """As JSON shows it."""

@@ -177,5 +177,5 @@ def _ranges(found: _Admission, num_loaded: int) -> list[dict[str, Any]]:
     for item in found.ranges:
         cut = [loaded_end] if item.first_token < loaded_end < item.end_token else []
         for first, end in pairwise([item.first_token, *cut, item.end_token]):
-            ranges.append({**item.as_dict(), "tokens": [first, end], "loaded": end <= loaded_end})
+            ranges.append({**item.as_dict(), "tokens": [first, end], "loaded": item.is_claimed and end <= loaded_end})
     return ranges

@@ -28,6 +28,7 @@ from kvferry.contract import (
     ConnectorStats,
     KVConnectorRole,
     MediumStats,
+    PrefixRange,
 )
 from kvferry.contract.hooks import HOOKS
 from kvferry.contract.multi import MultiConnector
@@ -260,3 +261,15 @@ def test_children_are_not_shown_blocks_that_another_child_still_loads(has_arrive
     owner, other = (side.called("request_finished_all_groups")[0][1] for side in pair.s)
     assert owner == ([10, 11, 12, 13],)
     assert other == (owner if has_arrived else ([10],))
+
+
+def test_explanations_say_which_child_loads() -> None:
+    pair = Pair()
+    for side in pair.s:
+        side.answers["explain_prefix"] = [PrefixRange(0, 8, "host", "in host memory")]
+    told = pair.scheduler.explain_prefix(request(), 0)
+    assert [(found.source, found.is_claimed) for found in told] == [("Hybrid", False), ("Hybrid#2", False)]
+    pair.claims(NO, (8, True))
+    pair.match(request())
+    told = pair.scheduler.explain_prefix(request(), 0)
+    assert [(found.source, found.is_claimed) for found in told] == [("Hybrid", False), ("Hybrid#2", True)]

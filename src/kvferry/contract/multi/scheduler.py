@@ -327,8 +327,14 @@ class MultiSchedulerHooks(MultiBase):
 
     def explain_prefix(self, request: Any, num_computed_tokens: int) -> list[PrefixRange]:
         """All children's answers, each with its source."""
+        claim = self._claims.of(request.request_id)
+        owner = None if claim is None else claim.child
         return [
-            replace(found, source=source_path(child.label, found.source))
+            replace(
+                found,
+                source=source_path(child.label, found.source),
+                is_claimed=found.is_claimed and child.index == owner,
+            )
             for child in self.children
             for found in child.ask("explain_prefix", [], request, num_computed_tokens, reads=list)
         ]
