@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from tests.multi_children import (
+    NO,
     Hybrid,
     Pair,
     Shake,
