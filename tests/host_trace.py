@@ -107,7 +107,7 @@ def async_whole_prompt(run: Driver) -> None:
 def still_looking(run: Driver) -> None:
     run.record.script = Script(hit_tokens=64, looking_times=2)
     run.add("r1", 70)
-    run.add("r2", 40)
+    run.add("r2", 80)
     run.finish()
 
 

@@ -25,7 +25,7 @@ class Script:
     """What the connector pretends. It may be changed between steps."""
 
     hit_tokens: int = 0
-    """It has the KV of this many first tokens of every prompt."""
+    """It has the KV of this many first tokens of every prompt (prompts must not be shorter)."""
     is_async: bool = False
     looking_times: int = 0
     """So many lookups are answered with "ask again" before the first answer."""
