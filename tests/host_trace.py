@@ -9,8 +9,8 @@ from kvferry.testing.recorder import Record, Script
 
 BLOCK_SIZE = 32
 BUDGET_TOKENS = 64
-NUM_BLOCKS = 10
-"""Of one KV group, the null block included; models with more groups get as many for each."""
+NUM_BLOCKS = {"single": 10, "hybrid": 28}
+"""The null block included: 9 for each of the one or three groups, so that two requests of 129 tokens do not fit."""
 MAX_MODEL_LEN = 256
 _STEP_LIMIT = 60
 

@@ -42,7 +42,7 @@ MODELS: dict[str, dict[str, Any]] = {
         "model_type": "gemma3_text",
         "num_hidden_layers": 3,
         "query_pre_attn_scalar": 32,
-        "sliding_window": 64,
+        "sliding_window": 128,
         "layer_types": ["sliding_attention", "sliding_attention", "full_attention"],
     },
 }
@@ -51,13 +51,13 @@ MODELS: dict[str, dict[str, Any]] = {
 class VllmHost:
     """Real vLLM as the scenarios drive it."""
 
-    def __init__(self, config: dict[str, Any], num_groups: int, folder: str) -> None:
-        from vllm import EngineArgs
+    def __init__(self, model: str, folder: str) -> None:
+        from tests import host_trace
         from vllm.v1.engine.llm_engine import LLMEngine
 
-        from tests import host_trace
+        from vllm import EngineArgs
 
-        (Path(folder) / "config.json").write_text(json.dumps(config))
+        (Path(folder) / "config.json").write_text(json.dumps(MODELS[model]))
         args = EngineArgs(
             model=folder,
             load_format="dummy",
@@ -68,7 +68,7 @@ class VllmHost:
             max_model_len=host_trace.MAX_MODEL_LEN,
             max_num_batched_tokens=host_trace.BUDGET_TOKENS,
             max_num_seqs=4,
-            num_gpu_blocks_override=1 + (host_trace.NUM_BLOCKS - 1) * num_groups,
+            num_gpu_blocks_override=host_trace.NUM_BLOCKS[model],
             kv_transfer_config={
                 "kv_connector": "HmaRecorder",
                 "kv_connector_module_path": "trace_connector",
@@ -78,7 +78,8 @@ class VllmHost:
         )
         self._engine = LLMEngine.from_engine_args(args)
         self._core = self._engine.engine_core.engine_core
-        assert len(self._core.scheduler.kv_cache_config.kv_cache_groups) == num_groups
+        num_groups = len(self._core.scheduler.kv_cache_config.kv_cache_groups)
+        assert num_groups == {"single": 1, "hybrid": 3}[model]
 
     def add(self, key: str, token_ids: list[int], max_tokens: int) -> None:
         from vllm import SamplingParams
@@ -104,12 +105,13 @@ class VllmHost:
 
 def record(model: str, only: str | None) -> dict[str, Any]:
     """Every scenario (or one) of one model, with the engine's start and end."""
-    from kvferry.testing.recorder import new_record
     from tests.host_trace import NOT_HYBRID, SCENARIOS, run_scenario
+
+    from kvferry.testing.recorder import new_record
 
     log = new_record()
     with tempfile.TemporaryDirectory() as folder:
-        host = VllmHost(MODELS[model], {"single": 1, "hybrid": 3}[model], folder)
+        host = VllmHost(model, folder)
         trace = {"startup": [{"do": "start", "calls": log.lines()}]}
         log.forget()
         for name in SCENARIOS if only is None else [only]:

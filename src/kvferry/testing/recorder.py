@@ -62,6 +62,8 @@ class Record:
     keys: dict[str, str] = field(default_factory=dict)
     """Request id -> r1, r2, ... in the order in which the host told of them."""
     worker: Any = None
+    failed_ids: set[str] = field(default_factory=set)
+    """Requests for which there is no hit any more."""
 
     def key(self, request_id: str) -> str:
         """The request's name in the record, which does not depend on the host."""
@@ -80,9 +82,10 @@ class Record:
         return [call.line for call in self.calls]
 
     def forget(self) -> None:
-        """Drop calls and request names; the script stays."""
+        """Drop all that is known of calls and requests; the script stays."""
         self.calls.clear()
         self.keys.clear()
+        self.failed_ids.clear()
 
 
 RECORDS: list[Record] = []
@@ -121,7 +124,6 @@ class _Answers:
         self._block_size = vllm_config.cache_config.block_size
         self._orders = RecorderMetadata()
         self._local_tokens: dict[str, int] = {}
-        self._without_hit: set[str] = set()
         self._loading: dict[str, int] = {}
         self._load_blocks: dict[str, tuple[list[int], ...]] = {}
         self._sending: dict[str, int] = {}
@@ -136,7 +138,7 @@ class _Answers:
             script.looking_times -= 1
             return None, False
         num = script.hit_tokens - num_computed_tokens
-        if num <= 0 or request.request_id in self._without_hit:
+        if num <= 0 or request.request_id in self.record.failed_ids:
             return 0, False
         self._local_tokens[request.request_id] = num_computed_tokens
         return num, script.is_async
@@ -147,7 +149,7 @@ class _Answers:
             part = slice(first // self._block_size, -(-(first + num_external_tokens) // self._block_size))
             self._orders.loads[request.request_id] = tuple(list(group[part]) for group in blocks.get_block_ids())
             if self.record.script.failure:
-                self._without_hit.add(request.request_id)
+                self.record.failed_ids.add(request.request_id)
 
     def build_connector_meta(self, scheduler_output: Any) -> RecorderMetadata:
         orders, self._orders = self._orders, RecorderMetadata()
@@ -289,18 +291,13 @@ def _scheduled(record: Record, output: Any) -> str:
         tokens = f"{cached.num_computed_tokens[index]}+{output.num_scheduled_tokens[request_id]}"
         new_blocks = _counts(cached.new_block_ids[index])
         parts.append(f"{kind}={record.key(request_id)}:{tokens}:new_blocks={new_blocks}")
-    for name in ("finished_req_ids", "preempted_req_ids"):
-        if ids := getattr(output, name):
-            parts.append(f"{name.removesuffix('_req_ids')}={_keys(record, ids)}")
+    sets = {"finished": output.finished_req_ids, "preempted": output.preempted_req_ids}
+    parts += [f"{name}={_keys(record, ids)}" for name, ids in sets.items() if ids]
     return " ".join([*parts, *(["sync_loads"] if output.has_sync_kv_loads else [])])
 
 
 def _reported(record: Record, output: Any) -> str:
-    sets = {
-        "sent": output.finished_sending,
-        "received": output.finished_recving,
-        "failed": output.failed_recving,
-    }
+    sets = {"sent": output.finished_sending, "received": output.finished_recving, "failed": output.failed_recving}
     parts = [f"{name}={_keys(record, ids)}" for name, ids in sets.items() if ids]
     return " ".join([*parts, *([f"bad_blocks={len(output.invalid_block_ids)}"] if output.invalid_block_ids else [])])
 
