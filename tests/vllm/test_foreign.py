@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -89,6 +92,17 @@ def test_example_connector_with_a_prompt_in_chunks_never_hits_but_never_lies(mod
     assert second.num_external_tokens == 0
     assert_same_tokens(first, plain)
     assert_same_tokens(second, plain)
+
+
+def test_the_guides_program_runs(model_folder: str) -> None:
+    """`model_folder` makes the model first, which would take its time from the program's."""
+    guide = (Path(__file__).parents[2] / "docs" / "guides" / "foreign.md").read_text()
+    (program,) = re.findall(r"^```python\n(.*?)^```", guide, re.MULTILINE | re.DOTALL)
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=150, check=False)
+    assert done.returncode == 0, done.stderr
+    cold, warm = [int(line.split()[0]) for line in done.stdout.splitlines() if line.endswith("tokens were loaded")]
+    assert cold == 0
+    assert warm > 100
 
 
 @pytest.fixture(scope="module")
