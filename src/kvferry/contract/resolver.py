@@ -19,7 +19,7 @@ import logging
 import sys
 import traceback
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import metadata
 from pathlib import Path
 from types import ModuleType
@@ -308,7 +308,7 @@ def _load(target: Target) -> type[KVConnectorBase_V1]:
         _check_base(found, where)
     _check_constructible(found, where)
     if adapter is not None:
-        found = importlib.import_module(adapter).adapt(found)
+        found = _import(replace(target, module=adapter)).adapt(found)
     return cast("type[KVConnectorBase_V1]", found)
 
 

@@ -335,6 +335,10 @@ def test_classes_of_another_host_are_adapted(resolver: ConnectorResolver, monkey
         resolver.resolve(config("KVConnectorBase_V1", "res_foreign"))
     with pytest.raises(ConnectorNotFound, match="has neither kv_cache_config"):
         resolver.resolve(config("Old", "res_foreign"))
+    monkeypatch.setattr("kvferry.contract.resolver.HOST_ADAPTERS", {"res_foreign": "res_raises"})
+    with pytest.raises(ConnectorImportFailed, match=r"'res_raises' is there, but .*no card here"):
+        resolver.resolve(config("Theirs", "res_foreign"))
+    monkeypatch.setattr("kvferry.contract.resolver.HOST_ADAPTERS", {"res_foreign": "res_adapter"})
     record = resolver.resolve(config("Theirs", "res_foreign"))
     assert record.connector_class.foreign_class is sys.modules["res_foreign"].Theirs  # type: ignore[attr-defined]
     assert record.module == "res_foreign"
