@@ -6,8 +6,6 @@ that run inside others (bind_gpu_block_pool, get_finished) and the gate around e
 
 from __future__ import annotations
 
-import inspect
-from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
 
@@ -16,8 +14,9 @@ import torch
 
 from kvferry import LLM, SamplingParams
 from kvferry.clock import FakeClock
-from kvferry.contract import KVConnectorBase_V1, KVConnectorMetadata, KVConnectorRole, SupportsHMA
-from kvferry.contract.hooks import HOOKS, HookSide
+from kvferry.contract import KVConnectorBase_V1, base
+from kvferry.contract.hooks import HOOKS
+from kvferry.testing.recorder import RECORDS, Record, RecorderMetadata, Script, new_record, recorder_classes
 from kvferry.testing.stub_model import StubModel
 
 NOT_CALLED = {
@@ -40,9 +39,9 @@ STARTUP = [
     (W, "register_kv_caches"),
     (W, "set_host_xfer_buffer_ops"),
     (S, "__init__"),
+    (S, "requires_kv_delivery"),
     (S, "bind_kv_cache_manager"),
     (S, "bind_gpu_block_pool"),
-    (S, "requires_kv_delivery"),
     (S, "get_finished_count"),
     (W, "get_handshake_metadata"),
     (S, "set_xfer_handshake_metadata_pp_aware"),
@@ -68,107 +67,7 @@ SOURCES = [(S, "get_external_cache_hit_sources")]
 REPORT = [(S, "update_connector_output")]
 
 
-@dataclass
-class Record:
-    calls: list[tuple[str, str, tuple[Any, ...]]] = field(default_factory=list)
-    claim: tuple[int, bool] = (0, False)
-    received: set[str] = field(default_factory=set)
-    worker: Any = None
-    manager: Any = None
-    copy_blocks: Any = None
-
-    def names(self) -> list[tuple[str, str]]:
-        return [(role, name) for role, name, _ in self.calls]
-
-    def args(self, name: str) -> list[tuple[Any, ...]]:
-        return [args for _, called, args in self.calls if called == name]
-
-
-RECORDS: list[Record] = []
-
-
-class Answers(KVConnectorBase_V1):
-    """Answers of the hooks that have no default, and those the scenarios need."""
-
-    def __init__(self, vllm_config: Any, role: KVConnectorRole, kv_cache_config: Any) -> None:
-        super().__init__(vllm_config, role, kv_cache_config)
-        self.record = RECORDS[-1]
-        self.record.calls.append((role.name.lower(), "__init__", ()))
-        if role is KVConnectorRole.WORKER:
-            self.record.worker = self
-
-    def register_kv_caches(self, kv_caches: dict[str, torch.Tensor]) -> None:
-        self.kv_caches = kv_caches
-
-    def set_host_xfer_buffer_ops(self, copy_operation: Any) -> None:
-        self.record.copy_blocks = copy_operation
-
-    def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:
-        pass
-
-    def wait_for_layer_load(self, layer_name: str) -> None:
-        pass
-
-    def save_kv_layer(self, layer_name: str, kv_layer: torch.Tensor, attn_metadata: Any, **kwargs: Any) -> None:
-        pass
-
-    def wait_for_save(self) -> None:
-        pass
-
-    def get_finished(self, finished_req_ids: set[str]) -> tuple[set[str] | None, set[str] | None]:
-        received, self.record.received = self.record.received, set()
-        return None, received
-
-    def get_num_new_matched_tokens(self, request: Any, num_computed_tokens: int) -> tuple[int | None, bool]:
-        return self.record.claim
-
-    def update_state_after_alloc(self, request: Any, blocks: Any, num_external_tokens: int) -> None:
-        pass
-
-    def build_connector_meta(self, scheduler_output: Any) -> KVConnectorMetadata:
-        return Metadata()
-
-
-class Metadata(KVConnectorMetadata):
-    pass
-
-
-class HmaAnswers(Answers, SupportsHMA):
-    def request_finished_all_groups(self, request: Any, block_ids: Any) -> tuple[bool, dict[str, Any] | None]:
-        return False, None
-
-
-def recording(name: str) -> Any:
-    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
-        method = getattr(super(type(self), self), name)
-        inspect.signature(method).bind(*args, **kwargs)
-        self.record.calls.append((self.role.name.lower(), name, args))
-        return method(*args, **kwargs)
-
-    return call
-
-
-def recording_property(name: str) -> Any:
-    def read(self: Any) -> Any:
-        self.record.calls.append((self.role.name.lower(), name, ()))
-        return getattr(super(type(self), self), name)
-
-    return property(read)
-
-
-def layout_hook(cls: Any, vllm_config: Any) -> None:
-    RECORDS[-1].calls.append(("class", "get_required_kvcache_layout", (vllm_config,)))
-
-
-def make_class(base: type) -> type:
-    body: dict[str, Any] = {"get_required_kvcache_layout": classmethod(layout_hook)}
-    for hook in HOOKS:
-        if hook.side is not HookSide.CLASS and hasattr(base, hook.name):
-            body[hook.name] = recording_property(hook.name) if hook.is_property else recording(hook.name)
-    return type(base.__name__.replace("Answers", "Recorder"), (base,), body)
-
-
-Recorder, HmaRecorder = make_class(Answers), make_class(HmaAnswers)
+Recorder, HmaRecorder = recorder_classes(base)
 
 
 @pytest.fixture
@@ -177,12 +76,12 @@ def start():
     engines = []
 
     def make(name: str = "Recorder", **settings: Any) -> tuple[LLM, Record]:
-        RECORDS.append(Record())
+        record = new_record()
         transfer = {"kv_connector": name, "kv_connector_module_path": __name__, "kv_role": "kv_both"}
         transfer["kv_load_failure_policy"] = "recompute"
         settings = {"num_kv_blocks": 33, "block_size": 4, **settings}
         engines.append(LLM(StubModel(), kv_transfer_config=transfer, clock=FakeClock(), **settings))
-        return engines[-1], RECORDS[-1]
+        return engines[-1], record
 
     yield make
     for llm in engines:
@@ -234,7 +133,7 @@ def test_step_without_a_load_that_finishes_a_request(start, name, finish):
 
 def test_step_with_a_sync_load(start):
     llm, record = start()
-    record.claim = (4, False)
+    record.script.hit_tokens = 4
     add(llm, 6, max_tokens=2)
     assert step(llm, record) == [*LOOKUP, *ALLOC, *SOURCES, *HEAD, *LOAD, *LAYERS, *TAIL, *REPORT, *END]
     context = record.args("start_load_kv")[0][0]
@@ -247,12 +146,11 @@ def test_step_with_a_sync_load(start):
 
 def test_steps_of_an_async_load(start):
     llm, record = start()
-    record.claim = (4, True)
-    request_id = add(llm, 6)
+    record.script = Script(hit_tokens=4, is_async=True, load_steps=2)
+    add(llm, 6)
     groups = [(S, "get_loaded_kv_cache_group_ids")]
     assert step(llm, record) == [*LOOKUP, *groups, *ALLOC, *SOURCES, *HEAD, *LOAD, *TAIL, *END]
     assert step(llm, record) == [*HEAD, *LOAD, *TAIL, *END], "an empty step, and nothing to report"
-    record.received = {request_id}
     assert step(llm, record) == [*HEAD, *LOAD, *TAIL, *REPORT, *END]
     promoted = step(llm, record)
     assert promoted == [*ALLOC, *HEAD, *LAYERS, *LOAD, *TAIL, (S, "request_finished"), *REPORT, *END]
@@ -272,7 +170,7 @@ def test_metadata_is_bound_between_bind_and_clear(start):
     add(llm, 6)
     step(llm, record)
     meta = record.args("bind_connector_metadata")[0][0]
-    assert isinstance(meta, Metadata)
+    assert isinstance(meta, RecorderMetadata)
     assert record.args("handle_preemptions") == [(meta,)]
     assert not KVConnectorBase_V1.has_connector_metadata(record.worker)
 
@@ -307,9 +205,10 @@ def test_the_block_copy_function_copies_both_ways(start):
     for index, tensor in enumerate(caches.values()):
         tensor[7] = 1.0 + index
         tensor[9] = 5.0 + index
+    copy_blocks = record.args("set_host_xfer_buffer_ops")[0][0]
     host = {name: torch.zeros_like(tensor) for name, tensor in caches.items()}
-    record.copy_blocks(caches, host, [7, 9], [2, 1], "d2h")
-    record.copy_blocks(host, caches, [1, 2], [20, 21], "h2d")
+    copy_blocks(caches, host, [7, 9], [2, 1], "d2h")
+    copy_blocks(host, caches, [1, 2], [20, 21], "h2d")
     for index, (name, tensor) in enumerate(caches.items()):
         assert float(host[name].sum()) == (6.0 + 2 * index) * tensor[7].numel()
         assert bool((tensor[20] == 5.0 + index).all() and (tensor[21] == 1.0 + index).all())
@@ -320,13 +219,12 @@ def test_every_row_is_called_or_has_a_reason(start):
     for name in ("Recorder", "HmaRecorder"):
         llm, record = start(name, num_kv_blocks=5, enable_prefix_caching=False)
         called |= {hook for _, hook in record.names()}
-        for claim in ((4, False), (4, True)):
-            record.claim = claim
+        for is_async in (False, True):
+            record.script = Script(hit_tokens=4, is_async=is_async)
             for seed in (1, 2):
                 add(llm, 7, max_tokens=8, seed=seed)
             called |= {hook for _, hook in record.names()}
             for _ in range(60):
-                record.received = set(llm.scheduler.transfers.loads)
                 called |= {hook for _, hook in step(llm, record)}
             assert not llm.has_unfinished_requests()
         record.calls.clear()
@@ -343,7 +241,7 @@ def test_every_row_is_called_or_has_a_reason(start):
 def test_a_finished_count_this_engine_cannot_keep_is_refused(start, monkeypatch):
     from kvferry.errors import ContractError
 
-    monkeypatch.setattr(Answers, "get_finished_count", lambda self: 2)
+    monkeypatch.setattr(KVConnectorBase_V1, "get_finished_count", lambda self: 2)
     with pytest.raises(ContractError, match=r"Recorder.get_finished_count answered 2: this engine has one worker"):
         start()
     assert RECORDS[-1].names()[-2:] == [(W, "shutdown"), (S, "shutdown")]
@@ -351,7 +249,7 @@ def test_a_finished_count_this_engine_cannot_keep_is_refused(start, monkeypatch)
 
 def test_handshake_metadata_reaches_the_scheduler_by_rank(start, monkeypatch):
     shake = SimpleNamespace()
-    monkeypatch.setattr(Answers, "get_handshake_metadata", lambda self: shake)
+    monkeypatch.setattr(KVConnectorBase_V1, "get_handshake_metadata", lambda self: shake)
     _, record = start()
     assert record.args("set_xfer_handshake_metadata_pp_aware") == [({(0, 0): shake},)]
     assert record.args("set_xfer_handshake_metadata") == [({0: shake},)]

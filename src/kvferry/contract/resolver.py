@@ -19,7 +19,7 @@ import logging
 import sys
 import traceback
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import metadata
 from pathlib import Path
 from types import ModuleType
@@ -105,6 +105,11 @@ BUILT_INS = (
 )
 """All connectors kvferry ships."""
 
+
+HOST_ADAPTERS = {"vllm.distributed.kv_transfer.kv_connector.v1.base": "kvferry.vllm.foreign"}
+"""Module of another host's KVConnectorBase_V1 -> module whose `adapt` makes one of our classes out of its subclasses.
+
+Imported when such a class is named; nothing here imports a host."""
 
 CAPABILITY_HOOKS = ("supports_hma_config", "supports_v2_model_runner_config")
 
@@ -292,12 +297,18 @@ def _load(target: Target) -> type[KVConnectorBase_V1]:
     except (Exception, SystemExit) as err:  # a module's own __getattr__, which may import
         raise _import_failed(target, err) from err
     if found is None:
-        known = [*vars(module).get("__all__", ()), *(k for k, v in vars(module).items() if _is_connector(v))]
+        offered = (name for name, value in vars(module).items() if _is_connector(value) or _adapter(value))
+        known = [*vars(module).get("__all__", ()), *offered]
         raise ConnectorAttributeNotFound(
             f"{_given(target)}: module {target.module!r} has no class {target.class_name!r}"
             f"{did_you_mean(target.class_name, known)}; correct the name"
         )
-    _check(found, f"{target.module}:{target.class_name}")
+    where, adapter = f"{target.module}:{target.class_name}", _adapter(found)
+    if adapter is None:
+        _check_base(found, where)
+    _check_constructible(found, where)
+    if adapter is not None:
+        found = _import(replace(target, module=adapter)).adapt(found)
     return cast("type[KVConnectorBase_V1]", found)
 
 
@@ -339,12 +350,21 @@ def _is_connector(value: Any) -> bool:
     return isinstance(value, type) and issubclass(value, KVConnectorBase_V1) and value is not KVConnectorBase_V1
 
 
-def _check(found: Any, where: str) -> None:
+def _adapter(value: Any) -> str | None:
+    """The module that adapts a class written for another host's base, or None."""
+    bases = [c for c in getattr(value, "__mro__", ())[1:] if c.__name__ == KVConnectorBase_V1.__name__]
+    return next((HOST_ADAPTERS[c.__module__] for c in bases if c.__module__ in HOST_ADAPTERS), None)
+
+
+def _check_base(found: Any, where: str) -> None:
     if not _is_connector(found):
         theirs = [c.__module__ for c in getattr(found, "__mro__", ()) if c.__name__ == KVConnectorBase_V1.__name__]
         hint = f"; its base is the one of {theirs[0]}" if theirs else ""
         raise ConnectorNotFound(f"{where} is not a KV connector: it must subclass kvferry.KVConnectorBase_V1{hint}")
     _check_api(found.CONNECTOR_API, where)
+
+
+def _check_constructible(found: type[Any], where: str) -> None:
     if inspect.isabstract(found):
         missing = ", ".join(sorted(found.__abstractmethods__))
         raise ConnectorNotFound(f"{where} does not implement: {missing}")

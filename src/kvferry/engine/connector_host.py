@@ -395,11 +395,11 @@ def _check_layout(config: EngineConfig, kv_cache_config: KVCacheConfig) -> None:
 
 def _introduce(scheduler: KVConnectorBase_V1, worker: KVConnectorBase_V1, manager: KVManager) -> None:
     """Acquaint the scheduler instance with the pool and with its only worker."""
-    scheduler.bind_kv_cache_manager(manager)
     if scheduler.requires_kv_delivery:
         # Asks to withhold tokens whose request lost its blocks while they were made. Here a request is preempted
         # before a step and never within one, so there is nothing to withhold.
         logger.debug("%s requires KV delivery", type(scheduler).__name__)
+    scheduler.bind_kv_cache_manager(manager)
     num_reports = scheduler.get_finished_count()
     if num_reports not in (None, 0, 1):
         raise ContractError(

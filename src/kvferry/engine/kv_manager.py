@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import chain
+from typing import Literal, overload
 
 from kvferry.engine.block_pool import Block, BlockPool
 from kvferry.engine.request import Request
@@ -19,9 +20,20 @@ class KVCacheBlocks:
 
     blocks: tuple[list[Block], ...]
 
-    def get_block_ids(self) -> BlockIds:
-        """Block ids per group."""
-        return tuple([block.block_id for block in group] for group in self.blocks)
+    @overload
+    def get_block_ids(
+        self, allow_none: Literal[False] = False, *, group_ids: Sequence[int] | None = None
+    ) -> BlockIds: ...
+
+    @overload
+    def get_block_ids(self, allow_none: bool, *, group_ids: Sequence[int] | None = None) -> BlockIds | None: ...
+
+    def get_block_ids(self, allow_none: bool = False, *, group_ids: Sequence[int] | None = None) -> BlockIds | None:
+        """Block ids per group, of all groups or of some. With `allow_none`, None when none of them has any."""
+        groups = self.blocks if group_ids is None else tuple(self.blocks[group] for group in group_ids)
+        if allow_none and not any(groups):
+            return None
+        return tuple([block.block_id for block in group] for group in groups)
 
     def get_unhashed_block_ids(self) -> list[int]:
         """Ids of the only group's blocks whose content cannot be found yet."""
@@ -41,6 +53,7 @@ class KVManager:
         self.num_groups = num_groups
         self.enable_prefix_caching = enable_prefix_caching
         self._tables: dict[str, tuple[list[Block], ...]] = {}
+        self._num_cached: dict[str, int] = {}  # full blocks of each request that have been entered in the prefix cache
         self.on_cached: Callable[[Request, int, int], None] | None = None
         """Called with (request, group, index of the block) when a content can be found from now on."""
 
@@ -92,15 +105,19 @@ class KVManager:
         return tuple(new_ids)
 
     def cache_blocks(self, request: Request, num_tokens: int) -> None:
-        """Enter the full blocks among the first `num_tokens` tokens, now proved, in the prefix cache."""
+        """Enter the full blocks among the first `num_tokens` tokens, now proved, in the prefix cache.
+
+        Each block once: what a connector takes out of the cache (`BlockPool.evict_blocks`) stays out.
+        """
         if not self.enable_prefix_caching:
             return
+        first, end = self._num_cached.get(request.request_id, 0), num_tokens // self.block_size
         for group, table in enumerate(self._table(request.request_id)):
-            num_full = num_tokens // self.block_size
-            for index, (block, block_hash) in enumerate(zip(table[:num_full], request.block_hashes, strict=False)):
-                is_new = block.block_hash is None and self.block_pool.cache_block(block, (group, block_hash))
+            for index in range(first, end):
+                is_new = self.block_pool.cache_block(table[index], (group, request.block_hashes[index]))
                 if is_new and self.on_cached is not None:
                     self.on_cached(request, group, index)
+        self._num_cached[request.request_id] = max(first, end)
 
     def get_blocks(self, request_id: str) -> KVCacheBlocks:
         """All blocks of a request (a copy of its table)."""
@@ -113,6 +130,7 @@ class KVManager:
     def detach(self, request_id: str) -> list[Block]:
         """End the request's table without freeing: the caller now holds the blocks, in the order to free them."""
         tables = self._tables.pop(request_id, ())
+        self._num_cached.pop(request_id, None)
         return [block for table in tables for block in reversed(table)]
 
     def free(self, request_id: str) -> None:
@@ -137,13 +155,17 @@ class KVManager:
         return all(index < min(len(a), len(b)) and a[index] is b[index] for a, b in pairs)
 
     def withdraw(self, bad_block_ids: set[int]) -> None:
-        """Make bad blocks unfindable.
+        """Make bad blocks unfindable, until they are computed again.
 
         If one could be found until now, anything may have been computed from it, also by requests long gone: then
         all content is forgotten.
         """
         was_findable = any(self.block_pool.blocks[block_id].block_hash is not None for block_id in bad_block_ids)
         self.block_pool.evict_blocks(range(len(self.block_pool.blocks)) if was_findable else bad_block_ids)
+        for request_id, num_cached in self._num_cached.items():
+            first_bad = self.first_bad_token(request_id, bad_block_ids)
+            if first_bad is not None:
+                self._num_cached[request_id] = min(num_cached, first_bad // self.block_size)
 
     def drop_pins(self, also_held: Iterable[Block] = ()) -> int:
         """Let go of every hold on a block beyond those of tables and `also_held`; returns how many there were."""

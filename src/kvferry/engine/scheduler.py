@@ -160,7 +160,7 @@ class Scheduler:
 
         Not for ever: held blocks count only until their deadline.
         """
-        return self.has_unfinished_requests() or self.has_loose_ends() or self.transfers.is_awaited()
+        return self.has_unfinished_requests() or self.transfers.is_awaited() or self.has_loose_ends()
 
     def has_loose_ends(self) -> bool:
         """True while finished requests are yet to be announced to workers or the connector has work to push."""
@@ -243,6 +243,7 @@ class Scheduler:
                 plan.lacks_blocks = True
                 return
             self.loaded.remove(request)
+            self.manager.allocate(request, request.num_computed_tokens + num_new)
             self._connector.blocks_allocated(request, self.manager.get_blocks(request.request_id), NO_MATCH)
             self._run(request, num_new, plan)
 

@@ -78,7 +78,19 @@ class PositionOnly(Plain):
 class Renamed(Plain):
     def __init__(self, vllm_config, role, cache): pass
 '''
-FOREIGN = "class KVConnectorBase_V1: pass\nclass Theirs(KVConnectorBase_V1): pass"
+FOREIGN = """
+class KVConnectorBase_V1:
+    def __init__(self, vllm_config, role, kv_cache_config): pass
+class Theirs(KVConnectorBase_V1): pass
+class Old(KVConnectorBase_V1):
+    def __init__(self, vllm_config, role): pass
+"""
+ADAPTER = """
+from res_conn import Plain
+
+def adapt(foreign):
+    return type(foreign.__name__, (Plain,), {"foreign_class": foreign, "__module__": foreign.__module__})
+"""
 LAZY = """
 def __getattr__(name):
     if name == "Late":
@@ -96,6 +108,7 @@ FILES = {
     "res_inner.py": "import res_pack.nothing",
     "res_syntax.py": "def (",
     "res_foreign.py": FOREIGN,
+    "res_adapter.py": ADAPTER,
     "res_lazy.py": LAZY,
 }
 
@@ -310,6 +323,25 @@ def test_each_failure_has_its_own_error(
         resolver.resolve(config(name, path))
     assert type(caught.value) is error
     assert isinstance(caught.value, ConfigError)
+
+
+@pytest.mark.usefixtures("folder")
+def test_classes_of_another_host_are_adapted(resolver: ConnectorResolver, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("kvferry.contract.resolver.HOST_ADAPTERS", {"res_foreign": "res_adapter"})
+    with pytest.raises(ConnectorAttributeNotFound, match="did you mean 'Theirs'"):
+        resolver.resolve(config("Thiers", "res_foreign"))
+    assert "res_adapter" not in sys.modules, "imported only for a class that needs it"
+    with pytest.raises(ConnectorNotFound, match="must subclass kvferry"):
+        resolver.resolve(config("KVConnectorBase_V1", "res_foreign"))
+    with pytest.raises(ConnectorNotFound, match="has neither kv_cache_config"):
+        resolver.resolve(config("Old", "res_foreign"))
+    monkeypatch.setattr("kvferry.contract.resolver.HOST_ADAPTERS", {"res_foreign": "res_raises"})
+    with pytest.raises(ConnectorImportFailed, match=r"'res_raises' is there, but .*no card here"):
+        resolver.resolve(config("Theirs", "res_foreign"))
+    monkeypatch.setattr("kvferry.contract.resolver.HOST_ADAPTERS", {"res_foreign": "res_adapter"})
+    record = resolver.resolve(config("Theirs", "res_foreign"))
+    assert record.connector_class.foreign_class is sys.modules["res_foreign"].Theirs  # type: ignore[attr-defined]
+    assert record.module == "res_foreign"
 
 
 @pytest.mark.usefixtures("folder")

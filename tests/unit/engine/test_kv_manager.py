@@ -80,3 +80,39 @@ def test_only_proved_full_blocks_are_findable():
     assert manager.get_blocks("a").get_unhashed_block_ids() == manager.get_block_ids("a")[0][1:]
     assert manager.first_bad_token("a", set(manager.get_block_ids("a")[0][1:])) == 4
     assert manager.first_bad_token("a", {99}) is None
+
+
+def test_what_a_connector_takes_out_of_the_prefix_cache_stays_out():
+    manager = KVManager(num_blocks=9, block_size=4, num_groups=1, enable_prefix_caching=True)
+    first = filled(manager, "a", list(range(8)))
+    manager.block_pool.evict_blocks(manager.get_block_ids("a")[0][:1])
+    for token in range(8, 12):
+        first.append_token(SampledToken(token))
+    manager.allocate(first, 12)
+    manager.cache_blocks(first, 12)
+    assert manager.get_computed_blocks(request("b", list(range(12)))).blocks == ([],)
+    hashed = [manager.block_pool.blocks[i].block_hash is not None for i in manager.get_block_ids("a")[0]]
+    assert hashed == [False, True, True]
+
+
+def test_a_bad_block_can_be_found_again_once_it_is_computed_again():
+    manager = KVManager(num_blocks=9, block_size=4, num_groups=1, enable_prefix_caching=True)
+    first = filled(manager, "a", list(range(12)))
+    table = manager.get_block_ids("a")[0]
+    manager.block_pool.evict_blocks(table[:2])  # by a connector
+    manager.withdraw({table[1]})
+    manager.cache_blocks(first, 8)
+    hashed = [manager.block_pool.blocks[i].block_hash is not None for i in table]
+    assert hashed == [False, True, True]
+
+
+def test_block_ids_of_some_groups_and_of_none():
+    manager = KVManager(num_blocks=9, block_size=4, num_groups=2, enable_prefix_caching=True)
+    filled(manager, "a", [1, 2, 3])
+    blocks = manager.get_blocks("a")
+    first, second = blocks.get_block_ids()
+    assert blocks.get_block_ids(True, group_ids=(1,)) == (second,)
+    assert blocks.get_block_ids(group_ids=(1, 0)) == (second, first)
+    nothing = manager.get_computed_blocks(request("b", [1, 2, 3]))
+    assert nothing.get_block_ids() == ([], [])
+    assert nothing.get_block_ids(allow_none=True) is None
