@@ -53,7 +53,7 @@ def test_vllm_resolves_our_class_instead_of_its_own() -> None:
         kv_connector="OffloadingConnector", kv_role="kv_both", kv_connector_module_path="kvferry.vllm"
     )
     resolved = VllmFactory.get_connector_class(config)
-    assert resolved.__module__ == "kvferry.vllm.offloading"
+    assert resolved.__module__ == "kvferry.vllm"
     assert issubclass(resolved, vllm_base.KVConnectorBase_V1)
     assert VllmFactory.supports_hma_config(config)
     built_in = VllmFactory.get_connector_class(
