@@ -295,3 +295,23 @@ def test_vllms_example_connector_beside_ours_in_one_process(model_folder: str, t
         metrics["kvferry:connector_stores_total FerryMultiConnectorNoHMA/OffloadingConnector host"] == len(PROMPT) // 64
     )
     assert metrics["kvferry:connector_hit_tokens_total FerryMultiConnectorNoHMA/OffloadingConnector host"] == 0
+
+
+@pytest.mark.timeout(400)
+@pytest.mark.parametrize("load_async", [False, True])
+def test_dropped_blocks_are_computed_again(model_folder: str, load_async: bool) -> None:
+    report_by = "positions" if load_async else "block_ids"  # positions are told to vLLM as a failed request
+    transfer = {
+        "kv_connector": "LoadRecoveryExampleConnector",
+        "kv_connector_module_path": "kvferry.vllm",
+        "kv_role": "kv_both",
+        "kv_load_failure_policy": "recompute",
+        "kv_connector_extra_config": {
+            "fail_block_indexes": [4],
+            "load_async": load_async,
+            "report_by": report_by,
+        },
+    }
+    cold, _, again = one_shot(model_folder, transfer, "generate", "reset", "generate")
+    assert again["external_hits"] > cold["external_hits"] == 0
+    assert_same_tokens(again, cold)

@@ -24,8 +24,9 @@ MULTI_CONNECTORS = {
     "FerryMultiConnector": "FerryMultiConnector",
     "FerryMultiConnectorNoHMA": "FerryMultiConnectorNoHMA",
 }
-CONNECTOR_NAMES = tuple(sorted({target.name for target in BUILT_INS} | set(MULTI_CONNECTORS)))
-FERRY_NAMES = {name if name.startswith("Ferry") else f"Ferry{name}": name for name in CONNECTOR_NAMES}
+_SIDED = [target.name for target in BUILT_INS if target.name not in MULTI_CONNECTORS]
+CONNECTOR_NAMES = tuple(sorted([*_SIDED, *MULTI_CONNECTORS]))
+FERRY_NAMES = {f"Ferry{name}": name for name in _SIDED} | {name: name for name in set(MULTI_CONNECTORS.values())}
 """The name vLLM's registry knows -> the name here."""
 
 

@@ -20,6 +20,7 @@ from kvferry.contract.multi.messages import as_events
 from kvferry.contract.stats import ConnectorStats
 from kvferry.errors import ConfigError, ConnectorNotFound
 from kvferry.vllm import CONNECTOR_NAMES
+from kvferry.vllm.compat import as_newest
 from kvferry.vllm.facade import VllmAnswers
 from kvferry.vllm.stats import FerryStats, MetricsOfAll
 
@@ -66,7 +67,7 @@ class _FerryMulti(VllmAnswers, MultiConnector, vllm_base.KVConnectorBase_V1):  #
 
     def __init__(self, vllm_config: Any, role: Any, kv_cache_config: Any) -> None:
         vllm_base.KVConnectorBase_V1.__init__(self, vllm_config, role, kv_cache_config)
-        super().__init__(vllm_config, role, kv_cache_config)
+        super().__init__(vllm_config, role, as_newest(kv_cache_config))
 
     def take_events(self) -> Iterable[Any]:
         """All children's events as they are: vLLM's have no place for a source."""

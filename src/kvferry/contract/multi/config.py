@@ -79,7 +79,12 @@ class ChildConfig:
     connector_class: type[KVConnectorBase_V1]
     transfer: KVTransferConfig
     """Of the host's own class."""
-    supports_hma: bool
+    rules: ChildRules
+
+    @property
+    def supports_hma(self) -> bool:
+        """True when the child, so configured, supports hybrid KV caches."""
+        return self.rules.supports_hma(self.connector_class, self.transfer)
 
     def host_config(self, vllm_config: Any) -> Any:
         """A copy of the host's configuration in which this child is the connector."""
@@ -109,8 +114,7 @@ def child_configs(parent: KVTransferConfig, rules: ChildRules) -> list[ChildConf
         name = connector_class.__name__
         seen[name] += 1
         label = name if seen[name] == 1 else f"{name}#{seen[name]}"
-        is_hma = rules.supports_hma(connector_class, transfer)
-        children.append(ChildConfig(label, where, connector_class, transfer, is_hma))
+        children.append(ChildConfig(label, where, connector_class, transfer, rules))
     return children
 
 
