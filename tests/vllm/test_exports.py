@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -23,7 +24,7 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCache
 
 import kvferry.vllm
 from kvferry.errors import ConfigError, HostError
-from kvferry.vllm import compat
+from kvferry.vllm import compat, plugin
 
 HERE = Path(__file__).parent
 SRC = HERE.parents[1] / "src"
@@ -315,3 +316,36 @@ def test_dropped_blocks_are_computed_again(model_folder: str, load_async: bool) 
     cold, _, again = one_shot(model_folder, transfer, "generate", "reset", "generate")
     assert again["external_hits"] > cold["external_hits"] == 0
     assert_same_tokens(again, cold)
+
+
+# ---- the guide ----------------------------------------------------------------------------------------------------
+
+GUIDE = (HERE.parents[1] / "docs" / "guides" / "vllm.md").read_text()
+
+
+def fenced(language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", GUIDE, re.MULTILINE | re.DOTALL)
+
+
+@pytest.mark.parametrize("text", fenced("json"))
+def test_configurations_of_the_guide_start(engine_config: Callable[..., Any], text: str, tmp_path: Path) -> None:
+    plugin.register()
+    transfer = json.loads(text.replace("/var/cache/kv", str(tmp_path)))
+    config = engine_config(transfer)
+    for role in ROLES:
+        KVConnectorFactory.create_connector(config, role, caches()).shutdown()
+
+
+@pytest.mark.timeout(400)
+def test_program_of_the_guide_runs(model_folder: str) -> None:
+    (program,) = fenced("python")
+    assert '"MODEL"' in program
+    program = program.replace('"MODEL"', repr(model_folder))
+    last = run_python(program, VLLM_CPU_KVCACHE_SPACE="1", OMP_NUM_THREADS="2").splitlines()
+    assert any(re.fullmatch(r"1\d\d of 2\d\d tokens were loaded", line) for line in last), last[-3:]
+
+
+def test_the_guide_names_versions_and_connectors() -> None:
+    assert f"vLLM {compat.supported_versions().replace(' to ', ' and ')};" in GUIDE
+    assert all(name in GUIDE for name in kvferry.vllm.FERRY_NAMES)
+    assert all(f"`{name}" in GUIDE or f"**{name}" in GUIDE for name in kvferry.vllm.CONNECTOR_NAMES)
