@@ -1,7 +1,11 @@
 """A real vLLM engine that runs one list of orders and ends.
 
-argv[1]: JSON {"llm": LLM arguments, "orders": [...]}. Orders: "generate" (the prompt), "reset" (vLLM's prefix cache,
-and how often it refused), "metrics" (ours, as /metrics would say). The line of stdout that begins with ANSWERS: JSON.
+argv[1]: JSON {"llm": LLM arguments, "orders": [...]}. The line of stdout that begins with ANSWERS: JSON. Orders:
+
+generate  the prompt
+reset     vLLM's prefix cache; how often it refused
+written   wait until the prompt's chunks are on disk
+metrics   ours, as /metrics would say
 """
 
 from __future__ import annotations
@@ -13,6 +17,7 @@ from typing import Any
 
 ANSWERS = "kvferry-answers "
 PROMPT = [(i * i * 29 + i * 11) % 40000 + 100 for i in range(330)]
+CHUNKS = len(PROMPT) // 64
 MAX_TOKENS = 8
 
 
@@ -52,6 +57,19 @@ def metrics(_: Any) -> dict[str, float]:
         for sample in samples
         if sample.name.startswith("kvferry:") and not sample.name.endswith("_created")
     }
+
+
+def written(llm: Any) -> dict[str, float]:
+    """Step until every chunk of the prompt is in a tier below host memory: its writes are heard of only in steps."""
+    from vllm import SamplingParams
+
+    deadline = time.monotonic() + 60
+    while (
+        sum(v for k, v in metrics(llm).items() if k.split()[::2] == ["kvferry:connector_stores_total", "fs"]) < CHUNKS
+    ):
+        assert time.monotonic() < deadline, "not all chunks were written in 60 s"
+        llm.generate([{"prompt_token_ids": PROMPT[:2]}], SamplingParams(max_tokens=1), use_tqdm=False)
+    return {}
 
 
 def main() -> None:

@@ -8,14 +8,18 @@ import os
 import re
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 import torch
+import zmq
 from one_shot import ANSWERS, MAX_TOKENS, PROMPT
 from vllm.config import KVTransferConfig
+from vllm.distributed.kv_events import BlockStored, KVEventBatch
 from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
 from vllm.distributed.kv_transfer.kv_connector.v1 import base as vllm_base
 from vllm.distributed.kv_transfer.kv_connector.v1.example_connector import ExampleConnector
@@ -235,8 +239,11 @@ print(*names, factory.get_connector_class_by_name("FerryOffloadingConnector") is
 # ---- in the real engine -------------------------------------------------------------------------------------------
 
 
-def one_shot(model_folder: str, transfer: dict[str, Any] | None, *orders: str, **env: str) -> list[Any]:
+def one_shot(
+    model_folder: str, transfer: dict[str, Any], *orders: str, events: dict[str, Any] | None = None, **env: str
+) -> list[Any]:
     llm = {
+        "kv_events_config": events,
         "model": model_folder,
         "dtype": "float32",
         "enforce_eager": True,
@@ -262,12 +269,33 @@ def assert_same_tokens(got: dict[str, Any], reference: dict[str, Any]) -> None:
     assert got["token_ids"][:near] == reference["token_ids"][:near]
 
 
+def stored_by_medium(subscriber: zmq.Socket[bytes]) -> Counter[tuple[str | None, str | None]]:
+    """Blocks stored, by medium and owner, in the messages that have arrived."""
+    found: Counter[tuple[str | None, str | None]] = Counter()
+    while subscriber.poll(1000):
+        payload = subscriber.recv_multipart()[2]
+        for event in msgspec.msgpack.decode(payload, type=KVEventBatch).events:
+            if isinstance(event, BlockStored):
+                found[event.medium, event.ownership] += len(event.block_hashes)
+    return found
+
+
 @pytest.mark.timeout(400)
 def test_multi_of_two_offloading_connectors_in_the_engine(model_folder: str, tmp_path: Path) -> None:
     """The first child has room for little: the second is asked for the hit, from memory and, after a restart, disk."""
     big = offloading(secondary_tiers=[{"type": "fs", "path": str(tmp_path), "max_bytes": 1 << 30}])
     transfer = multi(offloading(cpu_bytes_to_use=8 << 20), big, load_policy="longest")
-    cold, _, again, metrics = one_shot(model_folder, transfer, "generate", "reset", "generate", "metrics")
+    endpoint = f"ipc://{tmp_path}/events"
+    events = {"enable_kv_cache_events": True, "publisher": "zmq", "endpoint": endpoint}
+    with zmq.Context() as context, context.socket(zmq.SUB) as subscriber:
+        subscriber.setsockopt(zmq.SUBSCRIBE, b"")
+        subscriber.connect(endpoint)
+        orders = ["generate", "reset", "generate", "written", "metrics"]
+        cold, _, again, _, metrics = one_shot(model_folder, transfer, *orders, events=events)
+        stored = stored_by_medium(subscriber)
+    assert stored["STORAGE", "fs"] == len(PROMPT) // 64, "of the second child"
+    assert stored["CPU", None] > len(PROMPT) // 64, "of both children"
+    assert stored["GPU", None] > 0, "vLLM's own"
     hit = len(PROMPT) // 64 * 64
     assert (cold["external_hits"], again["external_hits"]) == (0, hit)
     assert_same_tokens(again, cold)
