@@ -70,7 +70,8 @@ test-vllm: venv-vllm
 	@$(VLLM_BIN)/python -m pytest tests/vllm -W default $(ARGS)
 
 test-vllm-031: venv-vllm-031
-	@$(OLD_VLLM_BIN)/python -m pytest tests/vllm/test_smoke.py tests/vllm/test_exports.py -W default $(ARGS)
+	@$(OLD_VLLM_BIN)/python -m pytest tests/vllm/test_smoke.py \
+	    tests/vllm/test_exports.py::test_multi_of_two_offloading_connectors_in_the_engine -W default $(ARGS)
 
 lint: venv
 	@$(BIN)/ruff check .
