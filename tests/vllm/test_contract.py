@@ -6,7 +6,10 @@ import dataclasses
 import inspect
 import subprocess
 import sys
+from types import SimpleNamespace
+from typing import Any
 
+import pytest
 from vllm.config import KVTransferConfig as VllmTransferConfig
 from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory as VllmFactory
 from vllm.distributed.kv_transfer.kv_connector.v1 import base as vllm_base
@@ -14,6 +17,8 @@ from vllm.distributed.kv_transfer.kv_connector.v1 import base as vllm_base
 from kvferry.config import KVTransferConfig
 from kvferry.contract import KVConnectorBase_V1, base
 from kvferry.contract.hooks import HOOKS_BY_NAME
+from kvferry.errors import HostError
+from kvferry.vllm import LoadRecoveryExampleConnector
 
 
 def public_names(cls: type) -> set[str]:
@@ -53,13 +58,33 @@ def test_vllm_resolves_our_class_instead_of_its_own() -> None:
         kv_connector="OffloadingConnector", kv_role="kv_both", kv_connector_module_path="kvferry.vllm"
     )
     resolved = VllmFactory.get_connector_class(config)
-    assert resolved.__module__ == "kvferry.vllm.offloading"
+    assert resolved.__module__ == "kvferry.vllm"
     assert issubclass(resolved, vllm_base.KVConnectorBase_V1)
     assert VllmFactory.supports_hma_config(config)
     built_in = VllmFactory.get_connector_class(
         VllmTransferConfig(kv_connector="OffloadingConnector", kv_role="kv_both")
     )
     assert built_in is not resolved
+
+
+def answers(results: base.KVConnectorTransferResults) -> Any:
+    connector = object.__new__(LoadRecoveryExampleConnector)
+    connector._worker_side = SimpleNamespace(get_transfer_results=lambda finished: results)
+    connector._scheduler_side = None
+    return connector.get_transfer_results(set())
+
+
+def test_failed_blocks_are_told_to_vllm_as_failed_requests() -> None:
+    failure = base.LoadFailure("b", 0, 3)
+    found = answers(base.KVConnectorTransferResults({"s"}, {"a", "b", "c"}, {"c"}, {failure}))
+    assert type(found) is vllm_base.KVConnectorTransferResults
+    assert (found.finished_sending, found.finished_recving) == ({"s"}, {"a", "b", "c"})
+    assert found.failed_recving == {"b", "c"}
+
+
+def test_a_failure_that_vllm_cannot_be_told_of_ends_the_engine() -> None:
+    with pytest.raises(HostError, match="the load of b failed"):
+        answers(base.KVConnectorTransferResults(failed_blocks={base.LoadFailure("b", 0, 3)}))
 
 
 def test_naming_the_module_imports_no_connector() -> None:

@@ -65,7 +65,7 @@ def test_killed_engine_is_continued_from_disk(
     loaded_blocks = list(range(1, 1 + num_chunks * CHUNK_TOKENS // BLOCK_SIZE))
 
     cold = start_engine(**engine_args, kv_transfer_config=transfer)
-    assert cold.ask(connector=True) == {"origin": "kvferry.vllm.offloading:OffloadingConnector"}
+    assert cold.ask(connector=True) == {"origin": "kvferry.vllm:OffloadingConnector"}
     first = cold.ask(generate=PROMPT, max_tokens=MAX_TOKENS)
     assert first["external_hits"] == 0
     digests = cold.ask(digests=loaded_blocks)

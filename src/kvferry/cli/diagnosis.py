@@ -24,8 +24,9 @@ from kvferry.engine.model_loader import ModelShape
 from kvferry.engine.plan import EnginePlan, plan_engine
 from kvferry.store.arena import SHM_DIRECTORY
 from kvferry.store.space import space_at
+from kvferry.vllm.compat import installed_vllm, is_supported, supported_versions
 
-_PACKAGES = ("kvferry", "torch", "transformers", "xxhash", "msgpack", "vllm")
+_PACKAGES = ("kvferry", "torch", "transformers", "xxhash", "msgpack")
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +67,7 @@ def diagnose(model: ModelShape, options: EngineOptions, transfer: KVTransferConf
         result.add("connector", "none", "kv_transfer_config names none, and there is no kv_offloading_size")
     result.add("hybrid KV cache", "on" if plan.hybrid.enabled else "off", plan.hybrid.reason)
     result.add("model runner", "V2" if plan.runner.use_v2 else "V1", plan.runner.reason)
+    _add_vllm(result)
     _add_layout(result, plan)
     _add_capacities(result, plan)
     result.problems += [warning for warning in (plan.hybrid.warning, *plan.runner.warnings) if warning is not None]
@@ -93,6 +95,16 @@ def _add_connector(result: Diagnosis, path: str, transfer: KVTransferConfig) -> 
         supports_hma=found.capabilities.supports_hma,
         supports_v2_model_runner=found.capabilities.supports_v2_model_runner,
     )
+
+
+def _add_vllm(result: Diagnosis) -> None:
+    found, versions = installed_vllm(), supported_versions()
+    if found is None:
+        result.add("vLLM", "none", f"not installed; kvferry's connectors load in vLLM {versions}", supported=None)
+        return
+    supported = is_supported(found.version)
+    reason = "kvferry's connectors load there" if supported else f"not supported: kvferry supports vLLM {versions}"
+    result.add("vLLM", found.version, f"{found.distribution}; {reason}", supported=supported)
 
 
 def _add_layout(result: Diagnosis, plan: EnginePlan) -> None:

@@ -20,6 +20,7 @@ def facade_mixin(scheduler_side: type[SchedulerSide], worker_side: type[WorkerSi
 
     class HookFacade:
         __doc__ = f"Facade over {scheduler_side.__name__} and {worker_side.__name__}."
+        sides = scheduler_side, worker_side
 
         def __init__(self, vllm_config: Any, role: Any, kv_cache_config: Any) -> None:
             super().__init__(vllm_config, role, kv_cache_config)  # type: ignore[call-arg]  # the host's base is next

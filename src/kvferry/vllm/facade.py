@@ -1,8 +1,11 @@
-"""What differs between our contract types and vLLM's of the same names."""
+"""vLLM's form of kvferry's connectors, made from their two sides and the hook table."""
 
 from __future__ import annotations
 
+import types
+from collections.abc import Iterable
 from dataclasses import fields
+from inspect import getattr_static
 from typing import Any
 
 from vllm.distributed import kv_events as vllm_events
@@ -10,35 +13,84 @@ from vllm.distributed.kv_transfer.kv_connector.v1 import base as vllm_base
 
 from kvferry.contract import base as own
 from kvferry.contract.facade import facade_mixin
-from kvferry.contract.sides import SchedulerSide, WorkerSide
+from kvferry.contract.factory import KVConnectorFactory
+from kvferry.errors import HostError
+from kvferry.vllm.stats import FerryStats, MetricsOfAll, StatsTeller
 
 vllm_base.KVConnectorMetadata.register(own.KVConnectorMetadata)
 vllm_base.KVConnectorHandshakeMetadata.register(own.KVConnectorHandshakeMetadata)
 vllm_base.KVConnectorWorkerMetadata.register(own.KVConnectorWorkerMetadata)
+own.SupportsHMA.register(vllm_base.SupportsHMA)
+
+_CLASS_HOOKS = ("get_required_kvcache_layout", "requires_piecewise_for_cudagraph")
 
 
-def vllm_facade(scheduler_side: type[SchedulerSide], worker_side: type[WorkerSide]) -> type[Any]:
-    """The hook facade with answers in vLLM's types. Put it before vLLM's own base in the class's bases."""
-    mixin = facade_mixin(scheduler_side, worker_side, vllm_base.KVConnectorRole.SCHEDULER)
+class VllmAnswers:
+    """Turns our answers into vLLM's types. Stands before the class that answers in a connector's bases."""
 
-    class VllmFacade(mixin):  # type: ignore[misc, valid-type]
-        def get_transfer_results(self, finished_req_ids: set[str]) -> vllm_base.KVConnectorTransferResults:
-            results = super().get_transfer_results(finished_req_ids)
-            return vllm_base.KVConnectorTransferResults(
-                results.finished_sending, results.finished_recving, results.failed_recving
+    def __init__(self, vllm_config: Any, role: Any, kv_cache_config: Any) -> None:
+        super().__init__(vllm_config, role, kv_cache_config)  # type: ignore[call-arg]  # what answers is next
+        self._stats = StatsTeller(str(vllm_config.kv_transfer_config.kv_connector))
+
+    def get_transfer_results(self, finished_req_ids: set[str]) -> Any:
+        """Of asynchronous loads, failed blocks are told as failed requests: vLLM cannot be told of positions.
+
+        Raises HostError, which ends the engine, when a synchronous load failed in a way that vLLM has no words for:
+        going on would be a wrong answer.
+        """
+        results = super().get_transfer_results(finished_req_ids)  # type: ignore[misc]
+        received = set(results.finished_recving)
+        failed = set(results.failed_recving) | {failure.request_id for failure in results.failed_blocks}
+        if not failed <= received:
+            raise HostError(
+                f"the load of {', '.join(sorted(failed - received))} failed, and vLLM can be told of failures of "
+                "synchronous loads by block ids only: load asynchronously, or report block ids"
             )
+        return vllm_base.KVConnectorTransferResults(set(results.finished_sending), received, failed)
 
-        def get_kv_connector_stats(self) -> None:
-            """Nothing: vLLM wants objects of its own kind here."""
+    def get_kv_connector_stats(self) -> Any:
+        """What has changed since the last call; None when nothing has."""
+        return self._stats.changes(super().get_kv_connector_stats())  # type: ignore[misc]
 
-        def take_events(self) -> list[Any]:
-            return [
-                getattr(vllm_events, type(event).__name__)(**{f.name: getattr(event, f.name) for f in fields(event)})
-                for event in super().take_events()
-            ]
+    def take_events(self) -> Iterable[Any]:
+        """As vLLM's classes of the same names."""
+        return [
+            getattr(vllm_events, type(event).__name__)(**{f.name: getattr(event, f.name) for f in fields(event)})
+            for event in super().take_events()  # type: ignore[misc]
+        ]
 
-        def get_external_cache_hit_sources(self, request: Any, num_external_tokens: int) -> dict[Any, int]:
-            sources = super().get_external_cache_hit_sources(request, num_external_tokens)
-            return {vllm_base.CacheHitSource[source.name]: tokens for source, tokens in sources.items()}
+    def get_external_cache_hit_sources(self, request: Any, num_external_tokens: int) -> dict[Any, int]:
+        """In vLLM's enum."""
+        sources = super().get_external_cache_hit_sources(request, num_external_tokens)  # type: ignore[misc]
+        return {vllm_base.CacheHitSource[source.name]: tokens for source, tokens in sources.items()}
 
-    return VllmFacade
+    @classmethod
+    def build_kv_connector_stats(cls, data: dict[str, Any] | None = None) -> FerryStats:
+        """The statistics that `to_dict` has made `data` of, for vLLM's log."""
+        return FerryStats.of_dict(data or {})
+
+    @classmethod
+    def build_prom_metrics(
+        cls, vllm_config: Any, metric_types: Any, labelnames: list[str], per_engine_labelvalues: dict[int, list[object]]
+    ) -> MetricsOfAll:
+        """The rows `kvferry:connector_*` of the metrics table, on vLLM's /metrics."""
+        return MetricsOfAll(vllm_config, metric_types, labelnames, per_engine_labelvalues)
+
+
+def built_in(name: str) -> type[Any]:
+    """vLLM's form of the built-in connector of that name."""
+    return vllm_form(KVConnectorFactory.get_connector_class_by_name(name))
+
+
+def vllm_form(own_class: type[Any]) -> type[Any]:
+    """A subclass of vLLM's connector base (and SupportsHMA, if `own_class` is) over the sides of our connector."""
+    scheduler_side, worker_side = own_class.sides
+    mixin = facade_mixin(scheduler_side, worker_side, vllm_base.KVConnectorRole.SCHEDULER)
+    hma = (vllm_base.SupportsHMA,) if own.supports_hma(own_class) else ()
+    namespace = {
+        "__doc__": own_class.__doc__,
+        "__module__": "kvferry.vllm",
+        **{hook: getattr_static(own_class, hook) for hook in _CLASS_HOOKS},
+    }
+    bases = (VllmAnswers, mixin, vllm_base.KVConnectorBase_V1, *hma)
+    return types.new_class(own_class.__name__, bases, exec_body=lambda body: body.update(namespace))

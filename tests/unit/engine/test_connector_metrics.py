@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from kvferry import LLM, SamplingParams
 from kvferry.contract import ConnectorStats, MediumStats
+from kvferry.contract.stats_rows import by_known
 from kvferry.engine import RequestOutputKind
-from kvferry.engine.server.connector_metrics import ConnectorMetrics, by_known
+from kvferry.engine.server.connector_metrics import ConnectorMetrics
 from kvferry.engine.server.observe import EngineObserver
 from kvferry.metrics import FAILURE_REASONS, FALLBACK_REASONS, Metrics
 from kvferry.testing.stub_model import StubModel

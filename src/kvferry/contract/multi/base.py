@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import logging
-from typing import Any
+from typing import Any, ClassVar
 
 from kvferry.clock import Clock
 from kvferry.contract.base import KVConnectorBase_V1, KVConnectorRole
 from kvferry.contract.kv_cache import KVCacheConfig
 from kvferry.contract.multi.child import Child
-from kvferry.contract.multi.config import ChildConfig, MultiConfig, child_configs
+from kvferry.contract.multi.config import ChildConfig, ChildRules, MultiConfig, child_configs
 from kvferry.errors import ConfigError
 
 logger = logging.getLogger(__name__)
@@ -18,12 +18,14 @@ logger = logging.getLogger(__name__)
 class MultiBase(KVConnectorBase_V1):
     """Builds the children in order. Raises ConfigError for wrong settings, those of children named by their path."""
 
+    child_rules: ClassVar[ChildRules] = ChildRules()
+
     def __init__(
         self, vllm_config: Any, role: KVConnectorRole, kv_cache_config: KVCacheConfig, clock: Clock | None = None
     ) -> None:
         super().__init__(vllm_config, role, kv_cache_config)
         self.settings = MultiConfig.parse(self._kv_transfer_config.kv_connector_extra_config)
-        configs = child_configs(self._kv_transfer_config)
+        configs = child_configs(self._kv_transfer_config, self.child_rules)
         _check_groups(configs, len(kv_cache_config.kv_cache_groups))
         self.children = _start(configs, vllm_config, role, kv_cache_config)
         """In order of priority."""
@@ -45,7 +47,7 @@ def _check_groups(configs: list[ChildConfig], num_groups: int) -> None:
     if num_groups <= 1:
         return
     for config in configs:
-        if not config.connector_class.supports_hma_config(config.transfer):
+        if not config.supports_hma:
             raise ConfigError(
                 f"{config.where} ({config.label}) does not support hybrid KV caches, but the model has {num_groups} "
                 "KV cache groups: set disable_hybrid_kv_cache_manager, or remove this connector"

@@ -49,6 +49,25 @@ class MultiConfig:
         return config
 
 
+class ChildRules:
+    """What a MultiConnector's host decides of children. These are kvferry's engine's; vLLM's are in `vllm/multi.py`."""
+
+    transfer_class: type[Any] = KVTransferConfig
+    """What a child's settings are read into; a dataclass."""
+
+    def transfer(self, values: Mapping[str, Any]) -> Any:
+        """A child's configuration from all its settings, inherited ones included. Raises ConfigError."""
+        return self.transfer_class(**values)
+
+    def find_class(self, transfer: Any) -> type[Any]:
+        """The child's class. Raises ConnectorNotFound."""
+        return KVConnectorFactory.get_connector_class(transfer)
+
+    def supports_hma(self, connector_class: type[Any], transfer: Any) -> bool:
+        """True when the child, so configured, supports hybrid KV caches."""
+        return bool(connector_class.supports_hma_config(transfer))
+
+
 @dataclass(frozen=True, slots=True)
 class ChildConfig:
     """One child as configured."""
@@ -59,6 +78,13 @@ class ChildConfig:
     """Path of its settings, for errors."""
     connector_class: type[KVConnectorBase_V1]
     transfer: KVTransferConfig
+    """Of the host's own class."""
+    rules: ChildRules
+
+    @property
+    def supports_hma(self) -> bool:
+        """True when the child, so configured, supports hybrid KV caches."""
+        return self.rules.supports_hma(self.connector_class, self.transfer)
 
     def host_config(self, vllm_config: Any) -> Any:
         """A copy of the host's configuration in which this child is the connector."""
@@ -74,26 +100,26 @@ class ChildConfig:
         return type(err)(f"{self.where} ({self.label}): {err}")
 
 
-def child_configs(parent: KVTransferConfig) -> list[ChildConfig]:
+def child_configs(parent: KVTransferConfig, rules: ChildRules) -> list[ChildConfig]:
     """The children of a MultiConnector so configured, in order. ConfigError names what is wrong by its path."""
     children: list[ChildConfig] = []
     seen: Counter[str] = Counter()
     for i, values in enumerate(MultiConfig.parse(parent.kv_connector_extra_config).connectors):
         where = f"{_EXTRA_CONFIG}.connectors[{i}]"
-        transfer = _transfer_config(parent, values, where)
+        transfer = _transfer_config(parent, values, where, rules)
         try:
-            connector_class = KVConnectorFactory.get_connector_class(transfer)
+            connector_class = rules.find_class(transfer)
         except ConnectorNotFound as err:
             raise type(err)(f"{where}: {err}") from err
         name = connector_class.__name__
         seen[name] += 1
         label = name if seen[name] == 1 else f"{name}#{seen[name]}"
-        children.append(ChildConfig(label, where, connector_class, transfer))
+        children.append(ChildConfig(label, where, connector_class, transfer, rules))
     return children
 
 
-def _transfer_config(parent: KVTransferConfig, values: Mapping[str, Any], where: str) -> KVTransferConfig:
-    known = [f.name for f in fields(KVTransferConfig)]
+def _transfer_config(parent: KVTransferConfig, values: Mapping[str, Any], where: str, rules: ChildRules) -> Any:
+    known = [f.name for f in fields(rules.transfer_class)]
     for key in values:
         if key not in known:
             raise ConfigError(f"{where}.{key} is not a known key{did_you_mean(str(key), known)}")
@@ -101,6 +127,6 @@ def _transfer_config(parent: KVTransferConfig, values: Mapping[str, Any], where:
         raise ConfigError(f"{where}.kv_connector={values.get('kv_connector')!r} must be the name of a connector")
     inherited = {name: getattr(parent, name) for name in known if name not in _OWN_FIELDS and hasattr(parent, name)}
     try:
-        return KVTransferConfig(**{**inherited, **values})
+        return rules.transfer({**inherited, **values})
     except ConfigError as err:
         raise ConfigError(f"{where}.{str(err).removeprefix('kv_transfer_config.')}") from None

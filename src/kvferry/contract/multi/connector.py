@@ -32,7 +32,7 @@ class MultiConnector(MultiSchedulerHooks, MultiWorkerHooks, SupportsHMA):
 
     def get_kv_connector_stats(self) -> ConnectorStats | None:
         """By child; the scheduler instance adds what went wrong in a child's hooks, on all sides. None: nothing."""
-        is_scheduler = self.role is KVConnectorRole.SCHEDULER
+        is_scheduler = self.role.name == KVConnectorRole.SCHEDULER.name  # hosts have enums of their own
         children = {}
         for child in self.children:
             stats = child.stats(child.ask("get_kv_connector_stats", None), with_errors=is_scheduler)
@@ -45,20 +45,19 @@ class MultiConnector(MultiSchedulerHooks, MultiWorkerHooks, SupportsHMA):
     @classmethod
     def supports_hma_config(cls, kv_transfer_config: KVTransferConfig) -> bool:
         """True when every child supports hybrid KV caches."""
-        children = child_configs(kv_transfer_config)
-        return all(child.connector_class.supports_hma_config(child.transfer) for child in children)
+        return all(child.supports_hma for child in child_configs(kv_transfer_config, cls.child_rules))
 
     @classmethod
     def supports_v2_model_runner_config(cls, kv_transfer_config: KVTransferConfig) -> bool:
         """True when every child supports the second model runner."""
-        children = child_configs(kv_transfer_config)
+        children = child_configs(kv_transfer_config, cls.child_rules)
         return all(child.connector_class.supports_v2_model_runner_config(child.transfer) for child in children)
 
     @classmethod
     def get_required_kvcache_layout(cls, vllm_config: Any) -> str | None:
         """The layout that the children insist on; ConfigError when they differ."""
         wanted: dict[str, str] = {}
-        for child in child_configs(vllm_config.kv_transfer_config):
+        for child in child_configs(vllm_config.kv_transfer_config, cls.child_rules):
             layout = child.connector_class.get_required_kvcache_layout(child.host_config(vllm_config))
             if layout is not None:
                 wanted[child.label] = layout
@@ -73,7 +72,7 @@ class MultiConnector(MultiSchedulerHooks, MultiWorkerHooks, SupportsHMA):
         parent = KVTransferConfig(cls.__name__, kv_role="kv_both", kv_connector_extra_config=extra_config)
         return any(
             child.connector_class.requires_piecewise_for_cudagraph(child.transfer.kv_connector_extra_config)
-            for child in child_configs(parent)
+            for child in child_configs(parent, cls.child_rules)
         )
 
     @classmethod
@@ -93,7 +92,7 @@ class MultiConnector(MultiSchedulerHooks, MultiWorkerHooks, SupportsHMA):
     ) -> MultiPromMetrics | None:
         """Those of the children that have any, or None."""
         metrics: dict[str, Any] = {}
-        for child in child_configs(vllm_config.kv_transfer_config):
+        for child in child_configs(vllm_config.kv_transfer_config, cls.child_rules):
             own = child.connector_class.build_prom_metrics(
                 child.host_config(vllm_config), metric_types, labelnames, per_engine_labelvalues
             )

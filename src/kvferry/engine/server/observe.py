@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from kvferry.clock import Clock, SystemClock
+from kvferry.contract.stats_rows import by_known
 from kvferry.engine.llm import LLM
 from kvferry.engine.outputs import RequestOutput
-from kvferry.engine.server.connector_metrics import ConnectorMetrics, by_known
+from kvferry.engine.server.connector_metrics import ConnectorMetrics
 from kvferry.metrics import HELD_REASONS, HIT_SOURCES, Metrics
 
 

@@ -1,0 +1,29 @@
+"""Entry point `vllm.general_plugins`: makes kvferry's connectors known to vLLM by name, without a module path."""
+
+from __future__ import annotations
+
+import logging
+
+from kvferry.vllm import FERRY_NAMES
+
+logger = logging.getLogger(__name__)
+
+
+def register() -> None:
+    """Register every `Ferry...` name with vLLM's factory; nothing of a connector is imported before it is used.
+
+    vLLM calls this in each of its processes, maybe repeatedly: a name that is taken stays as it is. Never raises: vLLM
+    must start without us, too.
+    """
+    try:
+        from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
+    except Exception as err:  # another vLLM than we know: it must start all the same
+        logger.warning("kvferry's connectors are not registered: vLLM's KVConnectorFactory cannot be imported: %s", err)
+        return
+    for name, own_name in FERRY_NAMES.items():
+        try:
+            KVConnectorFactory.register_connector(name, "kvferry.vllm", own_name)
+        except ValueError:
+            logger.debug("vLLM knows a connector %s already", name)
+        except Exception as err:  # as above
+            logger.warning("kvferry's connector %s is not registered: %s: %s", name, type(err).__name__, err)
