@@ -403,6 +403,6 @@ def test_explanations_name_their_child() -> None:
     pair.s[0].answers["explain_prefix"] = [found]
     inner.answers["explain_prefix"] = [found]
     assert pair.scheduler.explain_prefix(request(), 0) == [
-        replace(found, source="Hybrid"),
-        replace(found, source="MultiConnector/Hybrid"),
+        replace(found, source="Hybrid", is_claimed=False),
+        replace(found, source="MultiConnector/Hybrid", is_claimed=False),
     ]
