@@ -51,6 +51,12 @@ class WorkerProbe:
         """Of the worker."""
         return os.getpid()
 
+    def num_compiled_graphs(self) -> int:
+        """Graphs that torch has compiled in this process."""
+        from torch._dynamo.utils import counters
+
+        return int(counters["stats"]["unique_graphs"])
+
     def layers_by_group(self) -> list[list[int]]:
         """Per KV cache group the address of each layer's first block."""
         groups = _worker_connector()._kv_cache_config.kv_cache_groups
@@ -178,7 +184,7 @@ class Driver:
         config = self._llm.llm_engine.vllm_config
         return {
             "is_in_process": self._llm.collective_rpc("process_id")[0] == os.getpid(),
-            "is_compiled": config.compilation_config.mode.name == "VLLM_COMPILE" and not config.model_config.enforce_eager,
+            "num_compiled_graphs": self._llm.collective_rpc("num_compiled_graphs")[0],
             "block_size": config.cache_config.block_size,
             "has_prefix_caching": config.cache_config.enable_prefix_caching,
             "layers_by_group": self._llm.collective_rpc("layers_by_group")[0],

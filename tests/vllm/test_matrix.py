@@ -46,7 +46,7 @@ def stored(num_tokens: int) -> int:
 def test_engine_is_as_said(engine: EngineChild) -> None:
     facts = engine.ask(facts=True)
     assert not facts["is_in_process"]
-    assert not facts["is_compiled"]
+    assert facts["num_compiled_graphs"] == 0
     assert facts["has_prefix_caching"]
     assert facts["block_size"] == BLOCK_SIZE
 
