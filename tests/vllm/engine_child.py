@@ -24,7 +24,7 @@ METRICS = {
 
 
 class WorkerProbe:
-    """Mixed into vLLM's worker (worker_extension_cls): looks at the pool itself, past every connector, and makes faults."""
+    """Mixed into vLLM's worker (worker_extension_cls): sees the pool itself, past every connector, and makes faults."""
 
     model_runner: Any
     _gate: threading.Event

@@ -1,8 +1,6 @@
-"""Cells of the matrix on one engine: core in this process, blocks of 128, no prefix caching, synchronous loads, fail."""
+"""Cells of the matrix on one engine: in-process core, blocks of 128, no prefix caching, synchronous loads, fail."""
 
 from __future__ import annotations
-
-from pathlib import Path
 
 import pytest
 from conftest import StartEngine

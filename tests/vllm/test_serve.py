@@ -22,7 +22,6 @@ from engine_process import assert_same_tokens, offloading, vllm_environment, wai
 
 CHUNK_TOKENS = 64
 PROMPT = [(i * i * 31 + i * 7) % 40000 + 100 for i in range(700)]
-COUNTERS = {"external": "vllm:external_prefix_cache_hits_total", "local": "vllm:prefix_cache_hits_total"}
 START_S = 180
 
 
@@ -65,8 +64,11 @@ class Server:
             )
         self.url = f"http://127.0.0.1:{port}"
         self._log = log
-        wait_until("the server answers", self._is_up, START_S)
         self.client = openai.OpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0, timeout=60)
+
+    def wait_until_up(self) -> None:
+        """AssertionError, with the end of its log, when it ends or does not come up in time."""
+        wait_until("the server answers", self._is_up, START_S)
 
     def _is_up(self) -> bool:
         assert self.process.poll() is None, self._log.read_text()[-6000:]
@@ -80,19 +82,16 @@ class Server:
             body: bytes = answer.read()
         return body.decode()
 
-    def hits(self) -> dict[str, float]:
-        """vLLM's own counters on /metrics."""
-        text = self.ask("/metrics")
-        found = {}
-        for name, metric in COUNTERS.items():
-            values = re.findall(rf"^{metric}(?:{{.*}})? (\S+)$", text, re.MULTILINE)
-            assert len(values) == 1, f"{metric} is on /metrics {len(values)} times"
-            found[name] = float(values[0])
-        return found
+    def counter(self, name: str) -> float:
+        """One of vLLM's own counters on /metrics."""
+        values = re.findall(rf"^vllm:{name}_total(?:{{.*}})? (\S+)$", self.ask("/metrics"), re.MULTILINE)
+        assert len(values) == 1, f"{name} is on /metrics {len(values)} times"
+        return float(values[0])
 
-    def forget_local(self) -> None:
-        """vLLM's own prefix cache is emptied, as soon as no block is held; the connector keeps what it has."""
-        wait_until("no block is held", lambda: json.loads(self.ask("/reset_prefix_cache", method="POST"))["success"])
+    def reset(self, *, external: bool) -> None:
+        """vLLM's own prefix cache is emptied, as soon as no block is held; the connector's on demand."""
+        path = f"/reset_prefix_cache?reset_external={str(external).lower()}"
+        wait_until("no block is held", lambda: json.loads(self.ask(path, method="POST"))["success"])
 
     def stop(self) -> None:
         """End it and all it started."""
@@ -103,13 +102,16 @@ class Server:
 
 @pytest.fixture(scope="module")
 def server(model_folder: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    log = tmp_path_factory.mktemp("serve") / "server.log"
-    server = Server.__new__(Server)
+    server = Server(model_folder, tmp_path_factory.mktemp("serve") / "server.log")
     try:
-        server.__init__(model_folder, log)  # type: ignore[misc]  # one that fails to come up is stopped as well
+        server.wait_until_up()
         yield server
     finally:
         server.stop()
+
+
+def stored(prompt: list[int]) -> int:
+    return len(prompt) // CHUNK_TOKENS * CHUNK_TOKENS
 
 
 def complete(server: Server, prompt: list[int]) -> dict[str, Any]:
@@ -132,24 +134,28 @@ def complete(server: Server, prompt: list[int]) -> dict[str, Any]:
 @pytest.mark.timeout(300)
 def test_hit_and_metrics(server: Server) -> None:
     cold = complete(server, PROMPT)
-    assert server.hits() == {"external": 0, "local": 0}
-    server.forget_local()
+    assert server.counter("external_prefix_cache_hits") == 0
+    server.reset(external=False)
     warm = complete(server, PROMPT)
-    hit = len(PROMPT) // CHUNK_TOKENS * CHUNK_TOKENS
-    assert server.hits() == {"external": hit, "local": 0}
-    assert warm["cached_tokens"] == hit
+    assert server.counter("external_prefix_cache_hits") == warm["cached_tokens"] == stored(PROMPT)
+    assert server.counter("external_prefix_cache_queries") >= len(PROMPT)
+    assert server.counter("prefix_cache_hits") == 0
     assert_same_tokens(warm, cold)
 
 
 @pytest.mark.timeout(300)
 def test_client_that_goes_away(server: Server) -> None:
     prompt = PROMPT[::-1]
-    before = server.hits()
+    cold = complete(server, prompt)
+    server.reset(external=True)
+    hits, generated = server.counter("external_prefix_cache_hits"), server.counter("generation_tokens")
     with server.client.completions.create(
         model="small", prompt=prompt, max_tokens=1000, temperature=0, stream=True, extra_body={"ignore_eos": True}
     ) as stream:
-        assert next(iter(stream)).choices[0].text is not None
-    server.forget_local()  # possible once the abort has arrived
+        next(iter(stream))
+    server.reset(external=False)  # possible once the request is gone
+    assert server.counter("external_prefix_cache_hits") == hits
+    assert 0 < server.counter("generation_tokens") - generated < 1000
     warm = complete(server, prompt)
-    assert server.hits()["external"] - before["external"] == len(prompt) // CHUNK_TOKENS * CHUNK_TOKENS
-    assert len(warm["token_ids"]) == 12
+    assert server.counter("external_prefix_cache_hits") - hits == warm["cached_tokens"] == stored(prompt)
+    assert_same_tokens(warm, cold)
