@@ -1,4 +1,4 @@
-"""Real vLLM engines as child processes."""
+"""Real vLLM engines as child processes, and the small models they run."""
 
 from __future__ import annotations
 
@@ -7,21 +7,48 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from engine_process import EngineChild
 
+StartEngine = Callable[..., EngineChild]
 
-@pytest.fixture
-def start_engine(tmp_path: Path) -> Iterator[Callable[..., EngineChild]]:
-    """Start engines; what is left of them is killed when the test ends."""
+# Heads of 32: the smallest that vLLM's CPU attention takes; an even number of KV heads for two ranks.
+TINY = {
+    "vocab_size": 512,
+    "hidden_size": 128,
+    "intermediate_size": 256,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+    "max_position_embeddings": 4096,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+    "pad_token_id": 2,
+}
+
+
+def _starter(folder: Path) -> Iterator[StartEngine]:
     children: list[EngineChild] = []
 
-    def start(**llm: Any) -> EngineChild:
-        children.append(EngineChild(llm, tmp_path / f"engine{len(children)}.log"))
+    def start(env: dict[str, str] | None = None, **llm: Any) -> EngineChild:
+        children.append(EngineChild(llm, folder / f"engine{len(children)}.log", env))
         return children[-1]
 
     yield start
     for child in children:
         child.kill()
+
+
+@pytest.fixture
+def start_engine(tmp_path: Path) -> Iterator[StartEngine]:
+    """Start engines; what is left of them is killed when the test ends."""
+    yield from _starter(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def start_shared_engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[StartEngine]:
+    """Start engines that serve all tests of a module."""
+    yield from _starter(tmp_path_factory.mktemp("engines"))
 
 
 @pytest.fixture(scope="session")
@@ -30,3 +57,38 @@ def model_folder() -> str:
     from kvferry.engine.model_loader import find_model_folder
 
     return str(find_model_folder("smollm2"))
+
+
+@pytest.fixture(scope="session")
+def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A random Llama, weights large enough that one exchanged block of the prompt changes its answer."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("tiny-llama")
+    LlamaForCausalLM(LlamaConfig(num_hidden_layers=3, initializer_range=0.2, **TINY)).save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="session")
+def tiny_gemma3(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A random Gemma 3 with a window of 64 tokens, whose six layers make three KV cache groups of two."""
+    from transformers import Gemma3ForCausalLM, Gemma3TextConfig
+
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("tiny-gemma3")
+    layers = ["sliding_attention", "sliding_attention", "full_attention"] * 2
+    config = Gemma3TextConfig(
+        num_hidden_layers=6,
+        layer_types=layers,
+        sliding_window=64,
+        query_pre_attn_scalar=32,
+        initializer_range=0.1,
+        **TINY,
+    )
+    model = Gemma3ForCausalLM(config)
+    with torch.no_grad():  # its large embeddings would make it repeat its last token, whatever the KV says
+        model.model.embed_tokens.weight.mul_(0.1)
+        model.model.norm.weight.fill_(9.0)
+    model.save_pretrained(folder)
+    return str(folder)

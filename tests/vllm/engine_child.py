@@ -1,79 +1,223 @@
 """A real vLLM engine in a process of its own, driven by JSON lines on stdin; for tests that kill it.
 
-argv[1]: JSON {"llm": LLM arguments}. Commands: {"generate": token ids, "max_tokens": n}, {"digests": [block ids]},
-{"connector": true}, {"stop": true}. Answers are JSON lines that begin with ANSWER.
+argv[1]: JSON {"llm": LLM arguments}. A command is a JSON object whose first key is a method of `Driver`, with that
+key's value as first argument and the other keys by name. Answers are JSON lines that begin with ANSWER.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import os
 import sys
+import threading
+import time
 from typing import Any
 
 ANSWER = "kvferry-answer "
+WAIT_S = 60
+METRICS = {
+    "external_hits": "vllm:external_prefix_cache_hits",
+    "local_hits": "vllm:prefix_cache_hits",
+    "num_preemptions": "vllm:num_preemptions",
+}
 
 
 class WorkerProbe:
-    """Mixed into vLLM's worker (worker_extension_cls): looks at the pool itself, past every connector."""
+    """Mixed into vLLM's worker (worker_extension_cls): sees the pool itself, past every connector, and makes faults."""
 
     model_runner: Any
+    _gate: threading.Event
+    _num_held = 0
 
     def block_digests(self, block_ids: list[int]) -> dict[str, str]:
         """SHA-256 of each block's bytes over all layers, read through the runner's own tensors."""
+        import torch
+
         digests = {}
         for block in block_ids:
             sha = hashlib.sha256()
             for tensor in self.model_runner.kv_caches:
-                sha.update(tensor[block].contiguous().flatten().view(dtype=__import__("torch").uint8).numpy())
+                sha.update(tensor[block].contiguous().flatten().view(dtype=torch.uint8).numpy())
             digests[str(block)] = sha.hexdigest()
         return digests
 
     def connector_origin(self) -> str:
         """Module and class of the worker's connector."""
-        from vllm.distributed.kv_transfer import get_kv_transfer_group
-
-        kind = type(get_kv_transfer_group())
+        kind = type(_worker_connector())
         return f"{kind.__module__}:{kind.__qualname__}"
 
+    def process_id(self) -> int:
+        """Of the worker."""
+        return os.getpid()
 
-def _metric(llm: Any, name: str) -> float:
-    values = [metric.value for metric in llm.get_metrics() if metric.name == name]
-    assert values, f"vLLM has no metric {name}"
-    return float(sum(values))
+    def num_compiled_graphs(self) -> int:
+        """Graphs that torch has compiled in this process."""
+        from torch._dynamo.utils import counters
+
+        return int(counters["stats"]["unique_graphs"])
+
+    def layers_by_group(self) -> list[list[int]]:
+        """Per KV cache group the address of each layer's first block."""
+        groups = _worker_connector()._kv_cache_config.kv_cache_groups
+        layers = self.model_runner.compilation_config.static_forward_context
+        return [[layers[name].kv_cache.data_ptr() for name in group.layer_names] for group in groups]
+
+    def shift_generations(self, by: int) -> None:
+        """Every slot of the host arena looks as if it had been given to other chunks since it was claimed."""
+        generations = _worker_connector().side._arena._generations
+        for slot in range(len(generations)):
+            generations[slot] += by
+
+    def hold_loads(self) -> None:
+        """From now on loads stand still before their first byte, until `release_loads`."""
+        copier = _worker_connector().side._copier
+        scatter = copier.scatter
+        self._gate = threading.Event()
+
+        def held(*args: Any) -> None:
+            self._num_held += 1
+            assert self._gate.wait(WAIT_S)
+            scatter(*args)
+
+        copier.scatter = held
+
+    def num_held_loads(self) -> int:
+        """Loads that have come to the gate."""
+        return self._num_held
+
+    def release_loads(self) -> None:
+        """Loads go on."""
+        self._gate.set()
+        del _worker_connector().side._copier.scatter
 
 
-def _generate(llm: Any, command: dict[str, Any]) -> dict[str, Any]:
-    from vllm import SamplingParams
+def _worker_connector() -> Any:
+    from vllm.distributed.kv_transfer import get_kv_transfer_group
 
-    params = SamplingParams(max_tokens=command["max_tokens"], temperature=0, ignore_eos=True, logprobs=2)
-    output = llm.generate([{"prompt_token_ids": command["generate"]}], params, use_tqdm=False)[0]
-    steps = output.outputs[0].logprobs
-    gaps = [sorted((p.logprob for p in step.values()), reverse=True) for step in steps]
+    return get_kv_transfer_group()
+
+
+class Driver:
+    """The commands."""
+
+    def __init__(self, llm: Any) -> None:
+        self._llm = llm
+        self._seen = self._metrics()
+
+    def _metrics(self) -> dict[str, float]:
+        found = dict.fromkeys(METRICS, 0.0)
+        for metric in self._llm.get_metrics():
+            for name, theirs in METRICS.items():
+                if metric.name == theirs:
+                    found[name] += metric.value
+        return found
+
+    def _news(self) -> dict[str, float]:
+        before, self._seen = self._seen, self._metrics()
+        return {name: value - before[name] for name, value in self._seen.items()}
+
+    @staticmethod
+    def _params(max_tokens: int) -> Any:
+        from vllm import SamplingParams
+
+        return SamplingParams(max_tokens=max_tokens, temperature=0, ignore_eos=True, logprobs=2)
+
+    def generate_all(self, prompts: list[list[int]], max_tokens: int) -> dict[str, Any]:
+        """All prompts at once: {"outputs": one per prompt, and how much each of METRICS grew}."""
+        requests = [{"prompt_token_ids": prompt} for prompt in prompts]
+        outputs = self._llm.generate(requests, self._params(max_tokens), use_tqdm=False)
+        return {"outputs": [_output(output) for output in outputs], **self._news()}
+
+    def generate(self, prompt: list[int], max_tokens: int) -> dict[str, Any]:
+        """One prompt: tokens, top-2 gaps, and how much each of METRICS grew."""
+        answer = self.generate_all([prompt], max_tokens)
+        return {**answer.pop("outputs")[0], **answer}
+
+    def reset(self, reset_connector: bool) -> dict[str, Any]:
+        """Forget vLLM's own prefix cache, which vLLM refuses while any block is held: bounded wait for that."""
+        deadline = time.monotonic() + WAIT_S
+        while not self._llm.reset_prefix_cache(reset_connector=reset_connector):
+            assert time.monotonic() < deadline, f"blocks are still held after {WAIT_S} s"
+            if hasattr(self._llm.llm_engine.engine_core, "engine_core"):
+                self._llm.llm_engine.step()  # an engine core in this process does nothing by itself
+            time.sleep(0.01)
+        return {"reset": True}
+
+    def abort_running(self, prompt: list[int], after_tokens: int) -> dict[str, Any]:
+        """Abort a request that has generated `after_tokens` tokens."""
+        engine = self._llm.llm_engine
+        engine.add_request("running", {"prompt_token_ids": prompt}, self._params(1000))
+        num_tokens = 0
+        while num_tokens < after_tokens:
+            for output in engine.step():
+                num_tokens = len(output.outputs[0].token_ids)
+        engine.abort_request(["running"])
+        return {"num_tokens": num_tokens, "is_unfinished": engine.has_unfinished_requests(), **self._news()}
+
+    def abort_loading(self, prompt: list[int]) -> dict[str, Any]:
+        """Abort a request whose load has begun and is held; then let the load go on."""
+        engine = self._llm.llm_engine
+        self._llm.collective_rpc("hold_loads")
+        engine.add_request("loading", {"prompt_token_ids": prompt}, self._params(4))
+        deadline = time.monotonic() + WAIT_S
+        while not self._llm.collective_rpc("num_held_loads")[0]:
+            assert time.monotonic() < deadline, "no load has begun"
+            time.sleep(0.01)
+        engine.abort_request(["loading"])
+        is_free_while_loading = self._llm.reset_prefix_cache()
+        self._llm.collective_rpc("release_loads")
+        self.reset(False)  # the engine is given all its blocks back
+        return {"is_free_while_loading": is_free_while_loading, **self._news()}
+
+    def rpc(self, method: str, args: list[Any] | None = None) -> dict[str, Any]:
+        """Call a method of WorkerProbe on all workers."""
+        return {"answers": self._llm.collective_rpc(method, args=tuple(args or ()))}
+
+    def digests(self, block_ids: list[int]) -> dict[str, Any]:
+        """See WorkerProbe.block_digests."""
+        digests: dict[str, Any] = self._llm.collective_rpc("block_digests", args=(block_ids,))[0]
+        return digests
+
+    def facts(self, _: bool) -> dict[str, Any]:
+        """Where and how this engine runs."""
+        config = self._llm.llm_engine.vllm_config
+        return {
+            "is_in_process": self._llm.collective_rpc("process_id")[0] == os.getpid(),
+            "num_compiled_graphs": self._llm.collective_rpc("num_compiled_graphs")[0],
+            "block_size": config.cache_config.block_size,
+            "has_prefix_caching": config.cache_config.enable_prefix_caching,
+            "layers_by_group": self._llm.collective_rpc("layers_by_group")[0],
+        }
+
+    def connector(self, _: bool) -> dict[str, Any]:
+        """See WorkerProbe.connector_origin."""
+        return {"origin": self._llm.collective_rpc("connector_origin")[0]}
+
+
+def _output(output: Any) -> dict[str, Any]:
+    completion = output.outputs[0]
+    gaps = [sorted((p.logprob for p in step.values()), reverse=True) for step in completion.logprobs or ()]
     return {
-        "token_ids": list(output.outputs[0].token_ids),
+        "token_ids": list(completion.token_ids),
         "logit_gaps": [ordered[0] - ordered[1] for ordered in gaps],
+        "finish_reason": completion.finish_reason,
         "num_cached_tokens": output.num_cached_tokens,
-        "external_hits": _metric(llm, "vllm:external_prefix_cache_hits"),
-        "local_hits": _metric(llm, "vllm:prefix_cache_hits"),
     }
 
 
 def main() -> None:
     from vllm import LLM
 
-    llm = LLM(**json.loads(sys.argv[1])["llm"])
+    driver = Driver(LLM(**json.loads(sys.argv[1])["llm"]))
     print(ANSWER + json.dumps({"ready": True}), flush=True)
     for line in sys.stdin:
         command = json.loads(line)
-        if "generate" in command:
-            answer = _generate(llm, command)
-        elif "digests" in command:
-            answer = llm.collective_rpc("block_digests", args=(command["digests"],))[0]
-        elif "connector" in command:
-            answer = {"origin": llm.collective_rpc("connector_origin")[0]}
-        else:
+        name = next(iter(command))
+        if name == "stop":
+            driver._llm.llm_engine.engine_core.shutdown()
             return
+        answer = getattr(driver, name)(command.pop(name), **command)
         print(ANSWER + json.dumps(answer), flush=True)
 
 
