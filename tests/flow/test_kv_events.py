@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -62,11 +63,13 @@ class Router:
         self.batches: list[Any] = []
 
     def catch_up(self) -> None:
-        for number, (_, events, _) in self.subscriber.replay(self.next):
-            assert number == self.next
-            self.next += 1
-            self.batches.append(events)
-            self.fold.take(events)
+        deadline_s = time.monotonic() + 20
+        while self.next < self.publisher.num_messages and time.monotonic() < deadline_s:  # its thread may be behind
+            for number, (_, events, _) in self.subscriber.replay(self.next):
+                assert number == self.next
+                self.next += 1
+                self.batches.append(events)
+                self.fold.take(events)
         assert self.next == self.publisher.num_messages
 
 
