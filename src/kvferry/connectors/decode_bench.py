@@ -119,7 +119,8 @@ class DecodeBenchWorkerSide(WorkerSide):
 
         KVLayout.from_tensors(kv_caches, self.host.groups, self.host.num_blocks)
         for group in self.host.groups:
-            layers = [kv_caches[name].unflatten(0, (self.host.num_blocks, -1)) for name in group.layer_names]
+            tensors = [kv_caches[name] for name in group.layer_names]
+            layers = [tensor.view(self.host.num_blocks, -1, *tensor.shape[1:]) for tensor in tensors]
             for layer in layers:
                 if not layer.is_floating_point():
                     raise ConfigError(f"KV of dtype {layer.dtype} cannot be filled with noise: use a floating KV dtype")

@@ -238,9 +238,11 @@ class ExampleWorkerSide(WorkerSide):
 
     def register_kv_caches(self, kv_caches: dict[str, torch.Tensor]) -> None:
         """Keep a view of each layer. ConfigError for tensors of a shape that is not known."""
-        KVLayout.from_tensors(kv_caches, self.host.groups, self.host.num_blocks)
+        num_blocks = self.host.num_blocks
+        KVLayout.from_tensors(kv_caches, self.host.groups, num_blocks)
         for name in _only_group(self.host).layer_names:
-            self._layers[name] = kv_caches[name].unflatten(0, (self.host.num_blocks, -1)).transpose(2, 3)
+            tensor = kv_caches[name]
+            self._layers[name] = tensor.view(num_blocks, -1, *tensor.shape[1:]).transpose(2, 3)
 
     def handle_preemptions(self, metadata: KVConnectorMetadata) -> None:
         """The first hook of a step: take its saves, since the layers' hooks do not see the metadata."""
@@ -332,7 +334,7 @@ def _write(file: Path, label: str, page: torch.Tensor) -> None:
 def _read(file: Path, label: str, like: torch.Tensor) -> torch.Tensor:
     """The page in `file`, proved. OSError or TierCorrupt when there is none."""
     try:
-        tensors = load(file.read_bytes())
+        tensors: dict[str, torch.Tensor] = load(file.read_bytes())
         page, proof = tensors["kv"], tensors["digest"]
     except (SafetensorError, KeyError, ValueError) as err:
         raise TierCorrupt(f"{file} is damaged: {err}") from err

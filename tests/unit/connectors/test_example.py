@@ -104,6 +104,7 @@ def test_a_block_that_one_rank_has_not_saved_is_no_hit(host):
     view = host.add("one")
     host.work(host.order_saves(view), skipped_layer="b")
     assert host.hit(view) == 0
+    assert list(host.side._root.iterdir()) == [host.side._tmp], "nothing of it was published"
     host.work(host.order_saves(view))
     assert host.hit(view) == 64
 
