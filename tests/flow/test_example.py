@@ -20,15 +20,14 @@ BLOCK = 16
 def make_llm(tmp_path):
     engines = []
 
-    def make(policy="recompute", extra=None, model=None, **settings):
-        transfer = {
-            "kv_connector": "ExampleConnector",
-            "kv_role": "kv_both",
-            "kv_load_failure_policy": policy,
-            "kv_connector_extra_config": {
-                "shared_storage_path": str(tmp_path / "kv"), "weights_version": "stub", **(extra or {})
-            },
-        }  # fmt: skip
+    def make(policy="recompute", extra=None, model=None, before=None, **settings):
+        """`before`: another connector that loads first, in a MultiConnector."""
+        extra = {"shared_storage_path": str(tmp_path / "kv"), "weights_version": "stub", **(extra or {})}
+        transfer = {"kv_connector": "ExampleConnector", "kv_connector_extra_config": extra}
+        if before is not None:
+            children = {"connectors": [before, transfer]}
+            transfer = {"kv_connector": "MultiConnector", "kv_connector_extra_config": children}
+        transfer |= {"kv_role": "kv_both", "kv_load_failure_policy": policy}
         settings = {"block_size": BLOCK, "num_kv_blocks": 64, "max_num_batched_tokens": 512, **settings}
         engines.append(LLM(model or StubModel(), kv_transfer_config=transfer, **settings))
         return engines[-1]
@@ -217,6 +216,18 @@ def test_what_was_computed_beside_a_failed_load_is_not_stored(make_llm, stored):
     assert run(llm, longer).num_external_tokens == 48
     forget(llm)
     assert run(llm, longer).num_external_tokens == 112
+
+
+def test_nor_beside_the_failed_load_of_another_connector(make_llm):
+    drops = {"fail_block_indexes": [3], "report_by": "block_ids"}
+    other = {"kv_connector": "LoadRecoveryExampleConnector", "kv_connector_extra_config": drops}
+    llm = make_llm(before=other)
+    first, longer = prompt(70), [*prompt(64), *prompt(50, seed=1)]
+    run(llm, first)
+    forget(llm)
+    run(llm, longer)
+    assert llm.counters.load_failures == 1
+    assert run(make_llm(), longer).num_external_tokens == 112, "what was computed again is what is stored"
 
 
 def test_a_full_disk_costs_no_answer(make_llm, stored, monkeypatch, caplog):
