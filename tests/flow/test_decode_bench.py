@@ -78,6 +78,7 @@ def test_hybrid_engine_and_preemptions(make_llm):
     params = SamplingParams(max_tokens=20, temperature=0)
     outputs = llm.generate([[seed, *range(50)] for seed in range(4)], params)
     assert [len(output.outputs[0].token_ids) for output in outputs] == [20] * 4
+    assert llm.scheduler.num_preemptions > 0
 
 
 def test_the_seed_decides_the_answers(make_llm):

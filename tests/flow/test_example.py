@@ -230,6 +230,20 @@ def test_nor_beside_the_failed_load_of_another_connector(make_llm):
     assert run(make_llm(), longer).num_external_tokens == 112, "what was computed again is what is stored"
 
 
+def test_many_requests_under_pressure(make_llm, stored):
+    """Loads, saves, preemptions and a damaged file in every round, all in one batch."""
+    llm = make_llm(num_kv_blocks=16, max_num_batched_tokens=24)
+    prompts = [prompt(40 + 9 * i, seed=i % 3) for i in range(6)]
+    expected = [StubModel().expected_tokens(tokens, 20) for tokens in prompts]
+    for block in range(3):
+        outputs = llm.generate(prompts, SamplingParams(max_tokens=20, temperature=0))
+        assert [output.outputs[0].token_ids for output in outputs] == expected
+        forget(llm)
+        spoil_byte(folder_of(stored, prompts[3], block) / "model.layers.1.self_attn.attn.0.safetensors")
+    assert llm.scheduler.num_preemptions > 0
+    assert llm.counters.load_failures > 0
+
+
 def test_a_full_disk_costs_no_answer(make_llm, stored, monkeypatch, caplog):
     llm = make_llm()
 
