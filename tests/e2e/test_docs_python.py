@@ -11,10 +11,14 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 FENCE = re.compile(r"^```python\n(.*?)^```", re.MULTILINE | re.DOTALL)
-LAST_LINE = {"README.md": r"\d{3} of \d{3} tokens were loaded", "quickstart.md": r"\d{3} tokens came from the disk"}
+LAST_LINE = {
+    "README.md": r"\d{3} of \d{3} tokens were loaded",
+    "quickstart.md": r"\d{3} tokens came from the disk",
+    "example.md": r"80 tokens came from 5 folders",
+}
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/quickstart.md"])
+@pytest.mark.parametrize("page", ["README.md", "docs/quickstart.md", "docs/guides/example.md"])
 def test_python_block_runs(page: str, tmp_path: Path) -> None:
     programs = FENCE.findall((ROOT / page).read_text())
     assert len(programs) == 1

@@ -102,6 +102,22 @@ BUILT_INS = (
         "Drops chosen blocks of its loads on purpose, to show how an engine recovers.",
         "torch comes with the host; for the embedded engine: pip install 'kvferry[engine]'",
     ),
+    Target(
+        "ExampleConnector",
+        "kvferry.connectors.example",
+        "ExampleConnector",
+        Origin.BUILT_IN,
+        "Keeps KV in a shared folder, one safetensors file per block and layer; the one to read first.",
+        "torch and safetensors come with the host; for the embedded engine: pip install 'kvferry[engine]'",
+    ),
+    Target(
+        "DecodeBenchConnector",
+        "kvferry.connectors.decode_bench",
+        "DecodeBenchConnector",
+        Origin.BUILT_IN,
+        "Fills the KV of prompts with noise, so that decoding alone is measured; answers mean nothing.",
+        "torch comes with the host; for the embedded engine: pip install 'kvferry[engine]'",
+    ),
 )
 """All connectors kvferry ships."""
 

@@ -8,7 +8,7 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from kvferry.connectors.offloading.config import ChunkGeometry, OffloadingConfig
+from kvferry.connectors.offloading.config import ChunkGeometry
 from kvferry.contract.host import HostInfo
 from kvferry.errors import ConfigError
 from kvferry.fingerprint import fingerprint_folder
@@ -19,10 +19,10 @@ logger = logging.getLogger(__name__)
 STORE_FORMAT_VERSION = 1
 
 
-def model_identity(host: HostInfo, config: OffloadingConfig) -> str:
+def model_identity(host: HostInfo, weights_version: str | None) -> str:
     """The model's part of every key: the user's `weights_version`, or a fingerprint of the files."""
-    if config.weights_version is not None:
-        return f"version:{config.weights_version}"
+    if weights_version is not None:
+        return f"version:{weights_version}"
     where = "set weights_version in kv_connector_extra_config to a name that changes with the weights"
     if host.weights_are_random:
         raise ConfigError(f"the model's weights are random (load_format dummy), so KV has no lasting identity: {where}")

@@ -86,7 +86,7 @@ class OffloadingSchedulerSide(SchedulerSide):
         """Called with (key, digest, tier name) when a chunk will outlive this process in a tier."""
         self._clock = clock or SystemClock()
         self._is_async = self.config.load_async or len(host.groups) > 1  # hybrid sync loads could not report failure
-        self._keys = KeyMaker(model_identity(host, self.config), host.groups, host.world_size)
+        self._keys = KeyMaker(model_identity(host, self.config.weights_version), host.groups, host.world_size)
         self._requests: dict[str, RequestState] = {}
         self._jobs: dict[int, _Job] = {}
         self._next_job_id = 0
