@@ -83,6 +83,7 @@ bench: venv venv-vllm
 	@$(BIN)/python bench/host_tier.py
 	@$(BIN)/python bench/demo.py
 	@$(BIN)/python bench/engine.py
+	@$(BIN)/python bench/in_vllm.py
 
 clean:
 	@rm -rf build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
