@@ -36,6 +36,8 @@ MULTI = "FerryMultiConnector"
 SUPPORTS_HMA = {
     "OffloadingConnector": True,
     "LoadRecoveryExampleConnector": False,
+    "ExampleConnector": False,
+    "DecodeBenchConnector": True,
     "MultiConnector": True,
     "FerryMultiConnector": True,
     "FerryMultiConnectorNoHMA": False,
@@ -63,7 +65,12 @@ def offloading(**extra: Any) -> dict[str, Any]:
 
 
 def example(folder: Path) -> dict[str, Any]:
-    return {"kv_connector": "ExampleConnector", "kv_connector_extra_config": {"shared_storage_path": str(folder)}}
+    """vLLM's own connector of that name."""
+    return {
+        "kv_connector": "ExampleConnector",
+        "kv_connector_module_path": ExampleConnector.__module__,
+        "kv_connector_extra_config": {"shared_storage_path": str(folder)},
+    }
 
 
 def multi(*children: dict[str, Any], name: str = MULTI, **extra: Any) -> dict[str, Any]:
@@ -232,7 +239,8 @@ import kvferry.vllm
 print(*names, factory.get_connector_class_by_name("FerryOffloadingConnector") is kvferry.vllm.OffloadingConnector)
 """
     assert run_python(code, path=str(tmp_path), VLLM_PLUGINS="kvferry_test").splitlines()[-1] == (
-        "FerryLoadRecoveryExampleConnector FerryMultiConnector FerryMultiConnectorNoHMA FerryOffloadingConnector True"
+        "FerryDecodeBenchConnector FerryExampleConnector FerryLoadRecoveryExampleConnector FerryMultiConnector "
+        "FerryMultiConnectorNoHMA FerryOffloadingConnector True"
     )
 
 
@@ -344,6 +352,31 @@ def test_dropped_blocks_are_computed_again(model_folder: str, load_async: bool) 
     cold, _, again = one_shot(model_folder, transfer, "generate", "reset", "generate")
     assert again["external_hits"] > cold["external_hits"] == 0
     assert_same_tokens(again, cold)
+
+
+@pytest.mark.timeout(400)
+def test_our_example_connector_hits_after_a_restart(model_folder: str, tmp_path: Path) -> None:
+    transfer = {
+        "kv_connector": "ExampleConnector",
+        "kv_connector_module_path": "kvferry.vllm",
+        "kv_role": "kv_both",
+        "kv_connector_extra_config": {"shared_storage_path": str(tmp_path), "weights_version": "v"},
+    }
+    (cold,) = one_shot(model_folder, transfer, "generate")
+    (warm,) = one_shot(model_folder, transfer, "generate")
+    assert warm["external_hits"] == (len(PROMPT) - 1) // 32 * 32
+    assert_same_tokens(warm, cold)
+
+
+@pytest.mark.timeout(400)
+def test_decode_bench_leaves_only_the_tail_to_compute(model_folder: str) -> None:
+    transfer = {
+        "kv_connector": "DecodeBenchConnector",
+        "kv_connector_module_path": "kvferry.vllm",
+        "kv_role": "kv_both",
+    }
+    (made_up,) = one_shot(model_folder, transfer, "generate")
+    assert made_up["external_hits"] == (len(PROMPT) - 1) // 32 * 32
 
 
 # ---- the guide ----------------------------------------------------------------------------------------------------

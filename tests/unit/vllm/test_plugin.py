@@ -46,6 +46,8 @@ def test_names_are_registered_once_and_taken_ones_left(monkeypatch: pytest.Monke
     assert Factory.registry == {
         "FerryOffloadingConnector": ("another", "Class"),
         "FerryLoadRecoveryExampleConnector": ("kvferry.vllm", "LoadRecoveryExampleConnector"),
+        "FerryExampleConnector": ("kvferry.vllm", "ExampleConnector"),
+        "FerryDecodeBenchConnector": ("kvferry.vllm", "DecodeBenchConnector"),
         "FerryMultiConnector": ("kvferry.vllm", "FerryMultiConnector"),
         "FerryMultiConnectorNoHMA": ("kvferry.vllm", "FerryMultiConnectorNoHMA"),
     }
