@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import http.client
 import json
 import urllib.error
 import urllib.parse
@@ -46,7 +47,7 @@ def ask(url: str, request_id: str) -> dict[str, Any]:
             return answer
     except urllib.error.HTTPError as err:
         raise HostError(_message(err)) from err
-    except (OSError, ValueError) as err:
+    except (OSError, ValueError, http.client.HTTPException) as err:
         raise ConfigError(f"no kvferry server answers at --url={url}: {err}") from err
 
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -39,6 +38,7 @@ from kvferry.contract.clauses import (
     broken_results,
     broken_sources,
 )
+from kvferry.contract.multi.messages import SourcedEvent
 from kvferry.engine.attention import PackedBatch
 from kvferry.engine.config import EngineConfig
 from kvferry.engine.guard import Breaker, Guard, HostCounters
@@ -214,8 +214,12 @@ class SchedulerConnector:
         if self._guard is not None:
             self._ask_stats()
             events = self._guard.call("take_events", ())
-            with suppress(TypeError):
+            try:
                 self._keep_events(list(events))  # generators do their work only when read
+            except TypeError:
+                pass
+            except Exception as err:  # a host hook: the connector's code runs here as well
+                self._guard.breach("take_events", f"raised while it was read: {type(err).__name__}: {err}")
         return self._breaker.end_step()
 
     def switch_off(self) -> bool:
@@ -231,7 +235,8 @@ class SchedulerConnector:
 
     def _keep_events(self, events: list[Any]) -> None:
         if self.events is not None:
-            self.events += [event for event in events if isinstance(event, KVCacheEvent)]
+            plain = [event.event if isinstance(event, SourcedEvent) else event for event in events]
+            self.events += [event for event in plain if isinstance(event, KVCacheEvent)]
 
     def _ask_stats(self) -> None:
         self._has_asked_stats = True
@@ -272,6 +277,9 @@ _LOAD_HOOKS = frozenset(
 )
 
 
+_REPORT_HOOKS = frozenset({"get_transfer_results", "get_block_ids_with_load_errors"})
+
+
 class WorkerConnector:
     """The runner's view of its connector, in the order of vLLM's first model runner. Is the model's `LayerHooks`."""
 
@@ -308,10 +316,13 @@ class WorkerConnector:
         if self._guard is not None and self._is_in_layer:
             self._guard.call("save_kv_layer", None, name, kv_layer, attn_metadata)
 
-    def end_step(self, plan: SchedulerOutput) -> tuple[KVConnectorOutput, bool]:
-        """After the forward: other loads, saves, the connector's report, and whether sync loads are unproved."""
+    def end_step(self, plan: SchedulerOutput) -> tuple[KVConnectorOutput, bool, bool]:
+        """After the forward: other loads, saves, and the connector's report.
+
+        With it, whether sync loads are unproved, and whether failures of loads under way may have gone lost.
+        """
         if self._guard is None:
-            return KVConnectorOutput(), False
+            return KVConnectorOutput(), False, False
         call = self._guard.call
         if self._is_bound:
             if not plan.has_sync_kv_loads:
@@ -331,7 +342,8 @@ class WorkerConnector:
         output.kv_cache_events = call("get_kv_connector_kv_cache_events", None)
         output.kv_connector_worker_meta = call("build_connector_worker_meta", None)
         self.clear()
-        return output, plan.has_sync_kv_loads and self._loads_unproved(plan)
+        is_lost = bool(self._guard.failed_hooks & _REPORT_HOOKS)
+        return output, plan.has_sync_kv_loads and self._loads_unproved(plan), is_lost
 
     def _loads_unproved(self, plan: SchedulerOutput) -> bool:
         assert self._guard is not None

@@ -102,6 +102,8 @@ class StepResult:
     connector_output: KVConnectorOutput = field(default_factory=KVConnectorOutput)
     sync_loads_unproved: bool = False
     """A worker hook broke while loads were due before the forward: nothing read from them counts."""
+    failures_lost: bool = False
+    """A report broke that may have named bad blocks of loads still under way: nothing that they bring counts."""
 
 
 @dataclass(frozen=True, slots=True)

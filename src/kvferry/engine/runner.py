@@ -35,8 +35,8 @@ class ModelRunner:
         except BaseException:
             self._connector.clear()
             raise
-        output, sync_loads_unproved = self._connector.end_step(plan)
-        return StepResult(sampled, output, sync_loads_unproved)
+        output, sync_loads_unproved, failures_lost = self._connector.end_step(plan)
+        return StepResult(sampled, output, sync_loads_unproved, failures_lost)
 
     def _pack(self, items: list[BatchItem]) -> PackedBatch:
         chunks = []

@@ -121,6 +121,10 @@ class Scheduler:
         self.check_request(request)
         if request.request_id in self._requests:
             raise ConfigError(f"request_id={request.request_id!r} is the id of a request that has not finished")
+        if request.request_id in self._news:
+            raise ConfigError(
+                f"request_id={request.request_id!r} is the id of a request whose end is yet to be returned"
+            )
         if request.request_id in self.transfers.held:
             raise ConfigError(f"request_id={request.request_id!r} is the id of a request whose blocks are still held")
         if request.kv_transfer_params and not self._connector.is_active:
@@ -338,6 +342,8 @@ class Scheduler:
         failed_ids = self._sync_loads.keys() & failed.request_ids
         if result.sync_loads_unproved:
             failed_ids = set(self._sync_loads)
+        if result.failures_lost:
+            failed.request_ids |= self.transfers.loads.keys()
         # Connectors must not keep what was computed over any of these, whoever reported it and how.
         reported.invalid_block_ids = failed.bad_block_ids | self._blocks_of_sync_loads(failed_ids)
         discarded = self._strike_bad_blocks(failed.bad_block_ids) | self._fail_sync_loads(failed_ids)
@@ -423,8 +429,10 @@ class Scheduler:
             self._connector.breach("get_transfer_results", f"named {sorted(set(unknown))}: there are no such requests")
             for ids in sets:
                 ids.difference_update(unknown)
-        known_blocks = {failure for failure in reported.failed_blocks if failure.request_id in self._requests}
-        self._connector.counters.late_completions += len(failed_ids - set(unknown) - self._requests.keys())
+        # A position of a load that was set aside is none of the blocks that its request has now.
+        loadable = self._requests.keys() - self.transfers.held.keys()
+        known_blocks = {failure for failure in reported.failed_blocks if failure.request_id in loadable}
+        self._connector.counters.late_completions += len(failed_ids - set(unknown) - loadable)
         reported.failed_blocks = known_blocks
 
     def _blocks_of_sync_loads(self, request_ids: Collection[str]) -> set[int]:

@@ -47,11 +47,15 @@ class MultiWorkerHooks(MultiBase):
         self._bound: list[Child] = []
         self._broken: set[int] = set()
         """Children that raised in this step."""
+        self._save_failed: set[int] = set()
+        """Children whose save raised in this step; their loads are waited for all the same."""
         self._loading: set[int] = set()
         """Children whose loads this step begins, or finds under way."""
         self._events: list[list[Any]] = [[] for _ in self.children]
         self._reported_errors = [(0, 0, False) for _ in self.children]
         self._unproved_block_ids: set[int] = set()
+        self._bad_block_ids: set[int] = set()
+        """Reported by children, not yet to the host."""
         self._newly_closed: set[int] = set()
 
     # ---- engine start -----------------------------------------------------------------------------------------
@@ -104,6 +108,7 @@ class MultiWorkerHooks(MultiBase):
         if metadata is not self._begun:
             self._begun = metadata
             self._broken = set()
+            self._save_failed = set()
             for index in metadata.switched_off:
                 self.children[index].switch_off("its scheduler instance is")
             off = [child for child in self.children if child.is_off]
@@ -130,7 +135,9 @@ class MultiWorkerHooks(MultiBase):
         return is_bound and all(child.ask("has_connector_metadata", True) for child in self._taking_part())
 
     def _taking_part(self) -> list[Child]:
-        return [child for child in self._bound if not child.is_off and child.index not in self._broken]
+        return [
+            child for child in self._bound if not child.is_off and child.index not in self._broken | self._save_failed
+        ]
 
     def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:
         """Every child starts its loads. ContractError when one that takes no part should have loaded for this step."""
@@ -145,14 +152,16 @@ class MultiWorkerHooks(MultiBase):
         self._raise_if_loading(errors)
 
     def wait_for_layer_load(self, layer_name: str) -> None:
-        """Wait for every child."""
-        self._raise_if_loading({child: child.tell("wait_for_layer_load", layer_name) for child in self._taking_part()})
+        """Wait for every child; for one that loads for this step also when its saves failed, or it was switched off."""
+        taking_part, loads = self._taking_part(), self._begun.sync_loads.keys() - self._broken
+        waiting = [child for child in self._bound if child in taking_part or child.index in loads]
+        self._raise_if_loading({child: child.tell("wait_for_layer_load", layer_name) for child in waiting})
 
     def save_kv_layer(self, layer_name: str, kv_layer: torch.Tensor, attn_metadata: Any, **kwargs: Any) -> None:
         """Every child may save."""
         for child in self._taking_part():
             if child.tell("save_kv_layer", layer_name, kv_layer, attn_metadata, **kwargs) is not None:
-                self._broken.add(child.index)
+                self._save_failed.add(child.index)
 
     def finish_forward(self) -> None:
         """Told to every child that takes part."""
@@ -195,13 +204,16 @@ class MultiWorkerHooks(MultiBase):
         return self._completions.take()
 
     def get_block_ids_with_load_errors(self) -> set[int]:
-        """All children's."""
-        bad_block_ids: set[int] = set()
+        """All children's. When this raises, they come with the next call."""
         errors: dict[Child, Exception | None] = {}
         for child in self.children:
             answer, errors[child] = child.ask_or_error("get_block_ids_with_load_errors", set(), check=broken_block_ids)
-            bad_block_ids.update(answer)
+            self._bad_block_ids.update(answer)
         self._raise_if_loading(errors)
+        for child, error in errors.items():
+            if error is not None and child.index in self._loading:  # off: but an end of its may be told in this step
+                raise error
+        bad_block_ids, self._bad_block_ids = self._bad_block_ids, set()
         return bad_block_ids
 
     def get_kv_connector_kv_cache_events(self) -> list[Any] | None:
