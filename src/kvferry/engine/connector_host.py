@@ -222,9 +222,12 @@ class SchedulerConnector:
                 self._guard.breach("take_events", f"raised while it was read: {type(err).__name__}: {err}")
         return self._breaker.end_step()
 
-    def switch_off(self) -> bool:
-        """End the connector; no hook is called from now on. False when a copy of its worker may still run."""
-        return self._breaker.switch_off()
+    def switch_off(self, reason: str = "") -> bool:
+        """End the connector; no hook is called from now on. False when a copy of its worker may still run.
+
+        `reason`: when it is not that `end_step` answered True.
+        """
+        return self._breaker.switch_off(reason)
 
     @property
     def stats(self) -> ConnectorStats | None:

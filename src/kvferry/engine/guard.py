@@ -76,12 +76,13 @@ class Breaker:
         self._failed.clear()
         return bool(self._reason) and not self.is_off
 
-    def switch_off(self) -> bool:
+    def switch_off(self, reason: str = "") -> bool:
         """Shut both instances down; no hook is called from now on. False when the worker instance failed to stop.
 
-        Only then may a copy of the connector's still run.
+        Only then may a copy of the connector's still run. `reason`: when it is not that a hook failed too often.
         """
         self.is_off = True
+        self._reason = reason or self._reason
         name = self.guards[0].name
         self.counters.switched_off[name] = self._reason
         logger.error("%s is switched off, serving goes on without it: %s", name, self._reason)

@@ -546,12 +546,12 @@ class Scheduler:
         if not self._recompute_failed_loads:
             self._finish(request, RequestStatus.FINISHED_ERROR, error)
 
-    def _switch_connector_off(self) -> None:
+    def _switch_connector_off(self, reason: str = "") -> None:
         """End a connector that fails again and again; who waits for it goes on without, what it holds comes free.
 
         Not so when its worker failed to stop, for a copy of its may then still run: such blocks are lost for good.
         """
-        is_safe = self._connector.switch_off()
+        is_safe = self._connector.switch_off(reason)
         for request in self.transfers.loading_requests():
             self._give_up_load(request, "the connector that was loading its KV cache was switched off")
         self.transfers.connector_gone(is_safe)
@@ -559,9 +559,15 @@ class Scheduler:
             self.manager.drop_pins(self.transfers.held_blocks())
 
     def _check_stall(self, plan: _Plan) -> None:
-        """End the first request in line when none got blocks for too long, so that nobody waits for ever."""
+        """Let nobody wait for ever: when none got blocks for too long, something ends.
+
+        That is a connector whose transfers do not end, else the first request in line.
+        """
         if plan.output.batch or self.transfers.loads or not plan.lacks_blocks:
             self._progress_s = self._clock.now()
+        elif self._is_stalled() and not self.running and self.transfers.has_late() and self._connector.is_active:
+            self._progress_s = self._clock.now()
+            self._switch_connector_off("its transfers do not end, and the blocks they hold leave none to run with")
         elif self._is_stalled() and not self.running:
             request = self.loaded[0] if self.loaded else self.waiting[0]
             self._progress_s = self._clock.now()

@@ -183,6 +183,10 @@ class Transfers:
         """All held blocks."""
         return (block for held in self.held.values() for block in held.blocks)
 
+    def has_late(self) -> bool:
+        """True while transfers that are past their deadline hold blocks."""
+        return any(held.is_late and not held.is_quarantined for held in self.held.values())
+
     def is_awaited(self) -> bool:
         """True while held blocks can be expected to come free: some are neither late nor quarantined."""
         return any(not (held.is_late or held.is_quarantined) for held in self.held.values())
