@@ -28,7 +28,7 @@ EXECUTED_BY = {
     "kvferry serve": ("tests/e2e/test_serve.py", '"--kv-offloading-size"'),
     "kvferry connectors": ("tests/unit/cli/test_connectors.py", '"connectors"'),
     "kvferry doctor": ("tests/unit/cli/test_doctor.py", "doctor"),
-    "vllm serve": ("tests/vllm/test_smoke.py", '"kv_connector_module_path": "kvferry.vllm"'),
+    "vllm serve MODEL --kv-transfer-config": ("tests/vllm/test_serve.py", "readme_command(model"),
 }
 """Command (or how it begins) -> the file that makes CI execute it, and the words there that do."""
 

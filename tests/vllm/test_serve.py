@@ -1,10 +1,11 @@
-"""`vllm serve` with the OffloadingConnector, as HTTP clients see it."""
+"""The README's `vllm serve` command, as HTTP clients see it."""
 
 from __future__ import annotations
 
 import json
 import os
 import re
+import shlex
 import signal
 import socket
 import subprocess
@@ -18,11 +19,12 @@ from typing import Any
 
 import openai
 import pytest
-from engine_process import assert_same_tokens, offloading, vllm_environment, wait_until
+from engine_process import assert_same_tokens, vllm_environment, wait_until
 
 CHUNK_TOKENS = 64
 PROMPT = [(i * i * 31 + i * 7) % 40000 + 100 for i in range(700)]
 START_S = 180
+ROOT = Path(__file__).parents[2]
 
 
 def vllm_metadata(folder: Path) -> str:
@@ -39,6 +41,19 @@ def vllm_metadata(folder: Path) -> str:
     return str(folder)
 
 
+def readme_command(model: str, folder: Path) -> list[str]:
+    """The command the README gives, with this model, less memory and this folder for its file tier."""
+    line = next(line for line in (ROOT / "README.md").read_text().splitlines() if line.startswith("vllm serve "))
+    words = shlex.split(line.replace(" MODEL ", f" {shlex.quote(model)} "))
+    place = words.index("--kv-transfer-config") + 1
+    transfer = json.loads(words[place])
+    extra = transfer["kv_connector_extra_config"]
+    extra["cpu_bytes_to_use"] = 1 << 28
+    extra["secondary_tiers"][0]["path"] = str(folder)
+    words[place] = json.dumps(transfer)
+    return words
+
+
 class Server:
     """A `vllm serve` in a process group of its own."""
 
@@ -46,17 +61,17 @@ class Server:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
-        arguments = [
-            "serve", model, "--host", "127.0.0.1", "--port", str(port), "--served-model-name", "small",
-            "--dtype", "float32", "--enforce-eager", "--block-size", "32", "--max-model-len", "2048",
-            "--max-num-batched-tokens", "256", "--enable-prompt-tokens-details",
-            "--kv-transfer-config", json.dumps(offloading("recompute", {})),
+        self.tier = log.parent / "kv"
+        command = [
+            *readme_command(model, self.tier), "--host", "127.0.0.1", "--port", str(port),
+            "--served-model-name", "small", "--dtype", "float32", "--enforce-eager", "--block-size", "32",
+            "--max-model-len", "2048", "--max-num-batched-tokens", "256", "--enable-prompt-tokens-details",
         ]  # fmt: skip
         env = vllm_environment(VLLM_SERVER_DEV_MODE="1")  # offers /reset_prefix_cache
         env["PYTHONPATH"] += os.pathsep + vllm_metadata(log.parent)
         with log.open("wb") as output:
             self.process = subprocess.Popen(
-                [str(Path(sys.executable).parent / "vllm"), *arguments],
+                [str(Path(sys.executable).parent / command[0]), *command[1:]],
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 env=env,
@@ -87,6 +102,15 @@ class Server:
         values = re.findall(rf"^vllm:{name}_total(?:{{.*}})? (\S+)$", self.ask("/metrics"), re.MULTILINE)
         assert len(values) == 1, f"{name} is on /metrics {len(values)} times"
         return float(values[0])
+
+    def connector_rows(self) -> dict[str, float]:
+        """kvferry's rows on /metrics: `name medium` -> value, of those that have a medium."""
+        rows = re.findall(
+            r'^kvferry:connector_(\w+){.*connector="OffloadingConnector".*medium="(\w+)".*} (\S+)$',
+            self.ask("/metrics"),
+            re.MULTILINE,
+        )
+        return {f"{name} {medium}": float(value) for name, medium, value in rows}
 
     def reset(self, *, external: bool) -> None:
         """vLLM's own prefix cache is emptied, as soon as no block is held; the connector's on demand."""
@@ -131,6 +155,12 @@ def complete(server: Server, prompt: list[int]) -> dict[str, Any]:
     }
 
 
+def step(server: Server) -> dict[str, float]:
+    """Our rows after a step of the engine, for vLLM collects statistics only in one."""
+    server.client.completions.create(model="small", prompt=[5], max_tokens=2)
+    return server.connector_rows()
+
+
 @pytest.mark.timeout(300)
 def test_hit_and_metrics(server: Server) -> None:
     cold = complete(server, PROMPT)
@@ -141,6 +171,12 @@ def test_hit_and_metrics(server: Server) -> None:
     assert server.counter("external_prefix_cache_queries") >= len(PROMPT)
     assert server.counter("prefix_cache_hits") == 0
     assert_same_tokens(warm, cold)
+    wait_until("the file tier has it", lambda: step(server).get("stores_total fs", 0) > 0)
+    rows = server.connector_rows()
+    assert rows["hit_tokens_total host"] == stored(PROMPT)
+    assert rows["loads_total host"] == stored(PROMPT) / CHUNK_TOKENS
+    on_disk = sum(path.stat().st_size for path in server.tier.rglob("*") if path.is_file())
+    assert 0 < rows["stored_bytes_total fs"] <= on_disk
 
 
 @pytest.mark.timeout(300)
