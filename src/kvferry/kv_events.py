@@ -178,7 +178,8 @@ class EventPublisher:
         except ModuleNotFoundError as err:
             raise ConfigError("pyzmq is not installed, which KV events need: pip install 'kvferry[events]'") from err
         self.num_dropped = 0
-        """Messages given up since the queue was full. They leave gaps in the numbers."""
+        """Messages given up since the queue was full, or what they held could not be sent. They leave gaps in the
+        numbers."""
         self._zmq = zmq
         self._topic = config.topic.encode()
         self._queue: deque[tuple[int, float, Sequence[KVCacheEvent]]] = deque()
@@ -262,12 +263,19 @@ class EventPublisher:
             with suppress(BlockingIOError):
                 self._wake_out.recv(4096)
             while self._queue:
-                number, time_s, events = self._queue.popleft()
-                message = number.to_bytes(8, "big"), encode(events, time_s)
-                self._pub.send_multipart((self._topic, *message))
-                self._sent.append(message)
+                self._send(*self._queue.popleft())
             if self._replay is not None:
                 self._answer_replays(self._replay)
+
+    def _send(self, number: int, time_s: float, events: Sequence[KVCacheEvent]) -> None:
+        try:
+            message = number.to_bytes(8, "big"), encode(events, time_s)
+        except (TypeError, ValueError, OverflowError) as err:  # a connector's event holds what msgpack does not know
+            self.num_dropped += 1
+            logger.warning("KV events of message %d cannot be sent and are left out: %s", number, err)
+            return
+        self._pub.send_multipart((self._topic, *message))
+        self._sent.append(message)
 
     def _answer_replays(self, replay: zmq.Socket[bytes]) -> None:
         with suppress(self._zmq.Again):

@@ -117,6 +117,18 @@ def test_a_full_queue_drops_and_leaves_a_gap(make: Any, monkeypatch: pytest.Monk
         assert time.monotonic() < deadline_s
 
 
+def test_an_event_that_cannot_be_sent_costs_only_its_message(make: Any) -> None:
+    publisher, subscriber = make()
+    publisher.publish([BlockRemoved([b"x"], medium=object())])  # type: ignore[arg-type]  # a connector's mistake
+    publisher.publish([BlockRemoved([b"x"], "GPU", group_idx=1 << 64)])
+    publisher.publish(removed(2))
+    deadline_s = time.monotonic() + 20
+    while not (sent := subscriber.replay(0)):
+        assert time.monotonic() < deadline_s, "the publisher's thread has ended"
+    assert [number for number, _ in sent] == [2]
+    assert publisher.num_dropped == 2
+
+
 def test_what_waits_at_the_end_is_sent(make: Any) -> None:
     publisher, subscriber = make()
     while True:
