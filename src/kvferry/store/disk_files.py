@@ -136,7 +136,7 @@ class ChunkFolder:
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
         try:
             # One byte more than there should be, to see that there is no more.
-            num_read = _read_all(fd, [memoryview(header), payload, memoryview(bytearray(1))])
+            num_read = _read_all(fd, [memoryview(header), payload, memoryview(bytearray(1))], HEADER_BYTES + len(payload))
         finally:
             os.close(fd)
         digest = self._format.check(header, key, len(payload))
@@ -241,10 +241,13 @@ def _write_all(fd: int, buffers: list[memoryview]) -> None:
         buffers = _advance(buffers, os.writev(fd, buffers))
 
 
-def _read_all(fd: int, buffers: list[memoryview]) -> int:
-    """Fill the buffers as far as the file goes; returns how many bytes that is."""
+def _read_all(fd: int, buffers: list[memoryview], expected_bytes: int) -> int:
+    """Fill the buffers as far as the file goes; returns how many bytes that is.
+
+    A read that ends exactly where the file should ends there: asking again costs a wait for the interpreter lock.
+    """
     num_read = 0
-    while buffers and (num_bytes := os.preadv(fd, buffers, num_read)):
+    while buffers and num_read != expected_bytes and (num_bytes := os.preadv(fd, buffers, num_read)):
         num_read += num_bytes
         buffers = _advance(buffers, num_bytes)
     return num_read
