@@ -1,0 +1,314 @@
+"""Plans against an element-wise copy of what hosts would register, over random pairs of engines."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass, field
+from typing import Any
+
+import msgspec
+import numpy as np
+import pytest
+import torch
+
+from kvferry.errors import TransferError, TransferMismatch
+from kvferry.layout import KVLayout
+from kvferry.p2p.geometry import EngineGeometry, LayerGeometry, RankGeometry, rank_geometry
+from kvferry.p2p.plan import Pieces, RankTransfer, plan_transfer, unfilled_blocks
+from kvferry.types import AttentionKind, GroupInfo
+
+ORDERS = ["LBHNC", "LBNHC", "BLNHC", "BLHNC", "LHBNC", "BHLNC"]
+
+
+@dataclass
+class Model:
+    """What both engines run: layer name -> window (None: full attention)."""
+
+    windows: dict[str, int | None]
+    total_heads: int
+    widths: dict[str, int]
+
+    def value(self, layer: str, token: int, head: int, part: str, element: int) -> int:
+        """Unique per element."""
+        numbers = (list(self.windows).index(layer), token, head, list(self.widths).index(part), element)
+        out = 1
+        for number, base in zip(numbers, (16, 256, 16, 4, 16), strict=True):
+            out = out * base + number
+        return out
+
+
+@dataclass
+class Worker:
+    """One rank: its buffers, and the view and model heads of each layer it holds."""
+
+    buffers: list[torch.Tensor]
+    views: dict[str, torch.Tensor]
+    heads: dict[str, list[int]] = field(default_factory=dict)
+
+
+@dataclass
+class Engine:
+    """A random engine that runs a model."""
+
+    geometry: EngineGeometry
+    workers: list[Worker]
+    groups: list[GroupInfo]
+    parts: list[str]
+
+    def group_of(self, layer: str) -> GroupInfo:
+        """The group that holds a layer."""
+        return next(g for g in self.groups if layer in g.layer_names)
+
+    def place(self, layer: str, view: torch.Tensor, tables: list[list[int]], token: int) -> tuple[int, int, int]:
+        """(block id, kernel block, row) of a token."""
+        group, rows = self.group_of(layer), view.shape[2]
+        block = tables[group.group_id][token // group.block_tokens]
+        within = token % group.block_tokens
+        return block, block * (group.block_tokens // rows) + within // rows, within % rows
+
+    def content(self, model: Model, layer: str, token: int, head: int) -> list[int]:
+        """The content of one token and head, in this engine's packing."""
+        return [model.value(layer, token, head, p, e) for p in self.parts for e in range(model.widths[p])]
+
+
+def make_views(
+    rng: random.Random, names: list[str], sizes: dict[str, int], dtype: torch.dtype, order: str
+) -> tuple[list[torch.Tensor], dict[str, torch.Tensor]]:
+    """Views [B, H, N, C] of layers in a physical order, with random padding of each dimension but the content's."""
+    sizes = {**sizes, "L": len(names)}
+    padded = {d: n + (rng.random() < 0.2 and d != "C") for d, n in sizes.items()}
+    if rng.random() < 0.2:  # a buffer per layer
+        out = [make_views(rng, [name], sizes, dtype, order) for name in names] if len(names) > 1 else []
+        if out:
+            return [b for buffers, _ in out for b in buffers], {k: v for _, views in out for k, v in views.items()}
+    shape = [padded[d] for d in order]
+    lead = rng.choice([0, 0, 3])
+    flat = torch.from_numpy(np.random.default_rng(rng.randrange(1 << 30)).integers(-99, 0, int(np.prod(shape)) + lead))
+    flat = flat.to(dtype)
+    pool = flat[lead:].view(shape).permute(*[order.index(d) for d in "LBHNC"])
+    return [flat], {
+        name: pool[i, : sizes["B"], : sizes["H"], : sizes["N"], : sizes["C"]] for i, name in enumerate(names)
+    }
+
+
+def make_groups(rng: random.Random, model: Model) -> list[GroupInfo]:
+    """Layers of one window share a group, or several; any order of groups and of layers."""
+    sets: list[list[str]] = []
+    for window in sorted(set(model.windows.values()), key=str):
+        names = [name for name, w in model.windows.items() if w == window]
+        rng.shuffle(names)
+        cut = rng.randrange(len(names)) if rng.random() < 0.3 else 0
+        sets += [part for part in (names[:cut], names[cut:]) if part]
+    rng.shuffle(sets)
+    common = rng.choice([2, 4, 6, 8])
+    groups = []
+    for number, names in enumerate(sets):
+        window = model.windows[names[0]]
+        kind = AttentionKind.FULL if window is None else AttentionKind.SLIDING_WINDOW
+        block_tokens = common if rng.random() < 0.7 else rng.choice([2, 4, 6, 8])
+        groups.append(GroupInfo(number, tuple(names), block_tokens, kind, window))
+    return groups
+
+
+def make_worker(
+    rng: random.Random, model: Model, groups: list[GroupInfo], num_blocks: int, heads: int, dtype: torch.dtype
+) -> Worker:
+    """Tensors of one rank. Groups of one block size overlay each other, as hosts do it."""
+    worker = Worker([], {})
+    order = rng.choice(ORDERS)
+    for block_tokens in {g.block_tokens for g in groups}:
+        same = [g for g in groups if g.block_tokens == block_tokens]
+        ratio = rng.choice([r for r in (1, 2, 3) if block_tokens % r == 0])
+        content = sum(model.widths.values())
+        sizes = {"B": num_blocks * ratio, "H": heads, "N": block_tokens // ratio, "C": content}
+        slots = [f"slot{i}" for i in range(max(len(g.layer_names) for g in same))]
+        buffers, views = make_views(rng, slots, sizes, dtype, order)
+        worker.buffers += buffers
+        for group in same:
+            for slot, name in zip(slots, group.layer_names, strict=False):
+                worker.views[name] = views[slot]
+    return worker
+
+
+def describe(
+    rng: random.Random, model: Model, worker: Worker, groups: list[GroupInfo], num_blocks: int, tp: tuple[int, int]
+) -> RankGeometry:
+    """The worker's geometry from what it registered."""
+    layout, anchors = KVLayout.from_tensors(worker.views, groups, num_blocks)
+    sizes = [a.untyped_storage().nbytes() for a in anchors]
+    pointers = [a.untyped_storage().data_ptr() for a in anchors]
+    worker.buffers.sort(key=lambda b: pointers.index(b.data_ptr()) if b.data_ptr() in pointers else len(pointers))
+    geometry = rank_geometry(
+        layout,
+        groups,
+        sizes,
+        total_kv_heads=model.total_heads,
+        key_elements=model.widths["k"],
+        tp_rank=tp[0],
+        tp_size=tp[1],
+    )
+    first, count = tp[0] * model.total_heads // tp[1], max(1, model.total_heads // tp[1])
+    for name in worker.views:
+        worker.heads[name] = list(range(first, first + count))
+        if rng.random() < 0.1:
+            rng.shuffle(worker.heads[name])
+    return geometry
+
+
+def make_engine(rng: random.Random, model: Model, dtype: torch.dtype, num_blocks: int) -> Engine:
+    """Random tp and pp size, groups, block sizes, orders, packing, head order."""
+    sizes = [n for n in (1, 2, 4, 8) if n % model.total_heads == 0 or model.total_heads % n == 0]
+    tp_size = rng.choice(sizes)
+    names = list(model.windows)
+    cut = rng.randrange(1, len(names)) if len(names) > 1 and rng.random() < 0.3 else len(names)
+    groups = make_groups(rng, model)
+    parts = list(model.widths)
+    if rng.random() < 0.2:
+        parts.reverse()
+    ranks, workers = [], []
+    for stage in (names[:cut], names[cut:]):
+        for tp_rank in range(tp_size if stage else 0):
+            held = [
+                GroupInfo(g.group_id, tuple(n for n in g.layer_names if n in stage), g.block_tokens, g.kind, g.window_tokens)
+                for g in groups
+            ]
+            worker = make_worker(rng, model, held, num_blocks, max(1, model.total_heads // tp_size), dtype)
+            geometry = describe(rng, model, worker, held, num_blocks, (tp_rank, tp_size))
+            ranks.append(repack(geometry, worker, [(p, model.widths[p]) for p in parts if model.widths[p]]))
+            workers.append(worker)
+    return Engine(EngineGeometry(tuple(ranks), (("weights", "abc"),)), workers, groups, parts)
+
+
+def repack(geometry: RankGeometry, worker: Worker, parts: list[tuple[str, int]]) -> RankGeometry:
+    """The geometry with the worker's head order and packing, which no known host varies."""
+    layers = tuple(
+        msgspec.structs.replace(y, heads=tuple(worker.heads[y.layout.name]), parts=tuple(parts))
+        for y in geometry.layers
+    )
+    return msgspec.structs.replace(geometry, layers=layers)
+
+
+def allot(rng: random.Random, engine: Engine, num_tokens: int, num_blocks: int) -> list[list[int]]:
+    """Block ids for every group; window groups may lack what lies before their window."""
+    free = list(range(1, num_blocks))
+    if rng.random() < 0.6:
+        rng.shuffle(free)
+    out = []
+    for group in engine.groups:
+        count = -(-num_tokens // group.block_tokens) + rng.choice([0, 0, 1])
+        ids = [free.pop(0) for _ in range(count)]
+        if group.window_tokens is not None:
+            for i in range(max(0, num_tokens - group.window_tokens + 1) // group.block_tokens):
+                ids[i] = 0 if rng.random() < 0.7 else ids[i]
+        out.append(ids)
+    return out
+
+
+def fill(model: Model, engine: Engine, tables: list[list[int]], num_tokens: int) -> None:
+    """Put the request's KV where the engine's block table says."""
+    for worker in engine.workers:
+        for layer, view in worker.views.items():
+            for token in range(num_tokens):
+                block, page, row = engine.place(layer, view, tables, token)
+                for local, head in enumerate(worker.heads[layer]):
+                    if block:
+                        values = engine.content(model, layer, token, head)
+                        view[page, local, row] = torch.tensor(values, dtype=view.dtype)
+
+
+def expect(
+    model: Model, engines: tuple[Engine, Engine], tables: list[list[list[int]]], tokens: range
+) -> tuple[list[list[bytes]], set[tuple[int, int]]]:
+    """What destination buffers must hold afterwards, element by element; and the blocks left partly unwritten."""
+    source, destination = engines
+    kept = [[b.clone() for b in worker.buffers] for worker in destination.workers]
+    unfilled = set()
+    for worker in destination.workers:
+        for layer, view in worker.views.items():
+            group = destination.group_of(layer)
+            for token in tokens:
+                theirs = tables[0][source.group_of(layer).group_id][token // source.group_of(layer).block_tokens]
+                block, page, row = destination.place(layer, view, tables[1], token)
+                if block and not theirs:
+                    unfilled.add((group.group_id, token // group.block_tokens))
+                for local, head in enumerate(worker.heads[layer]):
+                    if block and theirs:
+                        values = destination.content(model, layer, token, head)
+                        view[page, local, row] = torch.tensor(values, dtype=view.dtype)
+    expected = [[b.numpy().tobytes() for b in worker.buffers] for worker in destination.workers]
+    for worker, buffers in zip(destination.workers, kept, strict=True):
+        for buffer, old in zip(worker.buffers, buffers, strict=True):
+            buffer.copy_(old)
+    return expected, unfilled
+
+
+def apply(engines: tuple[Engine, Engine], transfers: list[RankTransfer]) -> None:
+    """Copy the bytes."""
+    for transfer in transfers:
+        p = transfer.pieces
+        source, destination = (
+            [b.numpy().view(np.uint8) for b in engine.workers[rank].buffers]
+            for engine, rank in zip(engines, (transfer.source_rank, transfer.destination_rank), strict=True)
+        )
+        assert len(p) > 0
+        for row in zip(*(array.tolist() for array in columns(p)), strict=True):
+            destination[row[2]][row[3] : row[3] + row[4]] = source[row[0]][row[1] : row[1] + row[4]]
+
+
+def columns(p: Pieces) -> list[np.ndarray[Any, np.dtype[np.int64]]]:
+    """The five arrays."""
+    return [p.source_region, p.source_offset, p.destination_region, p.destination_offset, p.length]
+
+
+def check_pieces(transfers: list[RankTransfer]) -> int:
+    """No two pieces of a destination worker overlap. Returns how many neighbours could still be merged."""
+    mergeable = 0
+    for rank in {t.destination_rank for t in transfers}:
+        rows = []
+        for t in transfers:
+            if t.destination_rank == rank:
+                assert all(array.dtype == np.int64 for array in columns(t.pieces))
+                assert (t.pieces.length > 0).all()
+                rows += [(t.source_rank, *row) for row in zip(*(a.tolist() for a in columns(t.pieces)), strict=True)]
+        rows.sort(key=lambda row: row[3:5])
+        for (s, sr, so, dr, do, n), (s2, sr2, so2, dr2, do2, _) in zip(rows, rows[1:], strict=False):
+            assert (dr, do + n) <= (dr2, do2) or dr != dr2
+            mergeable += (s, sr, so + n, dr, do + n) == (s2, sr2, so2, dr2, do2)
+    return mergeable
+
+
+def random_model(rng: random.Random) -> Model:
+    """One to four layers, up to two kinds of attention."""
+    windows = {f"layer{i}": rng.choice([None, None, 5]) for i in range(rng.randint(1, 4))}
+    widths = rng.choice([{"k": 2, "v": 2}, {"k": 3, "v": 1}, {"k": 4, "v": 0}])
+    return Model(windows, rng.choice([1, 2, 4]), widths)
+
+
+@pytest.mark.parametrize("seed", range(400))
+def test_plans_move_what_an_elementwise_copy_moves(seed: int) -> None:
+    rng = random.Random(seed)
+    model = random_model(rng)
+    dtype = rng.choice([torch.int32, torch.int64])
+    num_blocks = 40
+    source, destination = (make_engine(rng, model, dtype, num_blocks) for _ in range(2))
+    num_tokens = rng.randint(1, 21)
+    start = 0 if rng.random() < 0.5 else rng.randrange(num_tokens)
+    tables = [allot(rng, engine, num_tokens, num_blocks) for engine in (source, destination)]
+    fill(model, source, tables[0], num_tokens)
+    engines = (source, destination)
+    expected, unfilled = expect(model, engines, tables, range(start, num_tokens))
+    arguments = (source.geometry, destination.geometry, *tables, (start, num_tokens))
+    transfers = plan_transfer(*arguments)
+    assert check_pieces(transfers) == 0, f"seed {seed}"
+    if rng.random() < 0.3:  # layer by layer, and each worker by itself
+        whole = sum(t.num_bytes for t in transfers)
+        transfers = [t for name in model.windows for t in plan_transfer(*arguments, layers={name})]
+        assert sum(t.num_bytes for t in transfers) == whole
+    elif rng.random() < 0.3:
+        ranks = range(len(destination.workers))
+        transfers = [t for rank in ranks for t in plan_transfer(*arguments, destination_rank=rank)]
+    apply(engines, transfers)
+    for worker, buffers in zip(destination.workers, expected, strict=True):
+        for buffer, wanted in zip(worker.buffers, buffers, strict=True):
+            assert buffer.numpy().tobytes() == wanted, f"seed {seed}"
+    assert set(unfilled_blocks(*arguments)) == unfilled, f"seed {seed}"
