@@ -12,30 +12,36 @@ All checks are made when an object is made, thus also when one is decoded: after
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import groupby
-from typing import Any
+from typing import Annotated
 
 import msgspec
+from msgspec import Meta
 
 from kvferry.errors import ConfigError, TransferError, did_you_mean
 from kvferry.layout import KVLayout, LayerLayout
 from kvferry.types import AttentionKind, GroupInfo
 
 GEOMETRY_VERSION = 1
-MAX_ENCODED_BYTES = 4 << 20
 REGION_BITS = 48
-_MAX_COUNT = 4096  # of ranks, regions, groups, layers of a rank, heads of a layer
-_MAX_PAGE_DIMENSION = 1 << 20
-_MAX_TEXT = 512
+MAX_ENCODED_BYTES = 1 << 20
+_Size = Annotated[int, Meta(ge=1, lt=1 << REGION_BITS)]
+_PageSize = Annotated[int, Meta(ge=1, le=1 << 20)]
+_Text = Annotated[str, Meta(max_length=512)]
+_MAX_PAGE_DIMENSION, _MAX_COUNT = 1 << 20, 1 << 12
 
 
 class GroupGeometry(msgspec.Struct, frozen=True):
     """One KV cache group: its block size in tokens and what its layers keep."""
 
-    block_tokens: int
+    block_tokens: _PageSize
     kind: AttentionKind
-    window_tokens: int | None = None
+    window_tokens: _Size | None = None
+
+    def __post_init__(self) -> None:
+        has_window = self.kind is AttentionKind.SLIDING_WINDOW
+        _require(has_window == (self.window_tokens is not None), f"{self.kind} with window_tokens={self.window_tokens}")
 
 
 class LayerGeometry(msgspec.Struct, frozen=True):
@@ -44,32 +50,29 @@ class LayerGeometry(msgspec.Struct, frozen=True):
     group: int
     """Index into the rank's groups."""
     layout: LayerLayout
-    heads: tuple[int, ...]
+    heads: tuple[Annotated[int, Meta(ge=0, lt=_MAX_COUNT)], ...]
     """The model's KV head that each local head is."""
-    parts: tuple[tuple[str, int], ...]
+    parts: tuple[tuple[_Text, _PageSize], ...]
     """What stands on the content dimension, in order: (name, number of elements)."""
 
     def __post_init__(self) -> None:
         y = self.layout
-        where = f"layer {y.name[:_MAX_TEXT]!r}: "
-        _require(0 < len(y.name) <= _MAX_TEXT and len(y.dtype) <= 32, f"{where}name or dtype is empty or too long")
-        _require(all(0 < n <= _MAX_PAGE_DIMENSION for n in (*y.shape, y.ratio)), f"{where}shape {y.shape}, {y.ratio=}")
-        numbers = (y.offset_bytes, y.kernel_block_stride_bytes, *y.strides)
+        where = f"layer {y.name[:512]!r}: "
+        _require(len(y.name) <= 512 and len(y.dtype) <= 32, f"{where}name or dtype too long")
+        sizes, numbers = (*y.shape, y.ratio), (y.offset_bytes, y.kernel_block_stride_bytes, *y.strides)
+        _require(all(0 < n <= _MAX_PAGE_DIMENSION for n in sizes), f"{where}shape {y.shape}, ratio {y.ratio}")
         _require(all(0 <= n < 1 << REGION_BITS for n in numbers), f"{where}offset or stride out of range: {numbers}")
-        _require(0 < y.element_bytes <= 16, f"{where}element_bytes={y.element_bytes}")
         is_dense = y.shape[2] == 1 or y.strides[2] == y.element_bytes
-        _require(is_dense, f"{where}content stride of {y.strides[2]} bytes, elements are {y.element_bytes}")
-        _require(len(self.heads) == y.shape[0] <= _MAX_COUNT, f"{where}{len(self.heads)} heads, shape {y.shape}")
-        _require(len(set(self.heads)) == len(self.heads), f"{where}a head stands twice in {self.heads}")
-        _require(all(0 <= h < 1 << 16 for h in self.heads), f"{where}head numbers {self.heads} out of range")
+        _require(is_dense and 0 < y.element_bytes <= 16, f"{where}{y.element_bytes=}, content stride {y.strides[2]}")
+        is_whole = len(self.heads) == len(set(self.heads)) == y.shape[0] <= _MAX_COUNT
+        _require(is_whole, f"{where}heads {self.heads[:9]} are not {y.shape[0]} different ones")
         widths = dict(self.parts)
-        _require(len(widths) == len(self.parts) <= 8, f"{where}parts {self.parts[:9]} bear one name, or are too many")
-        is_whole = min(widths.values(), default=0) > 0 and sum(widths.values()) == y.shape[2]
-        _require(is_whole, f"{where}parts {self.parts} are not the {y.shape[2]} elements of the content")
+        is_whole = len(widths) == len(self.parts) <= 8 and sum(widths.values()) == y.shape[2]
+        _require(is_whole and min(widths.values()) > 0, f"{where}parts {self.parts[:9]}, content {y.shape[2]} elements")
 
     def comparable(self, group: GroupGeometry) -> dict[str, str]:
         """Field -> value, of what two layers must agree on for their KV to be exchangeable."""
-        window = f" of {group.window_tokens} tokens" if group.window_tokens is not None else ""
+        window = "" if group.window_tokens is None else f" {group.window_tokens}"
         return {
             "dtype": f"{self.layout.dtype} ({self.layout.element_bytes} bytes)",
             "content": ", ".join(f"{name} {width}" for name, width in sorted(self.parts)),
@@ -80,22 +83,13 @@ class LayerGeometry(msgspec.Struct, frozen=True):
 class RankGeometry(msgspec.Struct, frozen=True):
     """The KV cache of one worker. Raises ValueError when a block would lie outside the regions."""
 
-    num_blocks: int
-    region_bytes: tuple[int, ...]
+    num_blocks: _Size
+    region_bytes: Annotated[tuple[_Size, ...], Meta(max_length=_MAX_COUNT)]
     """Size of each backing buffer."""
-    groups: tuple[GroupGeometry, ...]
-    layers: tuple[LayerGeometry, ...]
+    groups: Annotated[tuple[GroupGeometry, ...], Meta(min_length=1, max_length=_MAX_COUNT)]
+    layers: Annotated[tuple[LayerGeometry, ...], Meta(max_length=_MAX_COUNT)]
 
     def __post_init__(self) -> None:
-        _require(0 < self.num_blocks < 1 << 40, f"num_blocks={self.num_blocks}")
-        for name in ("region_bytes", "groups", "layers"):
-            _require(len(getattr(self, name)) <= _MAX_COUNT, f"more than {_MAX_COUNT} {name}")
-        _require(all(0 < n < 1 << REGION_BITS for n in self.region_bytes), f"region_bytes={self.region_bytes[:8]}")
-        for group in self.groups:
-            _require(0 < group.block_tokens <= _MAX_PAGE_DIMENSION, f"block_tokens={group.block_tokens}")
-            has_window = group.kind is AttentionKind.SLIDING_WINDOW
-            _require(has_window == (group.window_tokens is not None), f"{group.kind} with window={group.window_tokens}")
-            _require(group.window_tokens is None or 0 < group.window_tokens < 1 << 40, f"{group.window_tokens=}")
         _require(len({y.layout.name for y in self.layers}) == len(self.layers), "two layers bear one name")
         starts = {(y.group, y.layout.storage, y.layout.offset_bytes) for y in self.layers}
         _require(len(starts) == len(self.layers), "two layers of one group begin at the same byte")
@@ -121,15 +115,12 @@ class RankGeometry(msgspec.Struct, frozen=True):
 class EngineGeometry(msgspec.Struct, frozen=True, cache_hash=True):
     """All workers of an engine, by rank. Raises ValueError when they contradict each other."""
 
-    ranks: tuple[RankGeometry, ...]
-    facts: tuple[tuple[str, str], ...] = ()
-    """(name, value) of what else must be equal: weights' fingerprint, cache dtype. Names on one side only do not count."""
+    ranks: Annotated[tuple[RankGeometry, ...], Meta(min_length=1, max_length=_MAX_COUNT)]
+    facts: Annotated[tuple[tuple[_Text, _Text], ...], Meta(max_length=64)] = ()
+    """(name, value) of what else must be equal, as the weights' fingerprint. Names on one side only do not count."""
     version: int = GEOMETRY_VERSION
 
     def __post_init__(self) -> None:
-        _require(0 < len(self.ranks) <= _MAX_COUNT, f"{len(self.ranks)} ranks")
-        is_short = len(self.facts) <= 64 and all(len(text) <= _MAX_TEXT for fact in self.facts for text in fact)
-        _require(is_short, f"more than 64 facts, or one longer than {_MAX_TEXT} characters")
         groups = self.ranks[0].groups
         seen: dict[str, dict[str, str]] = {}
         for number, rank in enumerate(self.ranks):
@@ -165,8 +156,8 @@ def rank_geometry(
     """Describe this worker.
 
     `region_bytes`: size of each of the layout's storages. `total_kv_heads` (of the whole model) and `key_elements`
-    (width of K on the content dimension, the rest is V) may differ by layer name. Raises ConfigError when the registered
-    tensors do not fit these facts.
+    (width of K on the content dimension, the rest is V) may differ by layer name. Raises ConfigError when what was
+    registered does not fit.
     """
     infos = {group.group_id: group for group in groups}
     try:
@@ -229,38 +220,29 @@ def differences(source: EngineGeometry, destination: EngineGeometry) -> list[str
         for name, value in source.facts
         if theirs.get(name, value) != value
     ]
-    ours, theirs_by_name = _engine_layers(source), _engine_layers(destination)
-    out += _missing("destination", [name for name in ours if name not in theirs_by_name])
-    out += _missing("source", [name for name in theirs_by_name if name not in ours])
+    ours, others = _engine_layers(source), _engine_layers(destination)
+    for side, missing in (("source", others.keys() - ours.keys()), ("destination", ours.keys() - others.keys())):
+        out += [f"layers: {side} lacks {_some(sorted(missing))}"] if missing else []
     found = [
-        (f"{field}: source {value}, destination {theirs_by_name[name][field]}", name)
-        for name in ours
-        if name in theirs_by_name
+        (f"{field}: source {value}, destination {others[name][field]}", name)
+        for name in ours.keys() & others.keys()
         for field, value in ours[name].items()
-        if theirs_by_name[name][field] != value
+        if others[name][field] != value
     ]
     out += [f"{text} ({_some(name for _, name in run)})" for text, run in groupby(sorted(found), lambda item: item[0])]
-    kinds = sorted({g.kind.value for g in source.ranks[0].groups if g.kind is AttentionKind.OTHER})
-    return out + [f"attention: layers of kind {kind!r} do not keep KV by tokens and cannot be moved" for kind in kinds]
+    has_other = any(group.kind is AttentionKind.OTHER for group in source.ranks[0].groups)
+    return out + ["attention: the source has layers that do not keep KV by tokens (kind 'other')"] * has_other
 
 
-def _engine_layers(engine: EngineGeometry) -> dict[str, dict[str, Any]]:
+def _engine_layers(engine: EngineGeometry) -> dict[str, dict[str, str]]:
     groups = engine.ranks[0].groups
     out = {}
     for name, holders in engine.layer_holders().items():
         heads = sorted({head for _, layer in holders for head in layer.heads})
-        out[name] = {"KV heads": _spans(heads), **holders[0][1].comparable(groups[holders[0][1].group])}
+        runs = [[n for _, n in run] for _, run in groupby(enumerate(heads), lambda item: item[1] - item[0])]
+        spans = " ".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)
+        out[name] = {"KV heads": spans, **holders[0][1].comparable(groups[holders[0][1].group])}
     return out
-
-
-def _spans(numbers: Sequence[int]) -> str:
-    runs = [[n for _, n in run] for _, run in groupby(enumerate(numbers), lambda item: item[1] - item[0])]
-    return " ".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)
-
-
-def _missing(side: str, names: Sequence[str]) -> Iterator[str]:
-    if names:
-        yield f"layers: {side} lacks {_some(names)}"
 
 
 def _some(names: Iterable[str]) -> str:

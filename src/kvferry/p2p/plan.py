@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import accumulate
 from math import gcd
 from typing import NamedTuple
 
@@ -43,20 +44,6 @@ class Pieces:
     destination_offset: Ints
     length: Ints
 
-    def __len__(self) -> int:
-        return len(self.length)
-
-    @property
-    def num_bytes(self) -> int:
-        """Bytes that move."""
-        return int(self.length.sum())
-
-    def reversed(self) -> Pieces:
-        """The same with source and destination swapped: the way back."""
-        return Pieces(
-            self.destination_region, self.destination_offset, self.source_region, self.source_offset, self.length
-        )
-
 
 @dataclass(frozen=True, slots=True, eq=False)
 class RankTransfer:
@@ -69,7 +56,7 @@ class RankTransfer:
     @property
     def num_bytes(self) -> int:
         """Bytes that move."""
-        return self.pieces.num_bytes
+        return int(self.pieces.length.sum())
 
 
 def plan_transfer(
@@ -87,8 +74,8 @@ def plan_transfer(
 
     `layers` limits the plan to layers of these names (for layer-wise transfers), the ranks to one worker's share. Where
     a sliding-window group has the null block on either side nothing moves; tokens that the window still needs must be
-    there. Only tokens of the range are touched. Raises TransferMismatch (with `differences`) when the geometries cannot be
-    mapped, TransferError when block ids are missing, out of range or stand twice, or the plan has over MAX_PIECES.
+    there. Only tokens of the range are touched. Raises TransferMismatch (with `differences`) when the geometries cannot
+    be mapped, TransferError when block ids are missing, out of range or stand twice, or the plan exceeds MAX_PIECES.
     """
     planner = _planner(source, destination)
     parts = planner.block_table(source_blocks, destination_blocks, token_range)
@@ -97,7 +84,7 @@ def plan_transfer(
     for pair in planner.pairs:
         if source_rank in (None, pair[0]) and destination_rank in (None, pair[1]):
             pieces = planner.pieces(pair, only, parts)
-            if len(pieces):
+            if pieces.length.size:
                 out.append(RankTransfer(*pair, pieces))
     return out
 
@@ -116,17 +103,13 @@ def unfilled_blocks(
     """
     planner = _planner(source, destination)
     table = planner.block_table(source_blocks, destination_blocks, token_range)
+    tokens = np.arange(table.start, table.end)
     out: set[tuple[int, int]] = set()
     for pair in {(grid.source.group, grid.destination.group) for grids in planner.pairs.values() for grid in grids}:
-        theirs, ours = (
-            engine.ranks[0].groups[group] for engine, group in zip((source, destination), pair, strict=True)
-        )
-        if theirs.window_tokens is not None:
-            tokens = np.arange(table.start, table.end)
-            positions = tokens // ours.block_tokens
-            is_null = table.source[pair[0]][tokens // theirs.block_tokens] == NULL_BLOCK_ID
-            unfilled = np.unique(positions[is_null & (table.destination[pair[1]][positions] != NULL_BLOCK_ID)])
-            out.update((pair[1], position) for position in unfilled.tolist())
+        positions = tokens // destination.ranks[0].groups[pair[1]].block_tokens
+        theirs = table.source[pair[0]][tokens // source.ranks[0].groups[pair[0]].block_tokens]
+        is_unfilled = (theirs == NULL_BLOCK_ID) & (table.destination[pair[1]][positions] != NULL_BLOCK_ID)
+        out.update((pair[1], position) for position in np.unique(positions[is_unfilled]).tolist())
     return sorted(out)
 
 
@@ -153,7 +136,7 @@ class _Grid(NamedTuple):
 
 
 class _LayerPair(NamedTuple):
-    """One layer on two workers. `heads` are pairs of local heads; `parts` are (source offset, destination offset, bytes)."""
+    """One layer on two workers: pairs of local heads, and per part (source offset, destination offset, bytes)."""
 
     source: LayerGeometry
     destination: LayerGeometry
@@ -202,21 +185,14 @@ class _Planner:
         start, end = token_range
         if not 0 <= start <= end:
             raise TransferError(f"token range [{start}, {end}) is none")
-        source, destination = self._engines
-        source_ids = _checked_ids("source", source, source_blocks, end)
-        destination_ids = _checked_ids("destination", destination, destination_blocks, end)
-        groups = destination.ranks[0].groups
-        written = [
-            ids[start // g.block_tokens : -(-end // g.block_tokens)]
-            for ids, g in zip(destination_ids, groups, strict=True)
-        ]
-        flat = np.sort(np.concatenate(written)) if written else np.zeros(0, np.int64)
-        twice = flat[1:][(flat[1:] == flat[:-1]) & (flat[1:] != NULL_BLOCK_ID)]
+        source = _checked_ids("source", self._engines[0], source_blocks, end)
+        destination = _checked_ids("destination", self._engines[1], destination_blocks, end)
+        groups = zip(destination, self._engines[1].ranks[0].groups, strict=True)
+        written = np.sort(np.concatenate([ids[start // group.block_tokens :] for ids, group in groups]))
+        twice = written[1:][(written[1:] == written[:-1]) & (written[1:] != NULL_BLOCK_ID)]
         if len(twice):
-            raise TransferError(
-                f"destination block {twice[0]} stands twice: two parts of the KV would be written to it"
-            )
-        return _BlockTable(source_ids, destination_ids, start, end)
+            raise TransferError(f"destination block {twice[0]} stands twice: two parts of the KV would be put there")
+        return _BlockTable(source, destination, start, end)
 
     def pieces(self, pair: tuple[int, int], layers: frozenset[str] | None, table: _BlockTable) -> Pieces:
         """The copies between two workers."""
@@ -227,7 +203,7 @@ class _Planner:
                 if len(template.length):
                     sections.append(self._outer_sum(grid, template, first, tokens, table))
         whole = _Copies(*(np.concatenate(arrays) for arrays in zip(*sections, strict=True))) if sections else _NOTHING
-        if len(sections) > 1 and len(whole.length) <= _SORTED_PIECES:
+        if len(whole.length) <= _SORTED_PIECES:
             whole = _sorted(whole)
         whole = _merged(whole)
         mask = (1 << _REGION_SHIFT) - 1
@@ -265,9 +241,7 @@ class _Planner:
             _check_window(groups[0], tokens[~has_both] + within[1], table)
             tokens, ids = tokens[has_both], [side[has_both] for side in ids]
         if len(tokens) * len(template.length) > MAX_PIECES:
-            raise TransferError(
-                f"the plan would have {len(tokens) * len(template.length)} pieces (limit {MAX_PIECES}): cut it by layers or tokens"
-            )
+            raise TransferError(f"the plan would exceed {MAX_PIECES} pieces: cut it by layers or tokens")
         source, destination = (steps.addresses(tokens, side) for steps, side in zip(grid, ids, strict=True))
         if (destination[1:] < destination[:-1]).any():
             order = np.argsort(destination)
@@ -305,17 +279,13 @@ def _layer_pairs(
 
 
 def _parts(source: LayerGeometry, destination: LayerGeometry) -> tuple[tuple[int, int, int], ...]:
+    ends = [accumulate(width for _, width in side.parts) for side in (source, destination)]
+    begins = {name: end - width for (name, width), end in zip(source.parts, ends[0], strict=True)}
     size = source.layout.element_bytes
-    if source.parts == destination.parts:
-        return ((0, 0, source.layout.shape[2] * size),)
-    places, out, at = {}, [], 0
-    for name, width in source.parts:
-        places[name], at = at, at + width * size
-    at = 0
-    for name, width in destination.parts:
-        out.append((places[name], at, width * size))
-        at += width * size
-    return tuple(out)
+    return tuple(
+        (begins[name] * size, (end - width) * size, width * size)
+        for (name, width), end in zip(destination.parts, ends[1], strict=True)
+    )
 
 
 @lru_cache(maxsize=512)
@@ -338,18 +308,16 @@ def _page_copies(
 
 
 def _sections(grid: _Grid, start: int, end: int) -> Iterator[tuple[tuple[int, int], Ints]]:
-    """Cut a range into (tokens [first, last) of a segment, segments' first tokens): whole segments, and what is left."""
+    """Cut a range into whole segments and what is left: (tokens [first, last) of a segment, where segments begin)."""
     step = gcd(grid.source.page_tokens, grid.destination.page_tokens)
-    first_whole, last_whole = -(-start // step) * step, end // step * step
-    if first_whole > last_whole:
-        yield (start - last_whole, end - last_whole), np.array([last_whole])
-        return
-    if start < first_whole:
-        yield (start % step, step), np.array([first_whole - step])
-    if first_whole < last_whole:
-        yield (0, step), np.arange(first_whole, last_whole, step)
-    if last_whole < end:
-        yield (0, end - last_whole), np.array([last_whole])
+    first_whole = min(-(-start // step) * step, end)
+    last_whole = max(end // step * step, first_whole)
+    for first, last in ((start, first_whole), (first_whole, last_whole), (last_whole, end)):
+        if first < last and (first % step or last % step):
+            begin = first // step * step
+            yield (first - begin, last - begin), np.array([begin])
+        elif first < last:
+            yield (0, step), np.arange(first, last, step)
 
 
 def _checked_ids(side: str, engine: EngineGeometry, blocks: BlockIds, num_tokens: int) -> list[Ints]:
@@ -381,8 +349,8 @@ def _check_window(group: GroupGeometry, ends: Ints, table: _BlockTable) -> None:
         needed = max(needed, table.end - group.window_tokens + 1)
     if ends.max() > needed:
         raise TransferError(
-            f"no block holds the KV of tokens before {ends.max()} of a {group.kind.value} group on one side (null block), "
-            f"but tokens [{needed}, {table.end}) are needed"
+            f"tokens [{needed}, {table.end}) of a {group.kind.value} group are needed, "
+            f"but some before {ends.max()} have the null block on one side"
         )
 
 
