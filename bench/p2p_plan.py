@@ -4,7 +4,9 @@
 
 Block ids are shuffled on both sides, so that next to nothing can be merged (the worst case), but for the case that says
 so. A round measures every case and size in turn, so that what else the machine does hits all alike; all samples are
-kept. The first plan of a pair of engines also compares them and makes templates; it is reported by itself.
+kept. The goal is judged by CPU time: the machine is shared. The first plan of a pair of engines also compares them and
+makes templates; it is reported by itself. From some megabytes on, malloc gives memory back to the kernel after every
+plan, so that each plan pays for fresh pages: the page faults show where.
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ from __future__ import annotations
 import argparse
 import os
 import random
+import resource
 import statistics
 import sys
 import time
@@ -31,6 +34,7 @@ POOL_TOKENS = 4200 * 16
 SIZES = (256, 512, 1024, 2048, 4096)
 GOAL_BLOCKS, GOAL_MS = 2048, 5.0
 BLOCKS = 16
+Readings = dict[str, float]
 Case = tuple[EngineGeometry, EngineGeometry, int, int, bool]
 
 
@@ -78,18 +82,27 @@ def block_ids(num_tokens: int, block_tokens: int, rng: random.Random, is_shuffle
     return [ids[: num_tokens // block_tokens]]
 
 
-def sample(case: Case, num_blocks: int, rng: random.Random) -> tuple[float, int]:
-    """Milliseconds of one plan, and its pieces."""
+def readings() -> Readings:
+    """This thread's clocks, and how many fresh pages the kernel gave it."""
+    return {
+        "wall_ms": time.perf_counter() * 1e3,
+        "cpu_ms": time.thread_time() * 1e3,
+        "page_faults": resource.getrusage(resource.RUSAGE_THREAD).ru_minflt,
+    }
+
+
+def sample(case: Case, num_blocks: int, rng: random.Random) -> tuple[Readings, int]:
+    """Time of one plan, and its pieces."""
     source, destination, source_tokens, destination_tokens, is_shuffled = case
     num_tokens = num_blocks * BLOCKS
     blocks = [block_ids(num_tokens, n, rng, is_shuffled) for n in (source_tokens, destination_tokens)]
-    start = time.perf_counter()
+    start = readings()
     transfers = plan_transfer(source, destination, *blocks, (0, num_tokens))
-    elapsed_ms = (time.perf_counter() - start) * 1e3
+    spent = {name: end - start[name] for name, end in readings().items()}
     expected = NUM_LAYERS * num_tokens * KV_HEADS * 2 * HEAD_SIZE * ELEMENT_BYTES
     if sum(t.num_bytes for t in transfers) != expected:
         sys.exit(f"a plan moves {sum(t.num_bytes for t in transfers)} bytes instead of {expected}")
-    return elapsed_ms, sum(len(t.pieces.length) for t in transfers)
+    return spent, sum(len(t.pieces.length) for t in transfers)
 
 
 def measure(rounds: int, seed: int) -> dict[str, Any]:
@@ -99,34 +112,34 @@ def measure(rounds: int, seed: int) -> dict[str, Any]:
     out: dict[str, Any] = {}
     for name, case in todo.items():
         _planner.cache_clear()
-        out[name] = {"first_plan_ms": sample(case, SIZES[0], rng)[0], "sizes": {n: {"samples_ms": []} for n in SIZES}}
-    for name, case in todo.items():
+        out[name] = {"first_plan": sample(case, SIZES[0], rng)[0], "sizes": {n: {"samples": []} for n in SIZES}}
+    for case in todo.values():
         sample(case, SIZES[0], rng)  # fills the cache again
     for _ in range(rounds):
         for name, case in todo.items():
             for num_blocks, entry in out[name]["sizes"].items():
-                elapsed_ms, entry["pieces"] = sample(case, num_blocks, rng)
-                entry["samples_ms"].append(elapsed_ms)
+                spent, entry["pieces"] = sample(case, num_blocks, rng)
+                entry["samples"].append(spent)
     return out
 
 
 def summarise(cases_out: dict[str, Any]) -> bool:
-    """Add medians and growth per doubling; True when every case keeps the goal."""
+    """Add medians and growth per doubling, print them; True when every case keeps the goal."""
     met = True
     for name, case in cases_out.items():
         for entry in case["sizes"].values():
-            entry["median_ms"] = statistics.median(entry["samples_ms"])
-            entry["best_ms"] = min(entry["samples_ms"])
-        best = [entry["best_ms"] for entry in case["sizes"].values()]
-        case["growth_per_doubling"] = [b / a for a, b in pairwise(best)]
-        case["goal_met"] = case["sizes"][GOAL_BLOCKS]["median_ms"] < GOAL_MS
+            for name_of in ("wall_ms", "cpu_ms", "page_faults"):
+                entry[f"median_{name_of}"] = statistics.median(sample[name_of] for sample in entry["samples"])
+        medians = [entry["median_cpu_ms"] for entry in case["sizes"].values()]
+        case["cpu_growth_per_doubling"] = [b / a for a, b in pairwise(medians)]
+        case["goal_met"] = case["sizes"][GOAL_BLOCKS]["median_cpu_ms"] < GOAL_MS
         met &= case["goal_met"]
-        at_goal = case["sizes"][GOAL_BLOCKS]
-        print(
-            f"{name:40} {at_goal['pieces']:7} pieces at {GOAL_BLOCKS} blocks, median {at_goal['median_ms']:5.2f} ms, "
-            f"best {at_goal['best_ms']:5.2f}; first plan {case['first_plan_ms']:5.2f} ms; "
-            f"growth {' '.join(f'{g:.2f}' for g in case['growth_per_doubling'])}"
-        )
+        print(f"{name}: first plan {case['first_plan']['cpu_ms']:.2f} ms CPU")
+        for num_blocks, entry in case["sizes"].items():
+            print(
+                f"  {num_blocks:5} blocks {entry['pieces']:7} pieces  {entry['median_cpu_ms']:6.2f} ms CPU  "
+                f"{entry['median_wall_ms']:6.2f} ms wall  {entry['median_page_faults']:6.0f} page faults"
+            )
     return met
 
 
@@ -141,7 +154,7 @@ def main() -> None:
     result = measure(args.rounds, args.seed)
     met = summarise(result)
     machine["load_average_at_end"] = list(os.getloadavg())
-    goal = {"blocks": GOAL_BLOCKS, "layers": NUM_LAYERS, "median_ms_below": GOAL_MS, "met": met}
+    goal = {"blocks": GOAL_BLOCKS, "layers": NUM_LAYERS, "median_cpu_ms_below": GOAL_MS, "met": met}
     record.write("p2p_plan", {"machine": machine, "settings": vars(args), "goal": goal, "cases": result})
     sys.exit(0 if met else 1)
 

@@ -202,18 +202,14 @@ class _Planner:
                 template = self._template(pair, grid, layers, first)
                 if len(template.length):
                     sections.append(self._outer_sum(grid, template, first, tokens, table))
-        whole = _Copies(*(np.concatenate(arrays) for arrays in zip(*sections, strict=True))) if sections else _NOTHING
+        whole = _joined(sections)
         if len(whole.length) <= _SORTED_PIECES:
             whole = _sorted(whole)
         whole = _merged(whole)
-        mask = (1 << _REGION_SHIFT) - 1
-        return Pieces(
-            whole.source >> _REGION_SHIFT,
-            whole.source & mask,
-            whole.destination >> _REGION_SHIFT,
-            whole.destination & mask,
-            whole.length,
-        )
+        regions = [addresses >> _REGION_SHIFT for addresses in whole[:2]]
+        for addresses in whole[:2]:
+            addresses &= (1 << _REGION_SHIFT) - 1  # in place: the arrays are this plan's own
+        return Pieces(regions[0], whole.source, regions[1], whole.destination, whole.length)
 
     def _build_template(
         self, pair: tuple[int, int], grid: _Grid, layers: frozenset[str] | None, tokens: tuple[int, int]
@@ -225,9 +221,7 @@ class _Planner:
                 page = _page_copies(source.strides, destination.strides, y.heads, y.parts, tokens)
                 at = [(side.storage << _REGION_SHIFT) + side.offset_bytes for side in (source, destination)]
                 copies.append(_Copies(page.source + at[0], page.destination + at[1], page.length))
-        if not copies:
-            return _NOTHING
-        return _merged(_sorted(_Copies(*(np.concatenate(arrays) for arrays in zip(*copies, strict=True)))))
+        return _merged(_sorted(_joined(copies)))
 
     def _outer_sum(
         self, grid: _Grid, template: _Copies, within: tuple[int, int], tokens: Ints, table: _BlockTable
@@ -243,16 +237,11 @@ class _Planner:
         if len(tokens) * len(template.length) > MAX_PIECES:
             raise TransferError(f"the plan would exceed {MAX_PIECES} pieces: cut it by layers or tokens")
         source, destination = (steps.addresses(tokens, side) for steps, side in zip(grid, ids, strict=True))
-        if (destination[1:] < destination[:-1]).any():
-            order = np.argsort(destination)
-            source, destination = source[order], destination[order]
-        return _merged(
-            _Copies(
-                (template.source[:, None] + source).ravel(),
-                (template.destination[:, None] + destination).ravel(),
-                np.repeat(template.length, len(tokens)),
-            )
-        )
+        order = np.argsort(destination)
+        segments = _Copies(source[order], destination[order], np.zeros(len(order), np.int64))
+        span = template.destination[-1] + template.length[-1] - template.destination[0]
+        is_by_segment = bool((np.diff(segments.destination) >= span).all())  # then that order is by address
+        return _sums(segments, template) if is_by_segment else _sums(template, segments)
 
 
 _planner = lru_cache(maxsize=32)(_Planner)
@@ -354,7 +343,20 @@ def _check_window(group: GroupGeometry, ends: Ints, table: _BlockTable) -> None:
         )
 
 
+def _sums(rows: _Copies, columns: _Copies) -> _Copies:
+    """Every row plus every column, row after row."""
+    return _Copies(*((r[:, None] + c).ravel() for r, c in zip(rows, columns, strict=True)))
+
+
+def _joined(sections: list[_Copies]) -> _Copies:
+    if len(sections) < 2:
+        return sections[0] if sections else _NOTHING
+    return _Copies(*(np.concatenate(arrays) for arrays in zip(*sections, strict=True)))
+
+
 def _sorted(copies: _Copies) -> _Copies:
+    if (copies.destination[1:] >= copies.destination[:-1]).all():
+        return copies
     order = np.argsort(copies.destination, kind="stable")
     return _Copies(*(array[order] for array in copies))
 
@@ -366,8 +368,10 @@ def _merged(copies: _Copies) -> _Copies:
         return copies
     is_first = np.empty(len(length), dtype=bool)
     is_first[0] = True
-    np.not_equal(source[1:], source[:-1] + length[:-1], out=is_first[1:])
-    is_first[1:] |= destination[1:] != destination[:-1] + length[:-1]
+    end = source[:-1] + length[:-1]
+    np.not_equal(source[1:], end, out=is_first[1:])
+    np.add(destination[:-1], length[:-1], out=end)
+    is_first[1:] |= destination[1:] != end
     at = np.flatnonzero(is_first)
     if len(at) == len(length):
         return copies
