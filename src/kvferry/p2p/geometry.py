@@ -210,28 +210,37 @@ def decode_geometry(data: bytes) -> EngineGeometry:
         raise TransferError(f"the peer's geometry is malformed: {err}") from err
 
 
-def differences(source: EngineGeometry, destination: EngineGeometry) -> list[str]:
+def check_geometries(local: bytes, remote: bytes) -> list[str]:
+    """`differences` of two encoded geometries; one that cannot be read is a difference too."""
+    try:
+        return differences(decode_geometry(local), decode_geometry(remote), ("here", "peer"))
+    except TransferError as err:
+        return [str(err)]
+
+
+def differences(
+    source: EngineGeometry, destination: EngineGeometry, sides: tuple[str, str] = ("source", "destination")
+) -> list[str]:
     """Why KV of `source` cannot be put into `destination`, one readable line per field; empty when it can."""
+    a, b = sides
     if source.version != destination.version:
-        return [f"geometry version: source {source.version}, destination {destination.version}"]
+        return [f"geometry version: {a} {source.version}, {b} {destination.version}"]
     theirs = dict(destination.facts)
     out = [
-        f"{name}: source {value}, destination {theirs[name]}"
-        for name, value in source.facts
-        if theirs.get(name, value) != value
+        f"{name}: {a} {value}, {b} {theirs[name]}" for name, value in source.facts if theirs.get(name, value) != value
     ]
     ours, others = _engine_layers(source), _engine_layers(destination)
-    for side, missing in (("source", others.keys() - ours.keys()), ("destination", ours.keys() - others.keys())):
+    for side, missing in ((a, others.keys() - ours.keys()), (b, ours.keys() - others.keys())):
         out += [f"layers: {side} lacks {_some(sorted(missing))}"] if missing else []
     found = [
-        (f"{field}: source {value}, destination {others[name][field]}", name)
+        (f"{field}: {a} {value}, {b} {others[name][field]}", name)
         for name in ours.keys() & others.keys()
         for field, value in ours[name].items()
         if others[name][field] != value
     ]
     out += [f"{text} ({_some(name for _, name in run)})" for text, run in groupby(sorted(found), lambda item: item[0])]
     has_other = any(group.kind is AttentionKind.OTHER for group in source.ranks[0].groups)
-    return out + ["attention: the source has layers that do not keep KV by tokens (kind 'other')"] * has_other
+    return out + [f"attention: {a} has layers that do not keep KV by tokens (kind 'other')"] * has_other
 
 
 def _engine_layers(engine: EngineGeometry) -> dict[str, dict[str, str]]:

@@ -21,7 +21,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from kvferry.errors import TransferError, TransferMismatch
+from kvferry.errors import TransferError, TransferMismatch, did_you_mean
 from kvferry.p2p.geometry import REGION_BITS, EngineGeometry, GroupGeometry, LayerGeometry, differences
 from kvferry.types import NULL_BLOCK_ID
 
@@ -31,7 +31,7 @@ BlockIds = Sequence[Sequence[int]]
 
 MAX_PIECES = 1 << 24
 _REGION_SHIFT = REGION_BITS + 2
-_SORTED_PIECES = 1 << 16
+_SORTED_PIECES = 1 << 16  # up to here a last sort finds also those neighbours that layers and groups hide
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -78,12 +78,12 @@ def plan_transfer(
     be mapped, TransferError when block ids are missing, out of range or stand twice, or the plan exceeds MAX_PIECES.
     """
     planner = _planner(source, destination)
-    parts = planner.block_table(source_blocks, destination_blocks, token_range)
-    only = None if layers is None else frozenset(layers)
+    table = planner.block_table(source_blocks, destination_blocks, token_range)
+    only = None if layers is None else planner.known_layers(layers)
     out = []
     for pair in planner.pairs:
         if source_rank in (None, pair[0]) and destination_rank in (None, pair[1]):
-            pieces = planner.pieces(pair, only, parts)
+            pieces = planner.pieces(pair, only, table)
             if pieces.length.size:
                 out.append(RankTransfer(*pair, pieces))
     return out
@@ -170,13 +170,20 @@ class _Planner:
             raise TransferMismatch("the engines' KV caches cannot be mapped: " + "; ".join(found))
         self._engines = (source, destination)
         self.pairs: dict[tuple[int, int], dict[_Grid, list[_LayerPair]]] = {}
-        sources = source.layer_holders()
+        self._holders = sources = source.layer_holders()
         for name, holders in destination.layer_holders().items():
             for destination_rank, layer in holders:
                 for source_rank, pair in _layer_pairs(sources[name], layer, destination_rank):
                     grids = self.pairs.setdefault((source_rank, destination_rank), {})
                     grids.setdefault(_Grid(_steps(pair.source), _steps(layer)), []).append(pair)
         self._template = lru_cache(maxsize=512)(self._build_template)
+
+    def known_layers(self, names: Collection[str]) -> frozenset[str]:
+        """The names as a set. Raises TransferError for one that no layer bears: its KV would silently not move."""
+        for name in names:
+            if name not in self._holders:
+                raise TransferError(f"no layer is named {name!r}{did_you_mean(name, self._holders)}")
+        return frozenset(names)
 
     def block_table(
         self, source_blocks: BlockIds, destination_blocks: BlockIds, token_range: tuple[int, int]

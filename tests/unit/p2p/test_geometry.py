@@ -15,6 +15,7 @@ from kvferry.p2p.geometry import (
     MAX_ENCODED_BYTES,
     EngineGeometry,
     RankGeometry,
+    check_geometries,
     decode_geometry,
     differences,
     encode_geometry,
@@ -114,7 +115,7 @@ def test_equal_and_mappable_geometries_have_no_differences() -> None:
         (
             make(kind=AttentionKind.OTHER),
             make(kind=AttentionKind.OTHER),
-            ["attention: the source has layers that do not keep KV by tokens (kind 'other')"],
+            ["attention: source has layers that do not keep KV by tokens (kind 'other')"],
         ),
         (make(("weights", "abc")), make(("weights", "abd")), ["weights: source abc, destination abd"]),
         (msgspec.structs.replace(make(), version=2), make(heads=4), ["geometry version: source 2, destination 1"]),
@@ -208,3 +209,11 @@ def test_bytes_that_are_no_geometry_are_refused() -> None:
         except TransferError:
             continue
         assert all(isinstance(line, str) for line in differences(decoded, make()))
+
+
+def test_the_handshake_compares_encoded_geometries() -> None:
+    ours = encode_geometry(make())
+    assert check_geometries(ours, ours) == []
+    assert check_geometries(ours, encode_geometry(make(heads=4)))[0].startswith("KV heads: here 0-1, peer 0-3")
+    (line,) = check_geometries(ours, ours[:-3])
+    assert line.startswith("the peer's geometry is malformed")

@@ -401,6 +401,12 @@ def test_nothing_to_move_is_no_transfer() -> None:
     assert plan_transfer(geometry, geometry, [[1]], [[1]], (0, 4), layers=()) == []
 
 
+def test_a_layer_that_does_not_exist_is_no_empty_plan() -> None:
+    geometry = simple_engine().geometry
+    with pytest.raises(TransferError, match=r"no layer is named 'layer9' \(did you mean 'layer2'"):
+        plan_transfer(geometry, geometry, [[1]], [[1]], (0, 4), layers=("layer2", "layer9"))
+
+
 @pytest.mark.parametrize(
     ("source", "destination", "tokens", "text"),
     [
