@@ -9,6 +9,7 @@
     │   ├── TierCorrupt                    bytes did not match their digest or header
     │   └── TierUnavailable                disk full, folder gone, server down
     ├── TransferError                      a transfer between engines failed
+    │   └── TransferMismatch               the two engines' KV caches cannot be mapped onto each other
     └── HostError                          the host (engine, vLLM) does not offer what is needed
 
 A cache miss is a value, never one of these.
@@ -66,6 +67,10 @@ class TierUnavailable(TierError):
 
 class TransferError(KVFerryError):
     """A transfer between engines failed."""
+
+
+class TransferMismatch(TransferError):
+    """KV of the two engines cannot be mapped; the text holds the differences, field by field."""
 
 
 class HostError(KVFerryError):

@@ -1,0 +1,1 @@
+"""KV between engines: one protocol core, thin transports."""
