@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
 _TRANSFER = {"kv_connector": "DecodeBenchConnector", "kv_role": "kv_both", "kv_load_failure_policy": "fail"}
 _WARM_UP_TOKENS = 4
+_PERCENTILES = (50, 99)
 _PACKAGES = ("kvferry", "torch", "transformers")
 
 
@@ -46,15 +47,15 @@ class BatchResult:
         """Of each run."""
         return [self.batch_size * len(steps) / sum(steps) for steps in self.step_s]
 
-    def percentile_s(self, percent: float) -> float:
-        """The shortest time that so many of all steps do not exceed."""
+    def percentile_ms(self, percent: int) -> float:
+        """The shortest time that so many per cent of all steps do not exceed."""
         ordered = sorted(step for steps in self.step_s for step in steps)
-        return ordered[math.ceil(percent / 100 * len(ordered)) - 1]
+        return 1e3 * ordered[math.ceil(percent / 100 * len(ordered)) - 1]
 
-    def summary(self) -> dict[str, Any]:
-        """For the JSON file: figures, and every sample."""
-        figures = {f"p{percent}": 1e3 * self.percentile_s(percent) for percent in (50, 99)}
-        return {**asdict(self), "tokens_per_s": self.tokens_per_s, "ms_per_step": figures}
+    def as_dict(self) -> dict[str, Any]:
+        """Figures, and every sample."""
+        ms_per_step = {f"p{percent}": self.percentile_ms(percent) for percent in _PERCENTILES}
+        return {**asdict(self), "tokens_per_s": self.tokens_per_s, "ms_per_step": ms_per_step}
 
 
 def decode(
@@ -104,7 +105,7 @@ def decode(
     }
     print_results(results, about, console)
     if json_path is not None:
-        content = {"context": about, "results": [result.summary() for result in results]}
+        content = {"context": about, "results": [result.as_dict() for result in results]}
         json_path.write_text(json.dumps(content, indent=2) + "\n")
     if plot is not None:
         write_plot(results, prompt_tokens, plot)
@@ -179,18 +180,17 @@ def print_results(results: list[BatchResult], context: dict[str, Any], console: 
     for heading in ("batch", "tokens/s", "from", "to", "ms/step p50", "p99"):
         table.add_column(heading, justify="right")
     for result in results:
-        rates = result.tokens_per_s
-        figures = (statistics.median(rates), min(rates), max(rates))
-        times = (1e3 * result.percentile_s(percent) for percent in (50, 99))
-        table.add_row(str(result.batch_size), *(f"{x:.1f}" for x in figures), *(f"{x:.2f}" for x in times))
+        rates, times = result.tokens_per_s, [result.percentile_ms(percent) for percent in _PERCENTILES]
+        figures = (statistics.median(rates), min(rates), max(rates), *times)
+        table.add_row(str(result.batch_size), *(f"{figure:.1f}" for figure in figures))
     console.print(table)
     before, after = context["load_average_before"][0], context["load_average"][0]
     console.print(
-        f"{context['model']}, {context['prompt_tokens']} tokens of context, median of {len(results[0].step_s)} runs of "
-        f"{context['output_tokens'] - 1} steps, {context['num_threads']} threads; load average {before:.2f} before, "
-        f"{after:.2f} after, {context['num_cpus']} cores",
-        style="dim", highlight=False,
-    )  # fmt: skip
+        f"{context['model']}, {context['prompt_tokens']} tokens of context; median of {len(results[0].step_s)} runs of "
+        f"{len(results[0].step_s[0])} steps, {context['num_threads']} threads; load average {before:.2f} before and "
+        f"{after:.2f} after, on {context['num_cpus']} cores",
+        highlight=False,
+    )
 
 
 def write_plot(results: list[BatchResult], prompt_tokens: int, path: Path) -> None:
@@ -198,15 +198,14 @@ def write_plot(results: list[BatchResult], prompt_tokens: int, path: Path) -> No
     figure = new_figure((8, 3.2))
     rate, step = figure.subplots(1, 2)
     sizes = [result.batch_size for result in results]
-    rate.plot(sizes, [statistics.median(result.tokens_per_s) for result in results], "o-", color="#3b6ea8")
+    rate.plot(sizes, [statistics.median(result.tokens_per_s) for result in results], "o-")
     rate.set_ylabel("tokens/s")
-    for percent, colour in ((50, "#4a9a5b"), (99, "#b5483a")):
-        times = [1e3 * result.percentile_s(percent) for result in results]
-        step.plot(sizes, times, "o-", color=colour, label=f"p{percent}")
+    for percent in _PERCENTILES:
+        step.plot(sizes, [result.percentile_ms(percent) for result in results], "o-", label=f"p{percent}")
     step.set_ylabel("ms per step")
     step.legend(frameon=False)
     for axes in (rate, step):
+        axes.set_xticks(sizes)
         axes.set_xlabel(f"requests, {prompt_tokens} tokens of context each")
         axes.set_ylim(bottom=0)
-        axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=130)

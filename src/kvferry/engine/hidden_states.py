@@ -42,8 +42,7 @@ class _TappedModel:
                 f"{len(layers)} (given by its last layer)"
             )
         self._name = f"cache_only_layers.{len(layers)}"
-        self._state_ids = state_ids
-        self._caught: dict[int, torch.Tensor] = {}
+        self._caught = dict.fromkeys(state_ids, torch.empty(0))
         for index in state_ids:
             if index < len(layers):
                 layers[index].register_forward_pre_hook(partial(self._catch_input, index), with_kwargs=True)
@@ -55,11 +54,9 @@ class _TappedModel:
 
     def forward(self, batch: PackedBatch, kv: KVBuffer, hooks: LayerHooks) -> torch.Tensor:
         """The model's forward, then the rows to the hooks."""
-        self._caught.clear()
         logits = self._model.forward(batch, kv, hooks)
-        rows = torch.stack([self._caught[index] for index in self._state_ids], dim=1)
         hooks.before_layer(self._name)
-        hooks.after_layer(self._name, rows, batch)
+        hooks.after_layer(self._name, torch.stack(list(self._caught.values()), dim=1), batch)
         return logits
 
     def _catch_input(self, index: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
