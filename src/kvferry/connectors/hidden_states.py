@@ -109,12 +109,12 @@ class PromptFile:
 
 @dataclass(frozen=True, slots=True)
 class StepPart:
-    """Tokens [first, first + num_tokens) of a request, computed in the step into these blocks."""
+    """Tokens [first, first + num_tokens) of a prompt, computed in the step; the first of them into `block_id`."""
 
     request_id: str
     first: int
     num_tokens: int
-    block_ids: list[int]
+    block_id: int
     file: PromptFile | None
 
 
@@ -143,7 +143,6 @@ class HiddenStatesSchedulerSide(SchedulerSide):
         super().__init__(host)
         self._folder = HiddenStatesConfig.parse(host).folder()
         self._group = _hidden_group(host) or host.groups[0]
-        self._is_paged = _hidden_group(host) is not None
         self._prompts: dict[str, _Prompt] = {}
         self._discards: list[str] = []
 
@@ -170,14 +169,13 @@ class HiddenStatesSchedulerSide(SchedulerSide):
                 continue
             first, end = item.num_computed_tokens, item.num_computed_tokens + item.num_scheduled_tokens
             table, num_prompt, file = item.block_ids[self._group.group_id], len(prompt.token_ids), None
-            is_wanted = first < num_prompt and not prompt.name
-            if is_wanted and end >= num_prompt:
+            if first >= num_prompt or prompt.name:
+                continue
+            if end >= num_prompt:
                 prompt.name = _file_name(item.request_id)
                 prompt.block_ids = frozenset().union(*item.block_ids)
                 file = PromptFile(prompt.name, prompt.token_ids, table[: -(-num_prompt // size)])
-            if is_wanted or self._is_paged:
-                blocks = table[first // size : -(-end // size)]
-                metadata.parts.append(StepPart(item.request_id, first, end - first, blocks, file))
+            metadata.parts.append(StepPart(item.request_id, first, end - first, table[first // size], file))
         return metadata
 
     def update_connector_output(self, connector_output: KVConnectorOutput) -> None:
@@ -216,8 +214,8 @@ class HiddenStatesWorkerSide(WorkerSide):
         self._block_tokens = (_hidden_group(host) or host.groups[0]).block_tokens
         self._pages: torch.Tensor | None = None
         """[kernel blocks, states, tokens, hidden], where the host pages them."""
-        self._bad_blocks: set[int] = set()
-        """Blocks of the pages that a step should have written to and did not."""
+        self._lacking: set[str] = set()
+        """Requests that had a step without hidden states."""
         self._kept: dict[str, list[torch.Tensor]] = {}
         """Rows [tokens, states, hidden] of prompts that are not whole yet, where there are no pages."""
         self._step_rows: tuple[torch.Tensor, Any] | None = None
@@ -242,15 +240,16 @@ class HiddenStatesWorkerSide(WorkerSide):
         """Take this step's rows, and order what is to be written, deleted and swept; waits for none of it."""
         assert isinstance(metadata, HiddenStatesMetadata)
         for part in metadata.parts if self.host.rank == 0 else ():
-            if self._pages is not None:
-                self._note_blocks(part)
-            elif self._step_rows is not None:
+            if self._step_rows is None:
+                self._lacking.add(part.request_id)
+            elif self._pages is None:
                 self._keep(part, *self._step_rows)
             if part.file is not None:
                 self._save(part.file, self._rows(part.request_id, part.file))
         self._step_rows = None
         for request_id in metadata.finished_ids:
             self._kept.pop(request_id, None)
+            self._lacking.discard(request_id)
         for name in metadata.discards if self.host.rank == 0 else ():
             self._submit(partial(_discard, self._folder / name))
         self._sweep_when_due()
@@ -260,28 +259,21 @@ class HiddenStatesWorkerSide(WorkerSide):
 
     def _keep(self, part: StepPart, rows: torch.Tensor, batch: Any) -> None:
         """Our engine's rows: the request's are those from its first position, in its block, on."""
-        is_start = (batch.write_blocks[0] == part.block_ids[0]) & (batch.positions == part.first)
+        is_start = (batch.write_blocks[0] == part.block_id) & (batch.positions == part.first)
         start = int(is_start.nonzero()[0])
         kept = self._kept.setdefault(part.request_id, [])
         if part.first == 0:  # again after a preemption
             kept.clear()
         kept.append(rows[start : start + part.num_tokens].clone())
 
-    def _note_blocks(self, part: StepPart) -> None:
-        """vLLM writes no rows in a step in which some request comes within one token of max_model_len."""
-        if self._step_rows is None:
-            self._bad_blocks.update(part.block_ids)
-        else:  # those are whole again that are written from their first token on
-            self._bad_blocks.difference_update(part.block_ids[part.first % self._block_tokens > 0 :])
-
     def _rows(self, request_id: str, file: PromptFile) -> torch.Tensor | None:
         """A copy [tokens, states, hidden] of the prompt's rows; None when some are missing."""
         num_tokens = len(file.token_ids)
-        if self._pages is None:
-            kept = self._kept.pop(request_id, [])
-            return torch.cat(kept)[:num_tokens] if sum(map(len, kept)) >= num_tokens else None
-        if not self._bad_blocks.isdisjoint(file.block_ids):
+        kept = self._kept.pop(request_id, [])
+        if request_id in self._lacking:
             return None
+        if self._pages is None:
+            return torch.cat(kept)[:num_tokens]
         starts = torch.tensor(file.block_ids, device=self._pages.device)[:, None] * self._block_tokens
         places = (starts + torch.arange(self._block_tokens, device=self._pages.device)).flatten()[:num_tokens]
         size = self._pages.shape[2]
