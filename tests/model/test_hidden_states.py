@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import stat
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -101,16 +102,23 @@ def test_nothing_is_missing_where_the_prefix_was_computed_before(tiny_llama, tmp
 
 def test_nothing_is_missing_beside_a_connector_that_loads(tiny_llama, tmp_path, expected):
     (prompt,) = prompts([40])
-    offloading = {"kv_connector": "OffloadingConnector", "kv_connector_extra_config": {"cpu_bytes_to_use": 1 << 22}}
-    parts = [offloading, connector(tmp_path / "hs")]
-    multi = {"kv_connector": "MultiConnector", "kv_role": "kv_both", "kv_connector_extra_config": {"connectors": parts}}
-    with make_llm(tiny_llama, tmp_path, multi, block_size=16) as llm:
-        for _ in range(2):
-            outputs = llm.generate([prompt], SHORT)
-            assert outputs[0].num_external_tokens == 0
-            check(outputs, expected)
-            assert llm.reset_prefix_cache()
-        check_sound(llm)
+    settings = {"cpu_bytes_to_use": 1 << 22, "chunk_tokens": 16}
+    offloading = {"kv_connector": "OffloadingConnector", "kv_connector_extra_config": settings}
+
+    def loaded_tokens(parts, states):
+        extra = {"connectors": parts}
+        multi = {"kv_connector": "MultiConnector", "kv_role": "kv_both", "kv_connector_extra_config": extra}
+        with make_llm(tiny_llama, tmp_path, multi, block_size=16, hidden_state_layers=states) as llm:
+            for _ in range(2):
+                (output,) = llm.generate([prompt], SHORT)
+                if states:
+                    check([output], expected)
+                assert llm.reset_prefix_cache()
+            check_sound(llm)
+            return output.num_external_tokens
+
+    assert loaded_tokens([offloading], []) == 32, "else the other half proves nothing"
+    assert loaded_tokens([offloading, connector(tmp_path / "hs")], STATES) == 0
 
 
 def test_preempted_requests(tiny_llama, tmp_path, expected):
@@ -120,6 +128,22 @@ def test_preempted_requests(tiny_llama, tmp_path, expected):
         assert llm.scheduler.num_preemptions > 0
         check_sound(llm)
     assert len(files(tmp_path / "hs")) == 4
+
+
+def test_a_prompt_that_is_preempted_half_way(tiny_llama, tmp_path, expected):
+    old, young = prompts([40, 31], seed=4)
+    settings = {"num_kv_blocks": 20, "max_num_batched_tokens": 4}
+    with make_llm(tiny_llama, tmp_path / "hs", **settings) as llm:
+        llm.add_request(old, SamplingParams(max_tokens=20, temperature=0, ignore_eos=True))
+        young_id = llm.add_request(young, SHORT)
+        outputs, computed = [], []
+        while llm.has_unfinished_requests():
+            if (request := llm.scheduler._requests.get(young_id)) is not None and request.num_output_tokens == 0:
+                computed.append(request.num_computed_tokens)
+            outputs += [output for output in llm.step() if output.finished]
+        assert any(0 == after < before for before, after in pairwise(computed)), computed
+        check(outputs, expected)
+        check_sound(llm)
 
 
 @pytest.mark.parametrize("num_steps", [0, 1, 4])
