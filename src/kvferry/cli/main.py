@@ -10,6 +10,7 @@ import typer
 from rich.console import Console
 
 import kvferry
+from kvferry.cli.bench_decode import decode
 from kvferry.cli.connectors import connectors
 from kvferry.cli.demo import DemoOptions, run_demo
 from kvferry.cli.doctor import doctor
@@ -61,6 +62,9 @@ app.command()(serve)
 app.command()(connectors)
 app.command()(doctor)
 app.command()(explain)
+bench = typer.Typer(no_args_is_help=True, help="Measure parts of the engine.")
+bench.command()(decode)
+app.add_typer(bench, name="bench")
 
 
 def main() -> None:

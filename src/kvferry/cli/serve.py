@@ -47,6 +47,9 @@ def serve(
     explain_requests: Annotated[
         bool, typer.Option(help="Remember why prefixes were hits or not, for `kvferry explain` and /debug/requests.")
     ] = True,
+    hidden_state_layers: Annotated[
+        list[int] | None, typer.Option("--hidden-state-layer", help="Hand this hidden state on; may be repeated.")
+    ] = None,
     seed: opt.Seed = 0,
     num_threads: Annotated[
         int | None, typer.Option(min=1, help="Threads for computing; 1 where other processes share the cores.")
@@ -71,6 +74,7 @@ def serve(
     server = {name: context.params[name] for name in _SERVER_OPTIONS}
     server["model_names"] = tuple(served_model_name or [model])
     engine = {name: context.params[name] for name in (*opt.ENGINE_OPTIONS, *_ENGINE_OPTIONS)}
+    engine["hidden_state_layers"] = hidden_state_layers or ()
     _run(model, {"kv_transfer_config": transfer, "kv_events_config": events, **engine}, server, num_threads)
 
 

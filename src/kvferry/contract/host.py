@@ -35,6 +35,8 @@ class HostInfo:
     """Host settings beside the weights on which KV bytes depend (KV dtype, model dtype, quantisation)."""
     wants_kv_events: bool = False
     """True when the host publishes KV events, so that `take_events` is worth its work."""
+    hidden_state_layers: tuple[int, ...] = ()
+    """Hidden states that the host hands on: 0 is the embeddings, i what layer i gives, counted from 1."""
 
     @property
     def world_size(self) -> int:
@@ -65,7 +67,16 @@ def host_info(vllm_config: Any, kv_cache_config: KVCacheConfig) -> HostInfo:
         extra_config=dict(transfer.kv_connector_extra_config),
         numerics=_numerics(vllm_config),
         wants_kv_events=bool(getattr(getattr(vllm_config, "kv_events_config", None), "enable_kv_cache_events", False)),
+        hidden_state_layers=_hidden_state_layers(vllm_config),
     )
+
+
+def _hidden_state_layers(vllm_config: Any) -> tuple[int, ...]:
+    """Our engine's setting; in vLLM that of the speculative method which only passes hidden states on."""
+    speculative: Any = getattr(vllm_config, "speculative_config", None)
+    if getattr(speculative, "method", None) == "extract_hidden_states":
+        return tuple(sorted(set(speculative.draft_model_config.hf_config.eagle_aux_hidden_state_layer_ids)))
+    return tuple(getattr(vllm_config, "hidden_state_layers", ()))
 
 
 def _numerics(vllm_config: Any) -> dict[str, str]:

@@ -121,6 +121,7 @@ class EngineOptions:
     seed: int = 0
     use_v2_model_runner: bool | None = None
     disable_hybrid_kv_cache_manager: bool | None = None
+    hidden_state_layers: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         for name in ("block_size", "max_num_seqs", "max_num_batched_tokens"):
@@ -139,6 +140,10 @@ class EngineOptions:
             value = getattr(self, name)
             if not isinstance(value, bool) and (value is not None or name == "enable_prefix_caching"):
                 raise ConfigError(f"{name}={value!r} must be True or False")
+        for index in self.hidden_state_layers:
+            _require_int("hidden_state_layers", index, 0)
+        if list(self.hidden_state_layers) != sorted(set(self.hidden_state_layers)):
+            raise ConfigError(f"hidden_state_layers={list(self.hidden_state_layers)} must be in order, each once")
 
 
 @dataclass(frozen=True, slots=True)
@@ -219,6 +224,8 @@ class EngineConfig:
     speculative_config: None = None
     lora_config: None = None
     kv_events_config: KVEventsConfig = field(default_factory=KVEventsConfig)
+    hidden_state_layers: tuple[int, ...] = ()
+    """Hidden states that the model hands on to connectors (`kvferry.engine.hidden_states`)."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,6 +20,7 @@ from kvferry.engine.detokenizer import Detokenizer
 from kvferry.engine.device_events import DeviceEvents
 from kvferry.engine.explain import Explainer
 from kvferry.engine.guard import HostCounters
+from kvferry.engine.hidden_states import with_hidden_states
 from kvferry.engine.model_loader import EngineModel, load_model
 from kvferry.engine.outputs import RequestOutput, report
 from kvferry.engine.plan import plan_engine
@@ -50,7 +51,8 @@ class LLM:
     `disable_hybrid_kv_cache_manager` are decided by the engine unless set: see `kvferry.engine.plan`.
     `explain_requests` remembers of each request, at the moment its blocks are given out, why its prefix was a hit or
     not; `explain` tells it, also of the last 256 that ended. `kv_events_config` publishes which KV lies where: see
-    `kvferry.kv_events`.
+    `kvferry.kv_events`. `hidden_state_layers` hands these hidden states of every computed token to the connector: see
+    `kvferry.engine.hidden_states`; every prompt is then computed whole.
     Raises ConfigError before any work when the settings, the model or the connector's configuration are wrong.
     """
 
@@ -74,6 +76,7 @@ class LLM:
         disable_hybrid_kv_cache_manager: bool | None = None,
         explain_requests: bool = False,
         kv_events_config: KVEventsConfig | Mapping[str, Any] | str | None = None,
+        hidden_state_layers: Sequence[int] = (),
         seed: int = 0,
         clock: Clock | None = None,
     ) -> None:
@@ -91,11 +94,13 @@ class LLM:
             seed=seed,
             use_v2_model_runner=use_v2_model_runner,
             disable_hybrid_kv_cache_manager=disable_hybrid_kv_cache_manager,
+            hidden_state_layers=tuple(hidden_state_layers),
         )
         transfer = transfer_config(kv_transfer_config, kv_offloading_size, kv_offloading_backend)
         events = KVEventsConfig.parse(kv_events_config)
         self._clock = clock or SystemClock()
-        self._model = load_model(model, options.dtype, device) if isinstance(model, str | Path) else model
+        loaded = load_model(model, options.dtype, device) if isinstance(model, str | Path) else model
+        self._model = with_hidden_states(loaded, options.hidden_state_layers)
         self._publisher: EventPublisher | None = None
         with self._publishing(events):
             self._start(options, transfer, events)
@@ -121,6 +126,9 @@ class LLM:
         plan = plan_engine(model, options, transfer)
         plan.log()
         self.config, self.kv_cache_config = replace(plan.config, kv_events_config=events), plan.kv_cache_config
+        self.config = replace(self.config, hidden_state_layers=options.hidden_state_layers)
+        if options.hidden_state_layers and self.config.kv_transfer_config is None:
+            raise ConfigError("hidden_state_layers is set but there is no connector to take them: configure one")
         self._hosted = start_connectors(self.config, self.kv_cache_config, options.device, self._clock)
         if self._publisher is not None:
             self._collect_events(events)
@@ -156,6 +164,7 @@ class LLM:
         return request.request_id
 
     def _add(self, request: Request) -> None:
+        request.skip_reading_prefix_cache = bool(self.config.hidden_state_layers)  # only what is computed has states
         self.scheduler.add_request(request)
         self._explainer.added(request)
 
