@@ -90,7 +90,8 @@ def decode_body(call: Call, params: Params | None, transfer_id: str, sign_peer: 
     if params is None:
         return _json(call.body)
     params = {"transfer_id": transfer_id, **params}
-    if call.body.get("logprobs") not in (None, False):
+    logprobs = call.body.get("logprobs")
+    if logprobs is not None and logprobs is not False:  # 0 asks for them in completions
         params.pop("remote_first_token_ids", None)
     if sign_peer is not None:
         params["peer_token"] = sign_peer(params)
