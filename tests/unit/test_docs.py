@@ -26,6 +26,7 @@ EXECUTED_BY = {
         "kvferry demo --json demo.json --plot demo.png",
     ),
     "kvferry serve": ("tests/e2e/test_serve.py", '"--kv-offloading-size"'),
+    "kvferry proxy": ("tests/e2e/test_proxy_process.py", 'fenced("proxy.md", "console")'),
     "kvferry connectors": ("tests/unit/cli/test_connectors.py", '"connectors"'),
     "kvferry doctor": ("tests/unit/cli/test_doctor.py", "doctor"),
     "vllm serve": ("tests/vllm/test_smoke.py", '"kv_connector_module_path": "kvferry.vllm"'),

@@ -113,11 +113,12 @@ class Fleet:
         engine.breaker.succeeded()
         engine.has_worked = True
 
-    def failed(self, engine: Engine, why: str) -> None:
-        """It did not, or not as it should."""
+    def failed(self, engine: Engine, why: str, *, is_gone: bool = False) -> None:
+        """It did not, or not as it should; `is_gone`: it could not even be reached."""
         engine.last_failure = why
+        if is_gone:
+            engine.memory.clear()  # with its process, its cache
         if engine.breaker.failed():
-            engine.memory.clear()  # it may have been restarted
             logger.warning("%s engine %s is out of rotation: %s", engine.role, engine.url, why)
 
     def transferred(self, pair: Pair) -> None:

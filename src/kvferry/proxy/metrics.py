@@ -6,7 +6,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, gene
 
 LEGS = ("prefill", "decode")
 OUTCOMES = ("ok", "refused", "failed", "cut", "client_gone")
-RECOMPUTE_REASONS = ("no_params", "decode_engine", "not_split")
+RECOMPUTE_REASONS = ("no_params", "decode_engine", "not_split", "no_prefill_engine")
 _BUCKETS_S = tuple(step * 10.0**power for power in range(-3, 3) for step in (1, 2.5, 5))
 
 
@@ -29,8 +29,8 @@ class ProxyMetrics:
         )  # fmt: skip
         self.recomputed = Counter(
             "kvferry:proxy_recomputed",
-            "Requests whose prompt the decode engine computed: the prefill engine handed nothing over, the transfer "
-            "did not bring it, or the request cannot be split.",
+            "Requests whose prompt the decode engine computed: nothing was handed over, the transfer did not bring "
+            "it, the request cannot be split, or no prefill engine worked.",
             ["reason"], registry=registry,
         )  # fmt: skip
         self.engine_up = Gauge(

@@ -79,6 +79,7 @@ class HandOver:
 @dataclass(slots=True)
 class _Attempts:
     hashes: list[int]
+    is_split: bool
     tried: set[Engine] = field(default_factory=set)
     hand_over: HandOver | None = None
 
@@ -89,6 +90,8 @@ class _DecodeLeg:
     pair: Pair | None
     """None when no KV is to be transferred."""
     has_recomputed: bool = False
+    has_begun: bool = False
+    """Whether its stream has said more than who speaks."""
 
 
 class Relay:
@@ -113,16 +116,16 @@ class Relay:
         """A reply whose first token, or whole content, is there. Raises ApiError."""
         why_whole = call.whole_because
         if why_whole is not None:
-            self._recomputed("not_split")
             if self._config.strict:
                 raise ApiError(
                     400, f"{why_whole}: cannot be split into a prefill and a decode leg; send one request for each, "
                     "or start the proxy with --no-strict, which lets the decode engine compute the prompt",
                 )  # fmt: skip
-        attempts, begun_s = _Attempts(piece_hashes(call.body)), self._clock.now()
+            self._recomputed("not_split")
+        attempts, begun_s = _Attempts(piece_hashes(call.body), is_split=why_whole is None), self._clock.now()
         for number in range(1, self._config.max_attempts + 1):
             try:
-                return await self._attempt(call, attempts, is_split=why_whole is None)
+                return await self._attempt(call, attempts)
             except _Refused as refused:
                 return refused.reply
             except LegFailed as failure:
@@ -134,15 +137,26 @@ class Relay:
                 attempts.tried.add(failure.engine)
                 if failure.was_sent:
                     attempts.hand_over = None
+                if failure.engine.role == "prefill" and number + 1 == self._config.max_attempts:
+                    self._skip_prefill(attempts)
         raise AssertionError("max_attempts is at least 1")
 
-    async def _attempt(self, call: Call, attempts: _Attempts, *, is_split: bool) -> Reply:
+    def _skip_prefill(self, attempts: _Attempts) -> None:
+        """Not strict, an answer without any prefill engine is better than none."""
+        if not self._config.strict:
+            attempts.is_split = False
+            self._recomputed("no_prefill_engine")
+
+    async def _attempt(self, call: Call, attempts: _Attempts) -> Reply:
         config = self._config
-        if is_split and attempts.hand_over is None:
+        if attempts.is_split and attempts.hand_over is None:
             prefill = self._fleet.pick_prefill(attempts.hashes, attempts.tried)
-            if prefill is None:
+            if prefill is not None:
+                attempts.hand_over = await self.prefill(call, prefill, attempts.hashes, config.prefill_timeout_s)
+            elif config.strict:
                 raise self._none_available("prefill")
-            attempts.hand_over = await self.prefill(call, prefill, attempts.hashes, config.prefill_timeout_s)
+            else:
+                self._skip_prefill(attempts)
         decode = self._fleet.pick_decode(attempts.hand_over.engine if attempts.hand_over else None, attempts.tried)
         if decode is None:
             raise self._none_available("decode")
@@ -208,51 +222,45 @@ class Relay:
         return reply
 
     async def _begin_stream(self, leg: _DecodeLeg, response: httpx2.Response, stack: AsyncExitStack) -> Reply:
-        events = await stack.enter_async_context(aclosing(whole_events(response.aiter_raw())))
+        events = await stack.enter_async_context(aclosing(self._judged(leg, response)))
         held = b""
-        try:
-            async for news in events:
-                held += news
-                found = list(verdicts(news))
-                for verdict in found:
-                    self._check(leg, verdict)
-                if is_end(news) or any(verdict.has_content for verdict in found):
-                    break
-            else:
-                raise self._failed(leg.engine, "its stream ended before the first token")
-        except httpx2.TransportError as err:
-            raise self._failed(leg.engine, f"its stream broke off before the first token: {_text(err)}") from err
-        except ValueError as err:
-            raise self._failed(leg.engine, f"its stream has an event that is no JSON: {err}") from err
+        async for news in events:
+            held += news
+            if leg.has_begun:
+                break
         reply = Reply(200, "text/event-stream")
-        reply.events = await stack.enter_async_context(aclosing(self._pass_on(reply, leg, held, events)))
+        reply.events = await stack.enter_async_context(aclosing(self._pass_on(reply, held, events)))
         return reply
 
-    async def _pass_on(
-        self, reply: Reply, leg: _DecodeLeg, held: bytes, events: AsyncIterator[bytes]
-    ) -> AsyncGenerator[bytes]:
-        """All events unchanged; where they break off, an error as the last one."""
-        yield held
-        has_ended = is_end(held)
-        error: ApiError | None = None
+    async def _judged(self, leg: _DecodeLeg, response: httpx2.Response) -> AsyncGenerator[bytes]:
+        """A stream's whole events, unchanged. LegFailed or ApiError where they break off, or say what ends them."""
+        has_ended = False
         try:
-            async for news in events:
-                for verdict in verdicts(news) if may_tell(news) else ():
-                    self._check(leg, verdict)
-                yield news
-                has_ended = is_end(news)
-            if not has_ended:
-                error = _gave_up(self._failed(leg.engine, "its stream ended without [DONE]"), 1)
+            async with aclosing(whole_events(response.aiter_raw())) as events:
+                async for news in events:
+                    for verdict in verdicts(news) if may_tell(news) or not leg.has_begun else ():
+                        self._check(leg, verdict)
+                        leg.has_begun |= verdict.has_content
+                    has_ended = is_end(news)
+                    leg.has_begun |= has_ended
+                    yield news
         except httpx2.TransportError as err:
-            error = _gave_up(self._failed(leg.engine, f"its stream broke off: {_text(err)}"), 1)
+            raise self._failed(leg.engine, f"its stream broke off: {_text(err)}") from err
         except ValueError as err:
-            error = _gave_up(self._failed(leg.engine, f"its stream has an event that is no JSON: {err}"), 1)
-        except LegFailed as failure:
-            error = _gave_up(failure, 1)
-        except ApiError as err:
-            error = err
-        reply.outcome = "cut" if error else "ok"
-        if error is not None:
+            raise self._failed(leg.engine, f"its stream has an event that is no JSON: {err}") from err
+        if not has_ended:
+            raise self._failed(leg.engine, "its stream ended without [DONE]")
+
+    async def _pass_on(self, reply: Reply, held: bytes, events: AsyncIterator[bytes]) -> AsyncGenerator[bytes]:
+        """All events; where they break off, an error as the last one."""
+        try:
+            yield held
+            async for news in events:
+                yield news
+            reply.outcome = "ok"
+        except (ApiError, LegFailed) as err:
+            reply.outcome = "cut"
+            error = err if isinstance(err, ApiError) else _gave_up(err, 1)
             yield b"data: " + json.dumps(error.body()).encode() + b"\n\n" + DONE
 
     # ---- pieces of a leg --------------------------------------------------------------------------------------
@@ -325,7 +333,7 @@ class Relay:
             )  # fmt: skip
 
     def _failed(self, engine: Engine, why: str, status: int = 502, *, was_sent: bool = True) -> LegFailed:
-        self._fleet.failed(engine, why)
+        self._fleet.failed(engine, why, is_gone=not was_sent)
         return LegFailed(engine, why, status, was_sent=was_sent)
 
     def _recomputed(self, reason: str) -> None:

@@ -40,7 +40,8 @@ def test_prefill_keeps_what_shapes_the_first_token() -> None:
         "do_remote_decode": True, "do_remote_prefill": False, "transfer_id": "t1", "remote_engine_id": None,
         "remote_block_ids": None, "remote_host": None, "remote_port": None, "remote_request_id": None,
     }  # fmt: skip
-    assert prefill(shaping | answer) == shaping | {"max_tokens": 1, "stream": False, "n": 1, "kv_transfer_params": params}
+    wanted = shaping | {"max_tokens": 1, "stream": False, "n": 1, "kv_transfer_params": params}
+    assert prefill(shaping | answer) == wanted
 
 
 @pytest.mark.parametrize(("given", "sent"), [(0, 0), (1, 1), (30, 1)])

@@ -26,9 +26,9 @@ def make(num_prefill: int = 2, num_decode: int = 2, **settings: Any) -> tuple[Fl
     return Fleet(config, clock, ProxyMetrics()), clock
 
 
-def take_out(fleet: Fleet, engine: Engine) -> None:
+def take_out(fleet: Fleet, engine: Engine, is_gone: bool = False) -> None:
     for _ in range(fleet.config.failure_threshold):
-        fleet.failed(engine, "why not")
+        fleet.failed(engine, "why not", is_gone=is_gone)
 
 
 def test_prefill_goes_where_the_prefix_is() -> None:
@@ -87,6 +87,8 @@ def test_out_of_rotation_and_back_with_one_trial_and_no_memory() -> None:
     engine.memory.remember(LONG)
     take_out(fleet, engine)
     assert fleet.pick_prefill(LONG) is None
+    assert engine.memory.num_known(LONG) == len(LONG), "it answers errors, but it lives"
+    take_out(fleet, engine, is_gone=True)
     assert engine.memory.num_known(LONG) == 0
     clock.advance(0.5)
     assert fleet.pick_prefill(LONG) is engine
