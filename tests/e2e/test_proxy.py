@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import http.client
 import json
+import random
 import re
 import time
 from collections.abc import Callable, Iterator
@@ -17,6 +19,7 @@ from tests.e2e.fake_engine import WORDS, FakeEngine, engine, serving
 from kvferry.http import bind_socket
 from kvferry.proxy.app import Proxy
 from kvferry.proxy.config import ProxyConfig
+from kvferry.proxy.metrics import OUTCOMES
 
 TEXT = "".join(WORDS)
 QUICK = {"probe_interval_s": 0, "min_backoff_s": 0.05, "max_backoff_s": 0.1}
@@ -314,6 +317,38 @@ def test_leg_ends_when_the_client_leaves(role: str, mode: str, stream: bool) -> 
         assert r.metric(f'kvferry:proxy_engine_in_flight{{role="{role}",url="{url}"}}') == 0
         failing.mode = "ok"
         assert r.client.completions.create(**ASK).choices[0].text == TEXT, "it is no failure of the engine"
+
+
+def test_many_streams_at_once_of_which_some_are_left() -> None:
+    seed, num_clients = 5, 100
+    rng = random.Random(seed)
+    leaving = {who for who in range(num_clients) if rng.random() < 0.3}
+
+    async def one(client: openai.AsyncOpenAI, who: int) -> str:
+        stream = await client.completions.create(**(ASK | {"prompt": f"{who % 7} " * 700}), stream=True)
+        if who in leaving:
+            await stream.close()
+            return TEXT
+        return "".join([chunk.choices[0].text async for chunk in stream])
+
+    async def all_of_them(port: int) -> list[str]:
+        url = f"http://127.0.0.1:{port}/v1"
+        async with openai.AsyncOpenAI(base_url=url, api_key="none", max_retries=0, timeout=60) as client:
+            return await asyncio.gather(*(one(client, who) for who in range(num_clients)))
+
+    with running(num_prefill=2, num_decode=3) as r:
+        assert set(asyncio.run(all_of_them(r.port))) == {TEXT}, f"seed {seed}"
+        wait_until(lambda: r.metric("kvferry:proxy_in_flight") == 0)
+        ended = {how: r.metric(f'kvferry:proxy_requests_total{{outcome="{how}"}}') for how in OUTCOMES}
+        assert sum(ended.values()) == num_clients
+        assert ended["ok"] >= num_clients - len(leaving)
+        assert ended["ok"] + ended["client_gone"] == num_clients
+        asked = r.num_asked()
+        assert sum(asked[0]) == num_clients
+        assert max(asked[1]) - min(asked[1]) <= num_clients // 4, "decoding is spread"
+        for role, engines in (("prefill", r.prefill), ("decode", r.decode)):
+            for one_engine in engines:
+                assert r.metric(f'kvferry:proxy_engine_in_flight{{role="{role}",url="{one_engine.url}"}}') == 0
 
 
 @pytest.mark.parametrize(

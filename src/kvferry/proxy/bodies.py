@@ -14,8 +14,8 @@ from typing import Any
 from kvferry.http import ApiError
 
 Params = dict[str, Any]
-SignPeer = Callable[[Params], str]
-"""Makes the token that proves to the decode engine that these peers were named by the proxy."""
+SignPeer = Callable[[Params], str | None]
+"""Makes the token that proves to the decode engine that the proxy named this peer; None: the params name none."""
 
 _REMOTE_FIELDS = ("remote_engine_id", "remote_block_ids", "remote_host", "remote_port", "remote_request_id")
 # Only for the answer, which the prefill engine does not give; min_tokens stays as far as it shapes the first token.
@@ -93,8 +93,8 @@ def decode_body(call: Call, params: Params | None, transfer_id: str, sign_peer: 
     logprobs = call.body.get("logprobs")
     if logprobs is not None and logprobs is not False:  # 0 asks for them in completions
         params.pop("remote_first_token_ids", None)
-    if sign_peer is not None:
-        params["peer_token"] = sign_peer(params)
+    if sign_peer is not None and (token := sign_peer(params)) is not None:
+        params["peer_token"] = token
     return _json({**call.body, "kv_transfer_params": params})
 
 

@@ -75,6 +75,7 @@ def test_peers_are_signed_as_the_decode_engine_sees_them() -> None:
 
     assert decode({"prompt": "a"}, sign=sign)["kv_transfer_params"]["peer_token"] == "h:5 t1"
     assert "kv_transfer_params" not in decode({"prompt": "a"}, None, sign=sign)
+    assert "peer_token" not in decode({"prompt": "a"}, sign=lambda params: None)["kv_transfer_params"]
     assert "peer_token" not in HANDED
 
 
