@@ -15,6 +15,7 @@ from kvferry.cli.connectors import connectors
 from kvferry.cli.demo import DemoOptions, run_demo
 from kvferry.cli.doctor import doctor
 from kvferry.cli.explain import explain
+from kvferry.cli.proxy import proxy
 from kvferry.cli.serve import serve
 from kvferry.errors import KVFerryError
 
@@ -59,6 +60,7 @@ def demo(
 
 
 app.command()(serve)
+app.command()(proxy)
 app.command()(connectors)
 app.command()(doctor)
 app.command()(explain)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
@@ -11,9 +11,6 @@ from kvferry.cli import options as opt
 from kvferry.config import transfer_config
 from kvferry.errors import ConfigError
 from kvferry.kv_events import KVEventsConfig
-
-if TYPE_CHECKING:
-    import socket
 
 _SERVER_OPTIONS = ("host", "port", "max_queued_requests", "max_body_bytes", "drain_timeout_s")
 _ENGINE_OPTIONS = ("enable_prefix_caching", "explain_requests", "seed")  # beside those that doctor shares
@@ -83,19 +80,15 @@ def _run(model: str, engine: dict[str, Any], server: dict[str, Any], num_threads
         import torch
 
         from kvferry.engine import LLM
-        from kvferry.engine.server.run import ServerOptions, bind_socket
+        from kvferry.engine.server.run import ServerOptions
         from kvferry.engine.server.run import serve as run_server
+        from kvferry.http import bind_socket, url_of
     except ModuleNotFoundError as err:
         raise ConfigError(f"{err.name} is not installed: pip install 'kvferry[engine,server]'") from err
     options = ServerOptions(**server)
     if num_threads is not None:
         torch.set_num_threads(num_threads)
     with bind_socket(options.host, options.port) as bound:
+        names, url = ", ".join(options.model_names), url_of(bound)
         llm = LLM(model, **engine)
-        run_server(llm, options, bound, lambda: _announce(options.model_names, bound))
-
-
-def _announce(names: tuple[str, ...], bound: socket.socket) -> None:
-    host, port = bound.getsockname()[:2]
-    where = f"[{host}]" if ":" in host else host
-    typer.echo(f"kvferry serves {', '.join(names)} on http://{where}:{port}")
+        run_server(llm, options, bound, lambda: typer.echo(f"kvferry serves {names} on {url}"))
