@@ -35,6 +35,8 @@ class HostInfo:
     """Host settings beside the weights on which KV bytes depend (KV dtype, model dtype, quantisation)."""
     wants_kv_events: bool = False
     """True when the host publishes KV events, so that `take_events` is worth its work."""
+    reads_failed_blocks: bool = False
+    """True when the host reads `LoadFailure` records, of synchronous loads too; vLLM does not."""
 
     @property
     def world_size(self) -> int:
@@ -57,7 +59,7 @@ def host_info(vllm_config: Any, kv_cache_config: KVCacheConfig) -> HostInfo:
         weights_are_random="dummy" in load_format,
         max_model_len=int(model.max_model_len),
         num_blocks=int(kv_cache_config.num_blocks),
-        groups=tuple(_group_info(i, group) for i, group in enumerate(kv_cache_config.kv_cache_groups)),
+        groups=groups_of(kv_cache_config),
         tp_size=int(parallel.tensor_parallel_size),
         pp_size=int(parallel.pipeline_parallel_size),
         rank=int(getattr(parallel, "rank", 0)),
@@ -65,7 +67,13 @@ def host_info(vllm_config: Any, kv_cache_config: KVCacheConfig) -> HostInfo:
         extra_config=dict(transfer.kv_connector_extra_config),
         numerics=_numerics(vllm_config),
         wants_kv_events=bool(getattr(getattr(vllm_config, "kv_events_config", None), "enable_kv_cache_events", False)),
+        reads_failed_blocks=bool(getattr(vllm_config, "reads_failed_blocks", False)),
     )
+
+
+def groups_of(kv_cache_config: KVCacheConfig) -> tuple[GroupInfo, ...]:
+    """The KV cache groups. ConfigError when one of them mixes kinds of attention."""
+    return tuple(_group_info(i, group) for i, group in enumerate(kv_cache_config.kv_cache_groups))
 
 
 def _numerics(vllm_config: Any) -> dict[str, str]:

@@ -24,13 +24,15 @@ class FailedLoads:
     bad_block_ids: set[int] = field(default_factory=set)
     request_ids: set[str] = field(default_factory=set)
     """Nothing of these requests' loads may be used."""
+    past_request_ids: set[str] = field(default_factory=set)
+    """Of them, those that name a block which their request had and has freed, or never had."""
 
 
 def read_failures(reported: KVConnectorOutput, manager: KVManager, breach: Breach) -> FailedLoads:
     """Turn blocks and positions reported as bad into block ids of this engine.
 
-    A block id out of range is a breach and left out. So is a position outside its request's table; nothing of that
-    request's load may then be used, for which block was meant is not known.
+    A block id out of range is a breach and left out. So is a position without a block in its request's table; nothing
+    of that request's load may then be used, for which block was meant is not known.
     """
     num_blocks = len(manager.block_pool.blocks)
     unknown_ids = {block_id for block_id in reported.invalid_block_ids if not 0 < block_id < num_blocks}
@@ -43,6 +45,8 @@ def read_failures(reported: KVConnectorOutput, manager: KVManager, breach: Breac
             failed.bad_block_ids.add(block_id)
         else:
             failed.request_ids.add(failure.request_id)
+            if manager.has_freed(failure.request_id):
+                failed.past_request_ids.add(failure.request_id)
             breach("get_transfer_results", f"named {failure}: the request has no block there")
     return failed
 
