@@ -314,6 +314,8 @@ class Scheduler:
             failed_ids = set(self._sync_loads)
         if result.failures_lost:
             failed.request_ids |= self.transfers.loads.keys()
+            for request in self.transfers.loading_requests():
+                request.num_load_failures = _MAX_LOAD_FAILURES  # a late report must not end a second load of that id
         # Connectors must not keep what was computed over any of these, whoever reported it and how.
         reported.invalid_block_ids = failed.bad_block_ids | self._blocks_of_sync_loads(failed_ids)
         past_ids = failed.past_request_ids - self._sync_loads.keys() - self.transfers.loads.keys()

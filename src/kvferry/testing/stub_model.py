@@ -113,11 +113,13 @@ class StubModel:
 
     def expected_tokens(self, prompt_token_ids: Sequence[int], num_tokens: int) -> list[int]:
         """The right completion of a prompt (end-of-sequence ignored), without any pool."""
-        tokens = list(prompt_token_ids)
+        tokens: list[int] = []
+        kv = [self.expected_kv(prompt_token_ids, i) for i in range(len(self.layers))]
         for _ in range(num_tokens):
-            parts = [self._visible(i, self.expected_kv(tokens, i)) for i in range(len(self.layers))]
+            parts = [self._visible(i, layer_kv) for i, layer_kv in enumerate(kv)]
             tokens.append(self._token(hashlib.sha256(b"".join(parts)).digest()))
-        return tokens[len(prompt_token_ids) :]
+            kv = [self._extend(i, layer_kv, tokens[-1:]) for i, layer_kv in enumerate(kv)]
+        return tokens
 
 
 def _read(layer: LayerKV, block_table: torch.Tensor, num_tokens: int) -> bytes:
