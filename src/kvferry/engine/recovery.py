@@ -6,12 +6,14 @@ block until it has, and then go on behind it. If the oldest ends or loses its bl
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass, field
 
 from kvferry.contract import KVConnectorOutput, LoadFailure
+from kvferry.engine.connector_host import SchedulerConnector
 from kvferry.engine.kv_manager import KVManager
 from kvferry.engine.request import Request
+from kvferry.engine.transfers import Transfers
 
 Breach = Callable[[str, str], None]
 """Called with (hook, what is wrong with its answer)."""
@@ -26,6 +28,25 @@ class FailedLoads:
     """Nothing of these requests' loads may be used."""
     past_request_ids: set[str] = field(default_factory=set)
     """Of them, those that name a block which their request had and has freed, or never had."""
+
+
+def leave_unknown_out(
+    reported: KVConnectorOutput, live_ids: Container[str], transfers: Transfers, connector: SchedulerConnector
+) -> None:
+    """Strike out of a report what names requests this engine never had; what is late comes to nothing later."""
+    failed_ids = {failure.request_id for failure in reported.failed_blocks}
+    sets = (reported.finished_sending or set(), reported.finished_recving or set(), reported.failed_recving)
+    named = [request_id for ids in (*sets, failed_ids) for request_id in ids]
+    unknown = {name for name in named if name not in live_ids and not transfers.is_old(name)}
+    if unknown:
+        connector.counters.unknown_completions += sum(name in unknown for name in named)
+        connector.breach("get_transfer_results", f"named {sorted(unknown)}: there are no such requests")
+        for ids in sets:
+            ids.difference_update(unknown)
+    # A position of a load that was set aside is none of the blocks that its request has now.
+    loadable = {name for name in failed_ids if name in live_ids and name not in transfers.held}
+    reported.failed_blocks = {failure for failure in reported.failed_blocks if failure.request_id in loadable}
+    connector.counters.late_completions += len(failed_ids - unknown - loadable)
 
 
 def read_failures(reported: KVConnectorOutput, manager: KVManager, breach: Breach) -> FailedLoads:

@@ -27,7 +27,7 @@ from kvferry.engine.config import SchedulerConfig
 from kvferry.engine.connector_host import NO_MATCH, ExternalMatch, SchedulerConnector
 from kvferry.engine.kv_manager import KVCacheBlocks, KVManager
 from kvferry.engine.outputs import BatchItem, BlockState, SchedulerOutput, SchedulerStats, StepPlan, StepResult
-from kvferry.engine.recovery import SharedRepairs, read_failures
+from kvferry.engine.recovery import SharedRepairs, leave_unknown_out, read_failures
 from kvferry.engine.request import Request, RequestStatus, SampledToken
 from kvferry.engine.transfers import Transfers
 from kvferry.errors import ConfigError
@@ -307,7 +307,7 @@ class Scheduler:
         reported = result.connector_output
         self.manager.block_pool.free_blocks(self._unsafe_blocks)
         self._unsafe_blocks = []
-        self._leave_unknown_out(reported)
+        leave_unknown_out(reported, self._requests, self.transfers, self._connector)
         failed = read_failures(reported, self.manager, self._connector.breach)
         failed_ids = self._sync_loads.keys() & failed.request_ids
         if result.sync_loads_unproved:
@@ -393,23 +393,6 @@ class Scheduler:
                 queue.remove(request)
 
     # ---- loads that end, fail, or never end -------------------------------------------------------------------
-
-    def _leave_unknown_out(self, reported: KVConnectorOutput) -> None:
-        """Strike out of a report what names requests this engine never had; what is late comes to nothing later."""
-        failed_ids = {failure.request_id for failure in reported.failed_blocks}
-        sets = (reported.finished_sending or set(), reported.finished_recving or set(), reported.failed_recving)
-        named = [request_id for ids in (*sets, failed_ids) for request_id in ids]
-        unknown = [name for name in named if name not in self._requests and not self.transfers.is_old(name)]
-        if unknown:
-            self._connector.counters.unknown_completions += len(unknown)
-            self._connector.breach("get_transfer_results", f"named {sorted(set(unknown))}: there are no such requests")
-            for ids in sets:
-                ids.difference_update(unknown)
-        # A position of a load that was set aside is none of the blocks that its request has now.
-        loadable = self._requests.keys() - self.transfers.held.keys()
-        known_blocks = {failure for failure in reported.failed_blocks if failure.request_id in loadable}
-        self._connector.counters.late_completions += len(failed_ids - set(unknown) - loadable)
-        reported.failed_blocks = known_blocks
 
     def _blocks_of_sync_loads(self, request_ids: Collection[str]) -> set[int]:
         """Ids of the blocks that these requests were to load in this step, and of those behind them."""
