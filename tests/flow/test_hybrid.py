@@ -164,7 +164,7 @@ def test_many_requests_in_a_small_pool_are_right_whatever_is_preempted(make_llm:
     rng = random.Random(seed)
     num_preemptions = num_hits = 0
     for windows in ((40, 40, None), (33, None), (2, 50)):
-        llm = make_llm(windows=windows, num_kv_blocks=60, max_num_batched_tokens=48, max_num_seqs=6)
+        llm = make_llm(windows=windows, num_kv_blocks=48, max_num_batched_tokens=48, max_num_seqs=6)
         longest = llm.config.model_config.max_model_len
         for i in range(20):
             num_tokens = rng.randrange(1, min(240, longest - 60))
@@ -282,6 +282,49 @@ def test_only_the_tail_of_a_window_is_loaded(make_llm: Any) -> None:
     run(llm, tokens)
     # Behind 320 tokens the next one sees 281 to 319, which lie in blocks 17 to 19.
     assert sorted(loaded) == [(0, 17), (0, 18), (0, 19), (1, 17), (1, 18), (1, 19)] + [(2, i) for i in range(20)]
+
+
+def test_connectors_are_told_of_every_group_with_null_blocks(make_llm: Any) -> None:
+    llm = make_llm(faulty())
+    connector = media("a").schedulers[-1]
+    told: dict[str, list[Any]] = {"alloc": [], "finish": [], "new": []}
+    alloc, finish, build = (
+        connector.update_state_after_alloc, connector.request_finished_all_groups, connector.build_connector_meta
+    )  # fmt: skip
+
+    def update_state_after_alloc(request: Any, blocks: Any, num_external: int) -> None:
+        told["alloc"].append((num_external, blocks.get_block_ids()))
+        alloc(request, blocks, num_external)
+
+    def request_finished_all_groups(request: Any, block_ids: Any) -> Any:
+        told["finish"].append(block_ids)
+        return finish(request, block_ids)
+
+    def build_connector_meta(output: Any) -> Any:
+        told["new"] += [new.block_ids for new in output.scheduled_new_reqs]
+        told["new"] += output.scheduled_cached_reqs.new_block_ids
+        return build(output)
+
+    connector.update_state_after_alloc = update_state_after_alloc
+    connector.request_finished_all_groups = request_finished_all_groups
+    connector.build_connector_meta = build_connector_meta
+    run(llm, prompt(330), 2)
+
+    def real(tables: Any) -> list[list[int]]:
+        return [[i for i, block in enumerate(table) if block] for table in tables]
+
+    assert [num_external for num_external, _ in told["alloc"]] == [0]
+    # 128 tokens in each of two steps, 74 in the third, and one to decode, which needs no new block.
+    assert [blocks if blocks is None else [len(ids) for ids in blocks] for blocks in told["new"]] == [
+        [8, 8, 8], [8, 8, 8], [5, 5, 5], None,
+    ]  # fmt: skip
+    assert not any(0 in ids for blocks in told["new"][:3] for ids in blocks)
+    # 331 tokens have KV at the end; a later one sees 292 and up.
+    assert real(told["finish"][0]) == [[18, 19, 20], [18, 19, 20], [*range(21)]]
+    settle(llm)
+    run(llm, prompt(330), 2)
+    _, (_, loading), (_, promoted) = told["alloc"]
+    assert real(loading) == real(promoted) == [[17, 18, 19], [17, 18, 19], [*range(20)]]
 
 
 def test_a_whole_prompt_that_a_window_ends_with_is_computed_rather_than_guessed(make_llm: Any) -> None:

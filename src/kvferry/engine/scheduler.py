@@ -16,12 +16,12 @@ from __future__ import annotations
 import logging
 from bisect import insort
 from collections import deque
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from itertools import chain
 from operator import attrgetter
 
 from kvferry.clock import Clock
-from kvferry.contract import CacheHitSource, KVConnectorOutput
+from kvferry.contract import CacheHitSource
 from kvferry.engine.block_pool import Block
 from kvferry.engine.config import SchedulerConfig
 from kvferry.engine.connector_host import NO_MATCH, ExternalMatch, SchedulerConnector
@@ -317,7 +317,8 @@ class Scheduler:
             for request in self.transfers.loading_requests():
                 request.num_load_failures = _MAX_LOAD_FAILURES  # a late report must not end a second load of that id
         # Connectors must not keep what was computed over any of these, whoever reported it and how.
-        reported.invalid_block_ids = failed.bad_block_ids | self._blocks_of_sync_loads(failed_ids)
+        failed_loads = {request_id: self._sync_loads[request_id] for request_id in failed_ids}
+        reported.invalid_block_ids = failed.bad_block_ids | self._blocks_behind(failed_loads)
         past_ids = failed.past_request_ids - self._sync_loads.keys() - self.transfers.loads.keys()
         discarded = self._strike_bad_blocks(failed.bad_block_ids, past_ids) | self._fail_sync_loads(failed_ids)
         for item in plan.batch:
@@ -394,14 +395,14 @@ class Scheduler:
 
     # ---- loads that end, fail, or never end -------------------------------------------------------------------
 
-    def _blocks_of_sync_loads(self, request_ids: Collection[str]) -> set[int]:
-        """Ids of the blocks that these requests were to load in this step, and of those behind them."""
+    def _blocks_behind(self, num_local: Mapping[str, int]) -> set[int]:
+        """Ids of the blocks of these requests that lie behind so many tokens: where their loads begin."""
         size = self.manager.block_size
         return {
             block_id
-            for request_id in request_ids
+            for request_id, num_tokens in num_local.items()
             for table in self.manager.get_block_ids(request_id)
-            for block_id in table[self._sync_loads[request_id] // size :]
+            for block_id in table[num_tokens // size :]
         } - {NULL_BLOCK_ID}
 
     def _fail_sync_loads(self, request_ids: Collection[str]) -> set[str]:
@@ -435,9 +436,8 @@ class Scheduler:
         return {request.request_id for request in struck}
 
     def _blocks_being_loaded(self) -> set[int]:
-        loading = [*self._sync_loads, *self.transfers.loads]
-        tables = (table for request_id in loading for table in self.manager.get_block_ids(request_id))
-        return {block.block_id for block in self._held_blocks()}.union(*tables)
+        loads = {request_id: load.num_local_tokens for request_id, load in self.transfers.loads.items()}
+        return {block.block_id for block in self._held_blocks()} | self._blocks_behind(self._sync_loads | loads)
 
     def _held_blocks(self) -> Iterator[Block]:
         """Blocks that no request has but a transfer may still use."""
