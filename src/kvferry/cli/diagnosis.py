@@ -18,6 +18,7 @@ from kvferry.config import KVTransferConfig
 from kvferry.connectors.offloading import OffloadingConnector
 from kvferry.connectors.offloading.capacity import offloading_capacity
 from kvferry.contract import KVConnectorFactory
+from kvferry.contract.host import groups_of
 from kvferry.engine.config import EngineOptions
 from kvferry.engine.hybrid import parts_of
 from kvferry.engine.model_loader import ModelShape
@@ -66,6 +67,7 @@ def diagnose(model: ModelShape, options: EngineOptions, transfer: KVTransferConf
     if plan.config.kv_transfer_config is None:
         result.add("connector", "none", "kv_transfer_config names none, and there is no kv_offloading_size")
     result.add("hybrid KV cache", "on" if plan.hybrid.enabled else "off", plan.hybrid.reason)
+    _add_groups(result, plan)
     result.add("model runner", "V2" if plan.runner.use_v2 else "V1", plan.runner.reason)
     _add_vllm(result)
     _add_layout(result, plan)
@@ -97,6 +99,24 @@ def _add_connector(result: Diagnosis, path: str, transfer: KVTransferConfig) -> 
     )
 
 
+def _add_groups(result: Diagnosis, plan: EnginePlan) -> None:
+    longest, step_tokens = plan.config.model_config.max_model_len, plan.config.scheduler_config.max_num_batched_tokens
+    for group in groups_of(plan.kv_cache_config):
+        num_layers, most = len(group.layer_names), group.most_blocks(0, longest, step_tokens)
+        window = group.window_tokens
+        keeps = "all its tokens" if window is None else f"the last {window} tokens and those of the step under way"
+        result.add(
+            f"KV group {group.group_id}",
+            f"{num_layers} layers, {'full attention' if window is None else f'sliding window of {window} tokens'}",
+            f"{group.layer_names[0]} ... {group.layer_names[-1]} keep {keeps}: a request of {longest} tokens takes at "
+            f"most {most} blocks at one time, of {plan.config.cache_config.num_gpu_blocks - 1} for all groups",
+            kind=group.kind.value,
+            layers=list(group.layer_names),
+            window_tokens=window,
+            blocks_per_request=most,
+        )
+
+
 def _add_vllm(result: Diagnosis) -> None:
     found, versions = installed_vllm(), supported_versions()
     if found is None:
@@ -121,13 +141,14 @@ def _add_layout(result: Diagnosis, plan: EnginePlan) -> None:
 
 def _add_capacities(result: Diagnosis, plan: EnginePlan) -> None:
     cache = plan.config.cache_config
-    usable = cache.num_gpu_blocks - 1
+    usable, num_groups = cache.num_gpu_blocks - 1, len(plan.kv_cache_config.kv_cache_groups)
     bytes_ = max(tensor.offset + tensor.size for tensor in plan.kv_cache_config.kv_cache_tensors)
     result.add_capacity(
         "device",
-        usable * cache.block_size,
+        usable // num_groups * cache.block_size,
         f"{usable} blocks of {cache.block_size} tokens beside the null block, {bytes_} bytes; "
-        f"a request has at most {plan.config.model_config.max_model_len}",
+        + (f"the tokens of {num_groups} groups, of which those with windows need less; " if num_groups > 1 else "")
+        + f"a request has at most {plan.config.model_config.max_model_len}",
     )
     for path, part in _connectors(plan.config.kv_transfer_config):
         if issubclass(KVConnectorFactory.get_connector_class(part), OffloadingConnector):

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import enum
 import math
-from collections.abc import Sequence
+from bisect import bisect
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -212,6 +213,9 @@ class LoadConfig:
 class EngineConfig:
     """First constructor argument of connectors (`vllm_config` there)."""
 
+    reads_failed_blocks: ClassVar[bool] = True
+    """Failed loads may be reported by request, group and position (`LoadFailure`), synchronous ones too."""
+
     cache_config: CacheConfig
     model_config: ModelConfig
     scheduler_config: SchedulerConfig
@@ -236,8 +240,11 @@ class KVBudget:
     max_model_len: int
 
 
-def resolve_kv_budget(options: EngineOptions, block_bytes: int, model_limit_tokens: int) -> KVBudget:
-    """Size the cache: `block_bytes` is one block of all layers, `model_limit_tokens` what the model can attend to.
+def resolve_kv_budget(
+    options: EngineOptions, block_bytes: int, model_limit_tokens: int, num_blocks_of: Callable[[int], int]
+) -> KVBudget:
+    """Size the cache: `block_bytes` is one block, `model_limit_tokens` what the model can attend to, and
+    `num_blocks_of(tokens)` the most blocks that a request of so many tokens holds at one time.
 
     Block 0 is the null block, so one block more than requests can use is made. Raises ConfigError when one request of
     `max_model_len` would not fit; unless that was set, it becomes what fits.
@@ -249,16 +256,15 @@ def resolve_kv_budget(options: EngineOptions, block_bytes: int, model_limit_toke
     if num_blocks is None:
         num_blocks = (options.kv_cache_bytes or DEFAULT_KV_CACHE_BYTES) // block_bytes
     if options.num_kv_blocks is None and options.kv_cache_bytes is None:
-        num_blocks = min(num_blocks, 1 + options.max_num_seqs * -(-longest // options.block_size))
-    usable_tokens = (num_blocks - 1) * options.block_size
-    needed_blocks = 1 + -(-(options.max_model_len or 1) // options.block_size)
+        num_blocks = min(num_blocks, 1 + options.max_num_seqs * num_blocks_of(longest))
+    needed_blocks = 1 + num_blocks_of(options.max_model_len or 1)
     if num_blocks < max(2, needed_blocks):
         raise ConfigError(
             f"the KV cache is too small for one request of {options.max_model_len or 1} tokens: it has {num_blocks} "
             f"blocks of {options.block_size} tokens (one is reserved) and needs {needed_blocks}; "
             f"set num_kv_blocks={needed_blocks} or kv_cache_bytes={needed_blocks * block_bytes}, or lower max_model_len"
         )
-    return KVBudget(num_blocks, min(longest, usable_tokens))
+    return KVBudget(num_blocks, bisect(range(1, longest + 1), num_blocks - 1, key=num_blocks_of))
 
 
 def _require_device(device: object) -> None:

@@ -38,6 +38,7 @@ from kvferry.contract.clauses import (
     broken_results,
     broken_sources,
 )
+from kvferry.contract.host import groups_of
 from kvferry.contract.multi.messages import SourcedEvent
 from kvferry.engine.attention import PackedBatch
 from kvferry.engine.config import EngineConfig
@@ -430,7 +431,12 @@ def _hosted(config: EngineConfig, kv: KVBuffer, breaker: Breaker, clock: Clock) 
     worker, scheduler = breaker.guards or (None, None)
     return HostedConnectors(
         kv,
-        KVManager(cache.num_gpu_blocks, cache.block_size, len(kv.config.kv_cache_groups), cache.enable_prefix_caching),
+        KVManager(
+            cache.num_gpu_blocks,
+            groups_of(kv.config),
+            cache.enable_prefix_caching,
+            config.scheduler_config.max_num_batched_tokens,
+        ),
         SchedulerConnector(scheduler, breaker, kv.config, clock, config.scheduler_config.lookup_timeout_s),
         WorkerConnector(worker, kv),
     )

@@ -17,7 +17,14 @@ from typing import Any
 
 import torch
 
-from kvferry.contract import AttentionSpec, FullAttentionSpec, KVCacheConfig, KVCacheSpec, make_kv_cache_config
+from kvferry.contract import (
+    AttentionSpec,
+    FullAttentionSpec,
+    KVCacheConfig,
+    KVCacheSpec,
+    SlidingWindowSpec,
+    make_kv_cache_config,
+)
 from kvferry.errors import ConfigError, ContractError
 
 
@@ -56,6 +63,30 @@ def full_attention_specs(
         dtype=dtype,
     )
     return {layer_name(i): spec for i in range(len(layers))}
+
+
+def grouped_specs(
+    layers: Sequence[LayerGeometry], block_size: int, dtype: torch.dtype, max_model_len: int
+) -> list[dict[str, KVCacheSpec]]:
+    """Layers in groups that keep alike: one dict (layer name -> spec) per group. ConfigError as in the case of one.
+
+    Groups overlay each other, so they get equal numbers of layers, as vLLM 0.32 does it: as many as the rarest kind
+    has, unless the most frequent has less than a quarter more. Where that does not divide, groups are one layer short.
+    """
+    (full,) = set(full_attention_specs(layers, block_size, dtype).values())
+    assert isinstance(full, FullAttentionSpec)
+    kinds: dict[int | None, list[int]] = {}
+    for i, layer in enumerate(layers):
+        window = layer.window_tokens
+        kinds.setdefault(None if window is None or window >= max_model_len else window, []).append(i)
+    most, least = (choose(map(len, kinds.values())) for choose in (max, min))
+    size = most if most < 1.25 * least else least
+    groups = []
+    for window, indexes in kinds.items():
+        spec: KVCacheSpec = full if window is None else SlidingWindowSpec(**vars(full), sliding_window=window)
+        num_groups = -(-len(indexes) // size)
+        groups += [{layer_name(i): spec for i in indexes[first::num_groups]} for first in range(num_groups)]
+    return groups
 
 
 def kv_cache_config_for(num_blocks: int, groups: list[dict[str, KVCacheSpec]]) -> KVCacheConfig:

@@ -16,6 +16,7 @@ from __future__ import annotations
 from collections import Counter, defaultdict, deque
 from dataclasses import dataclass, field
 from enum import Enum
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from kvferry.contract import (
@@ -27,6 +28,8 @@ from kvferry.contract import (
     LoadFailure,
     SupportsHMA,
 )
+from kvferry.contract.host import groups_of
+from kvferry.engine.kv_manager import longest_hit
 from kvferry.types import NULL_BLOCK_ID
 
 if TYPE_CHECKING:
@@ -156,7 +159,7 @@ class FaultyConnector(KVConnectorBase_V1, SupportsHMA):
         self._is_async = bool(extra.get("load_async", True))
         self._sends = bool(extra.get("send_on_finish", False))
         self._block_size = kv_cache_config.kv_cache_groups[0].kv_cache_spec.block_size
-        self._num_groups = len(kv_cache_config.kv_cache_groups)
+        self._groups = groups_of(kv_cache_config)
         self.jobs: list[_Job] = []
         """Worker: under way. Scheduler: saves whose blocks are pinned."""
         (self.medium.workers if role is KVConnectorRole.WORKER else self.medium.schedulers).append(self)
@@ -201,16 +204,14 @@ class FaultyConnector(KVConnectorBase_V1, SupportsHMA):
             return answer
         if request.request_id in self._failed | self._loading:
             return 0, False
-        size = self._block_size
         limit = request.num_tokens if self._is_async else request.num_tokens - 1
-        index = num_computed_tokens // size
-        while (index + 1) * size <= limit and all(
-            self._key(request, group, index) in self.medium.pages for group in range(self._num_groups)
-        ):
-            index += 1
+        has = partial(self._has, request, num_computed_tokens // self._block_size)
         self._num_local[request.request_id] = num_computed_tokens
-        num = index * size - num_computed_tokens
-        return num, self._is_async and num > 0
+        num = longest_hit(self._groups, limit // self._block_size, has) * self._block_size - num_computed_tokens
+        return max(0, num), self._is_async and num > 0
+
+    def _has(self, request: Any, num_local_blocks: int, group: int, index: int) -> bool:
+        return index < num_local_blocks or self._key(request, group, index) in self.medium.pages
 
     def update_state_after_alloc(self, request: Any, blocks: Any, num_external_tokens: int) -> None:
         """Plan the load."""

@@ -124,6 +124,23 @@ def test_decisions_and_their_reasons() -> None:
     assert finding(judge(), "KV layout").value == "BLNHC"
 
 
+def test_groups_are_told_as_the_engine_makes_them() -> None:
+    windows = (None, 32, 32)
+    diagnosis = judge(offloading(), windows=windows, num_kv_blocks=200, max_model_len=512, max_num_batched_tokens=64)
+    assert [finding(diagnosis, f"KV group {i}").details["kind"] for i in range(3)] == ["full"] + ["sliding_window"] * 2
+    assert [finding(diagnosis, f"KV group {i}").details["window_tokens"] for i in range(3)] == [None, 32, 32]
+    # 512 tokens are 32 blocks; 31 tokens before a step of 64 touch 7 blocks at the worst place.
+    assert [finding(diagnosis, f"KV group {i}").details["blocks_per_request"] for i in range(3)] == [32, 7, 7]
+    assert "at most 7 blocks" in finding(diagnosis, "KV group 1").reason
+    assert finding(diagnosis, "capacity of device").details["tokens"] == 199 // 3 * 16
+    options = {"num_kv_blocks": 200, "max_model_len": 512, "max_num_batched_tokens": 64}
+    with LLM(StubModel(windows=windows), kv_transfer_config=offloading(), **options) as llm:
+        told = [finding(diagnosis, f"KV group {i}").details["layers"] for i in range(3)]
+        assert told == [group.layer_names for group in llm.kv_cache_config.kv_cache_groups]
+    assert finding(judge(windows=(64, 64)), "KV group 0").details["window_tokens"] == 64
+    assert finding(judge(), "KV group 0").value == "2 layers, full attention"
+
+
 def test_what_costs_or_fails_is_a_problem_with_a_remedy(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     tier = {"type": "fs", "path": str(tmp_path / "file")}
