@@ -35,13 +35,10 @@ class HostInfo:
     """Host settings beside the weights on which KV bytes depend (KV dtype, model dtype, quantisation)."""
     wants_kv_events: bool = False
     """True when the host publishes KV events, so that `take_events` is worth its work."""
-<<<<<<< HEAD
     hidden_state_layers: tuple[int, ...] = ()
     """Hidden states that the host hands on: 0 is the embeddings, i what layer i gives, counted from 1."""
-=======
     reads_failed_blocks: bool = False
     """True when the host reads `LoadFailure` records, of synchronous loads too; vLLM does not."""
->>>>>>> hybrid
 
     @property
     def world_size(self) -> int:
@@ -134,15 +131,6 @@ def _hidden_state_layers(vllm_config: Any) -> tuple[int, ...]:
     if getattr(speculative, "method", None) == "extract_hidden_states":
         return tuple(sorted(set(speculative.draft_model_config.hf_config.eagle_aux_hidden_state_layer_ids)))
     return tuple(getattr(vllm_config, "hidden_state_layers", ()))
-=======
-        reads_failed_blocks=bool(getattr(vllm_config, "reads_failed_blocks", False)),
-    )
-
-
-def groups_of(kv_cache_config: KVCacheConfig) -> tuple[GroupInfo, ...]:
-    """The KV cache groups. ConfigError when one of them mixes kinds of attention."""
-    return tuple(_group_info(i, group) for i, group in enumerate(kv_cache_config.kv_cache_groups))
->>>>>>> hybrid
 
 
 def _numerics(vllm_config: Any) -> dict[str, str]:
