@@ -86,52 +86,6 @@ def _hidden_state_layers(vllm_config: Any) -> tuple[int, ...]:
         return tuple(sorted(set(speculative.draft_model_config.hf_config.eagle_aux_hidden_state_layer_ids)))
     return tuple(getattr(vllm_config, "hidden_state_layers", ()))
 
-    @property
-    def world_size(self) -> int:
-        """Number of workers that each hold a shard of every block."""
-        return self.tp_size * self.pp_size
-
-
-def host_info(vllm_config: Any, kv_cache_config: KVCacheConfig) -> HostInfo:
-    """Read a host's configuration objects (vLLM's or the embedded engine's: the attributes are named alike)."""
-    transfer = vllm_config.kv_transfer_config
-    parallel = vllm_config.parallel_config
-    model = vllm_config.model_config
-    for name in ("decode_context_parallel_size", "prefill_context_parallel_size"):
-        if int(getattr(parallel, name, 1) or 1) > 1:
-            raise ConfigError(f"{name}={getattr(parallel, name)} is not supported: blocks would be spread over ranks")
-    load_format = str(getattr(getattr(vllm_config, "load_config", None), "load_format", "auto")).lower()
-    return HostInfo(
-        engine_id=str(transfer.engine_id),
-        model=str(model.model),
-        weights_are_random="dummy" in load_format,
-        max_model_len=int(model.max_model_len),
-        num_blocks=int(kv_cache_config.num_blocks),
-        groups=groups_of(kv_cache_config),
-        tp_size=int(parallel.tensor_parallel_size),
-        pp_size=int(parallel.pipeline_parallel_size),
-        rank=int(getattr(parallel, "rank", 0)),
-        load_failure_policy=str(transfer.kv_load_failure_policy),
-        extra_config=dict(transfer.kv_connector_extra_config),
-        numerics=_numerics(vllm_config),
-        wants_kv_events=bool(getattr(getattr(vllm_config, "kv_events_config", None), "enable_kv_cache_events", False)),
-        hidden_state_layers=_hidden_state_layers(vllm_config),
-        reads_failed_blocks=bool(getattr(vllm_config, "reads_failed_blocks", False)),
-    )
-
-
-def groups_of(kv_cache_config: KVCacheConfig) -> tuple[GroupInfo, ...]:
-    """The KV cache groups. ConfigError when one of them mixes kinds of attention."""
-    return tuple(_group_info(i, group) for i, group in enumerate(kv_cache_config.kv_cache_groups))
-
-
-def _hidden_state_layers(vllm_config: Any) -> tuple[int, ...]:
-    """Our engine's setting; in vLLM that of the speculative method which only passes hidden states on."""
-    speculative: Any = getattr(vllm_config, "speculative_config", None)
-    if getattr(speculative, "method", None) == "extract_hidden_states":
-        return tuple(sorted(set(speculative.draft_model_config.hf_config.eagle_aux_hidden_state_layer_ids)))
-    return tuple(getattr(vllm_config, "hidden_state_layers", ()))
-
 
 def _numerics(vllm_config: Any) -> dict[str, str]:
     model = vllm_config.model_config
