@@ -315,9 +315,11 @@ class FaultyConnector(KVConnectorBase_V1, SupportsHMA):
     # ---- worker -----------------------------------------------------------------------------------------------
 
     def register_kv_caches(self, kv_caches: dict[str, torch.Tensor]) -> None:
-        """Layers by group."""
+        """Layers by group, each [blocks, kernel blocks in a block, heads, tokens, content]."""
+        num_blocks = self._kv_cache_config.num_blocks
+        layers = {name: tensor.view(num_blocks, -1, *tensor.shape[1:]) for name, tensor in kv_caches.items()}
         self._layers = [
-            [kv_caches[name] for name in group.layer_names] for group in self._kv_cache_config.kv_cache_groups
+            [layers[name] for name in group.layer_names] for group in self._kv_cache_config.kv_cache_groups
         ]
 
     def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:
