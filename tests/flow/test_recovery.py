@@ -8,6 +8,8 @@ from kvferry.contract import KVConnectorTransferResults, LoadFailure
 from kvferry.engine.outputs import BlockState, SchedulerOutput
 from kvferry.engine.scheduler import _Plan
 
+pytestmark = pytest.mark.usefixtures("runner")
+
 BLOCK = 4
 
 

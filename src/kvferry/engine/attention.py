@@ -156,9 +156,7 @@ class PagedAttention:
         self._hooks.after_layer(name, layer.kv_cache, batch)
         return out[None]
 
-    def _seen_by(
-        self, window_tokens: int | None, block_tokens: int
-    ) -> tuple[list[PackedSequence], list[DecodeBucket]]:
+    def _seen_by(self, window_tokens: int | None, block_tokens: int) -> tuple[list[PackedSequence], list[DecodeBucket]]:
         """Prefills and decodes as layers with this window see them; made once per step."""
         key = None if window_tokens is None else (window_tokens, block_tokens)
         if key not in self._work:

@@ -28,6 +28,7 @@ from kvferry.contract import (
     supports_hma,
 )
 from kvferry.contract.clauses import (
+    Clause,
     broken_binding,
     broken_block_ids,
     broken_explanation,
@@ -41,7 +42,7 @@ from kvferry.contract.clauses import (
 from kvferry.contract.multi.messages import SourcedEvent
 from kvferry.engine.attention import PackedBatch
 from kvferry.engine.config import EngineConfig
-from kvferry.engine.guard import Breaker, Clause, Guard, HostCounters
+from kvferry.engine.guard import Breaker, Guard, HostCounters
 from kvferry.engine.kv_groups import KVBuffer, copy_kv_blocks
 from kvferry.engine.kv_manager import BlockIds, KVCacheBlocks, KVManager
 from kvferry.engine.outputs import ForwardContext, SchedulerOutput

@@ -1,8 +1,8 @@
-"""KV groups and their memory: one int8 buffer, one strided view per layer. Layouts (`layout_choice`) are, for instance:
+"""KV groups and their memory: one int8 buffer, one strided view per layer. Two of the layouts (`layout_choice`):
 
-    BLNHC    | block 0                                | block 1 ...        LBHNC    | layer 0                  | layer 1 ...
-             | layer 0        | layer 1        | ...  |                             | block 0 | block 1 | ...  |
-             | token 0 | token 1 | ...  each: heads x (K | V)                       | head 0 | head 1 | ...  each: tokens
+    BLNHC  | block 0                    | block 1 ...      LBHNC  | layer 0                    | layer 1 ...
+           | layer 0     | layer 1 ...  |                         | block 0     | block 1 ...  |
+           | token 0 | token 1 ...: each heads x (K | V)          | head 0 | head 1 ...: each tokens x (K | V)
 
 Groups overlay each other: layer i of every group lies at the same offset, and a block id belongs to one group at a
 time. Attention may work in kernel blocks, `ratio` to a block: block b is kernel blocks [b * ratio, (b + 1) * ratio).
@@ -66,9 +66,7 @@ def full_attention_specs(
     return {layer_name(i): spec for i in range(len(layers))}
 
 
-def kv_cache_config_for(
-    num_blocks: int, groups: list[dict[str, KVCacheSpec]], layout: str = "BLNHC"
-) -> KVCacheConfig:
+def kv_cache_config_for(num_blocks: int, groups: list[dict[str, KVCacheSpec]], layout: str = "BLNHC") -> KVCacheConfig:
     """The engine's KVCacheConfig; all groups must agree on block size, which is also the hash unit."""
     config = make_kv_cache_config(num_blocks, groups, layout)
     sizes = {group.kv_cache_spec.block_size for group in config.kv_cache_groups}
@@ -88,8 +86,9 @@ def copy_kv_blocks(
     """Copy blocks between two sets of KV tensors, layer by layer; what `set_host_xfer_buffer_ops` offers connectors.
 
     Both map layer names to [blocks, heads, tokens, content], on any device; block `src_block_ids[i]` goes to
-    `dst_block_ids[i]` (ids count the tensors' own, that is kernel blocks). `direction` ("h2d" or "d2h") is vLLM's and follows from the tensors' devices. The copy is done
-    on return. ContractError when layers or numbers of blocks differ; nothing is copied then.
+    `dst_block_ids[i]` (ids count the tensors' own, that is kernel blocks). `direction` ("h2d" or "d2h") is vLLM's
+    and follows from the tensors' devices. The copy is done on return. ContractError when layers or numbers of blocks
+    differ; nothing is copied then.
     """
     if direction not in ("h2d", "d2h"):
         raise ContractError(f"copy direction {direction!r} is neither 'h2d' nor 'd2h'")
@@ -163,7 +162,7 @@ def _place(config: KVCacheConfig, tensor: KVCacheTensor, index: int, ratio: int)
 
 
 class LayerKV:
-    """One layer's pages, one per kernel block. They are addressed in the flat buffer, so a write or a read is one kernel."""
+    """One layer's pages, one per kernel block; addressed in the flat buffer, so a write or a read is one kernel."""
 
     def __init__(self, storage: torch.Tensor, spec: AttentionSpec, group_id: int, place: _Place) -> None:
         tokens, heads, content = spec.block_size // place.ratio, spec.num_kv_heads, spec.content_size

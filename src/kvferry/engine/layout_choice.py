@@ -45,15 +45,15 @@ def choose_layout(setting: str, connector: str | None, required: str | None) -> 
         reason = f"kv_cache_layout={setting}"
         if wanted in (None, setting):
             return LayoutChoice(setting, reason)
-        warning = f"{connector} requires the KV layout {required}, but {reason} was set: leave it out, or expect a failure"
+        warning = f"{connector} requires the KV layout {required}, but {reason} is set: leave that out"
         return LayoutChoice(setting, reason, warning)
     if wanted is None:
         return LayoutChoice(LAYOUTS[0], "the default: all layers of a block are one byte run")
     if wanted in LAYOUTS:
         return LayoutChoice(wanted, f"{connector} requires {required}")
     warning = (
-        f"{connector} requires the KV layout {required}, which this engine does not have (it has {', '.join(LAYOUTS)}): "
-        f"the KV lies as {LAYOUTS[0]}; use a connector that takes any layout, or vLLM as the host"
+        f"{connector} requires the KV layout {required}, which this engine does not have (only {', '.join(LAYOUTS)}), "
+        f"and gets {LAYOUTS[0]}: use a connector that takes any layout, or vLLM as the host"
     )
     return LayoutChoice(LAYOUTS[0], f"the default; {required} is not to be had", warning)
 

@@ -1,4 +1,4 @@
-"""What an engine decides before it takes memory: sizes, KV groups and layout, model runner. `LLM` and `kvferry doctor` use it."""
+"""What an engine decides before it takes memory: sizes, KV groups, layout, runner. For `LLM` and `kvferry doctor`."""
 
 from __future__ import annotations
 
@@ -85,6 +85,6 @@ def plan_engine(model: ModelShape, options: EngineOptions, transfer: KVTransferC
         load_config=LoadConfig(model.load_format),
     )
     required = None if connector is None else connector.connector_class.get_required_kvcache_layout(config)
-    layout = choose_layout(options.kv_cache_layout, connector and connector.name, required)
+    layout = choose_layout(options.kv_cache_layout, None if connector is None else connector.name, required)
     config = replace(config, cache_config=replace(config.cache_config, kv_cache_layout=layout.layout))
     return EnginePlan(config, kv_cache_config_for(budget.num_blocks, [specs], layout.layout), hybrid, runner, layout)

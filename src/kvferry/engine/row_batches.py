@@ -28,7 +28,7 @@ Ints = npt.NDArray[np.int64]
 
 
 class RowBatches:
-    """V2's `Batches`. Room for `max_num_seqs` requests of `max_model_len` tokens, in memory that is touched when used."""
+    """V2's `Batches`: room for `max_num_seqs` requests of `max_model_len` tokens (memory is taken where it is used)."""
 
     def __init__(self, config: EngineConfig, num_groups: int, device: str) -> None:
         cache, num_rows = config.cache_config, config.scheduler_config.max_num_seqs
@@ -51,7 +51,7 @@ class RowBatches:
 
     def pack(self, plan: SchedulerOutput) -> PackedBatch | None:
         """Take in what the plan changes, then gather the batch (None: nothing is computed)."""
-        for request_id in (*plan.finished_req_ids, *plan.preempted_req_ids):
+        for request_id in (*plan.finished_req_ids, *plan.preempted_req_ids, *plan.scheduled_cached_reqs.resumed_req_ids):
             if request_id in self._rows:
                 self._free_rows.append(self._rows.pop(request_id))
         for new in plan.scheduled_new_reqs:

@@ -318,9 +318,7 @@ class FaultyConnector(KVConnectorBase_V1, SupportsHMA):
         """Layers by group, each [blocks, kernel blocks in a block, heads, tokens, content]."""
         num_blocks = self._kv_cache_config.num_blocks
         layers = {name: tensor.view(num_blocks, -1, *tensor.shape[1:]) for name, tensor in kv_caches.items()}
-        self._layers = [
-            [layers[name] for name in group.layer_names] for group in self._kv_cache_config.kv_cache_groups
-        ]
+        self._layers = [[layers[name] for name in group.layer_names] for group in self._kv_cache_config.kv_cache_groups]
 
     def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:
         """Run synchronous loads, take over the rest."""
