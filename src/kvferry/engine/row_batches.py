@@ -51,9 +51,9 @@ class RowBatches:
 
     def pack(self, plan: SchedulerOutput) -> PackedBatch | None:
         """Take in what the plan changes, then gather the batch (None: nothing is computed)."""
-        for request_id in (*plan.finished_req_ids, *plan.preempted_req_ids, *plan.scheduled_cached_reqs.resumed_req_ids):
-            if request_id in self._rows:
-                self._free_rows.append(self._rows.pop(request_id))
+        gone = plan.finished_req_ids | plan.preempted_req_ids | plan.scheduled_cached_reqs.resumed_req_ids
+        for request_id in gone & self._rows.keys():
+            self._free_rows.append(self._rows.pop(request_id))
         for new in plan.scheduled_new_reqs:
             self._add(new.req_id, new.prompt_token_ids, len(new.prompt_token_ids), new.block_ids)
             self.num_computed[self._rows[new.req_id]] = new.num_computed_tokens
