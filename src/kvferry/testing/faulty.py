@@ -357,7 +357,8 @@ class FaultyConnector(KVConnectorBase_V1, SupportsHMA):
         results, self._results = self._results, KVConnectorTransferResults()
         ghosts, self.medium.faults.ghosts = self.medium.faults.ghosts, set()
         results.finished_sending |= ghosts
-        results.finished_recving |= ghosts | repeat
+        # Nobody could tell the repeated report of a load from that of the request's next one.
+        results.finished_recving |= ghosts | (repeat - {job.request_id for job in self.jobs if job.is_load})
         return results
 
     def _is_due(self, job: _Job) -> bool:
