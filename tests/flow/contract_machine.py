@@ -319,7 +319,6 @@ class ContractMachine(RuleBasedStateMachine):
     def books_are_right(self) -> None:
         if not hasattr(self, "llm"):
             return
-        scheduler = self.llm.scheduler
         self.llm.check_integrity()
         refs = Counter(self.references())
         for medium in self.media:
