@@ -70,7 +70,7 @@ def measure(model: HFModel, batch: int, steps: int, seed: int) -> dict[str, list
             for name in order:
                 start = time.process_time()
                 engines[name].step()
-                samples[name].append(time.process_time() - start)
+                samples[name].append(round(time.process_time() - start, 6))
         return samples
 
 
