@@ -93,7 +93,7 @@ class EmbeddedHost:
 
     def step(self) -> None:
         self.llm.step()
-        self.llm.scheduler.check_integrity()
+        self.llm.check_integrity()
 
     def has_requests(self) -> bool:
         return self.llm.has_requests()

@@ -20,6 +20,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from kvferry import LLM, SamplingParams
 from kvferry.clock import FakeClock
+from kvferry.engine.layout_choice import LAYOUTS
 from kvferry.engine.outputs import RequestOutput
 from kvferry.testing.faulty import LoadFault, Medium, forget_media, media
 from kvferry.testing.stub_model import StubModel
@@ -46,8 +47,9 @@ def engine(
     sends: tuple[bool, bool],
     load_policy: str,
     prefix_caching: bool,
+    **place: Any,
 ) -> LLM:
-    """The engine under test."""
+    """The engine under test; `place` is its model runner, kernel blocks and layout."""
     children = [
         {
             "kv_connector": "FaultyConnector",
@@ -71,6 +73,7 @@ def engine(
         max_num_batched_tokens=16,
         max_num_seqs=4,
         enable_prefix_caching=prefix_caching,
+        **place,
     )
 
 
@@ -98,6 +101,8 @@ class ContractMachine(RuleBasedStateMachine):
         sends=st.tuples(st.booleans(), st.booleans()),
         load_policy=st.sampled_from(["first", "longest"]),
         prefix_caching=st.sampled_from([True, True, False]),
+        runner=st.sampled_from(["V1", "V1", "V2", "V2 with kernel blocks"]),
+        layout=st.sampled_from(LAYOUTS),
     )
     def start(
         self,
@@ -106,11 +111,16 @@ class ContractMachine(RuleBasedStateMachine):
         sends: tuple[bool, bool],
         load_policy: str,
         prefix_caching: bool,
+        runner: str,
+        layout: str,
     ) -> None:
         torch.set_num_threads(1)
+        fired[f"walk: {runner}"] += 1
+        place = {"use_v2_model_runner": runner != "V1", "kv_cache_layout": layout}
+        place["kernel_block_size"] = BLOCK_SIZE // (2 if "kernel" in runner else 1)
         forget_media()
         self.policy = policy
-        self.llm = engine(self.model, self.num_blocks, policy, is_async, sends, load_policy, prefix_caching)
+        self.llm = engine(self.model, self.num_blocks, policy, is_async, sends, load_policy, prefix_caching, **place)
         self.clock: Any = self.llm._clock
         self.media: list[Medium] = [media(name) for name in CHILDREN]
         self.prompts: dict[str, list[int]] = {}
@@ -290,7 +300,7 @@ class ContractMachine(RuleBasedStateMachine):
         """Wrong bytes under a good key would be told to somebody one day."""
         for medium in self.media:
             for key in medium.pages.keys() - medium.proved:
-                page = medium.pages[key][0].transpose(0, 1).contiguous()
+                page = medium.pages[key][0].transpose(1, 2).contiguous()  # kernel block, token, head, content
                 wanted = expected_page(self.model, key[0], key[2])
                 assert bytes(page.view(torch.uint8).numpy()) == wanted, f"a wrong page was stored: {key}"
             medium.proved = set(medium.pages)
@@ -299,7 +309,7 @@ class ContractMachine(RuleBasedStateMachine):
         """What is free and cannot be found again may hold anything."""
         free = [b.block_id for b in self.pool.blocks if not b.is_null and b.ref_cnt == 0 and b.block_hash is None]
         for layer in self.llm.kv_caches.values():
-            layer[free] = 13.0
+            layer.view(self.num_blocks, -1, *layer.shape[1:])[free] = 13.0
 
     @property
     def pool(self) -> Any:
@@ -309,8 +319,7 @@ class ContractMachine(RuleBasedStateMachine):
     def books_are_right(self) -> None:
         if not hasattr(self, "llm"):
             return
-        scheduler = self.llm.scheduler
-        scheduler.check_integrity()
+        self.llm.check_integrity()
         refs = Counter(self.references())
         for medium in self.media:
             written, read = medium.busy_blocks()

@@ -57,6 +57,7 @@ def test_ten_thousand_steps_leak_nothing_and_tell_no_lie() -> None:
         print(f"{num:6} {what}")
     assert fired["step"] >= 10_000
     assert {name: fired[name] for name in rules() if fired[name] < 100} == {}
+    assert min(fired[f"walk: {runner}"] for runner in ("V1", "V2", "V2 with kernel blocks")) >= NUM_WALKS // 8
 
 
 @pytest.mark.slow

@@ -7,6 +7,8 @@ import pytest
 from kvferry.contract import KVConnectorTransferResults, LoadFailure
 from kvferry.engine.outputs import BlockState, SchedulerOutput, StepPlan
 
+pytestmark = pytest.mark.usefixtures("runner")
+
 BLOCK = 4
 
 

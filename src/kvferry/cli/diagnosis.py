@@ -128,15 +128,12 @@ def _add_vllm(result: Diagnosis) -> None:
 
 
 def _add_layout(result: Diagnosis, plan: EnginePlan) -> None:
-    layout = plan.config.cache_config.kv_cache_layout
-    result.add("KV layout", layout, "the only one of the embedded engine: per block layer, token, head, content")
-    for path, part in _connectors(plan.config.kv_transfer_config):
-        required = KVConnectorFactory.get_connector_class(part).get_required_kvcache_layout(plan.config)
-        if required is not None and required != layout:
-            result.problems.append(
-                f"{path} {part.kv_connector} requires the KV layout {required}, but the engine has {layout}: use a "
-                "connector that takes any layout, or vLLM as the host"
-            )
+    cache, layout = plan.config.cache_config, plan.layout.layout
+    result.add("KV layout", layout, plan.layout.reason, kernel_block_size=cache.kernel_block_size)
+    if cache.kernel_block_size != cache.block_size:
+        parts = f"attention works in blocks of {cache.kernel_block_size} tokens, and so KV tensors are registered"
+        result.add("kernel blocks", f"{cache.block_size // (cache.kernel_block_size or 1)} to a block", parts)
+    result.problems += [] if plan.layout.warning is None else [plan.layout.warning]
 
 
 def _add_capacities(result: Diagnosis, plan: EnginePlan) -> None:

@@ -37,6 +37,8 @@ def serve(
     device: opt.Device = "cpu",
     use_v2_model_runner: opt.V2Runner = None,
     disable_hybrid_kv_cache_manager: opt.DisableHybrid = None,
+    kv_cache_layout: opt.KVCacheLayout = "auto",
+    kernel_block_size: opt.KernelBlockSize = None,
     enable_prefix_caching: opt.EnablePrefixCaching = True,
     kv_events_config: Annotated[
         str | None, typer.Option(metavar="JSON", help="Publish which KV lies where, on a ZMQ socket.")

@@ -16,6 +16,7 @@ from typing import Any, ClassVar
 import torch
 
 from kvferry.config import KVTransferConfig
+from kvferry.engine.layout_choice import check_layout
 from kvferry.errors import ConfigError
 from kvferry.kv_events import KVEventsConfig
 
@@ -123,11 +124,14 @@ class EngineOptions:
     use_v2_model_runner: bool | None = None
     disable_hybrid_kv_cache_manager: bool | None = None
     hidden_state_layers: tuple[int, ...] = ()
+    kv_cache_layout: str = "auto"
+    kernel_block_size: int | None = None
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "kv_cache_layout", check_layout(self.kv_cache_layout))
         for name in ("block_size", "max_num_seqs", "max_num_batched_tokens"):
             _require_int(name, getattr(self, name), 1)
-        for name in ("num_kv_blocks", "kv_cache_bytes", "max_model_len"):
+        for name in ("num_kv_blocks", "kv_cache_bytes", "max_model_len", "kernel_block_size"):
             if getattr(self, name) is not None:
                 _require_int(name, getattr(self, name), 1)
         if self.num_kv_blocks is not None and self.kv_cache_bytes is not None:
@@ -156,6 +160,8 @@ class CacheConfig:
     enable_prefix_caching: bool
     cache_dtype: str = "auto"
     kv_cache_layout: str = "BLNHC"
+    kernel_block_size: int | None = None
+    """Tokens of the blocks attention works in and connectors see in tensors; None: whole blocks."""
 
 
 @dataclass(frozen=True, slots=True)

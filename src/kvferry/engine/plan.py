@@ -1,10 +1,10 @@
-"""What an engine decides before it takes memory: sizes, KV groups, model runner. `LLM` and `kvferry doctor` use it."""
+"""What an engine decides before it takes memory: sizes, KV groups, layout, runner. For `LLM` and `kvferry doctor`."""
 
 from __future__ import annotations
 
 import logging
 import secrets
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from kvferry.config import KVTransferConfig, v2_runner_environment
 from kvferry.contract import KVCacheConfig, KVCacheSpec, KVConnectorFactory
@@ -21,6 +21,7 @@ from kvferry.engine.config import (
 )
 from kvferry.engine.hybrid import HybridChoice, decide_hybrid
 from kvferry.engine.kv_groups import full_attention_specs, grouped_specs, kv_cache_config_for
+from kvferry.engine.layout_choice import LayoutChoice, choose_kernel_block, choose_layout
 from kvferry.engine.model_loader import ModelShape, architecture_of
 from kvferry.engine.runner_choice import RunnerChoice, choose_model_runner, v2_support
 
@@ -35,14 +36,16 @@ class EnginePlan:
     kv_cache_config: KVCacheConfig
     hybrid: HybridChoice
     runner: RunnerChoice
+    layout: LayoutChoice
 
     def log(self) -> None:
         """Tell the decisions, and warn of those that cost something."""
-        for warning in (self.hybrid.warning, *self.runner.warnings):
+        for warning in (self.hybrid.warning, *self.runner.warnings, self.layout.warning):
             if warning is not None:
                 logger.warning("%s", warning)
         logger.info("model runner %s: %s", "V2" if self.runner.use_v2 else "V1", self.runner.reason)
         logger.debug("hybrid KV cache %s: %s", "on" if self.hybrid.enabled else "off", self.hybrid.reason)
+        logger.debug("KV layout %s: %s", self.layout.layout, self.layout.reason)
 
 
 def plan_engine(model: ModelShape, options: EngineOptions, transfer: KVTransferConfig) -> EnginePlan:
@@ -69,7 +72,13 @@ def plan_engine(model: ModelShape, options: EngineOptions, transfer: KVTransferC
         groups = grouped_specs(model.layers, options.block_size, model.dtype, budget.max_model_len)
         budget = _budget(groups, options, model)
     config = EngineConfig(
-        cache_config=CacheConfig(options.block_size, budget.num_blocks, options.enable_prefix_caching),
+        cache_config=CacheConfig(
+            options.block_size,
+            budget.num_blocks,
+            options.enable_prefix_caching,
+            kv_cache_layout=choose_layout(options.kv_cache_layout, None, None).layout,
+            kernel_block_size=choose_kernel_block(options.kernel_block_size, options.block_size, runner.use_v2),
+        ),
         model_config=ModelConfig(model.path, model.dtype, budget.max_model_len, options.seed, model.hf_config),
         scheduler_config=SchedulerConfig(options.max_num_seqs, options.max_num_batched_tokens, not hybrid.enabled),
         kv_transfer_config=configured,
@@ -77,7 +86,10 @@ def plan_engine(model: ModelShape, options: EngineOptions, transfer: KVTransferC
         use_v2_model_runner=runner.use_v2,
         load_config=LoadConfig(model.load_format),
     )
-    return EnginePlan(config, kv_cache_config_for(budget.num_blocks, groups), hybrid, runner)
+    required = None if connector is None else connector.connector_class.get_required_kvcache_layout(config)
+    layout = choose_layout(options.kv_cache_layout, None if connector is None else connector.name, required)
+    config = replace(config, cache_config=replace(config.cache_config, kv_cache_layout=layout.layout))
+    return EnginePlan(config, kv_cache_config_for(budget.num_blocks, groups, layout.layout), hybrid, runner, layout)
 
 
 def _budget(groups: list[dict[str, KVCacheSpec]], options: EngineOptions, model: ModelShape) -> KVBudget:

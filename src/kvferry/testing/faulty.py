@@ -316,10 +316,10 @@ class FaultyConnector(KVConnectorBase_V1, SupportsHMA):
     # ---- worker -----------------------------------------------------------------------------------------------
 
     def register_kv_caches(self, kv_caches: dict[str, torch.Tensor]) -> None:
-        """Layers by group."""
-        self._layers = [
-            [kv_caches[name] for name in group.layer_names] for group in self._kv_cache_config.kv_cache_groups
-        ]
+        """Layers by group, each [blocks, kernel blocks in a block, heads, tokens, content]."""
+        num_blocks = self._kv_cache_config.num_blocks
+        layers = {name: tensor.view(num_blocks, -1, *tensor.shape[1:]) for name, tensor in kv_caches.items()}
+        self._layers = [[layers[name] for name in group.layer_names] for group in self._kv_cache_config.kv_cache_groups]
 
     def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:
         """Run synchronous loads, take over the rest."""
@@ -358,7 +358,8 @@ class FaultyConnector(KVConnectorBase_V1, SupportsHMA):
         results, self._results = self._results, KVConnectorTransferResults()
         ghosts, self.medium.faults.ghosts = self.medium.faults.ghosts, set()
         results.finished_sending |= ghosts
-        results.finished_recving |= ghosts | repeat
+        # Nobody could tell the repeated report of a load from that of the request's next one.
+        results.finished_recving |= ghosts | (repeat - {job.request_id for job in self.jobs if job.is_load})
         return results
 
     def _is_due(self, job: _Job) -> bool:

@@ -117,11 +117,19 @@ def test_decisions_and_their_reasons() -> None:
     assert connector.details["file"].endswith("kvferry/connectors/offloading/__init__.py")
     assert connector.details["supports_hma"] is True
     assert finding(diagnosis, "model runner").value == "V1"
-    assert "OffloadingConnector does not declare" in finding(diagnosis, "model runner").reason
+    assert "StubModel is not on the list" in finding(diagnosis, "model runner").reason
+    assert finding(judge(use_v2_model_runner=True), "model runner").value == "V2"
     assert "not needed" in finding(diagnosis, "hybrid KV cache").reason
     assert finding(judge(offloading(), windows=(None, 32)), "hybrid KV cache").value == "on"
     assert finding(judge(), "connector").value == "none"
     assert finding(judge(), "KV layout").value == "BLNHC"
+    obeyed = judge(wants_layout())
+    assert finding(obeyed, "KV layout").value == "LBHNC"
+    assert "WantsLayout requires LBHNC" in finding(obeyed, "KV layout").reason
+    assert obeyed.problems == []
+    kernel = finding(judge(use_v2_model_runner=True, block_size=128), "kernel blocks")
+    assert kernel.value == "4 to a block"
+    assert "32 tokens" in kernel.reason
 
 
 def test_groups_are_told_as_the_engine_makes_them() -> None:
@@ -149,22 +157,21 @@ def test_what_costs_or_fails_is_a_problem_with_a_remedy(tmp_path: Path) -> None:
         (judge(offloading(arena_dir=str(tmp_path / "file"))), ["arena", "set arena_dir"]),
         (judge(offloading(secondary_tiers=[tier])), ["secondary_tiers[0].path", "no writable folder"]),
         (judge(offloading(secondary_tiers=[tier | {"path": str(tmp_path), "max_bytes": 1 << 60}])), ["lower it"]),
-        (judge(use_v2_model_runner=True), ["second model runner", "not part of this"]),
     ):
         (problem,) = diagnosis.problems
         assert all(word in problem for word in words), problem
-    layout, hybrid = sorted(judge(wants_layout(), windows=(None, 32)).problems)
-    assert all(word in layout for word in ("WantsLayout", "LBHNC", "BLNHC")), layout
+    layout, hybrid = sorted(judge(wants_layout(), windows=(None, 32), kv_cache_layout="NHD").problems)
+    assert all(word in layout for word in ("WantsLayout", "LBHNC", "LBNHC", "leave that out")), layout
     assert all(word in hybrid for word in ("WantsLayout", "times as much")), hybrid
 
 
 def test_parts_of_a_composite_are_judged_one_by_one() -> None:
     composite = {**wants_layout(), "kv_connector_extra_config": {"connectors": [offloading(), wants_layout()]}}
-    diagnosis = judge(composite)
+    diagnosis = judge(composite, kv_cache_layout="BLNHC")
     topics = [found.topic for found in diagnosis.findings]
     assert topics[:3] == ["connector", "connector[0]", "connector[1]"]
     assert finding(diagnosis, "capacity of host of connector[0]").details["tokens"] == (1 << 20) // TOKEN_BYTES
-    assert sum("requires the KV layout" in problem for problem in diagnosis.problems) == 2
+    assert sum("requires the KV layout" in problem for problem in diagnosis.problems) == 1
 
 
 @pytest.mark.parametrize(
