@@ -43,9 +43,10 @@ class Calls:
         """End a request; False when none was open."""
         return self._calls.pop((kind, key), None) is not None
 
-    def has(self, kind: str, key: str) -> bool:
+    def has(self, kind: str, key: str, now: float) -> bool:
         """Whether this request is open."""
-        return (kind, key) in self._calls
+        call = self._calls.get((kind, key))
+        return call is not None and now < call.deadline_s
 
     def due(self, now: float, reaches: Callable[[str, str | None], bool]) -> list[Call]:
         """Requests to send now; those past their deadline are dropped. `reaches(peer, generation)`: worth sending."""

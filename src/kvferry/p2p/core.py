@@ -90,8 +90,9 @@ class P2PCore:
 
     def request_started(self, request_id: str, transfer_id: str | None, num_consumers: int, now: float) -> None:
         """A request that shall be handed over has begun; push needs the `transfer_id` that both engines were told."""
-        self.tick(now)
+        self._begin(now)
         self._producer.request_started(request_id, transfer_id, num_consumers)
+        self._end(now)
 
     def finish(
         self,
@@ -113,7 +114,7 @@ class P2PCore:
         selected = select_blocks(blocks, self.local.groups, num_tokens)
         self.request_started(request_id, None, 1, now)
         lease = self._producer.finish(request_id, reason, selected, num_tokens, tuple(first_token_ids), now)
-        self._pump(now)
+        self._end(now)
         return self._params(lease, mode) if lease else None
 
     # The consumer's host.
@@ -124,77 +125,71 @@ class P2PCore:
         TransferError: `params` (left as they are) cannot be used, or the request is still quarantined; nothing changed.
         """
         handover = params if isinstance(params, Handover) else Handover.parse(params)
-        self.tick(now)
+        self._begin(now)
         self._consumer.announce(request_id, handover, now)
-        self._pump(now)
+        self._end(now)
 
     def park(self, request_id: str, blocks: Sequence[Sequence[int]], token_range: tuple[int, int], now: float) -> bool:
         """Blocks for tokens [first, end) of an announced request, per group by position; the transfer may start.
 
         False: the load has ended already (or was never announced); the blocks are not touched.
         """
-        self.tick(now)
+        self._begin(now)
         accepted = self._consumer.park(request_id, tuple(map(tuple, blocks)), token_range, now)
-        self._pump(now)
+        self._end(now)
         return accepted
 
     def abort(self, request_id: str, now: float) -> None:
         """Either role: the host gave this request up. Blocks come back as after any other end."""
-        self.tick(now)
+        self._begin(now)
         self._producer.abort(request_id, now)
         self._consumer.abort(request_id, now)
-        self._pump(now)
+        self._end(now)
 
     # Network and workers.
 
     def message(self, peer: str, message: AnyMessage, now: float) -> None:
         """A decoded message from this peer. Never raises; what does not fit is dropped."""
-        self.tick(now)
+        self._begin(now)
         if isinstance(message, Hello):
             self._peers.on_hello(peer, message, now)
         elif isinstance(message, HelloRefused):
             self._peers.on_hello_refused(peer, message, now)
         elif (sender := self._peers.sender(peer, message.generation, now)) is not None:
             self._dispatch(sender, message, now)
-        self._pump(now)
+        self._end(now)
 
     def peer_connected(self, peer: str, now: float) -> None:
         """The control link to this peer is up."""
-        self.tick(now)
+        self._begin(now)
         self._peers.connected(peer, now)
-        self._pump(now)
+        self._end(now)
 
     def peer_lost(self, peer: str, reason: str, now: float) -> None:
         """The control link is gone, or could not be made: what depends on the peer fails now."""
-        self.tick(now)
+        self._begin(now)
         self._peers.lost(peer, reason, now)
-        self._pump(now)
+        self._end(now)
 
     def peer_closed(self, peer: str, connection: int, now: float) -> None:
         """The transport connection is destroyed in all ranks: nothing lands through it any more."""
-        self.tick(now)
+        self._begin(now)
         self._peers.closed(peer, connection, now)
-        self._pump(now)
+        self._end(now)
 
     def transfer_ended(self, job_id: str, rank: int, status: TransferStatus, reason: str, now: float) -> None:
         """One rank's part of a job ended, or (UNKNOWN) will never tell."""
-        self.tick(now)
+        self._begin(now)
         if not self._consumer.transfer_ended(job_id, rank, status, reason, now):
             self._producer.transfer_ended(job_id, rank, status, reason, now)
-        self._pump(now)
+        self._end(now)
 
     # The driver.
 
     def tick(self, now: float) -> None:
         """Let time pass: deadlines, repeats, renewals. Any other input does it too."""
-        gap_s = now - (self._last_s if self._last_s is not None else now)
-        self._last_s = now
-        if gap_s > self.settings.liveness_s / 2:
-            self._peers.forgive(gap_s)
-        self._producer.expire(now)
-        self._consumer.expire(now)
-        self._peers.tick(now, self._consumer.wanted_peers(), self._busy_peers())
-        self._pump(now)
+        self._begin(now)
+        self._end(now)
 
     def next_deadline(self) -> float:
         """When `tick` is due; infinity when nothing waits."""
@@ -230,7 +225,16 @@ class P2PCore:
     def _busy_peers(self) -> set[str]:
         return self._consumer.busy_peers() | self._producer.busy_peers()
 
-    def _pump(self, now: float) -> None:
+    def _begin(self, now: float) -> None:
+        gap_s = now - (self._last_s if self._last_s is not None else now)
+        self._last_s = now
+        if gap_s > self.settings.liveness_s / 2:
+            self._peers.forgive(gap_s)
+        self._producer.expire(now)
+        self._consumer.expire(now)
+
+    def _end(self, now: float) -> None:
+        self._peers.tick(now, self._consumer.wanted_peers(), self._busy_peers())
         self._actions.extend(Send(call.peer, call.message) for call in self._calls.due(now, self._peers.reaches))
 
     def _params(self, lease: Lease, mode: str) -> dict[str, Any]:

@@ -59,6 +59,7 @@ class Peer:
 
     name: str
     heard_s: float
+    owes_s: float = inf  # since when it owes us answers
     is_up: bool = False  # the control link
     is_dialling: bool = False
     hello: Hello | None = None  # of the life we talk to
@@ -216,9 +217,10 @@ class Peers:
         for name in sorted(wanted):
             self.want(name, now)
         for peer in list(self._peers.values()):
+            peer.owes_s = min(peer.owes_s, now) if peer.name in busy else inf
             if peer.name in busy:
-                if peer.connection is not None and now - peer.heard_s >= self._settings.liveness_s:
-                    self.close(peer, f"{peer.name} was silent for {now - peer.heard_s:.1f} s", now)
+                if peer.connection is not None and now >= self._silent_s(peer):
+                    self.close(peer, f"{peer.name} was silent for {self._settings.liveness_s} s", now)
                     self._back_off(peer, now)
             elif peer.name not in wanted and now - peer.heard_s >= self._settings.idle_s:
                 self.close(peer, f"{peer.name} was idle", now)
@@ -231,7 +233,7 @@ class Peers:
         moments = [inf]
         for peer in self._peers.values():
             if peer.name in busy and peer.connection is not None:
-                moments.append(peer.heard_s + self._settings.liveness_s)
+                moments.append(self._silent_s(peer))
             elif peer.name in wanted and peer.connection is None and peer.closing is None and not peer.is_dialling:
                 moments.append(peer.retry_s)
             elif peer.name not in busy and peer.closing is None:
@@ -246,6 +248,9 @@ class Peers:
             for p in self._peers.values()
         ]  # fmt: skip
 
+    def _silent_s(self, peer: Peer) -> float:
+        return max(peer.heard_s, peer.owes_s) + self._settings.liveness_s
+
     def _record(self, name: str, now: float) -> Peer | None:
         if name not in self._peers and len(self._peers) < self._settings.max_peers:
             self._peers[name] = Peer(name, heard_s=now)
@@ -257,7 +262,7 @@ class Peers:
         return Hello(local.engine_id, PROTOCOL, local.geometry, transports, is_answer, generation=local.generation)
 
     def _greet(self, peer: Peer, now: float) -> None:
-        if peer.closing is None and not self._calls.has("hello", peer.name):
+        if peer.closing is None and not self._calls.has("hello", peer.name, now):
             deadline = now + self._settings.handshake_s
             peer.retry_s = deadline
             self._calls.start("hello", peer.name, peer.name, None, self._hello(is_answer=False), now, deadline)

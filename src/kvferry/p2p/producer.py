@@ -83,7 +83,8 @@ class Lease:
 
     def is_held(self, now: float) -> bool:
         """Whether somebody may still come for it, or reads it."""
-        return bool(self.claims) or (len(self.served) < self.num_consumers and now < self.deadline_s)
+        is_awaited = bool(self.lease_id) and len(self.served) < self.num_consumers and now < self.deadline_s
+        return bool(self.claims) or is_awaited
 
     def is_written_from(self) -> bool:
         """Whether our own ranks may still read its blocks."""
@@ -401,6 +402,8 @@ class Producer:
 
     def _end(self, claim: OpenClaim, answer: ClaimMessage, now: float) -> None:
         """Close a claim with its last answer; one that may be registered again stays while there is no room for it."""
+        if claim.claim_id not in self._claims:
+            return
         if not self._ended_claims.put(claim.claim_id, answer, now) and claim.register is not None:
             claim.deadline_s = now + self._settings.retry_s
             return
