@@ -58,6 +58,7 @@ class OpenClaim:
     job_id: str = ""
     ranks: set[int] = field(default_factory=set)  # of ours that may still write
     error: str = ""
+    last: ClaimMessage | None = None  # the answer it ends with, as soon as there is room to remember it
 
 
 @dataclass(slots=True)
@@ -190,7 +191,9 @@ class Producer:
             self._send(peer.name, answer)
             return
         claim = self._claims.get(message.claim_id)
-        if claim is not None and not (claim.peer == peer.name and same_life(claim.generation, message.generation)):
+        if claim is not None and (claim.peer != peer.name or not same_life(claim.generation, message.generation)):
+            return
+        if claim is not None and claim.last is not None:
             return
         match message:
             case messages.Claim():
@@ -249,7 +252,9 @@ class Producer:
         for claim in list(self._claims.values()):
             if now < claim.deadline_s:
                 continue
-            if claim.job_id:
+            if claim.last is not None:
+                self._end(claim, claim.last, now)
+            elif claim.job_id:
                 claim.deadline_s = inf
                 self._peers.close_connection(claim.peer, claim.connection, "a write does not end", now)
             else:
@@ -284,7 +289,8 @@ class Producer:
             assert self._ended_claims.get(claim_id) is None, f"claim {claim_id} is open and ended"
             assert not claim.ranks or self._jobs.get(claim.job_id) is claim
         leases = [*self._requests.values(), *(x for x in self._transfers.values() if not x.request_id)]
-        assert sum(len(lease.claims) for lease in leases) == len(self._claims), "claims of no lease"
+        live = [claim for claim in self._claims.values() if claim.lease.ended is None]
+        assert sum(len(lease.claims) for lease in leases if lease.ended is None) == len(live), "claims of no lease"
         assert all(self._requests.get(lease.request_id) is lease for lease in self._leases.values())
         assert all(job in (claim.job_id for claim in self._claims.values()) for job in self._jobs), (
             "a job without a claim"
@@ -374,7 +380,7 @@ class Producer:
     def _write(self, claim: OpenClaim, now: float) -> None:
         """Start the write of a registered claim whose lease is there."""
         register, lease = claim.register, claim.lease
-        if register is None or claim.job_id:
+        if register is None or claim.job_id or claim.last is not None or lease.ended is not None:
             return
         claim.job_id = self._new_id()
         self._jobs[claim.job_id] = claim
@@ -391,12 +397,10 @@ class Producer:
         self._written_if_over(claim, now)
 
     def _written_if_over(self, claim: OpenClaim, now: float) -> None:
-        if claim.ranks or not claim.job_id or claim.claim_id not in self._claims:
+        if claim.ranks or not claim.job_id or claim.last is not None:
             return
         lease, ids = claim.lease, {"generation": self._local.generation, "claim_id": claim.claim_id}
         pushed = Pushed(not claim.error, claim.error[:2048], lease.num_tokens, lease.first_token_ids, **ids)
-        deadline_s = now + self._settings.load_s
-        self._calls.start("pushed", claim.claim_id, claim.peer, claim.generation, pushed, now, deadline_s)
         lease.serve(claim.consumer)
         self._end(claim, pushed, now)
 
@@ -405,12 +409,15 @@ class Producer:
         if claim.claim_id not in self._claims:
             return
         if not self._ended_claims.put(claim.claim_id, answer, now) and claim.register is not None:
-            claim.deadline_s = now + self._settings.retry_s
+            claim.last, claim.deadline_s = answer, now + self._settings.retry_s
             return
         del self._claims[claim.claim_id]
         del claim.lease.claims[claim.claim_id]
         self._jobs.pop(claim.job_id, None)
-        if not isinstance(answer, Pushed):
+        if isinstance(answer, Pushed):
+            deadline_s = now + self._settings.load_s
+            self._calls.start("pushed", claim.claim_id, claim.peer, claim.generation, answer, now, deadline_s)
+        else:
             self._send(claim.peer, answer)
         self._release_if_over(claim.lease, now)
 

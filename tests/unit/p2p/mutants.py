@@ -7,7 +7,8 @@ from math import inf
 from typing import Any
 
 from kvferry.p2p import consumer, peers, producer
-from kvferry.p2p.actions import FinishReason
+from kvferry.p2p.actions import FinishReason, P2PSettings
+from kvferry.p2p.messages import Confirm, Withdraw
 
 Patch = Callable[[Any], None]
 
@@ -34,20 +35,34 @@ def no_confirmation(monkeypatch: Any) -> None:
     monkeypatch.setattr(consumer.Consumer, "_verify", accept)
 
 
+def no_claims(monkeypatch: Any) -> None:
+    """2c: both, as in the field: nobody claims, renews or confirms."""
+    no_hold(monkeypatch)
+    no_confirmation(monkeypatch)
+    monkeypatch.setattr(P2PSettings, "renew_s", property(lambda self: inf))
+
+
 def no_identity(monkeypatch: Any) -> None:
     """3: block references carry no identity: any lease will do."""
     monkeypatch.setattr(producer.Lease, "is_named_by", lambda self, lease_id, generation, own: True)
 
 
 def counted_consumers(monkeypatch: Any) -> None:
-    """4: a number of messages instead of a set of consumers."""
-    monkeypatch.setattr(producer.Lease, "serve", lambda self, name: self.served.add(f"{name} {len(self.served)}"))
-    ended = producer.Producer._end
+    """4: messages are counted, a repeat is one more consumer."""
+    handle = producer.Producer.on_message
+    leases: dict[str, Any] = {}
 
-    def end(self: Any, claim: Any, answer: Any, now: float) -> None:
-        ended(self, claim, answer, now)
+    def on_message(self: Any, peer: Any, message: Any, now: float) -> None:
+        if message.claim_id in self._claims:
+            leases[message.claim_id] = self._claims[message.claim_id].lease
+        if isinstance(message, Confirm | Withdraw) and message.claim_id in leases:
+            lease = leases[message.claim_id]
+            lease.served.add(f"message {len(lease.served)}")
+        handle(self, peer, message, now)
+        if message.claim_id in leases:
+            self._release_if_over(leases[message.claim_id], now)
 
-    monkeypatch.setattr(producer.Producer, "_end", end)
+    monkeypatch.setattr(producer.Producer, "on_message", on_message)
 
 
 def no_deadline(monkeypatch: Any) -> None:
@@ -70,6 +85,7 @@ MUTANTS: dict[str, Patch] = {
     "1 cancel as a fence": no_fence,
     "2 lease ends under a reader": no_hold,
     "2 no confirmation": no_confirmation,
+    "2 neither": no_claims,
     "3 no identity": no_identity,
     "4 counted consumers": counted_consumers,
     "5 no deadline": no_deadline,

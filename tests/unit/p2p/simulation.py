@@ -16,7 +16,7 @@ import heapq
 import itertools
 import random
 from collections.abc import Callable
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 from kvferry.p2p import actions as a
@@ -53,10 +53,14 @@ class Faults:
 
     @classmethod
     def draw(cls, rng: random.Random) -> Faults:
-        """A calm world, or one with some of the faults."""
-        if rng.random() < 0.15:
+        """A calm world, one with a few faults that happen all the time, or one with a little of many."""
+        names = [f.name for f in fields(cls)]
+        kind = rng.random()
+        if kind < 0.1:
             return cls()
-        return cls(**{f.name: rng.choice((0.0, 0.0, 0.05, 0.15, 0.4)) for f in fields(cls)})
+        if kind < 0.4:
+            return cls(**dict.fromkeys(rng.sample(names, rng.choice((1, 2, 3))), 0.6))
+        return cls(**{name: rng.choice((0.0, 0.0, 0.05, 0.15, 0.4)) for name in names})
 
 
 @dataclass
@@ -141,11 +145,13 @@ class Transfer:
 class World:
     """See the module."""
 
-    def __init__(self, seed: int, faults: Faults | None = None, new_core: Callable[..., P2PCore] = P2PCore) -> None:
+    def __init__(self, seed: int, faults: Faults | None = None) -> None:
         self.rng = random.Random(seed)
         self.faults = faults or Faults.draw(self.rng)
         self.is_calm = self.faults == Faults()
-        self.new_core = new_core
+        self.settings = SETTINGS
+        if not self.is_calm and self.rng.random() < 0.1:
+            self.settings = replace(SETTINGS, max_claims=2, max_remembered=3, max_peers=2)
         self.now = 0.0
         self.heap: list[tuple[float, int, Callable[[], None]]] = []
         self.order = itertools.count()
@@ -156,7 +162,6 @@ class World:
         self.claims: dict[str, tuple[Engine, str]] = {}  # claim -> producer's life, request
         self.promises: dict[str, float] = {}
         self.num_loads = self.num_ok = self.num_steps = 0
-        self.ids = itertools.count() if new_core is not P2PCore else None
         for number in range(self.rng.choice((2, 2, 3, 4))):
             self.start(f"engine{number}:7000")
 
@@ -192,9 +197,7 @@ class World:
         local = a.LocalEngine(
             f"id-{name}", generation, host, int(port), NUM_RANKS, b"geometry", {"fake": (generation.encode(),) * NUM_RANKS}, RULES
         )
-        counter = itertools.count(1)
-        new_id = (lambda: f"{next(counter):032x}") if self.ids else (lambda: f"{self.rng.getrandbits(128):032x}")
-        core = self.new_core(local, lambda mine, theirs: [] if mine == theirs else ["geometry"], SETTINGS, new_id)
+        core = P2PCore(local, lambda mine, theirs: [], self.settings, lambda: f"{self.rng.getrandbits(128):032x}")
         cells = [[("junk", next(self.junk)) for _ in range(NUM_RANKS)] for _ in range(NUM_BLOCKS)]
         free = list(range(1, NUM_BLOCKS))
         self.rng.shuffle(free)
@@ -246,6 +249,10 @@ class World:
             case a.StartTransfer():
                 for rank in range(NUM_RANKS):
                     self.transfer(engine, action.job, rank)
+                victim = self.rng.choice((engine.name, action.job.peer))
+                for fault, chance in ((self.crash, self.faults.crash), (self.freeze, self.faults.freeze)):
+                    if self.rng.random() < chance / 2:
+                        self.at(self.small() * self.rng.choice((1, 20)), lambda fault=fault: fault(victim))
             case a.Release():
                 self.release(engine, action)
             case a.LoadEnded():
@@ -405,6 +412,8 @@ class World:
         for transfer in self.transfers:
             is_own = transfer.connection is connection
             is_theirs = transfer.owner.generation == connection.peer_generation and transfer.target is engine
+            if is_theirs and transfer.job.op is a.TransferOp.READ and self.rng.random() < 0.7:
+                continue  # nothing lands here; a shared mapping, say, can be read on
             if is_own or is_theirs:
                 transfer.pending.clear()
                 transfer.is_damaged = True
@@ -602,13 +611,15 @@ class World:
 
     def freeze(self, name: str) -> None:
         engine = self.engines[name]
-        engine.frozen_until = self.now + self.rng.random() * 6
+        engine.frozen_until = max(engine.frozen_until, self.now + self.rng.random() * 6)
         for load in engine.loads.values():
             load.is_excused = True
 
     def crash(self, name: str) -> None:
         """Memory is gone; what was read already may still land at others; a new life starts at the same address."""
         dead = self.engines[name]
+        if not dead.is_alive:
+            return
         dead.is_alive = False
         for transfer in self.transfers:
             for piece in list(transfer.pending):
