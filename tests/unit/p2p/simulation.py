@@ -325,7 +325,7 @@ class World:
 
     def scribble(self, engine: Engine, block: int) -> None:
         engine.cells[block] = [("junk", next(self.junk)) for _ in range(NUM_RANKS)]
-        engine.free.insert(0, block)
+        engine.free.append(block)  # the next one to be taken
 
     def transfer(self, engine: Engine, job: a.TransferJob, rank: int) -> None:
         connection = engine.connections[job.connection]
