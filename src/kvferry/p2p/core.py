@@ -155,7 +155,7 @@ class P2PCore:
             self._peers.on_hello(peer, message, now)
         elif isinstance(message, HelloRefused):
             self._peers.on_hello_refused(peer, message, now)
-        elif (sender := self._peers.sender(peer, message.generation, now)) is not None:
+        elif (sender := self._peers.sender(peer, message, now)) is not None:
             self._dispatch(sender, message, now)
         self._end(now)
 
