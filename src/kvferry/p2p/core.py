@@ -229,7 +229,7 @@ class P2PCore:
         gap_s = now - (self._last_s if self._last_s is not None else now)
         self._last_s = now
         if gap_s > self.settings.liveness_s / 2:
-            self._peers.forgive(gap_s)
+            self._peers.forgive(now)
         self._producer.expire(now)
         self._consumer.expire(now)
 

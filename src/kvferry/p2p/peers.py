@@ -217,10 +217,10 @@ class Peers:
                 listener.connection_closed(connection, now)
             self._open(peer, now)
 
-    def forgive(self, seconds: float) -> None:
-        """We were frozen ourselves: nobody owes us answers for that time."""
+    def forgive(self, now: float) -> None:
+        """We were frozen ourselves: nobody owes us answers since before."""
         for peer in self._peers.values():
-            peer.heard_s += seconds
+            peer.owes_s = now if peer.owes_s < now else peer.owes_s
 
     def tick(self, now: float, wanted: Set[str], busy: Set[str]) -> None:
         """Dial and greet `wanted` peers; give up silent ones among `busy` (they owe answers); evict idle ones."""

@@ -330,6 +330,8 @@ class Producer:
 
     def _on_claim(self, peer: Peer, message: messages.Claim, claim: OpenClaim | None, now: float) -> None:
         lease = self._find(message)
+        if claim is not None and claim.lease is not lease:
+            return
         if lease is None:
             why = self._ended_leases.get(message.lease_id) or Why.UNKNOWN
             self._answer_for_good(peer, self._refused(message.claim_id, message.generation, why), now)
@@ -337,7 +339,7 @@ class Producer:
         claim = claim or self._open(peer, message.claim_id, lease, None)
         if claim is None and peer.connection is not None:
             self._send(peer.name, self._refused(message.claim_id, message.generation, Why.BUSY))
-        if claim is not None and claim.lease is lease:
+        if claim is not None:
             remaining_ms = self._extend(claim, now)
             ids = self._ids(message.claim_id, message.generation)
             self._send(peer.name, messages.Granted(lease.blocks, lease.num_tokens, remaining_ms, **ids))
