@@ -174,7 +174,7 @@ AnyMessage = (
     | Register | Pushed | PushedSeen | Withdraw | Withdrawn
 )  # fmt: skip
 
-_decoder = msgspec.msgpack.Decoder(AnyMessage)
+_decoder: msgspec.msgpack.Decoder[AnyMessage] = msgspec.msgpack.Decoder(AnyMessage)
 _encoder = msgspec.msgpack.Encoder()
 
 

@@ -22,35 +22,20 @@ from collections import deque
 from collections.abc import Callable, Set
 from dataclasses import dataclass, field
 from math import inf
-from typing import Any, Protocol
+from typing import Any
 
 from kvferry.p2p.actions import Action, ClosePeer, Connect, LocalEngine, OpenPeer, P2PSettings, Send
-from kvferry.p2p.calls import Calls
+from kvferry.p2p.calls import Calls, row
 from kvferry.p2p.messages import PROTOCOL, ClaimMessage, Hello, HelloRefused
 
 GeometryCheck = Callable[[bytes, bytes], list[str]]
 """(local geometry, remote geometry) -> one line per difference; an unreadable geometry is a difference too."""
+Emit = Callable[[Action], None]
 
 
 def same_life(generation: str | None, other: str | None) -> bool:
     """Whether two generations name the same life of an engine."""
     return generation == other
-
-
-class ConnectionEvents(Protocol):
-    """What both roles are told about connections and peers."""
-
-    def connection_opened(self, peer: str, now: float) -> None:
-        """Transfers with this peer can start."""
-
-    def connection_failing(self, connection: int, reason: str, now: float) -> None:
-        """Start nothing more on it; what runs may still land."""
-
-    def connection_closed(self, connection: int, now: float) -> None:
-        """Nothing of it can land any more."""
-
-    def peer_refused(self, peer: str, reason: str, now: float) -> None:
-        """KV cannot be moved between this peer and us."""
 
 
 @dataclass(slots=True)
@@ -96,15 +81,15 @@ class Peers:
         settings: P2PSettings,
         check: GeometryCheck,
         calls: Calls,
-        emit: Callable[[Action], None],
+        emit: Emit,
     ) -> None:
         self._local, self._settings, self._check, self._calls, self._emit = local, settings, check, calls, emit
         self._peers: dict[str, Peer] = {}
         self._num_connections = 0
         self._num_closed = 0
-        self._listeners: tuple[ConnectionEvents, ...] = ()
+        self._listeners: tuple[Role, ...] = ()
 
-    def listen(self, *listeners: ConnectionEvents) -> None:
+    def listen(self, *listeners: Role) -> None:
         """Tell these of every connection."""
         self._listeners = listeners
 
@@ -202,7 +187,7 @@ class Peers:
             for listener in self._listeners:
                 listener.connection_failing(peer.closing, reason, now)
 
-    def close_connection(self, name: str, connection: int, reason: str, now: float) -> None:
+    def close_connection(self, name: str, connection: int | None, reason: str, now: float) -> None:
         """Destroy exactly this connection, if it is still open."""
         peer = self._peers.get(name)
         if peer is not None and peer.connection == connection:
@@ -252,11 +237,8 @@ class Peers:
 
     def snapshot(self) -> list[dict[str, Any]]:
         """One row per peer."""
-        return [
-            {"peer": p.name, "state": p.state, "generation": p.generation, "connection": p.connection, "closing": p.closing,
-             "heard_s": p.heard_s, "num_failures": p.num_failures, "refusal": p.refusal}
-            for p in self._peers.values()
-        ]  # fmt: skip
+        names = "name state generation connection closing heard_s num_failures refusal"
+        return [row(peer, names) for peer in self._peers.values()]
 
     def _silent_s(self, peer: Peer) -> float:
         return max(peer.heard_s, peer.owes_s) + self._settings.liveness_s
@@ -305,3 +287,37 @@ class Peers:
         wait_s = self._settings.backoff_s * 2 ** min(peer.num_failures, 16)
         peer.num_failures += 1
         peer.retry_s = now + min(wait_s, self._settings.max_backoff_s)
+
+
+class Role:
+    """What producer and consumer have in common: their surroundings, and ears for what happens to connections."""
+
+    def __init__(
+        self,
+        local: LocalEngine,
+        settings: P2PSettings,
+        peers: Peers,
+        calls: Calls,
+        emit: Emit,
+        new_id: Callable[[], str],
+    ) -> None:
+        self._local, self._settings, self._peers = local, settings, peers
+        self._calls, self._emit, self._new_id = calls, emit, new_id
+
+    def connection_opened(self, peer: str, now: float) -> None:
+        """Transfers with this peer can start."""
+
+    def connection_failing(self, connection: int, reason: str, now: float) -> None:
+        """Start nothing more on it; what runs may still land."""
+
+    def connection_closed(self, connection: int, now: float) -> None:
+        """Nothing of it can land any more."""
+
+    def peer_refused(self, peer: str, reason: str, now: float) -> None:
+        """KV cannot be moved between this peer and us."""
+
+    def _ids(self, claim_id: str, to: str | None) -> dict[str, Any]:
+        return {"generation": self._local.generation, "claim_id": claim_id, "to": to}
+
+    def _send(self, peer: str, message: ClaimMessage) -> None:
+        self._emit(Send(peer, message))

@@ -50,7 +50,9 @@ def test_random_messages_in_any_state_never_raise(seed: int) -> None:
         host(rng, pair, name, step)
         for core in pair.cores.values():
             actions = core.take_actions()
-            claims += [x.message.claim_id for x in actions if isinstance(x, a.Send) and isinstance(x.message, m.ClaimMessage)]
+            claims += [
+                x.message.claim_id for x in actions if isinstance(x, a.Send) and isinstance(x.message, m.ClaimMessage)
+            ]
             core.check_integrity()
             books = core.snapshot()
             assert len(books["peers"]) <= 3
@@ -82,7 +84,7 @@ def host(rng: random.Random, pair: Pair, name: str, step: int) -> None:
             core.transfer_ended(job.job_id, rng.randrange(3), rng.choice(list(a.TransferStatus)), "?", now)
     elif roll == 5:
         for row in core.snapshot()["peers"]:
-            core.peer_closed(row["peer"], row["closing"] or 0, now)
+            core.peer_closed(row["name"], row["closing"] or 0, now)
     elif roll == 6:
         core.abort(f"{rng.choice('rx')}{step - rng.randrange(9)}", now)
 
