@@ -129,7 +129,7 @@ class Consumer(Role):
                 self._on_granted(load, message, now)
             case m.Renewed():
                 self._calls.answered("register", load.claim_id)
-                load.renew_s = min(load.renew_s, now + self._settings.renew_s)
+                load.renew_s = now + self._renew_in_s(message.remaining_ms)
             case m.Verdict() if load.state is LoadState.VERIFYING and message.is_valid and load.granted:
                 self._done(load, load.granted.num_tokens, load.handover.remote_first_token_ids, now)
             case m.Pushed() if load.state is LoadState.TRANSFERRING and load.is_push and message.ok:
@@ -241,6 +241,9 @@ class Consumer(Role):
             return min(load.deadline_s, load.renew_s)
         return min(load.deadline_s, load.connect_s) if self._needs_connection(load) else load.deadline_s
 
+    def _renew_in_s(self, remaining_ms: int) -> float:
+        return min(self._settings.renew_s, remaining_ms / 3000 or inf)
+
     def _needs_connection(self, load: Load) -> bool:
         return not load.is_push or load.state is LoadState.PARKED
 
@@ -265,7 +268,7 @@ class Consumer(Role):
     def _on_granted(self, load: Load, granted: m.Granted, now: float) -> None:
         self._calls.answered("claim", load.claim_id)
         if not load.is_push and load.granted is None and load.state in (LoadState.ANNOUNCED, LoadState.PARKED):
-            load.granted, load.renew_s = granted, now + self._settings.renew_s
+            load.granted, load.renew_s = granted, now + self._renew_in_s(granted.remaining_ms)
             self._read(load, now)
 
     def _read(self, load: Load, now: float) -> None:

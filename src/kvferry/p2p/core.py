@@ -107,7 +107,7 @@ class P2PCore:
 
     # The consumer's host.
 
-    def announce(self, request_id: str, params: dict[str, Any] | m.Handover, now: float) -> None:
+    def announce(self, request_id: str, params: object, now: float) -> None:
         """A request whose KV a peer has; connects and claims ahead. Ends with exactly one `LoadEnded`.
 
         TransferError: `params` (left as they are) cannot be used, or the request is still quarantined; nothing changed.

@@ -23,7 +23,7 @@ left. `decode` refuses what breaks a bound, so a hostile peer costs at most what
 from __future__ import annotations
 
 from enum import Enum
-from typing import Annotated, Any
+from typing import Annotated
 
 import msgspec
 from msgspec import Meta, Struct
@@ -222,8 +222,10 @@ class Handover(Struct, frozen=True, kw_only=True):
         return f"{self.remote_host}:{self.remote_port}"
 
     @classmethod
-    def parse(cls, params: dict[str, Any]) -> Handover:
+    def parse(cls, params: object) -> Handover:
         """Read a client's dictionary, which is left as it is; TransferError names the field that is wrong."""
+        if not isinstance(params, dict):
+            raise TransferError(f"kv_transfer_params is a {type(params).__name__}, an object is needed")
         try:
             known = {name: params[name] for name in cls.__struct_fields__ if params.get(name) is not None}
             return msgspec.convert(known, cls)

@@ -6,8 +6,8 @@ once, as if another request had got it. One-sided transfers read and write cell 
 the core gave the load up; only destroying the connection ends that. Messages are lost, doubled, delayed and overtake
 each other. Engines crash and come back at the same address with empty memory and a new generation, freeze, lose links.
 
-The rules are checked here, by what is in memory and what was promised, never by asking the core. `run` answers the list of
-broken rules.
+The rules are checked here, by what is in memory and what was promised, never by asking the core. `run` answers the
+list of broken rules.
 """
 
 from __future__ import annotations
@@ -239,7 +239,7 @@ class World:
         elif engine.is_alive:
             do()
 
-    def act(self, engine: Engine, action: a.Action) -> None:
+    def act(self, engine: Engine, action: a.Action) -> None:  # noqa: C901 (one case per action)
         match action:
             case a.Send():
                 self.send(engine, action)

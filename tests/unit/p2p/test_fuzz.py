@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import random
 from typing import Any
 
@@ -90,7 +91,7 @@ def host(rng: random.Random, pair: Pair, name: str, step: int) -> None:
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_random_bytes_are_refused_by_name(seed: int) -> None:
+def test_random_bytes_raise_nothing_but_transfer_errors(seed: int) -> None:
     print(f"seed {seed}")
     rng = random.Random(seed)
     ids = {"generation": "0" * 32, "claim_id": "1" * 32, "to": "2" * 32}
@@ -100,10 +101,8 @@ def test_random_bytes_are_refused_by_name(seed: int) -> None:
         for _ in range(rng.randrange(1, 4)):
             if data:
                 data[rng.randrange(len(data))] = rng.randrange(256)
-        try:
+        with contextlib.suppress(TransferError):
             m.decode(bytes(data[: rng.randrange(len(data) + 1)] if rng.random() < 0.3 else data))
-        except TransferError as error:
-            assert "no message of protocol 1" in str(error)
 
 
 @pytest.mark.parametrize(
