@@ -69,7 +69,7 @@ class P2PCore:
         self._last_s: float | None = None
         self._calls = Calls(self.settings.retry_s)
         emit = self._actions.append
-        self._peers = Peers(local, self.settings, check, self._calls, emit)
+        self._peers = Peers(local, self.settings, check, self._calls, emit, new_id)
         self._producer = Producer(local, self.settings, self._peers, self._calls, emit, new_id)
         self._consumer = Consumer(local, self.settings, self._peers, self._calls, emit, new_id)
         self._peers.listen(self._producer, self._consumer)

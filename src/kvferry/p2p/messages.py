@@ -76,7 +76,8 @@ class ClaimMessage(Message, frozen=True, kw_only=True, tag_field="type", forbid_
 class Hello(Message, frozen=True, tag="hello"):
     """Who I am and how my KV lies; `geometry` is opaque here, `transports` holds per name one blob per rank.
 
-    `epoch` rises with every connection the sender destroyed: what belongs to a lower one is over.
+    `epoch` rises with every connection the sender destroyed: what belongs to a lower one is over. An answer repeats
+    the `nonce` of the question; only answers are believed, since a question may come from a life that is over.
     """
 
     engine_id: Name
@@ -84,6 +85,7 @@ class Hello(Message, frozen=True, tag="hello"):
     geometry: Annotated[bytes, Meta(max_length=1 << 20)]
     transports: Annotated[dict[Name, RankBlobs], Meta(max_length=16)]
     epoch: Epoch
+    nonce: Nonce
     is_answer: bool
 
 

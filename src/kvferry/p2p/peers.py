@@ -8,9 +8,10 @@
        └─────────────────────────── failed ◄────── peer_closed ────── closing ◄┘
 
 A connection is closed before the next one is opened, and numbers are never used twice, so whatever was bound to a
-connection (a load, a claim) knows when nothing of it can land any more. A peer's generation is its life: a Hello of
-another generation at the same address means that it restarted; what was bound to the old life fails, the old
-connection is destroyed, and a new handshake follows. Hellos of lives that are over are ignored.
+connection (a load, a claim) knows when nothing of it can land any more. A peer's generation is its life: an answer
+of another generation at the same address means that it restarted; what was bound to the old life fails, the old
+connection is destroyed, and a new handshake follows. So it does when the peer destroyed its end (its epoch rose).
+A Hello that nobody asked for may be late, from a life that is over: it only makes us ask.
 
 After a failure: everything bound to the connection was told (`connection_failing`), `ClosePeer` was asked for once,
 and `connection_closed` follows when the driver says so, never on our own guess.
@@ -18,9 +19,8 @@ and `connection_closed` follows when the driver says so, never on our own guess.
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable, Set
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from math import inf
 from typing import Any
 
@@ -48,14 +48,14 @@ class Peer:
     is_up: bool = False  # the control link
     is_dialling: bool = False
     hello: Hello | None = None  # of the life we talk to
-    is_greeted: bool = False  # by this hello, while the connection was closing
+    nonce: str = ""  # of our last question
+    is_asked: bool = False  # somebody wants a connection, as soon as this one is closed
     epoch: int = 0  # ours towards it, in our hello
     connection: int | None = None
     closing: int | None = None
     refusal: str = ""
     num_failures: int = 0
     retry_s: float = 0.0
-    ended_lives: deque[str] = field(default_factory=lambda: deque(maxlen=16))
 
     @property
     def generation(self) -> str | None:
@@ -82,8 +82,10 @@ class Peers:
         check: GeometryCheck,
         calls: Calls,
         emit: Emit,
+        new_id: Callable[[], str],
     ) -> None:
-        self._local, self._settings, self._check, self._calls, self._emit = local, settings, check, calls, emit
+        self._local, self._settings, self._check = local, settings, check
+        self._calls, self._emit, self._new_id = calls, emit, new_id
         self._peers: dict[str, Peer] = {}
         self._num_connections = 0
         self._num_closed = 0
@@ -134,34 +136,28 @@ class Peers:
             self._back_off(peer, now)
 
     def on_hello(self, name: str, hello: Hello, now: float) -> None:
-        """A peer introduced itself."""
-        peer = self._record(name, now)
-        if peer is None or hello.generation in peer.ended_lives:
+        """A peer introduced itself: answer its question, or believe its answer to ours."""
+        if (peer := self._record(name, now)) is None:
             return
         peer.is_up, peer.is_dialling, peer.heard_s = True, False, now
-        if peer.hello and not same_life(peer.generation, hello.generation):
-            peer.ended_lives.append(peer.hello.generation)
-            peer.hello = None
-            self.close(peer, f"{name} restarted", now)
-        if peer.hello and hello.epoch < peer.hello.epoch:
-            return
-        if peer.hello and hello.epoch > peer.hello.epoch:
-            self.close(peer, f"{name} destroyed its end", now)
-        self._calls.answered("hello", name)
-        if differences := self._differences(hello):
-            self._emit(Send(name, HelloRefused(tuple(differences), generation=self._local.generation)))
-            self._refuse(peer, "; ".join(differences), now)
-            return
+        differences = self._differences(hello)
         if not hello.is_answer:
-            self._emit(Send(name, self._hello(peer, is_answer=True)))
-        peer.hello, peer.is_greeted = hello, True
-        self._open(peer, now)
+            self._answer(peer, hello, differences, now)
+        elif hello.nonce == peer.nonce and self._calls.answered("hello", name):
+            if differences:
+                self._refuse(peer, "; ".join(differences), now)
+                return
+            if peer.hello and not same_life(peer.generation, hello.generation):
+                self.close(peer, f"{name} restarted", now)
+            elif peer.hello and peer.hello.epoch != hello.epoch:
+                self.close(peer, f"{name} destroyed its end", now)
+            peer.hello, peer.is_asked = hello, True
+            self._open(peer, now)
 
     def on_hello_refused(self, name: str, message: HelloRefused, now: float) -> None:
         """A peer cannot exchange KV with us."""
         peer = self._peers.get(name)
-        if peer is not None and message.generation not in peer.ended_lives:
-            self._calls.answered("hello", name)
+        if peer is not None and self._calls.answered("hello", name):
             self._refuse(peer, "; ".join(message.differences), now)
 
     def sender(self, name: str, message: ClaimMessage, now: float) -> Peer | None:
@@ -173,7 +169,7 @@ class Peers:
         is_known = same_life(peer.generation, generation) and same_life(message.to, self._local.generation)
         if is_known:
             peer.heard_s = now
-        if (not is_known and generation not in peer.ended_lives) or (is_known and peer.connection is None):
+        if not is_known or peer.connection is None:
             self._greet(peer, now)
         return peer if is_known and peer.hello else None
 
@@ -182,7 +178,7 @@ class Peers:
         if peer.connection is not None:
             self._num_closed += 1
             self._calls.answered("hello", peer.name)
-            peer.closing, peer.connection, peer.epoch, peer.is_greeted = peer.connection, None, self._num_closed, False
+            peer.closing, peer.connection, peer.epoch, peer.is_asked = peer.connection, None, self._num_closed, False
             self._emit(ClosePeer(peer.name, peer.closing, reason))
             for listener in self._listeners:
                 listener.connection_failing(peer.closing, reason, now)
@@ -200,7 +196,8 @@ class Peers:
             peer.closing = None
             for listener in self._listeners:
                 listener.connection_closed(connection, now)
-            self._open(peer, now)
+            if peer.is_asked and peer.is_up:
+                self._greet(peer, now)
 
     def forgive(self, now: float) -> None:
         """We were frozen ourselves: nobody owes us answers since before."""
@@ -248,16 +245,31 @@ class Peers:
             self._peers[name] = Peer(name, heard_s=now, epoch=self._num_closed)
         return self._peers.get(name)
 
-    def _hello(self, peer: Peer, *, is_answer: bool) -> Hello:
+    def _hello(self, peer: Peer, nonce: str, *, is_answer: bool) -> Hello:
         me = self._local
-        transports = dict(me.transports)
-        return Hello(me.engine_id, PROTOCOL, me.geometry, transports, peer.epoch, is_answer, generation=me.generation)
+        ours = dict(me.transports)
+        return Hello(me.engine_id, PROTOCOL, me.geometry, ours, peer.epoch, nonce, is_answer, generation=me.generation)
 
     def _greet(self, peer: Peer, now: float) -> None:
+        """Ask for a Hello: at once, so that the peer is answered before what we send next."""
         if peer.closing is None and not self._calls.has("hello", peer.name, now):
-            deadline = now + self._settings.handshake_s
-            peer.retry_s = deadline
-            self._calls.start("hello", peer.name, peer.name, None, self._hello(peer, is_answer=False), now, deadline)
+            peer.nonce, peer.retry_s = self._new_id(), now + self._settings.handshake_s
+            question = self._hello(peer, peer.nonce, is_answer=False)
+            self._emit(Send(peer.name, question))
+            again_s = now + self._settings.retry_s
+            self._calls.start("hello", peer.name, peer.name, None, question, again_s, peer.retry_s)
+
+    def _answer(self, peer: Peer, hello: Hello, differences: list[str], now: float) -> None:
+        if differences:
+            self._emit(Send(peer.name, HelloRefused(tuple(differences), generation=self._local.generation)))
+            return
+        peer.is_asked = True
+        is_known = peer.hello is not None and same_life(peer.generation, hello.generation)
+        is_current = is_known and peer.hello is not None and peer.hello.epoch == hello.epoch
+        if peer.connection is None or not is_current:
+            self._greet(peer, now)
+        if peer.closing is None and (peer.connection is None or is_current):  # else after our old end is destroyed too
+            self._emit(Send(peer.name, self._hello(peer, hello.nonce, is_answer=True)))
 
     def _differences(self, hello: Hello) -> list[str]:
         if hello.protocol != PROTOCOL:
@@ -269,7 +281,7 @@ class Peers:
         return [line[:2048] for line in self._check(self._local.geometry, hello.geometry)[:256]]
 
     def _open(self, peer: Peer, now: float) -> None:
-        if peer.connection is None and peer.closing is None and peer.hello is not None and peer.is_greeted:
+        if peer.connection is None and peer.closing is None and peer.hello is not None:
             self._num_connections += 1
             peer.connection, peer.refusal, peer.num_failures, peer.retry_s = self._num_connections, "", 0, 0.0
             self._emit(OpenPeer(peer.name, peer.connection, peer.hello))
