@@ -2,8 +2,8 @@
 
 Engines have memory: a block is a list of cells (one per rank), a cell holds a value. A request's KV is the tuple
 (request, group, position, cell), so that one wrong, stale or missing cell is seen. A freed block is overwritten at
-once, as if another request had got it. One-sided transfers read and write cell by cell, each at its own time, also after
-the core gave the load up; only destroying the connection ends that. Messages are lost, doubled, delayed and overtake
+once, as if another request had got it. One-sided transfers read and write cell by cell, each at its own time, also
+after the core gave the load up; only destroying the connection ends that. Messages are lost, doubled, delayed and overtake
 each other. Engines crash and come back at the same address with empty memory and a new generation, freeze, lose links.
 
 The rules are checked here, by what is in memory and what was promised, never by asking the core. `run` answers the

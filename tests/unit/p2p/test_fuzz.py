@@ -23,14 +23,15 @@ def some(rng: random.Random, name: str, ids: list[str], claims: list[str]) -> An
     values = {
         "generation": lambda: rng.choice(ids), "to": lambda: rng.choice(ids), "claim_id": lambda: rng.choice(claims),
         "lease_id": lambda: rng.choice(claims), "lease_generation": lambda: rng.choice(ids),
+        "nonce": lambda: rng.choice(claims), "epoch": lambda: rng.choice((0, 0, 1, 5)),
         "engine_id": lambda: rng.choice(("id-d", "id-p", "x")), "protocol": lambda: rng.choice((1, 1, 1, 2)),
         "geometry": lambda: b"geometry", "transports": lambda: rng.choice(({"fake": (b"",)}, {}, {"other": ()})),
-        "nonce": lambda: rng.choice(claims), "epoch": lambda: rng.choice((0, 0, 1, 5)), "is_answer": lambda: rng.random() < 0.5,
-        "differences": lambda: ("no",), "blocks": lambda: blocks, "num_tokens": lambda: rng.randrange(30),
-        "remaining_ms": lambda: rng.randrange(9000), "why": lambda: rng.choice(list(m.Why)),
-        "is_valid": lambda: rng.random() < 0.5, "transfer_id": lambda: rng.choice("tuv"),
-        "first_token": lambda: rng.randrange(9), "end_token": lambda: 8 + rng.randrange(9), "ok": lambda: rng.random() < 0.5,
-        "reason": lambda: "?", "first_token_ids": lambda: (1, 2),
+        "is_answer": lambda: rng.random() < 0.5, "differences": lambda: ("no",), "blocks": lambda: blocks,
+        "num_tokens": lambda: rng.randrange(30), "remaining_ms": lambda: rng.randrange(9000),
+        "why": lambda: rng.choice(list(m.Why)), "is_valid": lambda: rng.random() < 0.5,
+        "transfer_id": lambda: rng.choice("tuv"), "first_token": lambda: rng.randrange(9),
+        "end_token": lambda: 8 + rng.randrange(9), "ok": lambda: rng.random() < 0.5, "reason": lambda: "?",
+        "first_token_ids": lambda: (1, 2),
     }  # fmt: skip
     return values[name]()
 
