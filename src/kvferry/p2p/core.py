@@ -19,7 +19,8 @@ thread at a time, runs the actions in order, and calls `tick` no later than `nex
 What makes an unreliable world harmless:
   loss            every request is repeated until it is answered or its deadline passed
   repeats         handlers give the same answer again; ended claims are remembered with their answer
-  late messages   bound to a claim id and to one life (generation) of the sender; no message opens a claim twice
+  late messages   bound to a claim id and to one life (generation) of sender and receiver; no message opens a claim
+                  twice; a registration counts only on the connection (epoch) it was made for; a Hello only as an answer
   late bytes      blocks are quarantined until nothing can land in them; reads count only after the lease was confirmed
   restarts        a new generation at the same address ends everything of the old one
   silence         every wait has a deadline; a peer that owes answers and is silent is given up

@@ -2,9 +2,10 @@
 
 Engines have memory: a block is a list of cells (one per rank), a cell holds a value. A request's KV is the tuple
 (request, group, position, cell), so that one wrong, stale or missing cell is seen. A freed block is overwritten at
-once, as if another request had got it. One-sided transfers read and write cell by cell, each at its own time, also
-after the core gave the load up; only destroying the connection ends that. Messages are lost, doubled, delayed and overtake
-each other. Engines crash and come back at the same address with empty memory and a new generation, freeze, lose links.
+once, as if another request had got it. One-sided transfers read and write cell by cell, each at its own time,
+also after the core gave the load up; only destroying the connection ends that. Messages are lost, doubled, delayed and
+overtake each other. Engines crash and come back at the same address with empty memory and a new generation, freeze,
+lose links.
 
 The rules are checked here, by what is in memory and what was promised, never by asking the core. `run` answers the
 list of broken rules.
@@ -444,7 +445,10 @@ class World:
         """The producer's host starts a request."""
         engine = self.engines[request.source]
         num_blocks = -(-request.num_tokens // 4)
-        if not engine.is_alive or len(engine.free) < 2 * num_blocks + 4:
+        if not engine.is_alive:
+            return
+        if len(engine.free) < 2 * num_blocks + 4:
+            self.at(0.1, lambda: self.awake(engine, lambda: self.begin(request)))
             return
         blocks = [self.take_blocks(engine, num_blocks + 1) for _ in RULES]  # one block of lookahead
         for group, ids in enumerate(blocks):
