@@ -219,6 +219,26 @@ def test_a_registration_of_a_destroyed_connection_starts_no_write() -> None:
     assert not pair.take(P, a.StartTransfer)
 
 
+def test_a_registration_for_an_earlier_life_of_the_producer_starts_no_write() -> None:
+    """Nor does the new life get to know D before D has destroyed what it had with the old one."""
+    pair = Pair()
+    held: list[m.Message] = []
+    pair.lost = lambda message: isinstance(message, m.Register) and not held.append(message)
+    pair.load(D, PUSH)
+    pair.restart(P)
+    of_d = pair.cores[D].local.generation
+    pair.lost = lambda x: (
+        isinstance(x, m.Register) or (isinstance(x, m.Hello) and x.generation == of_d and not x.is_answer)
+    )
+    pair.call(P, "request_started", "r", "t", 1)
+    pair.call(P, "finish", "r", a.FinishReason.STOP, [[1, 2, 3], [4, 5, 6]], 12, [7])
+    for _ in range(2):
+        pair.cores[P].message(D, held[0], pair.now)
+        pair.settle()
+    assert not pair.take(P, a.OpenPeer)
+    assert not pair.take(P, a.StartTransfer)
+
+
 def test_consumers_are_a_set_repeats_count_once() -> None:
     pair = Pair((P, D, E), lease_s=50)
     params = pair.finish(consumers=2)
