@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import msgspec
 import pytest
 from pair import RULES, D, E, P, Pair
 
@@ -374,6 +375,17 @@ def test_idle_peers_are_evicted() -> None:
     pair.advance(30)
     assert [core.snapshot()["peers"] for core in pair.cores.values()] == [[], []]
     assert all(core.next_deadline() == float("inf") or core.next_deadline() > pair.now for core in pair.cores.values())
+
+
+def test_snapshot_says_what_is_open_in_plain_values() -> None:
+    pair = Pair()
+    started(pair)
+    books = {name: msgspec.json.decode(msgspec.json.encode(core.snapshot())) for name, core in pair.cores.items()}
+    (lease,) = books[P]["producer"]
+    assert (lease["request_id"], lease["state"], lease["claims"][0]["consumer"]) == ("r", "claimed", "id-d")
+    (load,) = books[D]["consumer"]
+    assert (load["request_id"], load["state"], load["ranks"], load["peer"]) == ("x", "transferring", [0, 1], P)
+    assert [peer["state"] for peer in books[D]["peers"]] == ["open"]
 
 
 def test_fewer_tokens_than_wanted_is_a_failure() -> None:
