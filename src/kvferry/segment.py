@@ -63,7 +63,9 @@ class Segment:
         except BaseException as error:
             os.unlink(path)
             os.close(fd)
-            raise NoRoom(str(error)) from error if isinstance(error, OSError) else error
+            if isinstance(error, OSError):
+                raise NoRoom(str(error)) from error
+            raise
 
     @classmethod
     def attach(cls, path: str, num_bytes: int, header: bytes, *, what: str, populate: bool = True) -> Segment:
@@ -76,12 +78,11 @@ class Segment:
             fd = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
         except OSError as error:
             raise HostError(
-                f"cannot map the {what} {path}: {error.strerror}; its owner has ended, or runs on another machine or in a "
-                "container that does not share this folder"
+                f"cannot map the {what} {path}: {error.strerror}; its owner has ended, or runs on another machine or "
+                "in a container that does not share this folder"
             ) from error
         try:
-            if os.fstat(fd).st_size != num_bytes or os.pread(fd, len(header), 0) != header:
-                raise HostError(f"{path} is not the {what} it is said to be: nonce, version or size differ")
+            _check_is(fd, path, num_bytes, header, what)
             return cls(path, fd, num_bytes, is_owner=False, populate=populate)
         except BaseException:
             os.close(fd)
@@ -94,7 +95,7 @@ class Segment:
     def close(self) -> None:
         """Give the mapping up; the owner also unlinks the file. Idempotent. No copy by address may be under way.
 
-        While somebody still holds a buffer of `map`, the mapping stays until the last of those is gone.
+        While somebody still holds `map` or a buffer of it (a tensor), the mapping stays until the last has gone.
         """
         if self._is_closed:
             return
@@ -102,9 +103,14 @@ class Segment:
         if self.is_owner:
             with suppress(FileNotFoundError):
                 os.unlink(self.path)
-        with suppress(BufferError):
-            self.map.close()
+            fcntl.flock(self._fd, fcntl.LOCK_UN)  # the mapping has a descriptor of its own, with the same lock
+        del self.map
         os.close(self._fd)
+
+
+def is_segment_path(path: str) -> bool:
+    """Whether a segment could lie there; for paths that others have named."""
+    return os.path.isabs(path) and _NAME.fullmatch(os.path.basename(path)) is not None
 
 
 def sweep_dead_segments(folder: Path) -> list[Path]:
@@ -135,6 +141,11 @@ def sweep_dead_segments(folder: Path) -> list[Path]:
 def _new_name(engine_id: str) -> str:
     readable = re.sub("[^A-Za-z0-9]", "", engine_id)[:16] or "engine"
     return f"kvferry-{readable}-{os.getpid()}-{secrets.token_hex(8)}"
+
+
+def _check_is(fd: int, path: str, num_bytes: int, header: bytes, what: str) -> None:
+    if os.fstat(fd).st_size != num_bytes or os.pread(fd, len(header), 0) != header:
+        raise HostError(f"{path} is not the {what} it is said to be: nonce, version or size differ")
 
 
 def _is_locked(fd: int) -> bool:

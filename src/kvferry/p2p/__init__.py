@@ -1,0 +1,1 @@
+"""Engine to engine: hand the KV of a finished prefill over to another engine. See `core` for the drawing."""
