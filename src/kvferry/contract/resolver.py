@@ -118,6 +118,22 @@ BUILT_INS = (
         "Fills the KV of prompts with noise, so that decoding alone is measured; answers mean nothing.",
         "torch comes with the host; for the embedded engine: pip install 'kvferry[engine]'",
     ),
+    Target(
+        "LMCacheMPConnector",
+        "kvferry.connectors.lmcache_mp",
+        "LMCacheMPConnector",
+        Origin.BUILT_IN,
+        "Keeps KV in an LMCache server; in vLLM with LMCache's own class where that is installed.",
+        "pip install 'kvferry[lmcache]'; torch comes with the host",
+    ),
+    Target(
+        "LMCacheMPConnectorUpstream",
+        "kvferry.connectors.lmcache_mp",
+        "LMCacheMPConnectorUpstream",
+        Origin.BUILT_IN,
+        "Keeps KV in an LMCache server, always with kvferry's own client.",
+        "pip install 'kvferry[lmcache]'; torch comes with the host",
+    ),
 )
 """All connectors kvferry ships."""
 

@@ -1,0 +1,174 @@
+"""Asks the server what it has, on a thread of its own, so that nobody in the engine waits for it."""
+
+from __future__ import annotations
+
+import logging
+import queue
+import threading
+import time
+from typing import NamedTuple
+
+from kvferry.errors import HostError, TransferError
+from kvferry.lmcache.config import LMCacheConfig
+from kvferry.lmcache.wire import ServerConnection, ServerKey
+
+logger = logging.getLogger(__name__)
+
+RETRY_S = 2.0
+"""How often a server that is gone is looked for again."""
+RETRY_TIMEOUT_S = 1.0
+_POLL_S = 0.002
+
+
+class _Order(NamedTuple):
+    operation: str
+    key: ServerKey
+
+
+class Lookups:
+    """One engine's questions: `begin`, then `result` until it is not None, then `release` what will not be read, and
+    `end` when nobody will read any more. None of these waits.
+
+    What a lookup finds stays locked at the server until it is read or released (else for minutes). While the server
+    is gone every answer is "nothing".
+    """
+
+    def __init__(self, config: LMCacheConfig, chunk_tokens: int) -> None:
+        self._config = config
+        self._chunk_tokens = chunk_tokens
+        self._connection = ServerConnection(config.url)
+        self._orders: queue.SimpleQueue[_Order | None] = queue.SimpleQueue()
+        self._pending: dict[str, ServerKey] = {}
+        self._results: dict[str, int] = {}
+        self._abandoned: set[str] = set()
+        """Nobody wants their answers any more."""
+        self._lock = threading.Lock()
+        self.is_down = False
+        self._next_try_s = 0.0
+        self._next_beat_s = 0.0
+        self._thread = threading.Thread(target=self._main, name="kvferry-lmcache-lookup", daemon=True)
+        self._thread.start()
+
+    def begin(self, key: ServerKey) -> None:
+        """Ask for the longest prefix of the key's range that the server has, and lock it for all workers."""
+        if self.is_down:
+            self._results[key.request_id] = 0
+        else:
+            self._orders.put(_Order("lookup", key))
+
+    def result(self, request_id: str) -> int | None:
+        """Chunks that were found; None while the answer is out."""
+        return self._results.get(request_id)
+
+    def release(self, key: ServerKey) -> None:
+        """Unlock the key's range of what a lookup found."""
+        if key.start < key.end:
+            self._orders.put(_Order("free_lookup_locks", key))
+
+    def end(self, key: ServerKey) -> None:
+        """Nobody will ask again; a lookup that is still out is released when it answers."""
+        with self._lock:
+            if self._results.pop(key.request_id, None) is None:
+                self._abandoned.add(key.request_id)
+        self._orders.put(_Order("end_session", key))
+
+    def close(self) -> None:
+        """Stop; blocks until the call that is under way has ended (at most the timeouts)."""
+        self._orders.put(None)
+        self._thread.join()
+
+    # ---- the thread -------------------------------------------------------------------------------------------
+
+    def _main(self) -> None:
+        try:
+            while self._turn():
+                pass
+        except Exception:  # thread main: the cache is lost, the engine lives
+            logger.exception("LMCache lookups have ended: nothing is found any more")
+            self._lose("the thread has ended")
+        finally:
+            self._connection.close()
+
+    def _turn(self) -> bool:
+        order: _Order | None
+        try:
+            wait_s = _POLL_S if self._pending else min(RETRY_S, self._config.heartbeat_interval)
+            order = self._orders.get(timeout=wait_s)
+        except queue.Empty:
+            return self._guarded(None)
+        return order is not None and self._guarded(order)
+
+    def _guarded(self, order: _Order | None) -> bool:
+        try:
+            if self.is_down:
+                if order is not None and order.operation == "lookup":
+                    self._answer(order.key.request_id, 0)
+                self._look_for_server()
+            elif order is not None:
+                self._run(order)
+            self._poll()
+            self._beat()
+        except TransferError as err:
+            if order is not None and order.operation == "lookup":
+                self._answer(order.key.request_id, 0)
+            self._lose(str(err))
+        return True
+
+    def _run(self, order: _Order) -> None:
+        timeout_s, (operation, key) = self._config.lookup_timeout_s, order
+        if operation == "end_session":
+            if key.request_id not in self._pending:
+                self._abandoned.discard(key.request_id)
+                self._connection.call(operation, key.request_id, returns=None, timeout_s=timeout_s)
+            return
+        self._connection.call(operation, key, key.world_size, returns=None, timeout_s=timeout_s)
+        if operation == "lookup":
+            self._pending[key.request_id] = key
+
+    def _poll(self) -> None:
+        timeout_s = self._config.lookup_timeout_s
+        for request_id, key in list(self._pending.items()):
+            found = self._connection.call("query_prefetch_status", request_id, returns=int | None, timeout_s=timeout_s)
+            if found is None:
+                continue
+            del self._pending[request_id]
+            if not self._answer(request_id, found):
+                self._run(_Order("free_lookup_locks", key.part(0, found * self._chunk_tokens, None)))
+                self._run(_Order("end_session", key))
+
+    def _answer(self, request_id: str, found: int) -> bool:
+        """False when nobody wants to know."""
+        with self._lock:
+            is_wanted = request_id not in self._abandoned
+            self._abandoned.discard(request_id)
+            if is_wanted:
+                self._results[request_id] = found
+            return is_wanted
+
+    def _beat(self) -> None:
+        if not self.is_down and time.monotonic() >= self._next_beat_s:
+            self._connection.call("ping", None, returns=bool, timeout_s=self._config.lookup_timeout_s)
+            self._next_beat_s = time.monotonic() + self._config.heartbeat_interval
+
+    def _lose(self, why: str) -> None:
+        if not self.is_down:
+            logger.warning("LMCache is not asked until it answers again: %s", why)
+        self.is_down = True
+        self._next_try_s = time.monotonic() + RETRY_S
+        for request_id in self._pending:
+            self._answer(request_id, 0)
+        self._pending.clear()
+
+    def _look_for_server(self) -> None:
+        if time.monotonic() < self._next_try_s:
+            return
+        self._next_try_s = time.monotonic() + RETRY_S
+        try:
+            chunk_tokens = self._connection.probe(timeout_s=RETRY_TIMEOUT_S)
+        except HostError:
+            return
+        if chunk_tokens != self._chunk_tokens:
+            logger.error("LMCache is back with chunks of %d tokens, not %d", chunk_tokens, self._chunk_tokens)
+            return
+        logger.info("LMCache answers again")
+        self.is_down = False
