@@ -137,7 +137,7 @@ class ServerConnection:
         if http_port is not None:
             self._check_version(http_port, timeout_s)
         try:
-            chunk_tokens = self.call("get_chunk_size", returns=int, timeout_s=timeout_s)
+            chunk_tokens: int = self.call("get_chunk_size", returns=int, timeout_s=timeout_s)
             self.call("ping", None, returns=bool, timeout_s=timeout_s)
         except TransferError as err:
             raise HostError(

@@ -11,7 +11,7 @@ import hashlib
 import logging
 import secrets
 from collections import deque
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import count
 from typing import Any
 
@@ -43,6 +43,7 @@ from kvferry.types import NULL_BLOCK_ID
 logger = logging.getLogger(__name__)
 
 _MEDIUM = "lmcache"
+_WAYS = ("load", "store")
 _FORBIDDEN_IN_SALT = frozenset("@/\\\x00")
 _MAX_SALT_CHARACTERS = 128
 
@@ -97,6 +98,8 @@ class LMCacheSchedulerSide(SchedulerSide):
         self._computed: deque[_Job] = deque()
         """Stores that wait for the outcome of their step."""
         self._known_step = 0
+        self._bad: set[bytes] = set()
+        """Chunks the server has other bytes of than were stored. It cannot be told so, hence they are not asked for."""
         self._new_loads: list[TransferJob] = []
         self._num_pinned = 0
         self._pool: Any = None
@@ -164,9 +167,8 @@ class LMCacheSchedulerSide(SchedulerSide):
             return 0, False
         if state.num_hit_chunks is None and not self._look_up(state, num_computed_tokens):
             return None, False
-        hit = (state.num_hit_chunks or 0) * self.server.chunk_tokens
+        hit = self._num_good_chunks(state) * self.server.chunk_tokens
         if hit <= num_computed_tokens:
-            self._release(state)
             return 0, False
         state.num_local_tokens = num_computed_tokens
         return hit - num_computed_tokens, True
@@ -201,10 +203,17 @@ class LMCacheSchedulerSide(SchedulerSide):
             self._stalled_waits += 1
             logger.warning("request %s stops waiting for LMCache", state.view.request_id)
             self._let_go(state)
-        state.num_hit_chunks = min(found or 0, state.view.num_tokens // self.server.chunk_tokens)
+        state.num_hit_chunks = found or 0
         state.is_locked = bool(found)
         state.num_chunks_seen = max(state.num_chunks_seen, state.num_hit_chunks)
         return True
+
+    def _num_good_chunks(self, state: _Request) -> int:
+        """What was found, up to the first chunk that is known to be bad."""
+        assert state.chain is not None
+        found = state.num_hit_chunks or 0
+        ends = ((chunk + 1) * self.server.chunk_tokens for chunk in range(found if self._bad else 0))
+        return next((i for i, end in enumerate(ends) if state.chain.value_at(end) in self._bad), found)
 
     def _key(self, state: _Request, end: int) -> ServerKey:
         tokens = tuple(state.view.token_ids[:end])
@@ -223,17 +232,19 @@ class LMCacheSchedulerSide(SchedulerSide):
         told = repr((state.chain.root.hex(), media, self._epoch))
         return f"kvferry-{hashlib.sha256(told.encode()).hexdigest()[:32]}"
 
-    def _release(self, state: _Request, first_chunk: int = 0, end_chunk: int | None = None) -> None:
+    def _release(self, state: _Request, first_chunk: int, end_chunk: int) -> None:
         """Unlock found chunks that will not be read."""
         if state.is_locked and state.key is not None:
-            end = state.num_hit_chunks if end_chunk is None else end_chunk
             chunk_tokens = self.server.chunk_tokens
-            self.lookups.release(state.key.part(first_chunk * chunk_tokens, (end or 0) * chunk_tokens, None))
+            self.lookups.release(state.key.part(first_chunk * chunk_tokens, end_chunk * chunk_tokens, None))
+
+    def _release_all(self, state: _Request) -> None:
+        self._release(state, 0, state.num_hit_chunks or 0)
         state.is_locked = False
 
     def _let_go(self, state: _Request) -> None:
         """End the request's session at the server."""
-        self._release(state)
+        self._release_all(state)
         if state.key is not None:
             self.lookups.end(state.key)
         state.key, state.is_looking = None, False
@@ -246,7 +257,7 @@ class LMCacheSchedulerSide(SchedulerSide):
         if state.load is LoadState.RUNNING:
             return
         if num_external_tokens == 0:
-            self._release(state)
+            self._release_all(state)
             if state.is_looking:
                 self._let_go(state)
         else:
@@ -258,6 +269,8 @@ class LMCacheSchedulerSide(SchedulerSide):
         start, end = state.num_local_tokens, state.num_local_tokens + num_tokens
         chunk_tokens = self.server.chunk_tokens
         self._release(state, 0, start // chunk_tokens)
+        self._release(state, -(-end // chunk_tokens), state.num_hit_chunks or 0)
+        state.is_locked = False  # the workers' reads unlock the rest
         moves = []
         for chunk in range(start // chunk_tokens, -(-end // chunk_tokens)):
             first = max(start, chunk * chunk_tokens) // self._block_tokens
@@ -329,8 +342,8 @@ class LMCacheSchedulerSide(SchedulerSide):
     # ---- ends -------------------------------------------------------------------------------------------------
 
     def update_connector_output(self, connector_output: KVConnectorOutput) -> None:
-        """Take in what became of steps and jobs. What was computed beside another connector's failed load is dropped."""
-        if connector_output.invalid_block_ids or getattr(connector_output, "failed_blocks", ()):
+        """Take in what became of steps and jobs; what was computed beside another's failed load is dropped."""
+        if connector_output.invalid_block_ids or getattr(connector_output, "failed_blocks", None):
             while self._computed:
                 record = self._computed.popleft()
                 self._see_again(record)
@@ -348,6 +361,8 @@ class LMCacheSchedulerSide(SchedulerSide):
         self._count(record, item)
         record.ranks.add(item.rank)
         record.has_failed |= item.error is not None
+        if item.bad_chain_value is not None:
+            self._bad.add(item.bad_chain_value)
         if len(record.ranks) == self.host.world_size:
             del self._jobs[item.job_id]
             self._end(record)
@@ -413,9 +428,14 @@ class LMCacheSchedulerSide(SchedulerSide):
 
     def get_kv_connector_stats(self) -> ConnectorStats:
         """Totals since start, in the vocabulary of all connectors."""
+        failed = {what: sum(n for why, n in self._moved.failures.items() if why.startswith(what)) for what in _WAYS}
         return ConnectorStats(
-            media={_MEDIUM: self._moved},
+            media={_MEDIUM: replace(self._moved, failures=dict(self._moved.failures))},
             hit_tokens={_MEDIUM: self._hit_tokens},
-            fallbacks={"stalled wait": self._stalled_waits, "dropped store": self._moved.num_dropped},
+            fallbacks={
+                "stalled wait": self._stalled_waits,
+                "dropped store": self._moved.num_dropped,
+                **{f"failed {what}": number for what, number in failed.items()},
+            },
             held_blocks=self._num_pinned,
         )
