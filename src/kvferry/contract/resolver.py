@@ -25,7 +25,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, cast
 
-from kvferry.config import KVTransferConfig
+from kvferry.config import KVTransferConfig, lmcache_upstream_environment
 from kvferry.contract.base import CONNECTOR_API, KVConnectorBase_V1
 from kvferry.errors import (
     ConfigError,
@@ -235,6 +235,10 @@ class ConnectorResolver:
         if path is None:
             return self._named(name, transfer.on_shadow)
         target = Target(name, path, name, Origin.MODULE)
+        if name == "LMCacheMPConnector" and lmcache_upstream_environment():
+            logger.warning(
+                "LMCACHE_USE_UPSTREAM_MP is set, but kv_connector_module_path=%r says which class runs", path
+            )
         self._tell_shadows([target, *self._offers(name)], transfer.on_shadow)
         return target
 

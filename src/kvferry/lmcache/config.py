@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import logging
+import sys
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
 from kvferry.config import GIB, lmcache_upstream_environment, parse_settings
 from kvferry.errors import ConfigError, did_you_mean
+
+logger = logging.getLogger(__name__)
 
 EXTRA_CONFIG = "kv_connector_extra_config"
 UPSTREAM_VARIABLE = "LMCACHE_USE_UPSTREAM_MP"
@@ -100,7 +104,20 @@ def implementation_asked_for(extra_config: Mapping[str, Any]) -> tuple[Implement
     return "builtin", f"environment variable {UPSTREAM_VARIABLE}"
 
 
-def settings_of_package(extra_config: Mapping[str, Any]) -> list[str]:
-    """Keys of kvferry's own that LMCache's connector does not read."""
-    own = {f.name for f in fields(LMCacheConfig)} - {"implementation"}
-    return sorted(own & set(extra_config))
+def builtin_config(extra_config: Mapping[str, Any], side: str) -> LMCacheConfig:
+    """The settings of one side of the built-in connector, which says so. ConfigError when another one is asked for."""
+    setting = check_builtin(extra_config)
+    version = sys.modules["kvferry"].__version__  # an import of the top package would point upwards
+    logger.info("LMCacheMPConnector (%s): the built-in one of kvferry %s (%s)", side, version, setting)
+    return LMCacheConfig.parse(extra_config)
+
+
+def check_builtin(extra_config: Mapping[str, Any]) -> str:
+    """Which setting leads to the built-in connector. ConfigError when the configuration asks for the package's."""
+    asked, setting = implementation_asked_for(extra_config)
+    if asked == "package":
+        raise ConfigError(
+            f"{EXTRA_CONFIG}.implementation='package': the class of the lmcache package runs in vLLM only, by the name "
+            "LMCacheMPConnector; this is kvferry's built-in one: use 'auto' or 'builtin'"
+        )
+    return setting

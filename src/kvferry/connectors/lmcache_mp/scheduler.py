@@ -35,7 +35,7 @@ from kvferry.contract.stats import ConnectorStats, MediumStats
 from kvferry.contract.views import BlockIds, RequestView, ScheduledRequest, StepView
 from kvferry.errors import ConfigError
 from kvferry.hashing import KeyChain
-from kvferry.lmcache.config import LMCacheConfig
+from kvferry.lmcache.config import builtin_config
 from kvferry.lmcache.lookups import Lookups
 from kvferry.lmcache.wire import ServerKey
 from kvferry.types import NULL_BLOCK_ID
@@ -86,7 +86,7 @@ class LMCacheSchedulerSide(SchedulerSide):
 
     def __init__(self, host: HostInfo, clock: Clock | None = None) -> None:
         super().__init__(host)
-        self.config = LMCacheConfig.parse(host.extra_config)
+        self.config = builtin_config(host.extra_config, "scheduler")
         self._block_tokens = only_group(host).block_tokens
         self._clock = clock or SystemClock()
         self._keys = KeyMaker(model_identity(host, self.config.weights_version), host.groups, host.world_size)

@@ -28,7 +28,7 @@ from kvferry.contract.host import HostInfo
 from kvferry.contract.sides import WorkerSide
 from kvferry.errors import ConfigError, HostError, KVFerryError, TransferError
 from kvferry.layout import KVLayout
-from kvferry.lmcache.config import LMCacheConfig
+from kvferry.lmcache.config import LMCacheConfig, builtin_config
 from kvferry.lmcache.lookups import RETRY_S, RETRY_TIMEOUT_S
 from kvferry.lmcache.wire import ServerConnection
 from kvferry.types import AttentionKind, GroupInfo
@@ -53,7 +53,7 @@ class LMCacheWorkerSide(WorkerSide):
 
     def __init__(self, host: HostInfo) -> None:
         super().__init__(host)
-        self.config = LMCacheConfig.parse(host.extra_config)
+        self.config = builtin_config(host.extra_config, "worker")
         self._group = only_group(host)
         self._connection = ServerConnection(self.config.url)
         self._handshake: LMCacheHandshake | None = None
