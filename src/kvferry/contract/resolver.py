@@ -236,9 +236,7 @@ class ConnectorResolver:
             return self._named(name, transfer.on_shadow)
         target = Target(name, path, name, Origin.MODULE)
         if name == "LMCacheMPConnector" and lmcache_upstream_environment():
-            logger.warning(
-                "LMCACHE_USE_UPSTREAM_MP is set, but kv_connector_module_path=%r says which class runs", path
-            )
+            logger.warning("LMCACHE_USE_UPSTREAM_MP is set, but kv_connector_module_path=%r is what counts", path)
         self._tell_shadows([target, *self._offers(name)], transfer.on_shadow)
         return target
 

@@ -73,7 +73,7 @@ def tolerate_llvmlite() -> None:
     a vLLM that replaces kernels in a way we do not know.
     """
     try:
-        dispatcher = importlib.import_module("vllm.triton_utils.dispatcher")
+        dispatcher: Any = importlib.import_module("vllm.triton_utils.dispatcher")
     except ModuleNotFoundError:
         return  # this vLLM replaces no kernels
     search = getattr(dispatcher, "_rebind_kernels", None)
