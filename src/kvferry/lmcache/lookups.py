@@ -6,6 +6,7 @@ import logging
 import queue
 import threading
 import time
+from dataclasses import dataclass
 from typing import NamedTuple
 
 from kvferry.errors import HostError, TransferError
@@ -20,9 +21,17 @@ RETRY_TIMEOUT_S = 1.0
 _POLL_S = 0.002
 
 
+@dataclass(slots=True)
+class _Question:
+    key: ServerKey
+    found: int | None = None
+    is_abandoned: bool = False
+
+
 class _Order(NamedTuple):
     operation: str
     key: ServerKey
+    question: _Question | None = None
 
 
 class Lookups:
@@ -38,27 +47,28 @@ class Lookups:
         self._chunk_tokens = chunk_tokens
         self._connection = ServerConnection(config.url)
         self._orders: queue.SimpleQueue[_Order | None] = queue.SimpleQueue()
-        self._pending: dict[str, ServerKey] = {}
-        self._results: dict[str, int] = {}
-        self._abandoned: set[str] = set()
-        """Nobody wants their answers any more."""
+        self._asked: dict[str, _Question] = {}
+        """By request id, until the answer is told. The caller's; all else but `is_down` is the thread's."""
         self._lock = threading.Lock()
-        self.is_down = False
+        self._pending: list[_Question] = []
         self._next_try_s = 0.0
         self._next_beat_s = 0.0
+        self.is_down = False
         self._thread = threading.Thread(target=self._main, name="kvferry-lmcache-lookup", daemon=True)
         self._thread.start()
 
     def begin(self, key: ServerKey) -> None:
         """Ask for the longest prefix of the key's range that the server has, and lock it for all workers."""
-        if self.is_down:
-            self._results[key.request_id] = 0
-        else:
-            self._orders.put(_Order("lookup", key))
+        question = self._asked[key.request_id] = _Question(key, 0 if self.is_down else None)
+        if question.found is None:
+            self._orders.put(_Order("lookup", key, question))
 
     def result(self, request_id: str) -> int | None:
-        """Chunks that were found; None while the answer is out."""
-        return self._results.get(request_id)
+        """Chunks that were found, told once: from now on they are the caller's to release. None: not known yet."""
+        found = self._asked[request_id].found
+        if found is not None:
+            del self._asked[request_id]
+        return found
 
     def release(self, key: ServerKey) -> None:
         """Unlock the key's range of what a lookup found."""
@@ -66,10 +76,12 @@ class Lookups:
             self._orders.put(_Order("free_lookup_locks", key))
 
     def end(self, key: ServerKey) -> None:
-        """Nobody will ask again; a lookup that is still out is released when it answers."""
-        with self._lock:
-            if self._results.pop(key.request_id, None) is None:
-                self._abandoned.add(key.request_id)
+        """Nobody will ask again; what a lookup has found, or finds, without having told it is released."""
+        question = self._asked.pop(key.request_id, None)
+        if question is not None:
+            with self._lock:
+                question.is_abandoned = True
+            self.release(key.part(0, (question.found or 0) * self._chunk_tokens, None))
         self._orders.put(_Order("end_session", key))
 
     def close(self) -> None:
@@ -90,60 +102,54 @@ class Lookups:
             self._connection.close()
 
     def _turn(self) -> bool:
-        order: _Order | None
+        order: _Order | None = None
         try:
             wait_s = _POLL_S if self._pending else min(RETRY_S, self._config.heartbeat_interval)
-            order = self._orders.get(timeout=wait_s)
+            if (order := self._orders.get(timeout=wait_s)) is None:
+                return False
         except queue.Empty:
-            return self._guarded(None)
-        return order is not None and self._guarded(order)
-
-    def _guarded(self, order: _Order | None) -> bool:
+            pass
         try:
             if self.is_down:
-                if order is not None and order.operation == "lookup":
-                    self._answer(order.key.request_id, 0)
                 self._look_for_server()
             elif order is not None:
                 self._run(order)
             self._poll()
             self._beat()
         except TransferError as err:
-            if order is not None and order.operation == "lookup":
-                self._answer(order.key.request_id, 0)
             self._lose(str(err))
+        if self.is_down and order is not None and order.question is not None:
+            self._answer(order.question, 0)
         return True
 
     def _run(self, order: _Order) -> None:
-        timeout_s, (operation, key) = self._config.lookup_timeout_s, order
+        timeout_s, (operation, key, question) = self._config.lookup_timeout_s, order
         if operation == "end_session":
-            if key.request_id not in self._pending:
-                self._abandoned.discard(key.request_id)
+            if all(pending.key.request_id != key.request_id for pending in self._pending):
                 self._connection.call(operation, key.request_id, returns=None, timeout_s=timeout_s)
             return
         self._connection.call(operation, key, key.world_size, returns=None, timeout_s=timeout_s)
-        if operation == "lookup":
-            self._pending[key.request_id] = key
+        if question is not None:
+            self._pending.append(question)
 
     def _poll(self) -> None:
-        timeout_s = self._config.lookup_timeout_s
-        for request_id, key in list(self._pending.items()):
-            found = self._connection.call("query_prefetch_status", request_id, returns=int | None, timeout_s=timeout_s)
+        for question in list(self._pending):
+            name, timeout_s = question.key.request_id, self._config.lookup_timeout_s
+            found = self._connection.call("query_prefetch_status", name, returns=int | None, timeout_s=timeout_s)
             if found is None:
                 continue
-            del self._pending[request_id]
-            if not self._answer(request_id, found):
-                self._run(_Order("free_lookup_locks", key.part(0, found * self._chunk_tokens, None)))
-                self._run(_Order("end_session", key))
+            self._pending.remove(question)
+            if not self._answer(question, found):
+                if found:
+                    key = question.key.part(0, found * self._chunk_tokens, None)
+                    self._run(_Order("free_lookup_locks", key))
+                self._run(_Order("end_session", question.key))
 
-    def _answer(self, request_id: str, found: int) -> bool:
+    def _answer(self, question: _Question, found: int) -> bool:
         """False when nobody wants to know."""
         with self._lock:
-            is_wanted = request_id not in self._abandoned
-            self._abandoned.discard(request_id)
-            if is_wanted:
-                self._results[request_id] = found
-            return is_wanted
+            question.found = found
+            return not question.is_abandoned
 
     def _beat(self) -> None:
         if not self.is_down and time.monotonic() >= self._next_beat_s:
@@ -155,8 +161,8 @@ class Lookups:
             logger.warning("LMCache is not asked until it answers again: %s", why)
         self.is_down = True
         self._next_try_s = time.monotonic() + RETRY_S
-        for request_id in self._pending:
-            self._answer(request_id, 0)
+        for question in self._pending:
+            self._answer(question, 0)
         self._pending.clear()
 
     def _look_for_server(self) -> None:
