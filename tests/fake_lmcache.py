@@ -88,7 +88,8 @@ class FakeServer:
     def _names(self, key: dict[str, Any], ranks: range | None = None) -> list[tuple[Any, ...]]:
         size, tokens = self.chunk_tokens, key["token_ids"]
         assert key["num_kv_readers"] >= 1
-        assert key["start"] % size == key["end"] % size == 0 and key["end"] <= len(tokens)
+        assert key["start"] % size == key["end"] % size == 0
+        assert key["end"] <= len(tokens)
         of = range(key["worker_id"], key["worker_id"] + 1) if ranks is None else ranks
         ends = range(key["start"] + size, key["end"] + 1, size)
         return [(key["model_name"], r, key["cache_salt"], tuple(tokens[:end])) for end in ends for r in of]

@@ -15,7 +15,7 @@ START_S = 120
 
 
 def server_python() -> Path:
-    """The python of the virtual environment that has lmcache: KVFERRY_LMCACHE_PYTHON, or that of `make test-lmcache`."""
+    """The python beside which lmcache is: KVFERRY_LMCACHE_PYTHON, or that of `make test-lmcache`."""
     return Path(os.environ.get("KVFERRY_LMCACHE_PYTHON") or ROOT / ".venv-lmcache" / "bin" / "python")
 
 

@@ -7,8 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-
-from lmcache_server import LMCacheServer
+from tests.lmcache_server import LMCacheServer
 
 StartServer = Callable[..., LMCacheServer]
 

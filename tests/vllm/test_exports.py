@@ -38,6 +38,8 @@ SUPPORTS_HMA = {
     "LoadRecoveryExampleConnector": False,
     "ExampleConnector": False,
     "DecodeBenchConnector": True,
+    "LMCacheMPConnector": False,
+    "LMCacheMPConnectorUpstream": False,
     "MultiConnector": True,
     "FerryMultiConnector": True,
     "FerryMultiConnectorNoHMA": False,

@@ -48,6 +48,8 @@ def test_names_are_registered_once_and_taken_ones_left(monkeypatch: pytest.Monke
         "FerryLoadRecoveryExampleConnector": ("kvferry.vllm", "LoadRecoveryExampleConnector"),
         "FerryExampleConnector": ("kvferry.vllm", "ExampleConnector"),
         "FerryDecodeBenchConnector": ("kvferry.vllm", "DecodeBenchConnector"),
+        "FerryLMCacheMPConnector": ("kvferry.vllm", "LMCacheMPConnector"),
+        "FerryLMCacheMPConnectorUpstream": ("kvferry.vllm", "LMCacheMPConnectorUpstream"),
         "FerryMultiConnector": ("kvferry.vllm", "FerryMultiConnector"),
         "FerryMultiConnectorNoHMA": ("kvferry.vllm", "FerryMultiConnectorNoHMA"),
     }
