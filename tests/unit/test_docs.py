@@ -28,6 +28,7 @@ EXECUTED_BY = {
     "kvferry serve": ("tests/e2e/test_serve.py", '"--kv-offloading-size"'),
     "kvferry connectors": ("tests/unit/cli/test_connectors.py", '"connectors"'),
     "kvferry doctor": ("tests/unit/cli/test_doctor.py", "doctor"),
+    "lmcache server": ("tests/lmcache_server.py", '"server", "--host"'),
     "vllm serve": ("tests/vllm/test_smoke.py", '"kv_connector_module_path": "kvferry.vllm"'),
 }
 """Command (or how it begins) -> the file that makes CI execute it, and the words there that do."""

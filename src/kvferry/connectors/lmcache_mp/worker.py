@@ -152,11 +152,11 @@ class LMCacheWorkerSide(WorkerSide):
     def _main(self) -> None:
         while not self._is_over():
             order = self._next()
+            if self._session is None:
+                self._look_for_server()  # also while orders keep coming
             if order is not None:
                 self._done.append((order, self._run(order)))
-            elif self._session is None:
-                self._look_for_server()
-            else:
+            elif self._session is not None:
                 self._guarded(lambda session: session.ping(self.config.mq_timeout))
         self._guarded(lambda session: session.unregister(RETRY_TIMEOUT_S))
 
@@ -175,9 +175,9 @@ class LMCacheWorkerSide(WorkerSide):
             return queue.popleft() if queue else None
 
     def _run(self, order: _Order) -> TransferReport:
-        started_s, job = time.perf_counter(), order.job
+        started_s, job, was_there = time.perf_counter(), order.job, self._session is not None
         error = self._guarded(lambda session: self._transfer(session, order))
-        if error is not None:
+        if error is not None and was_there:
             logger.warning("%s of %s: %s", "load" if order.is_load else "store", job.request_id, error)
         text = None if error is None else f"{type(error).__name__}: {error}"
         bad = error.chain_value if isinstance(error, ChunkCorrupt) else None
