@@ -43,7 +43,7 @@ def server() -> Iterator[FakeServer]:
 def make_llm(server: FakeServer) -> Iterator[MakeLlm]:
     engines: list[LLM] = []
 
-    def make(policy: str = "recompute", extra: dict[str, Any] | None = None, **options: Any) -> LLM:
+    def make(policy: str = "recompute", extra: Any = None, model: Any = None, **options: Any) -> LLM:
         transfer = {
             "kv_connector": "LMCacheMPConnector",
             "kv_role": "kv_both",
@@ -58,7 +58,7 @@ def make_llm(server: FakeServer) -> Iterator[MakeLlm]:
             },
         }
         options = {"block_size": BLOCK_SIZE, "num_kv_blocks": 128, "kv_transfer_config": transfer, **options}
-        engines.append(LLM(StubModel(), **options))
+        engines.append(LLM(model or StubModel(), **options))
         return engines[-1]
 
     yield make
@@ -99,10 +99,21 @@ def test_another_engine_finds_whole_chunks(server: FakeServer, make_llm: MakeLlm
 
 def test_long_prompts_go_through_a_small_staging_in_parts(server: FakeServer, make_llm: MakeLlm) -> None:
     tokens = prompt(20 * CHUNK_TOKENS)
-    run(make_llm(), tokens)
+    run(make_llm(num_kv_blocks=256), tokens)
     assert server.calls.count("store") > 1
     assert run(make_llm(), tokens).num_external_tokens == 20 * CHUNK_TOKENS
     assert server.calls.count("retrieve") > 1
+
+
+def test_stores_pin_at_most_half_of_the_blocks(server: FakeServer, make_llm: MakeLlm) -> None:
+    tokens = prompt(20 * CHUNK_TOKENS + 5)
+    server.faults["store"] = lambda _: SILENT
+    llm = make_llm(num_kv_blocks=100)
+    run(llm, tokens)
+    stats = llm.connector.side.get_kv_connector_stats()
+    assert stats.media["lmcache"].num_dropped == 20 - 50 // 4
+    assert stats.fallbacks["dropped store"] == 20 - 50 // 4
+    assert stats.held_blocks == 0
 
 
 def test_generated_tokens_are_stored_too(server: FakeServer, make_llm: MakeLlm) -> None:
@@ -347,3 +358,20 @@ def test_what_runs_is_told_and_is_no_hybrid_one(make_llm: MakeLlm, caplog: pytes
 def test_the_package_is_not_imported() -> None:
     code = "import sys, kvferry.connectors.lmcache_mp; print('lmcache' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "False"
+
+
+@pytest.mark.parametrize("found", [-3, 99])
+def test_a_server_that_claims_nonsense_is_not_believed(server: FakeServer, make_llm: MakeLlm, found: int) -> None:
+    tokens = prompt(2 * CHUNK_TOKENS + 5)
+    run(make_llm(), tokens)
+    server.faults["query_prefetch_status"] = lambda _: found
+    assert run(make_llm(), tokens).num_external_tokens == (2 * CHUNK_TOKENS if found > 0 else 0)
+
+
+def test_a_model_with_windows_is_kept_in_one_group(server: FakeServer, make_llm: MakeLlm) -> None:
+    tokens = prompt(4 * CHUNK_TOKENS + 5)
+    windows = [2 * CHUNK_TOKENS, None]
+    for num_external_tokens in (0, 4 * CHUNK_TOKENS):
+        llm = make_llm(model=StubModel(windows=windows))
+        assert len(llm.kv_cache_config.kv_cache_groups) == 1, "not SupportsHMA"
+        assert run(llm, tokens).num_external_tokens == num_external_tokens

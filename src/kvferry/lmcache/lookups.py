@@ -139,6 +139,7 @@ class Lookups:
             if found is None:
                 continue
             self._pending.remove(question)
+            found = max(0, min(found, question.key.end // self._chunk_tokens))
             if not self._answer(question, found):
                 if found:
                     key = question.key.part(0, found * self._chunk_tokens, None)

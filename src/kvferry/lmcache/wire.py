@@ -54,6 +54,10 @@ class ServerKey(msgspec.Struct, frozen=True):
         """The same for other bounds and another worker."""
         return msgspec.structs.replace(self, start=start, end=end, worker_id=worker_id)
 
+    def grown(self, token_ids: tuple[int, ...]) -> ServerKey:
+        """The same request with more tokens."""
+        return msgspec.structs.replace(self, token_ids=token_ids, end=len(token_ids))
+
 
 def shared_tensor(path: str, total_bytes: int, offset_bytes: int, shape: tuple[int, int, int]) -> msgspec.msgpack.Ext:
     """The descriptor of a uint8 tensor without gaps in a mapping under /dev/shm, for `register_kv_cache`."""

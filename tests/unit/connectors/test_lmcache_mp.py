@@ -114,6 +114,13 @@ def host(server: FakeServer) -> Iterator[Host]:
     made.close()
 
 
+def until_unlocked(server: FakeServer) -> None:
+    deadline = time.monotonic() + 20
+    while server.num_locked:
+        assert time.monotonic() < deadline, "locks are left"
+        time.sleep(0.01)
+
+
 def test_each_rank_gets_its_own_shard_back(server: FakeServer, host: Host) -> None:
     before = [pool.clone() for pool in host.kv]
     host.prefill("first")
@@ -130,10 +137,23 @@ def test_each_rank_gets_its_own_shard_back(server: FakeServer, host: Host) -> No
         untouched = [block for block in range(NUM_BLOCKS) if block not in loaded]
         assert torch.equal(pool[untouched], was[untouched])
     host.side.request_finished(view, OTHER_TABLE)
-    deadline = time.monotonic() + 20
-    while server.num_locked:
-        assert time.monotonic() < deadline, "locks are left"
-        time.sleep(0.01)
+    until_unlocked(server)
+
+
+def test_blocks_outside_a_window_are_not_loaded(server: FakeServer, host: Host) -> None:
+    before = [pool.clone() for pool in host.kv]
+    host.prefill("first")
+    view = host.request("second")
+    num_null = CHUNK_TOKENS // BLOCK + 1
+    table = [0] * num_null + OTHER_TABLE[0][num_null:]
+    host.side.update_state_after_alloc(view, (table,), host.claim(view))
+    host.settle()
+    assert not host.failed
+    for pool, was in zip(host.kv, before, strict=True):
+        assert torch.equal(pool[table[num_null:NUM_WHOLE]], was[TABLE[0][num_null:NUM_WHOLE]])
+        assert torch.equal(pool[0], was[0])
+    host.side.request_finished(view, (table,))
+    until_unlocked(server)
 
 
 def test_a_chunk_that_one_rank_lacks_is_no_hit(server: FakeServer, host: Host) -> None:

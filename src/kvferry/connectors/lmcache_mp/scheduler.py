@@ -217,8 +217,7 @@ class LMCacheSchedulerSide(SchedulerSide):
 
     def _key(self, state: _Request, end: int) -> ServerKey:
         tokens = tuple(state.view.token_ids[:end])
-        name = f"{self._name}-{next(self._numbers)}"
-        salt = self._salt(state)
+        name, salt = f"{self._name}-{next(self._numbers)}", self._salt(state)
         return ServerKey(self.server.model_name, self.host.world_size, None, tokens, 0, end, name, salt)
 
     def _salt(self, state: _Request) -> str:
@@ -268,6 +267,8 @@ class LMCacheSchedulerSide(SchedulerSide):
         assert state.key is not None
         start, end = state.num_local_tokens, state.num_local_tokens + num_tokens
         chunk_tokens = self.server.chunk_tokens
+        while table[start // self._block_tokens] == NULL_BLOCK_ID:  # outside a sliding window
+            start += self._block_tokens
         self._release(state, 0, start // chunk_tokens)
         self._release(state, -(-end // chunk_tokens), state.num_hit_chunks or 0)
         state.is_locked = False  # the workers' reads unlock the rest
@@ -291,11 +292,8 @@ class LMCacheSchedulerSide(SchedulerSide):
         if state.key is None:
             state.key = self._key(state, end)
         key = state.key
-        if not is_load and end > len(key.token_ids):
-            key = ServerKey(
-                key.model_name, key.world_size, None, tuple(state.view.token_ids[:end]), 0, end, key.request_id,
-                key.cache_salt,
-            )  # fmt: skip
+        if end > len(key.token_ids):
+            key = key.grown(tuple(state.view.token_ids[:end]))
         state.num_jobs += 1
         deadline_s = self._clock.now() + 3 * self.config.mq_timeout
         return _Job(TransferJob(next(self._numbers), state.view.request_id, key, moves), is_load, deadline_s)
@@ -317,21 +315,19 @@ class LMCacheSchedulerSide(SchedulerSide):
         return metadata
 
     def _plan_store(self, state: _Request, scheduled: ScheduledRequest) -> _Job | None:
-        """Pin the blocks of the chunks that the step completes; None when there are none, or too many are pinned."""
+        """Pin the blocks of the chunks that the step completes, as many as may be; None when there are none."""
         if not self._extend(state):
             return None
         assert state.chain is not None
         computed = scheduled.num_computed_tokens + scheduled.num_scheduled_tokens
         first, end = state.num_chunks_seen, min(computed, state.chain.num_hashed_tokens) // self.server.chunk_tokens
         per_chunk = self.server.chunk_tokens // self._block_tokens
-        table = scheduled.block_ids[0][: end * per_chunk]
+        end = min(end, first + (self.host.num_blocks // 2 - self._num_pinned) // per_chunk)  # the rest in later steps
+        table = scheduled.block_ids[0][: max(0, end) * per_chunk]
         if first >= end or NULL_BLOCK_ID in table[first * per_chunk :]:
             return None
         state.num_chunks_seen = end
         blocks = [self._pool.blocks[block_id] for block_id in table[first * per_chunk :]]
-        if self._num_pinned + len(blocks) > self.host.num_blocks // 2:
-            self._moved.num_dropped += end - first
-            return None
         self._pool.touch(blocks)
         self._num_pinned += len(blocks)
         cuts = [(chunk, tuple(table[chunk * per_chunk : (chunk + 1) * per_chunk])) for chunk in range(first, end)]
@@ -395,6 +391,9 @@ class LMCacheSchedulerSide(SchedulerSide):
         """Never delays the free: blocks being stored are pinned, and a running load is held by the host."""
         if (state := self._requests.get(request.request_id)) is not None:
             state.is_finished = True
+            if state.chain is not None:
+                num_chunks = min(request.num_computed_tokens, state.chain.num_hashed_tokens) // self.server.chunk_tokens
+                self._moved.num_dropped += max(0, num_chunks - state.num_chunks_seen)
             self._forget_if_over(state)
         return False, None
 
