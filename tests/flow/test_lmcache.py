@@ -309,6 +309,32 @@ def test_a_server_that_is_gone_and_comes_back(make_llm: MakeLlm, server: FakeSer
         server.__init__()  # type: ignore[misc]  # for the fixture to close
 
 
+def test_beside_another_connector(server: FakeServer) -> None:
+    children = [
+        {"kv_connector": "OffloadingConnector", "kv_connector_extra_config": {"cpu_bytes_to_use": 1 << 20}},
+        {"kv_connector": "LMCacheMPConnector", "kv_connector_extra_config": {"server_urls": server.url}},
+    ]
+    for child in children:
+        child["kv_connector_extra_config"]["weights_version"] = "1"  # type: ignore[index]
+    transfer = {
+        "kv_connector": "MultiConnector",
+        "kv_role": "kv_both",
+        "kv_load_failure_policy": "recompute",
+        "kv_connector_extra_config": {"connectors": children},
+    }
+    tokens = prompt(3 * CHUNK_TOKENS + 5)
+    for _ in range(2):
+        with LLM(StubModel(), kv_transfer_config=transfer, block_size=BLOCK_SIZE, num_kv_blocks=128) as llm:
+            first = llm.generate(tokens, greedy(3))[0]
+            assert llm.reset_prefix_cache()
+            again = llm.generate(tokens, greedy(3))[0]  # from host memory; the server's chunks are unlocked
+            for output in (first, again):
+                assert output.outputs[0].token_ids == StubModel().expected_tokens(tokens, 3)
+            assert again.num_external_tokens == 3 * CHUNK_TOKENS
+    assert first.num_external_tokens == 3 * CHUNK_TOKENS, "the second engine has it from the server"
+    until("locks are left", lambda: server.num_locked == 0)
+
+
 def test_nothing_of_the_staging_is_left_in_shared_memory(make_llm: MakeLlm) -> None:
     before = set(Path("/dev/shm").glob("kvferry-lmcache-*"))
     llm = make_llm()

@@ -26,7 +26,7 @@ from kvferry.connectors.offloading.identity import model_identity
 from kvferry.contract.base import KVConnectorMetadata, KVConnectorTransferResults
 from kvferry.contract.host import HostInfo
 from kvferry.contract.sides import WorkerSide
-from kvferry.errors import ConfigError, HostError, KVFerryError, TransferError
+from kvferry.errors import ConfigError, HostError, TransferError
 from kvferry.layout import KVLayout
 from kvferry.lmcache.config import LMCacheConfig, builtin_config
 from kvferry.lmcache.lookups import RETRY_S, RETRY_TIMEOUT_S
@@ -66,7 +66,6 @@ class LMCacheWorkerSide(WorkerSide):
         self._stores: deque[_Order] = deque()
         self._done: deque[tuple[_Order, TransferReport]] = deque()
         self._reports: list[TransferReport] = []
-        self._loads_started: LMCacheMetadata | None = None
         self._step: int | None = None
         self._closes_at_s: float | None = None
         self._thread = threading.Thread(target=self._main, name="kvferry-lmcache", daemon=True)
@@ -84,7 +83,7 @@ class LMCacheWorkerSide(WorkerSide):
         self._copier = copier = make_copier(anchors)
         self._handshake = LMCacheHandshake(chunk_tokens, model_name)
         self._make_session = lambda: ServerSession(self._connection, geometry, group, copier, self.host.rank)
-        self._register()
+        self._register(chunk_tokens)
         logger.info("LMCache server %s: chunks of %d tokens, model %s", self.config.url, chunk_tokens, model_name)
         self._thread.start()
 
@@ -96,18 +95,7 @@ class LMCacheWorkerSide(WorkerSide):
     def handle_preemptions(self, metadata: KVConnectorMetadata) -> None:
         """Start the step's loads and the stores of earlier steps; the scheduler side holds their blocks."""
         assert isinstance(metadata, LMCacheMetadata)
-        self._step, self._loads_started = metadata.step, metadata
-        self._enqueue(metadata)
-
-    def start_load_kv(self, metadata: KVConnectorMetadata) -> None:
-        """As above, for hosts that have not told us yet."""
-        if self._loads_started is not metadata:
-            self.handle_preemptions(metadata)
-
-    def wait_for_save(self, metadata: KVConnectorMetadata) -> None:
-        """Nothing: this step's blocks are stored when its outcome is known."""
-
-    def _enqueue(self, metadata: LMCacheMetadata) -> None:
+        self._step = metadata.step
         if not metadata.loads and not metadata.stores:
             return
         assert self._copier is not None
@@ -116,6 +104,12 @@ class LMCacheWorkerSide(WorkerSide):
             self._loads.extend(_Order(job, True, mark) for job in metadata.loads)
             self._stores.extend(_Order(job, False, mark) for job in metadata.stores)
             self._wake.notify()
+
+    def start_load_kv(self, metadata: KVConnectorMetadata) -> None:
+        """Nothing: loads have begun in `handle_preemptions`, to overlap the forward."""
+
+    def wait_for_save(self, metadata: KVConnectorMetadata) -> None:
+        """Nothing: this step's blocks are stored when its outcome is known."""
 
     def get_transfer_results(self, finished_req_ids: set[str]) -> KVConnectorTransferResults:
         """Loads that ended; of a failed one nothing may be used."""
@@ -199,12 +193,14 @@ class LMCacheWorkerSide(WorkerSide):
             return err
         return None
 
-    def _register(self) -> None:
+    def _register(self, chunk_tokens: int) -> None:
         assert self._handshake is not None and self._make_session is not None
+        if chunk_tokens != self._handshake.chunk_tokens:
+            raise HostError(f"its chunks have {chunk_tokens} tokens now, not {self._handshake.chunk_tokens}")
         session = self._make_session()
         try:
             session.register(self._handshake.model_name, self.host.world_size)
-        except KVFerryError:
+        except BaseException:
             session.close()
             raise
         self._session = session
@@ -215,16 +211,12 @@ class LMCacheWorkerSide(WorkerSide):
             self._session = None
 
     def _look_for_server(self) -> None:
-        assert self._handshake is not None
         if time.monotonic() < self._next_try_s:
             return
         self._next_try_s = time.monotonic() + RETRY_S
         try:
-            chunk_tokens = self._connection.probe(timeout_s=RETRY_TIMEOUT_S)
-            if chunk_tokens != self._handshake.chunk_tokens:
-                raise HostError(f"its chunks have {chunk_tokens} tokens now, not {self._handshake.chunk_tokens}")
-            self._register()
-        except KVFerryError as err:
+            self._register(self._connection.probe(timeout_s=RETRY_TIMEOUT_S))
+        except Exception as err:  # thread main: the next try may do
             logger.info("the LMCache server is still gone: %s", err)
         else:
             logger.info("registered with the LMCache server %s again", self.config.url)
