@@ -35,6 +35,7 @@ from kvferry.errors import (
     ConnectorNotFound,
     did_you_mean,
 )
+from kvferry.lmcache.config import check_builtin
 
 logger = logging.getLogger(__name__)
 
@@ -233,7 +234,10 @@ class ConnectorResolver:
         if ":" in name:
             return _explicit(name, path)
         if path is None:
-            return self._named(name, transfer.on_shadow)
+            target = self._named(name, transfer.on_shadow)
+            if target.module == "kvferry.connectors.lmcache_mp":
+                check_builtin(transfer.kv_connector_extra_config)
+            return target
         target = Target(name, path, name, Origin.MODULE)
         if name == "LMCacheMPConnector" and lmcache_upstream_environment():
             logger.warning("LMCACHE_USE_UPSTREAM_MP is set, but kv_connector_module_path=%r is what counts", path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.util
 import logging
@@ -43,6 +44,7 @@ def lmcache_connector(kv_transfer_config: Any = None) -> type[Any]:
     return built_in("LMCacheMPConnectorUpstream")
 
 
+@functools.cache
 def _package_form(setting: str) -> type[Any]:
     """A subclass of the package's class that says so when it is built; nothing else is changed."""
     try:

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from kvferry.config import KVTransferConfig
 from kvferry.connectors.lmcache_mp.scheduler import LMCacheSchedulerSide
 from kvferry.connectors.lmcache_mp.worker import LMCacheWorkerSide
 from kvferry.contract.base import KVConnectorBase_V1, KVConnectorRole
 from kvferry.contract.facade import facade_mixin
-from kvferry.lmcache.config import check_builtin
 
 
 class LMCacheMPConnectorUpstream(
@@ -18,12 +16,6 @@ class LMCacheMPConnectorUpstream(
 
     It knows one KV cache group, so it is not `SupportsHMA`.
     """
-
-    @classmethod
-    def supports_hma_config(cls, kv_transfer_config: KVTransferConfig) -> bool:
-        """False. Asked when the configuration is made: ConfigError when that wants LMCache's own class."""
-        check_builtin(kv_transfer_config.kv_connector_extra_config)
-        return False
 
 
 LMCacheMPConnector = LMCacheMPConnectorUpstream
