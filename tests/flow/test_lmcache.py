@@ -21,6 +21,7 @@ from kvferry.lmcache.wire import ServerConnection
 from kvferry.testing.stub_model import StubModel
 
 BLOCK_SIZE = 16
+IMPATIENT = {"lmcache.mp.mq_timeout": 1.0, "lookup_timeout_s": 1.0}
 MakeLlm = Callable[..., LLM]
 
 
@@ -52,8 +53,7 @@ def make_llm(server: FakeServer) -> Iterator[MakeLlm]:
                 "server_urls": [server.url],
                 "weights_version": "1",
                 "staging_bytes": 1 << 16,
-                "lmcache.mp.mq_timeout": 0.5,
-                "lookup_timeout_s": 0.5,
+                "lookup_timeout_s": 10.0,
                 **(extra or {}),
             },
         }
@@ -108,7 +108,7 @@ def test_long_prompts_go_through_a_small_staging_in_parts(server: FakeServer, ma
 def test_stores_pin_at_most_half_of_the_blocks(server: FakeServer, make_llm: MakeLlm) -> None:
     tokens = prompt(20 * CHUNK_TOKENS + 5)
     server.faults["store"] = lambda _: SILENT
-    llm = make_llm(num_kv_blocks=100)
+    llm = make_llm(extra=IMPATIENT, num_kv_blocks=100)
     run(llm, tokens)
     stats = llm.connector.side.get_kv_connector_stats()
     assert stats.media["lmcache"].num_dropped == 20 - 50 // 4
@@ -201,7 +201,7 @@ def test_a_transfer_that_goes_wrong_costs_time_not_truth(
     tokens = prompt(2 * CHUNK_TOKENS + 5)
     if operation == "retrieve":
         run(make_llm(), tokens)
-    llm = make_llm()
+    llm = make_llm(extra=IMPATIENT if answer is SILENT else {})
     server.faults[operation] = lambda _: answer
     run(llm, tokens)
     del server.faults[operation]
@@ -222,14 +222,14 @@ def test_a_failed_load_is_a_visible_error_when_that_is_the_policy(server: FakeSe
     tokens = prompt(CHUNK_TOKENS + 5)
     run(make_llm(), tokens)
     server.faults["retrieve"] = lambda _: SILENT
-    output = make_llm("fail").generate(tokens, greedy(3))[0]
+    output = make_llm("fail", IMPATIENT).generate(tokens, greedy(3))[0]
     assert output.outputs[0].finish_reason == "error"
 
 
 def test_a_late_retrieve_writes_where_nobody_reads(server: FakeServer, make_llm: MakeLlm) -> None:
     tokens, held = prompt(CHUNK_TOKENS + 5), []
     run(make_llm(), tokens)
-    llm = make_llm()
+    llm = make_llm(extra=IMPATIENT)
     server.faults["retrieve"] = lambda arguments: held.append(arguments) or SILENT
     run(llm, tokens)
     del server.faults["retrieve"]
@@ -250,7 +250,7 @@ def test_a_lookup_without_answer_delays_a_request_for_a_bounded_time(
     tokens = prompt(CHUNK_TOKENS + 5)
     run(make_llm(), tokens)
     server.faults[operation] = lambda _: SILENT
-    llm = make_llm()
+    llm = make_llm(extra=IMPATIENT)
     started = time.monotonic()
     assert run(llm, tokens).num_external_tokens == 0
     assert time.monotonic() - started < 10
@@ -266,7 +266,7 @@ def test_a_lookup_that_is_pending_for_ever_is_given_up_and_released(server: Fake
     server.on_query_prefetch_status = (  # type: ignore[method-assign]
         lambda request_id: None if is_pending[0] else server._sessions[request_id]["found"]
     )
-    llm = make_llm()
+    llm = make_llm(extra=IMPATIENT)
     assert run(llm, tokens).num_external_tokens == 0
     assert server.num_locked == 1
     is_pending[0] = False
@@ -291,7 +291,7 @@ def test_an_aborted_request_leaves_nothing_locked(server: FakeServer, make_llm: 
 
 
 def test_a_server_that_is_gone_and_comes_back(make_llm: MakeLlm, server: FakeServer) -> None:
-    llm = make_llm()
+    llm = make_llm(extra=IMPATIENT)
     run(llm, prompt(CHUNK_TOKENS + 5))
     server.close()
     run(llm, prompt(CHUNK_TOKENS + 5, seed=1))

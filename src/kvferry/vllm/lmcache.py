@@ -14,7 +14,7 @@ import kvferry
 from kvferry.errors import ConfigError, ConnectorImportFailed
 from kvferry.lmcache.config import EXTRA_CONFIG, implementation_asked_for
 from kvferry.lmcache.wire import version_numbers
-from kvferry.vllm.compat import tolerate_llvmlite
+from kvferry.vllm.compat import check_vllm, tolerate_llvmlite
 from kvferry.vllm.facade import built_in
 
 logger = logging.getLogger(__name__)
@@ -31,6 +31,7 @@ def lmcache_connector(kv_transfer_config: Any = None) -> type[Any]:
     Raises ConfigError when it asks for the package and there is none, and when the package is there but cannot be
     used: that is a mistake to be repaired, and nothing to be silently replaced.
     """
+    check_vllm()
     extra = {} if kv_transfer_config is None else kv_transfer_config.kv_connector_extra_config
     asked, setting = implementation_asked_for(extra)
     if asked != "builtin":

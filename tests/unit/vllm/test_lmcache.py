@@ -41,7 +41,8 @@ def chooser(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     monkeypatch.setitem(sys.modules, "kvferry.vllm.facade", SimpleNamespace(built_in=lambda _: BUILT_IN))
     monkeypatch.delitem(sys.modules, "kvferry.vllm.lmcache", raising=False)
     monkeypatch.delenv("LMCACHE_USE_UPSTREAM_MP", raising=False)
-    monkeypatch.setattr(compat, "tolerate_llvmlite", lambda: None)
+    for name in ("check_vllm", "tolerate_llvmlite"):
+        monkeypatch.setattr(compat, name, lambda: None)
     import kvferry.vllm.lmcache as found
 
     yield found
