@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,9 +16,10 @@ from tests.fake_lmcache import CHUNK_TOKENS, SILENT, FakeServer
 
 from kvferry import LLM, SamplingParams
 from kvferry.contract import KVConnectorFactory, supports_hma
+from kvferry.contract.views import RequestView
 from kvferry.engine.outputs import RequestOutput
 from kvferry.errors import ConfigError, HostError
-from kvferry.lmcache.wire import ServerConnection
+from kvferry.lmcache.wire import ServerConnection, ServerKey
 from kvferry.testing.stub_model import StubModel
 
 BLOCK_SIZE = 16
@@ -401,3 +403,24 @@ def test_a_model_with_windows_is_kept_in_one_group(server: FakeServer, make_llm:
         llm = make_llm(model=StubModel(windows=windows))
         assert len(llm.kv_cache_config.kv_cache_groups) == 1, "not SupportsHMA"
         assert run(llm, tokens).num_external_tokens == num_external_tokens
+
+
+def test_what_is_released_while_the_server_is_silent_is_released_later(server: FakeServer, make_llm: MakeLlm) -> None:
+    tokens = prompt(2 * CHUNK_TOKENS + 5)
+    run(make_llm(), tokens)
+    llm = make_llm(extra=IMPATIENT)
+    lookups = llm.connector.side.lookups
+    fields = {"request_id": "r", "all_token_ids": tokens, "num_tokens": len(tokens), "num_computed_tokens": 0}
+    view = RequestView(SimpleNamespace(**fields))
+    until("the lookup never answered", lambda: llm.connector.side.get_num_new_matched_tokens(view, 0)[0] is not None)
+    assert server.num_locked == 2
+    server.faults["ping"] = server.faults["get_chunk_size"] = server.faults["end_session"] = lambda _: SILENT
+    lookups.end(lookups_key(tokens, "other"))
+    until("lookups are still up", lambda: lookups.is_down)
+    llm.connector.side.request_finished(view, ([],))
+    server.faults.clear()
+    until("locks are left", lambda: server.num_locked == 0)
+
+
+def lookups_key(tokens: list[int], request_id: str) -> ServerKey:
+    return ServerKey("m", 1, None, tuple(tokens), 0, CHUNK_TOKENS, request_id)

@@ -6,6 +6,7 @@ import logging
 import queue
 import threading
 import time
+from collections import deque
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -19,6 +20,7 @@ RETRY_S = 2.0
 """How often a server that is gone is looked for again."""
 RETRY_TIMEOUT_S = 1.0
 _POLL_S = 0.002
+_MAX_UNSENT = 10_000
 
 
 @dataclass(slots=True)
@@ -51,6 +53,8 @@ class Lookups:
         """By request id, until the answer is told. The caller's; all else but `is_down` is the thread's."""
         self._lock = threading.Lock()
         self._pending: list[_Question] = []
+        self._unsent: deque[_Order] = deque(maxlen=_MAX_UNSENT)
+        """Releases and ends from the time when the server was gone."""
         self._next_try_s = 0.0
         self._next_beat_s = 0.0
         self.is_down = False
@@ -112,7 +116,11 @@ class Lookups:
         try:
             if self.is_down:
                 self._look_for_server()
-            elif order is not None:
+            if order is not None and order.question is None:
+                self._unsent.append(order)
+            while self._unsent and not self.is_down:
+                self._run(self._unsent.popleft())
+            if order is not None and order.question is not None and not self.is_down:
                 self._run(order)
             self._poll()
             self._beat()
@@ -123,12 +131,12 @@ class Lookups:
         return True
 
     def _run(self, order: _Order) -> None:
-        timeout_s, (operation, key, question) = self._config.lookup_timeout_s, order
-        if operation == "end_session":
-            if all(pending.key.request_id != key.request_id for pending in self._pending):
-                self._connection.call(operation, key.request_id, returns=None, timeout_s=timeout_s)
-            return
-        self._connection.call(operation, key, key.world_size, returns=None, timeout_s=timeout_s)
+        operation, key, question = order
+        timeout_s = self._config.mq_timeout if question is None else self._config.lookup_timeout_s
+        if operation != "end_session":
+            self._connection.call(operation, key, key.world_size, returns=None, timeout_s=timeout_s)
+        elif all(pending.key.request_id != key.request_id for pending in self._pending):
+            self._connection.call(operation, key.request_id, returns=None, timeout_s=timeout_s)
         if question is not None:
             self._pending.append(question)
 
@@ -154,7 +162,7 @@ class Lookups:
 
     def _beat(self) -> None:
         if not self.is_down and time.monotonic() >= self._next_beat_s:
-            self._connection.call("ping", None, returns=bool, timeout_s=self._config.lookup_timeout_s)
+            self._connection.call("ping", None, returns=bool, timeout_s=self._config.mq_timeout)
             self._next_beat_s = time.monotonic() + self._config.heartbeat_interval
 
     def _lose(self, why: str) -> None:
