@@ -49,6 +49,8 @@ class Lookups:
         self._chunk_tokens = chunk_tokens
         self._connection = ServerConnection(config.url)
         self._orders: queue.SimpleQueue[_Order | None] = queue.SimpleQueue()
+        self._num_put = self._num_done = 0
+        self._is_closing = False
         self._asked: dict[str, _Question] = {}
         """By request id, until the answer is told. The caller's; all else but `is_down` is the thread's."""
         self._lock = threading.Lock()
@@ -65,7 +67,7 @@ class Lookups:
         """Ask for the longest prefix of the key's range that the server has, and lock it for all workers."""
         question = self._asked[key.request_id] = _Question(key, 0 if self.is_down else None)
         if question.found is None:
-            self._orders.put(_Order("lookup", key, question))
+            self._put(_Order("lookup", key, question))
 
     def result(self, request_id: str) -> int | None:
         """Chunks that were found, told once: from now on they are the caller's to release. None: not known yet."""
@@ -77,7 +79,7 @@ class Lookups:
     def release(self, key: ServerKey) -> None:
         """Unlock the key's range of what a lookup found."""
         if key.start < key.end:
-            self._orders.put(_Order("free_lookup_locks", key))
+            self._put(_Order("free_lookup_locks", key))
 
     def end(self, key: ServerKey) -> None:
         """Nobody will ask again; what a lookup has found, or finds, without having told it is released."""
@@ -86,10 +88,21 @@ class Lookups:
             with self._lock:
                 question.is_abandoned = True
             self.release(key.part(0, (question.found or 0) * self._chunk_tokens, None))
-        self._orders.put(_Order("end_session", key))
+        self._put(_Order("end_session", key))
+
+    def _put(self, order: _Order) -> None:
+        self._num_put += 1
+        self._orders.put(order)
+
+    @property
+    def is_busy(self) -> bool:
+        """True while the server has not been told all. It should be before the workers unregister: with the last of
+        them it forgets the model's layout, and then it answers neither releases nor ends."""
+        return not self.is_down and self._num_done < self._num_put
 
     def close(self) -> None:
-        """Stop; blocks until the call that is under way has ended (at most the timeouts)."""
+        """Stop; blocks until what was ordered has been told, or one call has had no answer."""
+        self._is_closing = True
         self._orders.put(None)
         self._thread.join()
 
@@ -126,6 +139,7 @@ class Lookups:
             self._beat()
         except TransferError as err:
             self._lose(str(err))
+        self._num_done += order is not None
         if self.is_down and order is not None and order.question is not None:
             self._answer(order.question, 0)
         return True
@@ -133,6 +147,7 @@ class Lookups:
     def _run(self, order: _Order) -> None:
         operation, key, question = order
         timeout_s = self._config.mq_timeout if question is None else self._config.lookup_timeout_s
+        timeout_s = min(timeout_s, RETRY_TIMEOUT_S) if self._is_closing else timeout_s
         if operation != "end_session":
             self._connection.call(operation, key, key.world_size, returns=None, timeout_s=timeout_s)
         elif all(pending.key.request_id != key.request_id for pending in self._pending):

@@ -398,9 +398,10 @@ class LMCacheSchedulerSide(SchedulerSide):
         return False, None
 
     def has_pending_push_work(self) -> bool:
-        """True while jobs are out or wait for their step, up to a deadline each."""
+        """True while jobs are out or wait for their step, up to a deadline each, or the server is still to be told."""
         now = self._clock.now()
-        return bool(self._new_loads) or any(now < job.deadline_s for job in (*self._jobs.values(), *self._computed))
+        is_busy = bool(self._new_loads) or (self._lookups is not None and self._lookups.is_busy)
+        return is_busy or any(now < job.deadline_s for job in (*self._jobs.values(), *self._computed))
 
     def reset_cache(self) -> bool:
         """This engine finds nothing any more that was stored before; the server keeps it for others until evicted."""
