@@ -28,6 +28,7 @@ _RUNNER_VARIABLES = ("KVFERRY_USE_V2_MODEL_RUNNER", "VLLM_USE_V2_MODEL_RUNNER")
 _TYPE_NAMES = {NoneType: "null", str: "text", dict: "an object"}
 _LISTS: dict[Any, str] = {int: "whole numbers", str: "texts"}
 _TRUTH = {"0": False, "1": True, "false": False, "true": True}
+_UPSTREAM_TRUTH = {**_TRUTH, "no": False, "yes": True, "off": False, "on": True, "": False}
 
 C = TypeVar("C")
 
@@ -50,6 +51,15 @@ def v2_runner_environment() -> dict[str, bool]:
                 raise ConfigError(f"environment variable {name}={text!r} is not one of {', '.join(_TRUTH)}")
             said[name] = _TRUTH[text.lower()]
     return said
+
+
+def lmcache_upstream_environment() -> bool:
+    """`LMCACHE_USE_UPSTREAM_MP`: True asks for the built-in LMCacheMPConnector. ConfigError unless a truth value."""
+    text = os.environ.get("LMCACHE_USE_UPSTREAM_MP", "")
+    if text.lower() not in _UPSTREAM_TRUTH:
+        known = ", ".join(filter(None, _UPSTREAM_TRUTH))
+        raise ConfigError(f"environment variable LMCACHE_USE_UPSTREAM_MP={text!r} is not one of {known}, or empty")
+    return _UPSTREAM_TRUTH[text.lower()]
 
 
 def _default_buffer_device() -> str:

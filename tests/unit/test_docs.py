@@ -31,6 +31,7 @@ EXECUTED_BY = {
     "kvferry bench decode": ("tests/model/test_bench_decode.py", '"bench", "decode"'),
     "kvferry doctor": ("tests/unit/cli/test_doctor.py", "doctor"),
     "vllm serve MODEL --kv-transfer-config": ("tests/vllm/test_serve.py", "readme_command(model"),
+    "lmcache server": ("tests/lmcache_server.py", '"server", "--host"'),
 }
 """Command (or how it begins) -> the file that makes CI execute it, and the words there that do."""
 

@@ -49,6 +49,8 @@ def test_names_are_registered_once_and_taken_ones_left(monkeypatch: pytest.Monke
         "FerryExampleConnector": ("kvferry.vllm", "ExampleConnector"),
         "FerryDecodeBenchConnector": ("kvferry.vllm", "DecodeBenchConnector"),
         "FerryExampleHiddenStatesConnector": ("kvferry.vllm", "ExampleHiddenStatesConnector"),
+        "FerryLMCacheMPConnector": ("kvferry.vllm", "LMCacheMPConnector"),
+        "FerryLMCacheMPConnectorUpstream": ("kvferry.vllm", "LMCacheMPConnectorUpstream"),
         "FerryMultiConnector": ("kvferry.vllm", "FerryMultiConnector"),
         "FerryMultiConnectorNoHMA": ("kvferry.vllm", "FerryMultiConnectorNoHMA"),
     }
