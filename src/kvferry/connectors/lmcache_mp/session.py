@@ -28,8 +28,9 @@ from kvferry.hashing import DIGEST_BYTES, UNIT_TOKENS, digest
 from kvferry.layout import GroupLayout
 from kvferry.lmcache.config import EXTRA_CONFIG
 from kvferry.lmcache.wire import PROBE_TIMEOUT_S, ServerConnection, ServerKey, shared_tensor
-from kvferry.store.arena import PAGE_BYTES, SHM_DIRECTORY, Arena
-from kvferry.store.space import space_at
+from kvferry.segment import PAGE_BYTES, SHM_DIRECTORY
+from kvferry.space import space_at
+from kvferry.store.arena import Arena
 
 _PROOF = struct.Struct(f"<{DIGEST_BYTES}s32sH")
 _MIN_SLOTS = 2
