@@ -298,6 +298,11 @@ class TieredStore:
             for key, digest, name in durable:
                 self._on_durable(key, digest, name)
 
+    @property
+    def is_loading(self) -> bool:
+        """True while a tier reads a chunk."""
+        return any(lane.loading for lane in self._lanes)
+
     def flush(self, timeout_s: float) -> bool:
         """Wait until nothing is queued or under way in any tier (True), at most `timeout_s` seconds (False)."""
         deadline_s = time.monotonic() + timeout_s

@@ -220,6 +220,25 @@ def test_abort_before_the_load_is_planned_releases_the_pins(make_host: Any) -> N
     assert host.side.store.num_pinned_chunks() == 0
 
 
+def test_an_idle_step_leaves_the_interpreter_to_tiers_that_read(
+    make_host: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slept: list[float] = []
+    tier = {"type": "BlockingTier", "tier_module_path": "kvferry.testing.tiers"}
+    host = make_host({"secondary_tiers": [tier], "shutdown_timeout_s": 0.1})
+    monkeypatch.setattr("kvferry.connectors.offloading.scheduler.time.sleep", slept.append)
+    host.side.build_connector_meta(StepView())
+    assert slept == [], "nothing is read"
+    stuck = host.side.store._lanes[0].tier
+    stuck.chunks[store_key(chain_of(host, TOKENS).value_at(64), 0, 0)] = (b"", b"")
+    assert host.side.get_num_new_matched_tokens(RequestView(host.request("b", TOKENS)), 0) == (None, False)
+    host.side.build_connector_meta(StepView())
+    assert len(slept) == 1
+    assert 0 < slept[0] < 0.001
+    host.side.build_connector_meta(StepView([ScheduledRequest("c", 0, 16, TABLE)]))
+    assert len(slept) == 1, "a step that computes is not held up"
+
+
 def test_a_stuck_tier_costs_a_request_no_more_than_the_stall_timeout(make_host: Any) -> None:
     tier = {"type": "BlockingTier", "tier_module_path": "kvferry.testing.tiers"}
     host = make_host({"secondary_tiers": [tier], "stall_timeout_s": 2.0, "shutdown_timeout_s": 0.1})
