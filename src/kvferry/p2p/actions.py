@@ -1,0 +1,179 @@
+"""What the core asks its driver to do, what the driver tells it, and the core's settings. Times in seconds."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from enum import Enum
+
+from kvferry.errors import ConfigError
+from kvferry.p2p.messages import GroupBlocks, Hello, Message
+
+
+class FinishReason(Enum):
+    """How a request ended on the producer."""
+
+    LENGTH = "length"
+    STOP = "stop"
+    ABORT = "abort"
+    ERROR = "error"
+
+
+class TransferOp(Enum):
+    """Who moves the bytes of a one-sided transfer."""
+
+    READ = "read"  # remote blocks -> local blocks
+    WRITE = "write"  # local blocks -> remote blocks
+
+
+class TransferStatus(Enum):
+    """How one rank's part of a transfer ended. After all but UNKNOWN nothing of it lands or is read any more."""
+
+    OK = "ok"
+    REJECTED = "rejected"  # nothing was started; the connection is as good as before
+    FAILED = "failed"  # the connection is not used again
+    UNKNOWN = "unknown"  # may still be landing: only destroying the connection ends it
+
+
+@dataclass(frozen=True, slots=True)
+class TransferJob:
+    """One transfer, for all ranks of this engine; every rank answers with `transfer_ended`, also those without bytes."""
+
+    job_id: str
+    op: TransferOp
+    peer: str
+    connection: int
+    local_blocks: GroupBlocks
+    remote_blocks: GroupBlocks
+    token_range: tuple[int, int]
+
+
+@dataclass(frozen=True, slots=True)
+class Connect:
+    """Dial the peer's control listener (`host:port`); answer `peer_connected` or `peer_lost`."""
+
+    peer: str
+
+
+@dataclass(frozen=True, slots=True)
+class Send:
+    """Hand a message to the control channel; it may be lost."""
+
+    peer: str
+    message: Message
+
+
+@dataclass(frozen=True, slots=True)
+class OpenPeer:
+    """The handshake succeeded: transfers may use `connection`, made from the peer's geometry and blobs in `hello`."""
+
+    peer: str
+    connection: int
+    hello: Hello
+
+
+@dataclass(frozen=True, slots=True)
+class ClosePeer:
+    """Destroy the transport connection in all ranks; answer `peer_closed` once nothing can land through it any more."""
+
+    peer: str
+    connection: int
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class StartTransfer:
+    """Run this job on every rank of this engine."""
+
+    job: TransferJob
+
+
+@dataclass(frozen=True, slots=True)
+class Release:
+    """Producer: the blocks of this request may be used again. Exactly once per `finish` that answered parameters."""
+
+    request_id: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class LoadEnded:
+    """Consumer: the load is over. Exactly once per announced request.
+
+    ok: the blocks hold the producer's bytes of [token_range). Not ok: nothing may be used, and where
+    `blocks_quarantined`, nothing may be written there either until `BlocksSafe`.
+    """
+
+    request_id: str
+    ok: bool
+    reason: str
+    blocks_quarantined: bool
+    num_tokens: int
+    first_token_ids: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class BlocksSafe:
+    """Consumer: nothing can land in the blocks of this failed load any more. Once per quarantined `LoadEnded`."""
+
+    request_id: str
+
+
+Action = Connect | Send | OpenPeer | ClosePeer | StartTransfer | Release | LoadEnded | BlocksSafe
+
+
+@dataclass(frozen=True, slots=True)
+class GroupRule:
+    """What of a group is handed over: all, the last `window_tokens`, or (recurrent state) the last block alone."""
+
+    block_tokens: int
+    window_tokens: int | None = None
+    is_state: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class LocalEngine:
+    """This engine, as its peers get to know it. `generation` is drawn anew at every start (32 hex digits)."""
+
+    engine_id: str
+    generation: str
+    host: str
+    port: int
+    num_ranks: int
+    geometry: bytes
+    transports: Mapping[str, tuple[bytes, ...]]
+    groups: tuple[GroupRule, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class P2PSettings:
+    """Every wait of the core, and every bound."""
+
+    lease_s: float = 30.0  # blocks are kept for consumers that have not claimed them
+    claim_s: float = 15.0  # blocks are kept for a claim that is not renewed
+    max_lease_s: float = 600.0  # no renewal reaches beyond
+    announce_s: float = 300.0  # a load may wait for the host's blocks
+    load_s: float = 60.0  # a load with blocks may take, until it is proved
+    handshake_s: float = 5.0  # a load may wait for a connection
+    retry_s: float = 0.25  # a request is repeated after this, then after twice as long, up to 8 times as long
+    liveness_s: float = 15.0  # a peer that owes answers may be silent
+    quarantine_s: float = 5.0  # a lost transfer may end by itself before its connection is destroyed
+    idle_s: float = 600.0  # a peer without business is kept
+    backoff_s: float = 1.0  # after a failed connection; doubles with every failure
+    max_backoff_s: float = 60.0
+    memory_s: float = 300.0  # answers are remembered; no message of a control channel is ever later than this
+    max_peers: int = 1024
+    max_claims: int = 4096
+    max_remembered: int = field(default=1 << 16)
+
+    def __post_init__(self) -> None:
+        for setting in fields(self):
+            if not (value := getattr(self, setting.name)) > 0:
+                raise ConfigError(f"p2p.{setting.name}={value} must be above 0")
+        if self.claim_s < 4 * self.retry_s:
+            raise ConfigError(f"p2p.claim_s={self.claim_s} must be at least 4 times p2p.retry_s={self.retry_s}")
+
+    @property
+    def renew_s(self) -> float:
+        """How often a consumer says that it still needs a claim."""
+        return min(self.claim_s, self.liveness_s) / 3

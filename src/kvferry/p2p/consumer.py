@@ -1,0 +1,392 @@
+"""The decode side: loads, from the announcement of a request to proved blocks or a reported failure.
+
+    pull   announced ──park──► parked ──Granted──► transferring ──all ranks ok──► verifying ──Verdict valid──► done
+               │ Claim is sent here │                   │ StartTransfer(READ)        │ Confirm
+    push   announced ──park──► parked ──Register sent──► transferring ──────────── Pushed ok ────────────────► done
+               │                    │                   │                            │
+               └────────────────────┴─────── failed ◄───┴────────────────────────────┘
+                                               │ abort, deadline, Refused, Verdict invalid, a rank failed, connection failing
+                                               ▼
+                  quarantined, while bytes may still land ──► (blocks safe) gone
+
+A load lives and dies with the connection it is bound to (when its claim or registration is first sent). The claim is
+taken at the announcement, so that the lease is held while the request waits for blocks.
+
+After a failure: `LoadEnded(ok=False)` was emitted once, the claim is withdrawn, nothing of the load may be used. Blocks
+are quarantined while one of our ranks has not ended its read, or the producer may still write: until every rank
+reported an end, the producer said that nothing can land any more, or the connection was destroyed, which is asked for
+after `quarantine_s`, or at once when a rank reports that it does not know. Cancelling is never taken as a fence.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from enum import Enum
+from math import inf
+from typing import Any
+
+from kvferry.errors import TransferError
+from kvferry.p2p.actions import (
+    Action,
+    BlocksSafe,
+    LoadEnded,
+    LocalEngine,
+    P2PSettings,
+    Send,
+    StartTransfer,
+    TransferJob,
+    TransferOp,
+    TransferStatus,
+)
+from kvferry.p2p.calls import Calls
+from kvferry.p2p.messages import (
+    Claim,
+    ClaimMessage,
+    Confirm,
+    Granted,
+    GroupBlocks,
+    Handover,
+    Pushed,
+    PushedSeen,
+    Refused,
+    Register,
+    Renew,
+    Renewed,
+    Verdict,
+    Withdraw,
+    Withdrawn,
+)
+from kvferry.p2p.peers import Peer, Peers, same_life
+
+_CALLS = ("claim", "register", "confirm")
+
+
+class LoadState(Enum):
+    """Where a load is; `done` and `failed` without quarantine are gone from the books."""
+
+    ANNOUNCED = "announced"
+    PARKED = "parked"
+    TRANSFERRING = "transferring"
+    VERIFYING = "verifying"
+    FAILED = "failed"
+
+
+@dataclass(slots=True)
+class Load:
+    """One announced request."""
+
+    request_id: str
+    handover: Handover
+    claim_id: str
+    deadline_s: float
+    connect_s: float  # until then it must be bound
+    state: LoadState = LoadState.ANNOUNCED
+    blocks: GroupBlocks = ()
+    token_range: tuple[int, int] = (0, 0)
+    connection: int | None = None
+    generation: str | None = None
+    granted: Granted | None = None
+    renew_s: float = inf
+    job_id: str = ""
+    ranks: set[int] = field(default_factory=set)  # of ours that may still read
+    may_be_written: bool = False  # push: the producer may write, or will
+
+    @property
+    def is_push(self) -> bool:
+        """Whether the producer moves the bytes."""
+        return self.handover.transfer_mode == "push"
+
+    @property
+    def is_bound(self) -> bool:
+        """Whether it depends on a connection already."""
+        return self.connection is not None
+
+
+class Consumer:
+    """All loads of this engine. Pure; emits actions."""
+
+    def __init__(
+        self,
+        local: LocalEngine,
+        settings: P2PSettings,
+        peers: Peers,
+        calls: Calls,
+        emit: Callable[[Action], None],
+        new_id: Callable[[], str],
+    ) -> None:
+        self._local, self._settings, self._peers = local, settings, peers
+        self._calls, self._emit, self._new_id = calls, emit, new_id
+        self._loads: dict[str, Load] = {}  # by claim
+        self._by_request: dict[str, Load] = {}
+        self._by_job: dict[str, Load] = {}
+
+    def announce(self, request_id: str, handover: Handover, now: float) -> None:
+        """A request that may load from a peer. Again for the same request: nothing. TransferError: still quarantined."""
+        if (known := self._by_request.get(request_id)) is not None:
+            if known.state is LoadState.FAILED:
+                raise TransferError(f"request {request_id!r} still has quarantined blocks; use another request id")
+            return
+        deadline_s, connect_s = self._deadline(now, self._settings.announce_s), now + self._settings.handshake_s
+        load = Load(request_id, handover, self._new_id(), deadline_s, connect_s)
+        self._loads[load.claim_id] = self._by_request[request_id] = load
+        if refusal := self._peers.refusal(handover.peer, now):
+            self._fail(load, refusal, now)
+            return
+        self._peers.want(handover.peer, now)
+        self._bind(load, now)
+
+    def park(self, request_id: str, blocks: GroupBlocks, token_range: tuple[int, int], now: float) -> bool:
+        """The host's blocks for tokens [first, end), per group. False: the load is over already, they are not used."""
+        load = self._by_request.get(request_id)
+        if load is None or load.state is not LoadState.ANNOUNCED:
+            return load is not None and load.state is not LoadState.FAILED
+        load.state, load.blocks, load.token_range = LoadState.PARKED, blocks, token_range
+        load.deadline_s = self._deadline(now, self._settings.load_s)
+        load.connect_s = now + self._settings.handshake_s
+        if token_range[0] >= token_range[1] and not load.is_push:
+            self._done(load, load.handover.remote_num_tokens or 0, load.handover.remote_first_token_ids, now)
+            return True
+        self._peers.want(load.handover.peer, now)
+        self._bind(load, now)
+        self._read(load, now)
+        return True
+
+    def abort(self, request_id: str, now: float) -> None:
+        """The host does not want this request any more."""
+        if (load := self._by_request.get(request_id)) is not None:
+            self._fail(load, "aborted", now)
+
+    def on_message(self, peer: Peer, message: ClaimMessage, now: float) -> None:
+        """An answer of a producer; whatever does not fit the load's state changes nothing."""
+        if isinstance(message, Pushed):
+            self._send(peer.name, PushedSeen(generation=self._local.generation, claim_id=message.claim_id))
+        if isinstance(message, Verdict | Withdrawn | Pushed | Refused):
+            self._calls.answered("withdraw", message.claim_id)
+        load = self._loads.get(message.claim_id)
+        if load is None or not load.is_bound or not same_life(load.generation, message.generation):
+            return
+        match message:
+            case Granted():
+                self._on_granted(load, message, now)
+            case Renewed():
+                self._calls.answered("register", load.claim_id)
+                load.renew_s = min(load.renew_s, now + self._settings.renew_s)
+            case Verdict() if load.state is LoadState.VERIFYING and message.is_valid and load.granted:
+                self._done(load, load.granted.num_tokens, load.handover.remote_first_token_ids, now)
+            case Pushed() if load.state is LoadState.TRANSFERRING and load.is_push and message.ok:
+                load.may_be_written = False
+                self._done(load, message.num_tokens, message.first_token_ids, now)
+            case Refused() | Verdict() | Withdrawn() | Pushed():
+                load.may_be_written = False
+                self._fail(load, self._reason(message), now)
+                self._free_if_safe(load)
+            case _:
+                pass
+
+    def transfer_ended(self, job_id: str, rank: int, status: TransferStatus, reason: str, now: float) -> bool:
+        """One rank's part of a read ended. False: not a job of ours."""
+        load = self._by_job.get(job_id)
+        if load is None or rank not in load.ranks or load.connection is None:
+            return load is not None
+        if status is not TransferStatus.UNKNOWN:
+            load.ranks.discard(rank)
+        if status is not TransferStatus.OK:
+            self._fail(load, f"read failed on rank {rank}: {status.value}: {reason}", now)
+            if status is not TransferStatus.REJECTED:
+                self._peers.close_connection(load.handover.peer, load.connection, f"a read failed: {reason}", now)
+        elif load.state is LoadState.TRANSFERRING and not load.ranks:
+            self._verify(load, now)
+        self._free_if_safe(load)
+        return True
+
+    def connection_opened(self, peer: str, now: float) -> None:
+        """Loads that waited for this peer go on."""
+        for load in list(self._loads.values()):
+            if load.handover.peer == peer:
+                self._bind(load, now)
+
+    def connection_failing(self, connection: int, reason: str, now: float) -> None:
+        """What is bound to the connection fails."""
+        for load in list(self._loads.values()):
+            if load.connection == connection:
+                self._fail(load, reason, now)
+
+    def connection_closed(self, connection: int, now: float) -> None:
+        """What was quarantined because of it is safe."""
+        for load in list(self._loads.values()):
+            if load.connection == connection:
+                load.ranks.clear()
+                load.may_be_written = False
+                self._free_if_safe(load)
+
+    def peer_refused(self, peer: str, reason: str, now: float) -> None:
+        """Loads that wait for this peer fail at once."""
+        for load in list(self._loads.values()):
+            if load.handover.peer == peer and not load.is_bound:
+                self._fail(load, reason, now)
+
+    def expire(self, now: float) -> None:
+        """Deadlines and renewals."""
+        for load in list(self._loads.values()):
+            peer = load.handover.peer
+            if load.state is LoadState.FAILED:
+                if now >= load.deadline_s and load.connection is not None:
+                    load.deadline_s = inf
+                    self._peers.close_connection(
+                        peer, load.connection, "a transfer that was given up does not end", now
+                    )
+            elif now >= load.deadline_s:
+                self._fail(load, f"deadline passed while {load.state.value}", now)
+            elif not load.is_bound and self._needs_connection(load) and now >= load.connect_s:
+                self._fail(load, f"no connection to {peer} within {self._settings.handshake_s} s", now)
+            elif now >= load.renew_s and load.state is not LoadState.VERIFYING:
+                load.renew_s = now + self._settings.renew_s
+                self._send(peer, Renew(generation=self._local.generation, claim_id=load.claim_id))
+
+    def next_deadline(self) -> float:
+        """When `expire` has something to do."""
+        moments = [inf]
+        for load in self._loads.values():
+            moments.append(load.deadline_s)
+            if load.state is not LoadState.FAILED:
+                if not load.is_bound and self._needs_connection(load):
+                    moments.append(load.connect_s)
+                if load.state is not LoadState.VERIFYING:
+                    moments.append(load.renew_s)
+        return min(moments)
+
+    def wanted_peers(self) -> set[str]:
+        """Peers that loads wait for."""
+        loads = self._loads.values()
+        return {x.handover.peer for x in loads if not x.is_bound and x.state is not LoadState.FAILED}
+
+    def busy_peers(self) -> set[str]:
+        """Peers that owe us answers."""
+        return {load.handover.peer for load in self._loads.values() if load.is_bound}
+
+    def snapshot(self) -> list[dict[str, Any]]:
+        """One row per load, quarantined ones too."""
+        return [
+            {"request_id": x.request_id, "claim_id": x.claim_id, "peer": x.handover.peer, "mode": x.handover.transfer_mode,
+             "state": x.state.value, "deadline_s": x.deadline_s, "connection": x.connection, "ranks": sorted(x.ranks),
+             "may_be_written": x.may_be_written}
+            for x in self._loads.values()
+        ]  # fmt: skip
+
+    def check_integrity(self) -> None:
+        """AssertionError when the books contradict each other."""
+        assert {x.request_id for x in self._loads.values()} == set(self._by_request), "loads by request"
+        for claim_id, load in self._loads.items():
+            assert load.claim_id == claim_id
+            assert self._by_request[load.request_id] is load
+            assert not load.ranks or self._by_job.get(load.job_id) is load, f"{load.request_id} reads without a job"
+            assert load.state is not LoadState.FAILED or self._is_in_danger(load), (
+                f"{load.request_id} is kept for nothing"
+            )
+            assert load.state is not LoadState.VERIFYING or not load.ranks
+        assert all(load.claim_id in self._loads for load in self._by_job.values()), "a job without a load"
+
+    def _deadline(self, now: float, seconds: float) -> float:
+        return now + seconds
+
+    def _needs_connection(self, load: Load) -> bool:
+        return not load.is_push or load.state is LoadState.PARKED
+
+    def _send(self, peer: str, message: ClaimMessage) -> None:
+        self._emit(Send(peer, message))
+
+    def _call(self, kind: str, load: Load, message: ClaimMessage, now: float, deadline_s: float) -> None:
+        self._calls.start(kind, load.claim_id, load.handover.peer, load.generation, message, now, deadline_s)
+
+    def _bind(self, load: Load, now: float) -> None:
+        peer = self._peers.get(load.handover.peer)
+        if load.is_bound or load.state is LoadState.FAILED or not self._needs_connection(load):
+            return
+        if peer is None or peer.connection is None:
+            return
+        load.connection, load.generation = peer.connection, peer.generation
+        ids = {"generation": self._local.generation, "claim_id": load.claim_id}
+        handover = load.handover
+        if load.is_push:
+            load.state, load.may_be_written = LoadState.TRANSFERRING, True
+            register = Register(handover.transfer_id or "", load.blocks, *load.token_range, **ids)
+            self._call("register", load, register, now, load.deadline_s)
+        else:
+            claim = Claim(handover.remote_lease_id or "", handover.remote_generation or "", **ids)
+            self._call("claim", load, claim, now, load.deadline_s)
+
+    def _on_granted(self, load: Load, granted: Granted, now: float) -> None:
+        self._calls.answered("claim", load.claim_id)
+        if not load.is_push and load.granted is None and load.state in (LoadState.ANNOUNCED, LoadState.PARKED):
+            load.granted, load.renew_s = granted, now + self._settings.renew_s
+            self._read(load, now)
+
+    def _read(self, load: Load, now: float) -> None:
+        if load.state is not LoadState.PARKED or load.granted is None or load.connection is None:
+            return
+        if load.token_range[1] > load.granted.num_tokens:
+            self._fail(load, f"tokens {load.token_range} wanted, the lease holds {load.granted.num_tokens}", now)
+            return
+        load.state, load.job_id, load.ranks = LoadState.TRANSFERRING, self._new_id(), set(range(self._local.num_ranks))
+        self._by_job[load.job_id] = load
+        peer, source = load.handover.peer, load.granted.blocks
+        job = TransferJob(load.job_id, TransferOp.READ, peer, load.connection, load.blocks, source, load.token_range)
+        self._emit(StartTransfer(job))
+
+    def _verify(self, load: Load, now: float) -> None:
+        load.state = LoadState.VERIFYING
+        confirm = Confirm(generation=self._local.generation, claim_id=load.claim_id)
+        self._call("confirm", load, confirm, now, load.deadline_s)
+
+    def _is_in_danger(self, load: Load) -> bool:
+        return bool(load.ranks) or load.may_be_written
+
+    def _done(self, load: Load, num_tokens: int, first_token_ids: tuple[int, ...], now: float) -> None:
+        if load.state is LoadState.PARKED:
+            self._withdraw(load, now)
+        self._forget(load)
+        self._emit(LoadEnded(load.request_id, True, "", False, num_tokens, first_token_ids))
+
+    def _fail(self, load: Load, reason: str, now: float) -> None:
+        if load.state is LoadState.FAILED or load.claim_id not in self._loads:
+            return
+        load.state = LoadState.FAILED
+        self._withdraw(load, now)
+        is_in_danger = self._is_in_danger(load)
+        if is_in_danger:
+            load.deadline_s = now + self._settings.quarantine_s
+            for kind in _CALLS:
+                self._calls.answered(kind, load.claim_id)
+        else:
+            self._forget(load)
+        self._emit(LoadEnded(load.request_id, False, reason, is_in_danger, 0, ()))
+
+    def _withdraw(self, load: Load, now: float) -> None:
+        if load.is_bound:
+            deadline_s = inf if load.may_be_written else now + self._settings.load_s
+            message = Withdraw(generation=self._local.generation, claim_id=load.claim_id)
+            self._call("withdraw", load, message, now, deadline_s)
+
+    def _free_if_safe(self, load: Load) -> None:
+        if load.state is LoadState.FAILED and load.claim_id in self._loads and not self._is_in_danger(load):
+            if load.is_push:
+                self._calls.answered("withdraw", load.claim_id)
+            self._forget(load)
+            self._emit(BlocksSafe(load.request_id))
+
+    def _forget(self, load: Load) -> None:
+        for kind in _CALLS:
+            self._calls.answered(kind, load.claim_id)
+        del self._loads[load.claim_id]
+        del self._by_request[load.request_id]
+        self._by_job.pop(load.job_id, None)
+
+    def _reason(self, message: ClaimMessage) -> str:
+        match message:
+            case Refused():
+                return f"the producer refused the claim: {message.why.value}"
+            case Pushed():
+                return f"the producer could not write: {message.reason}"
+            case _:
+                return "the lease did not hold while it was read"

@@ -1,0 +1,224 @@
+"""What two engines say to each other about a hand-over: typed, bounded, and safe to receive twice, late or never.
+
+    D (consumer)                          P (producer)
+    Hello            ───────────────►                      once per connection, both ways; asked again after a restart
+                     ◄───────────────     Hello | HelloRefused
+    Claim            ───────────────►                      pull: "I am going to read this lease"
+                     ◄───────────────     Granted | Refused
+    Renew            ───────────────►                      pull and push: "I still need it"
+                     ◄───────────────     Renewed | Refused
+    Confirm          ───────────────►                      pull, after the last byte: "was it valid all the time?"
+                     ◄───────────────     Verdict
+    Register         ───────────────►                      push: "write the KV of this transfer id into these blocks"
+                     ◄───────────────     Renewed, and later Pushed
+    PushedSeen       ───────────────►
+    Withdraw         ───────────────►                      "I gave up"
+                     ◄───────────────     Withdrawn        from now on nothing of this claim is held, read or written
+
+Every message carries the sender's generation (its start nonce), every exchange its claim id. A request is repeated
+until it is answered; an answer may be repeated at any time. No message carries a moment in time, only time that is
+left. `decode` refuses what breaks a bound, so a hostile peer costs at most what the bounds below allow.
+"""
+
+from __future__ import annotations
+
+from enum import Enum
+from typing import Annotated, Any
+
+import msgspec
+from msgspec import Meta, Struct
+
+from kvferry.errors import TransferError
+
+PROTOCOL = 1
+MAX_GROUPS = 64
+MAX_GROUP_BLOCKS = 1 << 16
+MAX_TOKENS = 1 << 24
+MAX_RANKS = 1024
+
+Nonce = Annotated[str, Meta(pattern="^[0-9a-f]{32}$", max_length=32)]
+"""128 random bits in hex: an engine's generation, a lease, a claim."""
+Name = Annotated[str, Meta(min_length=1, max_length=512)]
+Text = Annotated[str, Meta(max_length=2048)]
+TokenCount = Annotated[int, Meta(ge=0, le=MAX_TOKENS)]
+TokenIds = Annotated[tuple[Annotated[int, Meta(ge=0, lt=1 << 31)], ...], Meta(max_length=1024)]
+Blocks = Annotated[tuple[Annotated[int, Meta(ge=0, lt=1 << 31)], ...], Meta(max_length=MAX_GROUP_BLOCKS)]
+GroupBlocks = Annotated[tuple[Blocks, ...], Meta(max_length=MAX_GROUPS)]
+"""Per group the block ids by position; id 0 at positions that are not handed over (outside a window)."""
+RankBlobs = Annotated[tuple[Annotated[bytes, Meta(max_length=1 << 16)], ...], Meta(max_length=MAX_RANKS)]
+Milliseconds = Annotated[int, Meta(ge=0, le=86_400_000)]
+
+
+class Why(Enum):
+    """Why a claim is refused."""
+
+    UNKNOWN = "unknown"  # no such lease or claim, or of an earlier life of this engine
+    EXPIRED = "expired"
+    DONE = "done"
+    ABORTED = "aborted"
+    BUSY = "busy"  # too many claims
+
+
+class Message(Struct, frozen=True, kw_only=True, tag_field="type", forbid_unknown_fields=True):
+    """Base of all messages. `generation` is the sender's."""
+
+    generation: Nonce
+
+
+class ClaimMessage(Message, frozen=True, kw_only=True, tag_field="type", forbid_unknown_fields=True):
+    """Base of all messages about one claim."""
+
+    claim_id: Nonce
+
+
+class Hello(Message, frozen=True, tag="hello"):
+    """Who I am and how my KV lies; `geometry` is opaque here, `transports` holds per name one blob per rank."""
+
+    engine_id: Name
+    protocol: Annotated[int, Meta(ge=0, lt=1 << 31)]
+    geometry: Annotated[bytes, Meta(max_length=1 << 20)]
+    transports: Annotated[dict[Name, RankBlobs], Meta(max_length=16)]
+    is_answer: bool
+
+
+class HelloRefused(Message, frozen=True, tag="hello_refused"):
+    """KV cannot be moved between us; one line per field that differs."""
+
+    differences: Annotated[tuple[Text, ...], Meta(max_length=256)]
+
+
+class Claim(ClaimMessage, frozen=True, tag="claim"):
+    """I am going to read this lease: keep it."""
+
+    lease_id: Nonce
+    lease_generation: Nonce
+
+
+class Granted(ClaimMessage, frozen=True, tag="granted"):
+    """The lease is kept for you for `remaining_ms`, or longer if you renew."""
+
+    blocks: GroupBlocks
+    num_tokens: TokenCount
+    remaining_ms: Milliseconds
+
+
+class Refused(ClaimMessage, frozen=True, tag="refused"):
+    """This claim is not, or no longer, held; nothing of it will be written any more."""
+
+    why: Why
+
+
+class Renew(ClaimMessage, frozen=True, tag="renew"):
+    """I still need it."""
+
+
+class Renewed(ClaimMessage, frozen=True, tag="renewed"):
+    """The claim is held for `remaining_ms` more."""
+
+    remaining_ms: Milliseconds
+
+
+class Confirm(ClaimMessage, frozen=True, tag="confirm"):
+    """I have read everything: was the lease held all the time?"""
+
+
+class Verdict(ClaimMessage, frozen=True, tag="verdict"):
+    """Whether what was read under this claim is what was leased. Ends the claim."""
+
+    is_valid: bool
+
+
+class Register(ClaimMessage, frozen=True, tag="register"):
+    """Write tokens [first_token, end_token) of this transfer into these blocks of mine."""
+
+    transfer_id: Name
+    blocks: GroupBlocks
+    first_token: TokenCount
+    end_token: TokenCount
+
+    def __post_init__(self) -> None:
+        if self.end_token < self.first_token:
+            raise ValueError(f"token range [{self.first_token}, {self.end_token}) ends before it begins")
+
+
+class Pushed(ClaimMessage, frozen=True, tag="pushed"):
+    """The write ended; nothing of it can land any more."""
+
+    ok: bool
+    reason: Text
+    num_tokens: TokenCount
+    first_token_ids: TokenIds
+
+
+class PushedSeen(ClaimMessage, frozen=True, tag="pushed_seen"):
+    """Stop repeating `Pushed`."""
+
+
+class Withdraw(ClaimMessage, frozen=True, tag="withdraw"):
+    """I gave up: drop the claim, and say when nothing of it can land any more."""
+
+
+class Withdrawn(ClaimMessage, frozen=True, tag="withdrawn"):
+    """The claim is gone; nothing of it can land any more."""
+
+
+AnyMessage = (
+    Hello | HelloRefused | Claim | Granted | Refused | Renew | Renewed | Confirm | Verdict
+    | Register | Pushed | PushedSeen | Withdraw | Withdrawn
+)  # fmt: skip
+
+_decoder = msgspec.msgpack.Decoder(AnyMessage)
+_encoder = msgspec.msgpack.Encoder()
+
+
+def encode(message: Message) -> bytes:
+    """The message as msgpack."""
+    return _encoder.encode(message)
+
+
+def decode(data: bytes) -> AnyMessage:
+    """A message that keeps every bound; TransferError says what is wrong with `data`."""
+    try:
+        return _decoder.decode(data)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise TransferError(
+            f"a peer sent {len(data)} bytes that are no message of protocol {PROTOCOL}: {error}"
+        ) from error
+
+
+class Handover(Struct, frozen=True, kw_only=True):
+    """The `kv_transfer_params` a consumer needs; names as in vLLM, fields of other routers are left alone."""
+
+    remote_host: Name
+    remote_port: Annotated[int, Meta(ge=1, lt=1 << 16)]
+    transfer_mode: str = "pull"
+    transfer_id: Name | None = None
+    remote_request_id: Name | None = None
+    remote_lease_id: Nonce | None = None
+    remote_generation: Nonce | None = None
+    remote_num_tokens: TokenCount | None = None
+    remote_first_token_ids: TokenIds = ()
+
+    def __post_init__(self) -> None:
+        if self.transfer_mode not in ("pull", "push"):
+            raise ValueError(f"transfer_mode {self.transfer_mode!r} is neither 'pull' nor 'push'")
+        if self.transfer_mode == "push" and self.transfer_id is None:
+            raise ValueError("transfer_mode 'push' needs a transfer_id, the same for both engines")
+        if self.transfer_mode == "pull" and not (self.remote_lease_id and self.remote_generation):
+            raise ValueError(
+                "remote_lease_id and remote_generation are missing: the prefill engine must be kvferry too"
+            )
+
+    @property
+    def peer(self) -> str:
+        """The peer's name in this library: `host:port` of its listener."""
+        return f"{self.remote_host}:{self.remote_port}"
+
+    @classmethod
+    def parse(cls, params: dict[str, Any]) -> Handover:
+        """Read a client's dictionary, which is left as it is; TransferError names the field that is wrong."""
+        try:
+            known = {name: params[name] for name in cls.__struct_fields__ if params.get(name) is not None}
+            return msgspec.convert(known, cls)
+        except (msgspec.ValidationError, ValueError) as error:
+            raise TransferError(f"kv_transfer_params cannot be used: {error}") from error

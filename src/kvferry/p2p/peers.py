@@ -1,0 +1,297 @@
+"""Who we talk to: control link, handshake and transport connection per peer; restarts, silence, backoff, eviction.
+
+            want / Hello received                     Hello accepted
+    absent ───────────────────────► greeting ──────────────────────────────► open (one numbered connection)
+       ▲                              │  ▲                                     │
+       │ idle                 refused │  │ backoff over, and still wanted      │ link lost, peer silent, new generation,
+       │                              ▼  │                                     │ a transfer failed or never ended, idle
+       └─────────────────────────── failed ◄────── peer_closed ────── closing ◄┘
+
+A connection is closed before the next one is opened, and numbers are never used twice, so whatever was bound to a
+connection (a load, a claim) knows when nothing of it can land any more. A peer's generation is its life: a Hello of
+another generation at the same address means that it restarted; what was bound to the old life fails, the old
+connection is destroyed, and a new handshake follows. Hellos of lives that are over are ignored.
+
+After a failure: everything bound to the connection was told (`connection_failing`), `ClosePeer` was asked for once,
+and `connection_closed` follows when the driver says so, never on our own guess.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Set
+from dataclasses import dataclass, field
+from math import inf
+from typing import Any, Protocol
+
+from kvferry.p2p.actions import Action, ClosePeer, Connect, LocalEngine, OpenPeer, P2PSettings, Send
+from kvferry.p2p.calls import Calls
+from kvferry.p2p.messages import PROTOCOL, Hello, HelloRefused
+
+GeometryCheck = Callable[[bytes, bytes], list[str]]
+"""(local geometry, remote geometry) -> one line per difference; an unreadable geometry is a difference too."""
+
+
+def same_life(generation: str | None, other: str | None) -> bool:
+    """Whether two generations name the same life of an engine."""
+    return generation == other
+
+
+class ConnectionEvents(Protocol):
+    """What both roles are told about connections and peers."""
+
+    def connection_opened(self, peer: str, now: float) -> None:
+        """Transfers with this peer can start."""
+
+    def connection_failing(self, connection: int, reason: str, now: float) -> None:
+        """Start nothing more on it; what runs may still land."""
+
+    def connection_closed(self, connection: int, now: float) -> None:
+        """Nothing of it can land any more."""
+
+    def peer_refused(self, peer: str, reason: str, now: float) -> None:
+        """KV cannot be moved between this peer and us."""
+
+
+@dataclass(slots=True)
+class Peer:
+    """One address we know."""
+
+    name: str
+    heard_s: float
+    owes_s: float = inf  # since when it owes us answers
+    is_up: bool = False  # the control link
+    is_dialling: bool = False
+    hello: Hello | None = None  # of the life we talk to
+    connection: int | None = None
+    closing: int | None = None
+    refusal: str = ""
+    num_failures: int = 0
+    retry_s: float = 0.0
+    ended_lives: deque[str] = field(default_factory=lambda: deque(maxlen=16))
+
+    @property
+    def generation(self) -> str | None:
+        """The life we talk to."""
+        return self.hello.generation if self.hello else None
+
+    @property
+    def state(self) -> str:
+        """One word, for people."""
+        if self.connection is not None:
+            return "open"
+        if self.closing is not None:
+            return "closing"
+        return "failed" if self.num_failures else "greeting"
+
+
+class Peers:
+    """The registry. Pure; emits actions."""
+
+    def __init__(
+        self,
+        local: LocalEngine,
+        settings: P2PSettings,
+        check: GeometryCheck,
+        calls: Calls,
+        emit: Callable[[Action], None],
+    ) -> None:
+        self._local, self._settings, self._check, self._calls, self._emit = local, settings, check, calls, emit
+        self._peers: dict[str, Peer] = {}
+        self._num_connections = 0
+        self._listeners: tuple[ConnectionEvents, ...] = ()
+
+    def listen(self, *listeners: ConnectionEvents) -> None:
+        """Tell these of every connection."""
+        self._listeners = listeners
+
+    def get(self, name: str) -> Peer | None:
+        """The record of a peer, if there is one."""
+        return self._peers.get(name)
+
+    def reaches(self, name: str, generation: str | None) -> bool:
+        """Whether a message to this life of the peer may arrive."""
+        peer = self._peers.get(name)
+        return peer is not None and peer.is_up and (generation is None or same_life(generation, peer.generation))
+
+    def refusal(self, name: str, now: float) -> str:
+        """Why there is no use in asking this peer now; empty when there may be."""
+        peer = self._peers.get(name)
+        return peer.refusal if peer and now < peer.retry_s else ""
+
+    def want(self, name: str, now: float) -> None:
+        """See to it that there will be an open connection."""
+        peer = self._record(name, now)
+        if peer is None or peer.connection is not None or peer.closing is not None or now < peer.retry_s:
+            return
+        if peer.is_up:
+            self._greet(peer, now)
+        elif not peer.is_dialling:
+            peer.is_dialling = True
+            self._emit(Connect(name))
+
+    def connected(self, name: str, now: float) -> None:
+        """The control link is up."""
+        if (peer := self._record(name, now)) is not None:
+            was_dialling, peer.is_up, peer.is_dialling, peer.heard_s = peer.is_dialling, True, False, now
+            if was_dialling:
+                self._greet(peer, now)
+
+    def lost(self, name: str, reason: str, now: float) -> None:
+        """The control link is down, or could not be made."""
+        if (peer := self._peers.get(name)) is not None:
+            peer.is_up = peer.is_dialling = False
+            self._calls.answered("hello", name)
+            self.close(peer, reason, now)
+            self._back_off(peer, now)
+
+    def on_hello(self, name: str, hello: Hello, now: float) -> None:
+        """A peer introduced itself."""
+        peer = self._record(name, now)
+        if peer is None or hello.generation in peer.ended_lives:
+            return
+        peer.is_up, peer.is_dialling, peer.heard_s = True, False, now
+        if peer.hello and not same_life(peer.generation, hello.generation):
+            peer.ended_lives.append(peer.hello.generation)
+            peer.hello = None
+            self.close(peer, f"{name} restarted", now)
+        self._calls.answered("hello", name)
+        if differences := self._differences(hello):
+            self._emit(Send(name, HelloRefused(tuple(differences), generation=self._local.generation)))
+            self._refuse(peer, "; ".join(differences), now)
+            return
+        if not hello.is_answer:
+            self._emit(Send(name, self._hello(is_answer=True)))
+        peer.hello = peer.hello or hello
+        self._open(peer, now)
+
+    def on_hello_refused(self, name: str, message: HelloRefused, now: float) -> None:
+        """A peer cannot exchange KV with us."""
+        peer = self._peers.get(name)
+        if peer is not None and message.generation not in peer.ended_lives:
+            self._calls.answered("hello", name)
+            self._refuse(peer, "; ".join(message.differences), now)
+
+    def sender(self, name: str, generation: str, now: float) -> Peer | None:
+        """The peer that sent a message, when it is in the life we know; else it is asked to introduce itself."""
+        peer = self._record(name, now)
+        if peer is None:
+            return None
+        peer.is_up, peer.is_dialling = True, False
+        is_known = same_life(peer.generation, generation)
+        if is_known:
+            peer.heard_s = now
+        if (not is_known and generation not in peer.ended_lives) or (is_known and peer.connection is None):
+            self._greet(peer, now)
+        return peer if is_known and peer.hello else None
+
+    def close(self, peer: Peer, reason: str, now: float) -> None:
+        """Destroy its connection, if it has an open one."""
+        if peer.connection is not None:
+            peer.closing, peer.connection = peer.connection, None
+            self._emit(ClosePeer(peer.name, peer.closing, reason))
+            for listener in self._listeners:
+                listener.connection_failing(peer.closing, reason, now)
+
+    def close_connection(self, name: str, connection: int, reason: str, now: float) -> None:
+        """Destroy exactly this connection, if it is still open."""
+        peer = self._peers.get(name)
+        if peer is not None and peer.connection == connection:
+            self.close(peer, reason, now)
+
+    def closed(self, name: str, connection: int, now: float) -> None:
+        """The driver destroyed a connection."""
+        peer = self._peers.get(name)
+        if peer is not None and peer.closing == connection:
+            peer.closing = None
+            for listener in self._listeners:
+                listener.connection_closed(connection, now)
+
+    def forgive(self, seconds: float) -> None:
+        """We were frozen ourselves: nobody owes us answers for that time."""
+        for peer in self._peers.values():
+            peer.heard_s += seconds
+
+    def tick(self, now: float, wanted: Set[str], busy: Set[str]) -> None:
+        """Dial and greet `wanted` peers; give up silent ones among `busy` (they owe answers); evict idle ones."""
+        for name in sorted(wanted):
+            self.want(name, now)
+        for peer in list(self._peers.values()):
+            peer.owes_s = min(peer.owes_s, now) if peer.name in busy else inf
+            if peer.name in busy:
+                if peer.connection is not None and now >= self._silent_s(peer):
+                    self.close(peer, f"{peer.name} was silent for {self._settings.liveness_s} s", now)
+                    self._back_off(peer, now)
+            elif peer.name not in wanted and now - peer.heard_s >= self._settings.idle_s:
+                self.close(peer, f"{peer.name} was idle", now)
+                if peer.closing is None:
+                    self._calls.answered("hello", peer.name)
+                    del self._peers[peer.name]
+
+    def next_deadline(self, wanted: Set[str], busy: Set[str]) -> float:
+        """When `tick` has something to do."""
+        moments = [inf]
+        for peer in self._peers.values():
+            if peer.name in busy and peer.connection is not None:
+                moments.append(self._silent_s(peer))
+            elif peer.name in wanted and peer.connection is None and peer.closing is None and not peer.is_dialling:
+                moments.append(peer.retry_s)
+            elif peer.name not in busy and peer.closing is None:
+                moments.append(peer.heard_s + self._settings.idle_s)
+        return min(moments)
+
+    def snapshot(self) -> list[dict[str, Any]]:
+        """One row per peer."""
+        return [
+            {"peer": p.name, "state": p.state, "generation": p.generation, "connection": p.connection, "closing": p.closing,
+             "heard_s": p.heard_s, "num_failures": p.num_failures, "refusal": p.refusal}
+            for p in self._peers.values()
+        ]  # fmt: skip
+
+    def _silent_s(self, peer: Peer) -> float:
+        return max(peer.heard_s, peer.owes_s) + self._settings.liveness_s
+
+    def _record(self, name: str, now: float) -> Peer | None:
+        if name not in self._peers and len(self._peers) < self._settings.max_peers:
+            self._peers[name] = Peer(name, heard_s=now)
+        return self._peers.get(name)
+
+    def _hello(self, *, is_answer: bool) -> Hello:
+        local = self._local
+        transports = dict(local.transports)
+        return Hello(local.engine_id, PROTOCOL, local.geometry, transports, is_answer, generation=local.generation)
+
+    def _greet(self, peer: Peer, now: float) -> None:
+        if peer.closing is None and not self._calls.has("hello", peer.name, now):
+            deadline = now + self._settings.handshake_s
+            peer.retry_s = deadline
+            self._calls.start("hello", peer.name, peer.name, None, self._hello(is_answer=False), now, deadline)
+
+    def _differences(self, hello: Hello) -> list[str]:
+        if hello.protocol != PROTOCOL:
+            return [f"protocol: {PROTOCOL} here, {hello.protocol} at {hello.engine_id}"]
+        if not set(hello.transports) & set(self._local.transports):
+            return [
+                f"transports: {sorted(self._local.transports)} here, {sorted(hello.transports)} at {hello.engine_id}"
+            ]
+        return [line[:2048] for line in self._check(self._local.geometry, hello.geometry)[:256]]
+
+    def _open(self, peer: Peer, now: float) -> None:
+        if peer.connection is None and peer.closing is None and peer.hello is not None:
+            self._num_connections += 1
+            peer.connection, peer.refusal, peer.num_failures, peer.retry_s = self._num_connections, "", 0, 0.0
+            self._emit(OpenPeer(peer.name, peer.connection, peer.hello))
+            for listener in self._listeners:
+                listener.connection_opened(peer.name, now)
+
+    def _refuse(self, peer: Peer, reason: str, now: float) -> None:
+        peer.refusal = f"{peer.name} and this engine cannot exchange KV: {reason}"
+        self.close(peer, peer.refusal, now)
+        self._back_off(peer, now)
+        for listener in self._listeners:
+            listener.peer_refused(peer.name, peer.refusal, now)
+
+    def _back_off(self, peer: Peer, now: float) -> None:
+        wait_s = self._settings.backoff_s * 2 ** min(peer.num_failures, 16)
+        peer.num_failures += 1
+        peer.retry_s = now + min(wait_s, self._settings.max_backoff_s)

@@ -1,0 +1,438 @@
+"""The prefill side: leases over the blocks of finished requests, and the claims of consumers on them.
+
+    running ──finish (any normal end)──► leased ◄───────────────► claimed ──every consumer served──► done
+       │                                   │    Claim / last claim    │
+       │ abort, error                      │ lease deadline passed    │ a claim that is not renewed lapses
+       ▼                                   ▼                          │
+    aborted ◄───────── abort ───────── expired ◄──────────────────────┘
+
+`finish` makes the lease: an id of 128 random bits over the request's blocks. A lease is held until its deadline, until
+every consumer is served (a set of engines: repeats count once), and in any case while a claim is open; claims lapse
+when they are not renewed, and no renewal reaches beyond `max_lease_s`. Then `Release` gives the blocks back.
+Pull: a consumer's Confirm is answered "valid" only while its claim is open, so whoever was read too late, or in another
+life of this engine, is found out. Push: a registration waits for its transfer id, in either order; blocks that our own
+write reads are released after the write has ended or its connection is destroyed, not before.
+
+After a failure: a claim that ended is remembered with its last answer (`memory_s`), so a late or repeated request
+cannot open it again, above all cannot start a second write; a full memory answers nothing rather than forget.
+An aborted or expired lease answers claims with Refused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from math import inf
+from typing import Any
+
+from kvferry.p2p import messages
+from kvferry.p2p.actions import (
+    Action,
+    FinishReason,
+    LocalEngine,
+    P2PSettings,
+    Release,
+    Send,
+    StartTransfer,
+    TransferJob,
+    TransferOp,
+    TransferStatus,
+)
+from kvferry.p2p.calls import Calls, Remembered
+from kvferry.p2p.messages import ClaimMessage, GroupBlocks, Pushed, Refused, Register, Verdict, Why, Withdrawn
+from kvferry.p2p.peers import Peer, Peers, same_life
+
+
+@dataclass(slots=True)
+class OpenClaim:
+    """A consumer's hold on a lease; with `register`, on a transfer that we write."""
+
+    claim_id: str
+    peer: str
+    generation: str
+    connection: int
+    consumer: str  # engine id
+    lease: Lease
+    deadline_s: float
+    register: Register | None = None
+    job_id: str = ""
+    ranks: set[int] = field(default_factory=set)  # of ours that may still write
+    error: str = ""
+    last: ClaimMessage | None = None  # the answer it ends with, as soon as there is room to remember it
+
+
+@dataclass(slots=True)
+class Lease:
+    """One request, or (without `request_id`) a transfer that consumers registered for before we heard of the request."""
+
+    request_id: str = ""
+    transfer_id: str | None = None
+    num_consumers: int = 1
+    lease_id: str = ""  # empty while the request runs
+    blocks: GroupBlocks = ()
+    num_tokens: int = 0
+    first_token_ids: tuple[int, ...] = ()
+    deadline_s: float = inf
+    last_s: float = inf  # no claim reaches beyond
+    claims: dict[str, OpenClaim] = field(default_factory=dict)
+    served: set[str] = field(default_factory=set)
+    ended: Why | None = None
+
+    def serve(self, consumer: str) -> None:
+        """This consumer has what it wanted, or does not want it any more."""
+        self.served.add(consumer)
+
+    def is_held(self, now: float) -> bool:
+        """Whether somebody may still come for it, or reads it."""
+        is_awaited = bool(self.lease_id) and len(self.served) < self.num_consumers and now < self.deadline_s
+        return bool(self.claims) or is_awaited
+
+    def is_written_from(self) -> bool:
+        """Whether our own ranks may still read its blocks."""
+        return any(claim.ranks for claim in self.claims.values())
+
+    def is_named_by(self, lease_id: str, generation: str, own_generation: str) -> bool:
+        """Whether a claim means this lease, of this life of the engine."""
+        return lease_id == self.lease_id and generation == own_generation
+
+    @property
+    def state(self) -> str:
+        """One word of the drawing above."""
+        if self.ended is not None:
+            return self.ended.value
+        if not self.lease_id:
+            return "running"
+        return "claimed" if self.claims else "leased"
+
+
+def is_handed_over(reason: FinishReason) -> bool:
+    """Any normal end counts, also a stop token as the first token."""
+    return reason not in (FinishReason.ABORT, FinishReason.ERROR)
+
+
+class Producer:
+    """All leases of this engine. Pure; emits actions."""
+
+    def __init__(
+        self,
+        local: LocalEngine,
+        settings: P2PSettings,
+        peers: Peers,
+        calls: Calls,
+        emit: Callable[[Action], None],
+        new_id: Callable[[], str],
+    ) -> None:
+        self._local, self._settings, self._peers = local, settings, peers
+        self._calls, self._emit, self._new_id = calls, emit, new_id
+        self._requests: dict[str, Lease] = {}
+        self._leases: dict[str, Lease] = {}
+        self._transfers: dict[str, Lease] = {}
+        self._claims: dict[str, OpenClaim] = {}
+        self._jobs: dict[str, OpenClaim] = {}
+        self._ended_claims: Remembered[ClaimMessage] = Remembered(settings.memory_s, settings.max_remembered)
+        self._ended_leases: Remembered[Why] = Remembered(settings.memory_s, settings.max_remembered)
+
+    def request_started(self, request_id: str, transfer_id: str | None, num_consumers: int) -> None:
+        """A request that will be handed over runs. A transfer id that another live request has is not taken twice."""
+        if request_id in self._requests:
+            return
+        lease = self._transfers.get(transfer_id) if transfer_id else None
+        if lease is None or lease.request_id:
+            is_taken = lease is not None
+            lease = Lease(transfer_id=None if is_taken else transfer_id)
+        lease.request_id, lease.num_consumers = request_id, max(1, num_consumers)
+        self._requests[request_id] = lease
+        if lease.transfer_id:
+            self._transfers[lease.transfer_id] = lease
+            self._ended_leases.forget(lease.transfer_id)
+
+    def finish(
+        self,
+        request_id: str,
+        reason: FinishReason,
+        blocks: GroupBlocks,
+        num_tokens: int,
+        first_token_ids: tuple[int, ...],
+        now: float,
+    ) -> Lease | None:
+        """Make the lease; None when nothing is handed over (the blocks stay the host's)."""
+        lease = self._requests.get(request_id)
+        if lease is None or lease.lease_id:
+            return None
+        if not is_handed_over(reason):
+            self.abort(request_id, now)
+            return None
+        lease.lease_id, lease.blocks = self._new_id(), blocks
+        lease.num_tokens, lease.first_token_ids = num_tokens, first_token_ids
+        lease.deadline_s, lease.last_s = now + self._settings.lease_s, now + self._settings.max_lease_s
+        self._leases[lease.lease_id] = lease
+        for claim in list(lease.claims.values()):
+            self._write(claim, now)
+        self._release_if_over(lease, now)
+        return lease
+
+    def abort(self, request_id: str, now: float) -> None:
+        """Take everything back: nothing can be claimed or confirmed any more. Blocks: `Release`, when leased."""
+        lease = self._requests.get(request_id)
+        if lease is None or lease.ended is not None:
+            return
+        lease.ended = Why.ABORTED
+        for claim in list(lease.claims.values()):
+            if not claim.job_id:
+                self._end(claim, self._refused(claim.claim_id, Why.ABORTED), now)
+        self._release_if_over(lease, now)
+
+    def on_message(self, peer: Peer, message: ClaimMessage, now: float) -> None:
+        """A request of a consumer. Answers are the same however often it comes."""
+        if isinstance(message, messages.PushedSeen):
+            self._calls.answered("pushed", message.claim_id)
+            return
+        if (answer := self._ended_claims.get(message.claim_id)) is not None:
+            self._send(peer.name, answer)
+            return
+        claim = self._claims.get(message.claim_id)
+        if claim is not None and (claim.peer != peer.name or not same_life(claim.generation, message.generation)):
+            return
+        if claim is not None and claim.last is not None:
+            return
+        match message:
+            case messages.Claim():
+                self._on_claim(peer, message, claim, now)
+            case Register():
+                self._on_register(peer, message, claim, now)
+            case messages.Renew():
+                if claim is not None:
+                    self._renewed(claim, now)
+                else:
+                    self._answer_for_good(peer, self._refused(message.claim_id, Why.UNKNOWN), now)
+            case messages.Confirm():
+                self._on_confirm(peer, message, claim, now)
+            case messages.Withdraw():
+                self._on_withdraw(peer, message, claim, now)
+            case _:
+                pass
+
+    def transfer_ended(self, job_id: str, rank: int, status: TransferStatus, reason: str, now: float) -> None:
+        """One rank's part of a write ended."""
+        claim = self._jobs.get(job_id)
+        if claim is None or rank not in claim.ranks:
+            return
+        if status is not TransferStatus.OK:
+            claim.error = claim.error or f"write failed on rank {rank}: {status.value}: {reason}"
+        if status is not TransferStatus.UNKNOWN:
+            claim.ranks.discard(rank)
+        self._written_if_over(claim, now)
+        if status in (TransferStatus.FAILED, TransferStatus.UNKNOWN):
+            self._peers.close_connection(claim.peer, claim.connection, f"a write failed: {reason}", now)
+
+    def connection_opened(self, peer: str, now: float) -> None:
+        """Nothing: consumers come by themselves."""
+
+    def connection_failing(self, connection: int, reason: str, now: float) -> None:
+        """Claims bound to it end, but for those that are being written."""
+        for claim in list(self._claims.values()):
+            if claim.connection == connection and not claim.job_id:
+                self._end(claim, self._refused(claim.claim_id, Why.ABORTED), now)
+
+    def connection_closed(self, connection: int, now: float) -> None:
+        """Writes over it cannot land any more."""
+        for claim in list(self._claims.values()):
+            if claim.connection == connection:
+                claim.error = claim.error or "the connection was destroyed"
+                claim.ranks.clear()
+                self._written_if_over(claim, now)
+
+    def peer_refused(self, peer: str, reason: str, now: float) -> None:
+        """Nothing: its claims went with its connection."""
+
+    def expire(self, now: float) -> None:
+        """Lapsed claims, writes that do not end, leases nobody came for, old memories."""
+        self._ended_claims.expire(now)
+        self._ended_leases.expire(now)
+        for claim in list(self._claims.values()):
+            if now < claim.deadline_s:
+                continue
+            if claim.last is not None:
+                self._end(claim, claim.last, now)
+            elif claim.job_id:
+                claim.deadline_s = inf
+                self._peers.close_connection(claim.peer, claim.connection, "a write does not end", now)
+            else:
+                self._end(claim, self._refused(claim.claim_id, Why.EXPIRED), now)
+        for lease in list(self._leases.values()):
+            self._release_if_over(lease, now)
+
+    def next_deadline(self) -> float:
+        """When `expire` has something to do."""
+        open_leases = (lease.deadline_s for lease in self._leases.values() if not lease.claims)
+        return min(min((x.deadline_s for x in self._claims.values()), default=inf), min(open_leases, default=inf))
+
+    def busy_peers(self) -> set[str]:
+        """Peers with claims: their records are kept."""
+        return {claim.peer for claim in self._claims.values()}
+
+    def snapshot(self) -> list[dict[str, Any]]:
+        """One row per request, leased or running."""
+        leases = {id(lease): lease for lease in (*self._requests.values(), *self._transfers.values())}
+        return [
+            {"request_id": x.request_id, "transfer_id": x.transfer_id, "state": x.state, "lease_id": x.lease_id,
+             "deadline_s": x.deadline_s, "num_tokens": x.num_tokens, "served": sorted(x.served),
+             "claims": [{"claim_id": c.claim_id, "peer": c.peer, "consumer": c.consumer, "deadline_s": c.deadline_s,
+                         "writing_ranks": sorted(c.ranks)} for c in x.claims.values()]}
+            for x in leases.values()
+        ]  # fmt: skip
+
+    def check_integrity(self) -> None:
+        """AssertionError when the books contradict each other."""
+        for claim_id, claim in self._claims.items():
+            assert claim.lease.claims.get(claim_id) is claim, f"claim {claim_id} hangs in the air"
+            assert self._ended_claims.get(claim_id) is None, f"claim {claim_id} is open and ended"
+            assert not claim.ranks or self._jobs.get(claim.job_id) is claim
+        leases = [*self._requests.values(), *(x for x in self._transfers.values() if not x.request_id)]
+        live = [claim for claim in self._claims.values() if claim.lease.ended is None]
+        assert sum(len(lease.claims) for lease in leases if lease.ended is None) == len(live), "claims of no lease"
+        assert all(self._requests.get(lease.request_id) is lease for lease in self._leases.values())
+        assert all(job in (claim.job_id for claim in self._claims.values()) for job in self._jobs), (
+            "a job without a claim"
+        )
+
+    def _send(self, peer: str, message: ClaimMessage) -> None:
+        self._emit(Send(peer, message))
+
+    def _refused(self, claim_id: str, why: Why) -> Refused:
+        return Refused(why, generation=self._local.generation, claim_id=claim_id)
+
+    def _answer_for_good(self, peer: Peer, answer: ClaimMessage, now: float) -> None:
+        """Answer about a claim that is not open, and never open it again; no room to remember: no answer."""
+        if self._ended_claims.put(answer.claim_id, answer, now):
+            self._send(peer.name, answer)
+
+    def _open(self, peer: Peer, claim_id: str, lease: Lease, register: Register | None) -> OpenClaim | None:
+        if peer.connection is None or peer.hello is None or len(self._claims) >= self._settings.max_claims:
+            return None
+        claim = OpenClaim(
+            claim_id, peer.name, peer.hello.generation, peer.connection, peer.hello.engine_id, lease, inf, register
+        )
+        self._claims[claim_id] = lease.claims[claim_id] = claim
+        return claim
+
+    def _extend(self, claim: OpenClaim, now: float) -> int:
+        claim.deadline_s = min(now + self._settings.claim_s, claim.lease.last_s)
+        return max(0, int(1000 * (claim.deadline_s - now)))
+
+    def _find(self, message: messages.Claim) -> Lease | None:
+        own = self._local.generation
+        named = (x for x in self._leases.values() if x.is_named_by(message.lease_id, message.lease_generation, own))
+        return next((lease for lease in named if lease.ended is None), None)
+
+    def _on_claim(self, peer: Peer, message: messages.Claim, claim: OpenClaim | None, now: float) -> None:
+        lease = self._find(message)
+        if lease is None:
+            why = self._ended_leases.get(message.lease_id) or Why.UNKNOWN
+            self._answer_for_good(peer, self._refused(message.claim_id, why), now)
+            return
+        claim = claim or self._open(peer, message.claim_id, lease, None)
+        if claim is None and peer.connection is not None:
+            self._send(peer.name, self._refused(message.claim_id, Why.BUSY))
+        if claim is not None and claim.lease is lease:
+            remaining_ms = self._extend(claim, now)
+            ids = {"generation": self._local.generation, "claim_id": message.claim_id}
+            self._send(peer.name, messages.Granted(lease.blocks, lease.num_tokens, remaining_ms, **ids))
+
+    def _renewed(self, claim: OpenClaim, now: float) -> None:
+        remaining_ms = 0 if claim.job_id else self._extend(claim, now)
+        ids = {"generation": self._local.generation, "claim_id": claim.claim_id}
+        self._send(claim.peer, messages.Renewed(remaining_ms, **ids))
+
+    def _on_register(self, peer: Peer, message: Register, claim: OpenClaim | None, now: float) -> None:
+        if claim is None:
+            lease = self._transfers.get(message.transfer_id)
+            over = lease.ended if lease else self._ended_leases.get(message.transfer_id)
+            if over is not None:
+                self._answer_for_good(peer, self._refused(message.claim_id, over), now)
+                return
+            lease = lease or Lease(transfer_id=message.transfer_id)
+            claim = self._open(peer, message.claim_id, lease, message)
+            if claim is None:
+                return
+            self._transfers[message.transfer_id] = lease
+        self._renewed(claim, now)
+        if claim.lease.lease_id and not claim.job_id:
+            self._write(claim, now)
+
+    def _on_confirm(self, peer: Peer, message: ClaimMessage, claim: OpenClaim | None, now: float) -> None:
+        is_valid = claim is not None and claim.register is None
+        verdict = Verdict(is_valid, generation=self._local.generation, claim_id=message.claim_id)
+        if claim is None or not is_valid:
+            self._send(peer.name, verdict)
+            return
+        claim.lease.serve(claim.consumer)
+        self._end(claim, verdict, now)
+
+    def _on_withdraw(self, peer: Peer, message: ClaimMessage, claim: OpenClaim | None, now: float) -> None:
+        withdrawn = Withdrawn(generation=self._local.generation, claim_id=message.claim_id)
+        if claim is None:
+            self._answer_for_good(peer, withdrawn, now)
+        elif not claim.job_id:  # a running write answers with Pushed when it has ended
+            claim.lease.serve(claim.consumer)
+            self._end(claim, withdrawn, now)
+
+    def _write(self, claim: OpenClaim, now: float) -> None:
+        """Start the write of a registered claim whose lease is there."""
+        register, lease = claim.register, claim.lease
+        if register is None or claim.job_id or claim.last is not None or lease.ended is not None:
+            return
+        claim.job_id = self._new_id()
+        self._jobs[claim.job_id] = claim
+        claim.deadline_s = now + self._settings.load_s
+        if register.end_token > lease.num_tokens:
+            claim.error = f"tokens up to {register.end_token} wanted, the lease holds {lease.num_tokens}"
+        elif register.first_token < register.end_token:
+            claim.ranks = set(range(self._local.num_ranks))
+            tokens = (register.first_token, register.end_token)
+            job = TransferJob(
+                claim.job_id, TransferOp.WRITE, claim.peer, claim.connection, lease.blocks, register.blocks, tokens
+            )
+            self._emit(StartTransfer(job))
+        self._written_if_over(claim, now)
+
+    def _written_if_over(self, claim: OpenClaim, now: float) -> None:
+        if claim.ranks or not claim.job_id or claim.last is not None:
+            return
+        lease, ids = claim.lease, {"generation": self._local.generation, "claim_id": claim.claim_id}
+        pushed = Pushed(not claim.error, claim.error[:2048], lease.num_tokens, lease.first_token_ids, **ids)
+        lease.serve(claim.consumer)
+        self._end(claim, pushed, now)
+
+    def _end(self, claim: OpenClaim, answer: ClaimMessage, now: float) -> None:
+        """Close a claim with its last answer; one that may be registered again stays while there is no room for it."""
+        if claim.claim_id not in self._claims:
+            return
+        if not self._ended_claims.put(claim.claim_id, answer, now) and claim.register is not None:
+            claim.last, claim.deadline_s = answer, now + self._settings.retry_s
+            return
+        del self._claims[claim.claim_id]
+        del claim.lease.claims[claim.claim_id]
+        self._jobs.pop(claim.job_id, None)
+        if isinstance(answer, Pushed):
+            deadline_s = now + self._settings.load_s
+            self._calls.start("pushed", claim.claim_id, claim.peer, claim.generation, answer, now, deadline_s)
+        else:
+            self._send(claim.peer, answer)
+        self._release_if_over(claim.lease, now)
+
+    def _release_if_over(self, lease: Lease, now: float) -> None:
+        if lease.ended is None:
+            if lease.is_held(now) or (lease.request_id and not lease.lease_id):
+                return
+            lease.ended = Why.DONE if len(lease.served) >= lease.num_consumers else Why.EXPIRED
+        if lease.is_written_from():
+            return
+        if lease.transfer_id and self._transfers.get(lease.transfer_id) is lease:
+            del self._transfers[lease.transfer_id]
+            if lease.request_id:
+                self._ended_leases.put(lease.transfer_id, lease.ended, now)
+        self._requests.pop(lease.request_id, None)
+        if self._leases.pop(lease.lease_id, None) is not None:
+            self._ended_leases.put(lease.lease_id, lease.ended, now)
+            self._emit(Release(lease.request_id, lease.ended.value))
