@@ -22,8 +22,8 @@ from kvferry.engine.config import EngineOptions
 from kvferry.engine.hybrid import parts_of
 from kvferry.engine.model_loader import ModelShape
 from kvferry.engine.plan import EnginePlan, plan_engine
-from kvferry.store.arena import SHM_DIRECTORY
-from kvferry.store.space import space_at
+from kvferry.segment import SHM_DIRECTORY
+from kvferry.space import space_at
 from kvferry.vllm.compat import installed_vllm, is_supported, supported_versions
 
 _PACKAGES = ("kvferry", "torch", "transformers", "xxhash", "msgpack")

@@ -23,12 +23,12 @@ from kvferry.clock import Clock, SystemClock
 from kvferry.config import parse_settings
 from kvferry.errors import ConfigError, TierBusy, TierCorrupt, TierError, TierUnavailable
 from kvferry.hashing import digest as digest_of
+from kvferry.space import space_at
 from kvferry.store.disk_files import ChunkFolder, FoundChunk, OnStep, chunk_name
 from kvferry.store.disk_format import HEADER_BYTES, UnknownFormat
 from kvferry.store.disk_index import FOLDER_BYTES, OWN, DiskIndex, Entry, Room, Victim, chunk_cost_bytes
 from kvferry.store.disk_journal import Journal, Note, Use, read_order
 from kvferry.store.io_threads import Done, IoThreads, Urgency
-from kvferry.store.space import space_at
 from kvferry.store.tier import ResetReceipt, TierJob, TierResult, TierRoom, TierStats
 from kvferry.types import Namespace, StoreKey
 

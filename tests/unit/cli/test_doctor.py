@@ -17,8 +17,7 @@ from kvferry.config import transfer_config
 from kvferry.contract import KVConnectorBase_V1
 from kvferry.engine.config import EngineOptions
 from kvferry.errors import ConfigError
-from kvferry.store import arena as arena_module
-from kvferry.store.space import Space
+from kvferry.space import Space
 from kvferry.testing.stub_model import StubModel
 
 TOKEN_BYTES = 2 * 2 * (4 + 4) * 4
@@ -188,7 +187,7 @@ def test_exit_status(folder: Path) -> None:
 def test_little_shared_memory_is_what_the_engine_runs_into(monkeypatch: pytest.MonkeyPatch) -> None:
     space = Space(free_bytes=2 << 20, total_bytes=64 << 20, is_writable=True)
     monkeypatch.setattr("kvferry.connectors.offloading.capacity.space_at", lambda folder: space)
-    monkeypatch.setattr(arena_module, "space_at", lambda folder: space)
+    monkeypatch.setattr("kvferry.segment.space_at", lambda folder: space)
     (problem,) = judge(offloading()).problems
     with pytest.raises(ConfigError) as caught:
         LLM(StubModel(), num_kv_blocks=9, kv_transfer_config=offloading())

@@ -9,9 +9,10 @@ from typing import Any
 from kvferry.connectors.offloading.config import EXTRA_CONFIG, ChunkGeometry, OffloadingConfig, check_groups
 from kvferry.contract.host import host_info
 from kvferry.contract.kv_cache import KVCacheConfig
-from kvferry.store.arena import SHM_DIRECTORY, ArenaInfo, no_room
+from kvferry.segment import SHM_DIRECTORY
+from kvferry.space import space_at
+from kvferry.store.arena import ArenaInfo, no_room
 from kvferry.store.registry import tier_room
-from kvferry.store.space import space_at
 from kvferry.store.tiered import HOST, check_tier_names
 
 

@@ -1,0 +1,293 @@
+"""Shared memory: the KV pool itself lies in a named mapping, so a peer on this host reads or writes it in one copy.
+
+    host: torch.zeros(n, int8)  ──inside SharedPool.context()──►  | header | the pool's n bytes |   /dev/shm/kvferry-...
+    peer: maps the file by name; memmove per piece between its own pool and ours
+
+Every copy is made by this process's own thread, for READ and for WRITE, so once the thread has stopped copying for a
+peer, nothing of it lands any more: closing is a real fence. A peer that is stopped can still be read and written. The
+owner's lock on the file tells a peer that has ended; it is checked before and after every transfer.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import secrets
+import struct
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+import numpy as np
+
+from kvferry.errors import ConfigError, HostError, TransferError
+from kvferry.p2p.threaded import Step, ThreadedTransport, Transfer
+from kvferry.p2p.transport import Capabilities, PeerHandle, TransferOp
+from kvferry.segment import PAGE_BYTES, SHM_DIRECTORY, Segment, is_segment_path
+
+if TYPE_CHECKING:
+    import torch
+
+logger = logging.getLogger(__name__)
+
+_HEADER = struct.Struct("<8sQQ16s")  # magic, version, bytes of the pool, nonce
+_MAGIC = b"KVFPOOL\0"
+_VERSION = 1
+_STEP_BYTES = 8 << 20
+_MADV_POPULATE_WRITE = 23
+_BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
+
+
+class SharedPool:
+    """The memory of a worker's KV pool, allocated where peers can map it.
+
+    `context()` is what a connector answers to `get_mem_pool_context`: inside it, a one-dimensional int8 `torch.zeros`
+    on the CPU (the one allocation that our engine and vLLM make for all KV) is served from a shared mapping.
+    """
+
+    def __init__(self, engine_id: str, fallback_folder: Path | None = None) -> None:
+        self._engine_id = engine_id
+        self._fallback_folder = fallback_folder
+        self._parts: list[tuple[Segment, _Part]] = []
+
+    def context(self) -> AbstractContextManager[Any]:
+        """A context in which KV memory is shared. ConfigError from within `torch.zeros` when there is no room."""
+        from torch.overrides import TorchFunctionMode
+
+        pool = self
+
+        class SharedAllocation(TorchFunctionMode):
+            def __torch_function__(
+                self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+            ) -> Any:
+                num_bytes = _pool_bytes(func, args, kwargs or {})
+                return func(*args, **(kwargs or {})) if num_bytes is None else pool.zeros(num_bytes)
+
+        return SharedAllocation()
+
+    def zeros(self, num_bytes: int) -> torch.Tensor:
+        """A shared int8 tensor [num_bytes]. Blocks while the memory is made (about 0.3 s per GiB).
+
+        In /dev/shm, or when that is too small in the fallback folder. ConfigError, with the remedy, when it fits
+        neither.
+        """
+        import torch
+
+        nonce = secrets.token_bytes(16)
+        header = _HEADER.pack(_MAGIC, _VERSION, num_bytes, nonce)
+        segment = self._create(PAGE_BYTES + num_bytes, header)
+        self._parts.append((segment, _Part(segment.path, num_bytes, nonce)))
+        return torch.frombuffer(segment.map, dtype=torch.int8, count=num_bytes, offset=PAGE_BYTES)
+
+    def place(self, address: int, num_bytes: int) -> tuple[_Part, int] | None:
+        """The part these bytes lie in, and their offset there; None when they are not all in one."""
+        for segment, part in self._parts:
+            offset = address - segment.address - PAGE_BYTES
+            if 0 <= offset <= part.num_bytes - num_bytes:
+                return part, offset
+        return None
+
+    def close(self) -> None:
+        """Unlink the files. Tensors stay usable; peers that have mapped them see that the owner is gone."""
+        for segment, _ in self._parts:
+            segment.close()
+        self._parts = []
+
+    def _create(self, num_bytes: int, header: bytes) -> Segment:
+        said = []
+        for folder in filter(None, (SHM_DIRECTORY, self._fallback_folder)):
+            try:
+                segment = Segment.create(engine_id=self._engine_id, num_bytes=num_bytes, header=header, folder=folder)
+            except OSError as error:
+                said.append(f"{folder}: {error}")
+                continue
+            if said:
+                logger.warning("the KV pool lies in files under %s, which may be slow: %s", folder, said[0])
+            return segment
+        raise ConfigError(
+            f"no room for a shared KV pool of {num_bytes} bytes ({'; '.join(said)}): give the container more shared "
+            "memory (docker --shm-size), make the pool smaller, set p2p shm_dir to a folder on a disk, or choose "
+            "another transport than shm"
+        )
+
+
+def _pool_bytes(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int | None:
+    """The size, if the call is torch.zeros of one dimension, int8, on the CPU, and not empty."""
+    import torch
+
+    if func is not torch.zeros or kwargs.get("dtype") is not torch.int8:
+        return None
+    shape = tuple(args[0]) if len(args) == 1 and isinstance(args[0], Sequence) else args
+    device = kwargs.get("device")
+    if len(shape) != 1 or not shape[0] or (device is not None and torch.device(device).type != "cpu"):
+        return None
+    return int(shape[0])
+
+
+class _Part(msgspec.Struct, frozen=True):
+    """One mapping, as a peer needs it."""
+
+    path: str
+    num_bytes: int
+    nonce: bytes
+
+
+class _Blob(msgspec.Struct, frozen=True):
+    transport: str
+    version: int
+    boot_id: str
+    parts: tuple[_Part, ...]
+    regions: tuple[tuple[int, int, int], ...]
+    """Part, offset in it, bytes."""
+
+
+class _ShmPeer(PeerHandle):
+    def __init__(self, blob: _Blob) -> None:
+        super().__init__(f"shm:{blob.parts[0].path}", [num_bytes for _, _, num_bytes in blob.regions])
+        self.blob = blob
+        self.segments: list[Segment] = []
+        self.bases = np.zeros(0, dtype=np.int64)
+
+
+class ShmTransport(ThreadedTransport):
+    """Same host only, CPU memory of a `SharedPool`."""
+
+    capabilities = Capabilities("shm", devices=("cpu",))
+
+    def __init__(self, pool: SharedPool) -> None:
+        super().__init__()
+        self._pool = pool
+        self._boot_id = _BOOT_ID.read_text().strip()
+        self._blob = b""
+        self._bases = np.zeros(0, dtype=np.int64)
+
+    def local_blob(self) -> bytes:
+        """Paths, sizes and nonces of the pool's mappings."""
+        return self._blob
+
+    def why_unreachable(self, blob: bytes) -> str | None:
+        """Another boot, or a file that is not to be had."""
+        try:
+            peer = _decode(blob)
+            if peer.boot_id != self._boot_id:
+                return "the peer is on another machine"
+            for part in peer.parts:
+                _attach(part).close()
+        except (TransferError, HostError) as error:
+            return str(error)
+        return None
+
+    def peer_has_ended(self, peer: PeerHandle) -> bool:
+        """The lock on its memory is free."""
+        assert isinstance(peer, _ShmPeer)
+        return not peer.is_closing and _has_ended(peer)
+
+    def _register(self) -> None:
+        parts: list[_Part] = []
+        places = []
+        for number, region in enumerate(self.regions):
+            place = self._pool.place(region.address, region.num_bytes)
+            if place is None:
+                raise ConfigError(
+                    f"KV region {number} ({region.num_bytes} bytes) does not lie in shared memory: the host did not "
+                    "allocate it within get_mem_pool_context(); choose another transport than shm"
+                )
+            part, offset = place
+            if part not in parts:
+                parts.append(part)
+            places.append((parts.index(part), offset, region.num_bytes))
+        self._bases = np.array([region.address for region in self.regions], dtype=np.int64)
+        self._blob = msgspec.msgpack.encode(_Blob("shm", _VERSION, self._boot_id, tuple(parts), tuple(places)))
+
+    def _parse(self, blob: bytes) -> PeerHandle:
+        return _ShmPeer(_decode(blob))
+
+    def _open_peer(self, peer: PeerHandle) -> None:
+        assert isinstance(peer, _ShmPeer)
+        try:
+            for part in peer.blob.parts:
+                peer.segments.append(_attach(part))
+        except HostError as error:
+            raise TransferError(str(error)) from error
+        for segment, part in zip(peer.segments, peer.blob.parts, strict=True):
+            # Not MAP_POPULATE: Python 3.11 maps with the GIL held. Old kernels refuse; then pages are touched late.
+            _libc.madvise(segment.address, PAGE_BYTES + part.num_bytes, _MADV_POPULATE_WRITE)
+        starts = [peer.segments[part].address + PAGE_BYTES + offset for part, offset, _ in peer.blob.regions]
+        peer.bases = np.array(starts, dtype=np.int64)
+
+    def _advance(self, transfer: Transfer) -> Step:
+        peer = transfer.peer
+        assert isinstance(peer, _ShmPeer)
+        if transfer.state is None:
+            self._check_alive(peer)
+            transfer.state = self._copies(transfer, peer)
+        num_bytes = next(transfer.state, None)
+        if num_bytes is not None:
+            self._landed(transfer, num_bytes)
+            return Step.MOVED
+        self._check_alive(peer)
+        return Step.DONE
+
+    def _copies(self, transfer: Transfer, peer: _ShmPeer) -> Any:
+        """Copy piece by piece, pausing every few MiB with the number of bytes copied since."""
+        pieces = transfer.pieces
+        from_, to = (peer.bases, self._bases) if transfer.op is TransferOp.READ else (self._bases, peer.bases)
+        sources = from_[pieces.source_region] + pieces.source_offset
+        destinations = to[pieces.destination_region] + pieces.destination_offset
+        ends = np.cumsum(pieces.length)
+        cuts = np.unique(np.searchsorted(ends, np.arange(0, transfer.num_bytes, _STEP_BYTES), side="left"))
+        copy = ctypes.memmove  # which frees the GIL
+        for cut in np.split(np.arange(len(ends)), cuts[1:]):
+            lengths = pieces.length[cut].tolist()
+            for source, destination, length in zip(
+                sources[cut].tolist(), destinations[cut].tolist(), lengths, strict=True
+            ):
+                copy(destination, source, length)
+            yield sum(lengths)
+
+    def _check_alive(self, peer: _ShmPeer) -> None:
+        if _has_ended(peer):
+            raise TransferError(f"the process that owned {peer.segments[0].path} has ended")
+
+    def _close_peer(self, peer: PeerHandle, open_ops: set[TransferOp]) -> set[TransferOp]:
+        assert isinstance(peer, _ShmPeer)
+        segments, peer.segments = peer.segments, []
+        for segment in segments:
+            segment.close()
+        return set()
+
+    def _shut_down(self) -> None:
+        """Peers are closed already; the pool is its owner's."""
+
+
+_libc = ctypes.CDLL(None, use_errno=True)
+_libc.madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+
+
+def _has_ended(peer: _ShmPeer) -> bool:
+    return not all(segment.is_owner_alive() for segment in peer.segments)
+
+
+def _attach(part: _Part) -> Segment:
+    header = _HEADER.pack(_MAGIC, _VERSION, part.num_bytes, part.nonce)
+    return Segment.attach(part.path, PAGE_BYTES + part.num_bytes, header, what="KV pool", populate=False)
+
+
+def _decode(blob: bytes) -> _Blob:
+    """TransferError unless it is a blob of ours whose regions lie in its parts."""
+    try:
+        decoded = msgspec.msgpack.decode(blob, type=_Blob)
+    except msgspec.DecodeError as error:
+        raise TransferError(f"the peer's shm blob cannot be read: {error}") from error
+    if (decoded.transport, decoded.version) != ("shm", _VERSION) or not decoded.parts:
+        raise TransferError(
+            f"the peer speaks {decoded.transport} version {decoded.version}, this engine shm {_VERSION}"
+        )
+    if not all(is_segment_path(part.path) for part in decoded.parts):
+        raise TransferError("the peer's shm blob names a file that is no KV pool")
+    for part, offset, num_bytes in decoded.regions:
+        if not 0 <= part < len(decoded.parts) or not 0 <= offset <= offset + num_bytes <= decoded.parts[part].num_bytes:
+            raise TransferError("the peer's shm blob names a region outside its memory")
+    return decoded

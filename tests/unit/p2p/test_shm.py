@@ -1,0 +1,227 @@
+"""Shared memory between workers: the shared checks, the pool, and real processes that are killed and stopped."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections import namedtuple
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import msgspec
+import numpy as np
+import pytest
+import torch
+
+from kvferry.errors import ConfigError, TransferError
+from kvferry.p2p.shm import SharedPool, ShmTransport
+from kvferry.p2p.transport import Region, TransferOp, TransferStatus
+from kvferry.testing.transport_checks import End, TransportChecks, copies, wait_for
+
+READ, WRITE = TransferOp.READ, TransferOp.WRITE
+
+OWNER = """
+import sys, torch
+from kvferry.p2p.shm import SharedPool, ShmTransport
+from kvferry.p2p.transport import Region
+pool = SharedPool("owner")
+with pool.context():
+    memory = torch.zeros(int(sys.argv[1]), dtype=torch.int8)
+memory.copy_(torch.arange(len(memory)) % 251 - 125)
+transport = ShmTransport(pool)
+transport.register([Region(memory.data_ptr(), len(memory))])
+print(transport.local_blob().hex(), flush=True)
+for line in sys.stdin:
+    print(int(memory[int(line)]), flush=True)
+"""
+
+
+def shm_end(region_bytes: Sequence[int]) -> tuple[End, SharedPool]:
+    pool = SharedPool("test")
+    tensors = [pool.zeros(num_bytes) for num_bytes in region_bytes]
+    transport = ShmTransport(pool)
+    transport.register([Region(tensor.data_ptr(), tensor.nbytes) for tensor in tensors])
+    return End(transport, [tensor.numpy().view(np.uint8) for tensor in tensors]), pool
+
+
+class TestShm(TransportChecks):
+    def make(self, region_bytes: Sequence[int]) -> End:
+        end, pool = shm_end(region_bytes)
+        self.pools = {**getattr(self, "pools", {}), id(end.transport): pool}
+        return end
+
+    def dispose(self, end: End) -> None:
+        super().dispose(end)
+        self.pools[id(end.transport)].close()
+
+
+class Owner:
+    """Another process with a shared pool: byte i holds i % 251 - 125."""
+
+    def __init__(self, num_bytes: int) -> None:
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", OWNER, str(num_bytes)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+        assert self.process.stdout is not None
+        self.blob = bytes.fromhex(self.process.stdout.readline())
+
+    def byte(self, index: int) -> int:
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        self.process.stdin.write(f"{index}\n")
+        self.process.stdin.flush()
+        return int(self.process.stdout.readline())
+
+    def kill(self) -> None:
+        self.process.kill()
+        self.process.communicate()
+
+
+@pytest.fixture
+def owner() -> Iterator[Owner]:
+    owner = Owner(32 << 20)
+    yield owner
+    owner.kill()
+
+
+@pytest.fixture
+def here() -> Iterator[End]:
+    end, pool = shm_end([32 << 20])
+    yield end
+    end.transport.close()
+    pool.close()
+
+
+def expected_bytes(start: int, stop: int) -> np.ndarray:
+    return (np.arange(start, stop) % 251 - 125).astype(np.int8).view(np.uint8)
+
+
+def test_another_process_is_read_and_written(owner: Owner, here: End) -> None:
+    peer = here.transport.connect(owner.blob)
+    ticket = here.transport.submit(peer, READ, copies([(0, 1000, 0, 5, 20_000_000)]))
+    assert wait_for(here.transport, ticket)[ticket].status is TransferStatus.OK
+    assert np.array_equal(here.memory[0][5:20_000_005], expected_bytes(1000, 20_001_000))
+    assert not here.memory[0][20_000_005:].any()
+    here.memory[0][:3] = (7, 8, 9)
+    ticket = here.transport.submit(peer, WRITE, copies([(0, 0, 0, 30_000_000, 3)]))
+    assert wait_for(here.transport, ticket)[ticket].status is TransferStatus.OK
+    assert [owner.byte(30_000_000 + i) for i in (0, 1, 2)] == [7, 8, 9]
+    assert owner.byte(30_000_003) == 30_000_003 % 251 - 125
+
+
+def test_a_stopped_process_can_still_be_read(owner: Owner, here: End) -> None:
+    peer = here.transport.connect(owner.blob)
+    owner.process.send_signal(signal.SIGSTOP)
+    ticket = here.transport.submit(peer, READ, copies([(0, 0, 0, 0, 32 << 20)]))
+    assert wait_for(here.transport, ticket)[ticket].status is TransferStatus.OK
+    assert np.array_equal(here.memory[0], expected_bytes(0, 32 << 20))
+    assert not here.transport.peer_has_ended(peer)
+
+
+def test_a_killed_process_is_told_and_the_next_one_works(owner: Owner, here: End) -> None:
+    peer = here.transport.connect(owner.blob)
+    ticket = here.transport.submit(peer, READ, copies([(0, 0, 0, 0, 8)]))
+    assert wait_for(here.transport, ticket)[ticket].status is TransferStatus.OK
+    owner.kill()
+    assert here.transport.peer_has_ended(peer)
+    ticket = here.transport.submit(peer, WRITE, copies([(0, 0, 0, 0, 8)]))
+    completion = wait_for(here.transport, ticket)[ticket]
+    assert completion.status is TransferStatus.FAILED
+    assert "has ended" in completion.reason
+    close = here.transport.close_peer(peer)
+    assert wait_for(here.transport, close)[close].status is TransferStatus.OK
+    successor = Owner(4096)  # sweeps its predecessor's memory
+    try:
+        assert "cannot map" in str(here.transport.why_unreachable(owner.blob))
+        ticket = here.transport.submit(here.transport.connect(successor.blob), READ, copies([(0, 0, 0, 0, 4096)]))
+        assert wait_for(here.transport, ticket)[ticket].status is TransferStatus.OK
+        assert np.array_equal(here.memory[0][:4096], expected_bytes(0, 4096))
+    finally:
+        successor.kill()
+
+
+def test_killed_in_mid_transfer_is_failed_not_half_a_success(owner: Owner, here: End) -> None:
+    """Tiny pieces make the transfer take long enough to be hit."""
+    peer = here.transport.connect(owner.blob)
+    at = np.arange(1 << 20) * 32
+    zeros = np.zeros_like(at)
+    pieces = copies([])._replace(
+        source_region=zeros, source_offset=at, destination_region=zeros, destination_offset=at, length=zeros + 31
+    )
+    tickets = [here.transport.submit(peer, READ, pieces) for _ in range(4)]
+    deadline_s = time.monotonic() + 30
+    while not here.transport.bytes_moved[READ]:
+        assert time.monotonic() < deadline_s
+    owner.kill()
+    ended = wait_for(here.transport, *tickets)
+    assert ended[tickets[-1]].status is TransferStatus.FAILED
+    assert here.transport.bytes_moved[READ] == sum(completion.num_bytes for completion in ended.values())
+
+
+def test_the_context_serves_the_hosts_one_allocation_and_no_other() -> None:
+    pool = SharedPool("test")
+    with pool.context():
+        kv = torch.zeros(100_000, dtype=torch.int8, device=torch.device("cpu"))
+        also = torch.zeros((5000,), dtype=torch.int8)
+        others = [
+            torch.zeros(10, dtype=torch.float32), torch.zeros(3, 4, dtype=torch.int8), torch.zeros(0, dtype=torch.int8),
+            torch.ones(10, dtype=torch.int8),
+        ]  # fmt: skip
+    outside = torch.zeros(10, dtype=torch.int8)
+    assert kv.shape == (100_000,)
+    assert kv.dtype is torch.int8
+    assert not kv.any()
+    assert pool.place(kv.data_ptr(), 100_000) is not None
+    assert pool.place(kv.data_ptr(), 100_001) is None
+    assert pool.place(also.data_ptr() + 10, 4990) is not None
+    assert all(pool.place(tensor.data_ptr(), 1) is None for tensor in (*others, outside))
+    kv.view(torch.bfloat16)[3] = 1.5  # as hosts use it
+    assert kv.untyped_storage().nbytes() == 100_000
+    pool.close()
+    assert kv.view(torch.bfloat16)[3] == 1.5  # the tensor outlives the pool
+
+
+def test_memory_from_elsewhere_is_refused_with_the_remedy() -> None:
+    tensor = torch.zeros(100, dtype=torch.int8)
+    with pytest.raises(ConfigError, match="get_mem_pool_context"):
+        ShmTransport(SharedPool("test")).register([Region(tensor.data_ptr(), 100)])
+    with pytest.raises(ConfigError, match="not of cuda:0"):
+        ShmTransport(SharedPool("test")).register([Region(4096, 100, "cuda:0")])
+
+
+def test_too_small_shared_memory_falls_to_a_folder_or_says_what_to_do(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("kvferry.p2p.shm.SHM_DIRECTORY", tmp_path / "shm")
+    real = os.statvfs
+    stat = namedtuple("stat", "f_bavail f_blocks f_frsize")
+    monkeypatch.setattr(os, "statvfs", lambda path: stat(1, 1, 4096) if Path(path).name == "shm" else real(path))
+    with pytest.raises(ConfigError, match=r"docker --shm-size.*shm_dir"):
+        SharedPool("test").zeros(100_000)
+    pool = SharedPool("test", tmp_path / "disk")
+    tensor = pool.zeros(100_000)
+    (file,) = (tmp_path / "disk").iterdir()
+    assert file.stat().st_size >= 100_000
+    assert file.stat().st_mode & 0o777 == 0o600
+    tensor[5] = 3
+    pool.close()
+    assert not file.exists()
+
+
+@pytest.mark.parametrize("path", ["/etc/passwd", "kvferry-x-1-0123456789abcdef", "/dev/shm/kvferry-x-1-0123"])
+def test_a_blob_cannot_name_other_files(here: End, path: str) -> None:
+    blob = msgspec.msgpack.decode(here.transport.local_blob())
+    blob["parts"][0]["path"] = path
+    assert "no KV pool" in str(here.transport.why_unreachable(msgspec.msgpack.encode(blob)))
+
+
+def test_another_boot_is_another_machine(here: End) -> None:
+    blob = here.transport.local_blob()
+    boot_id = Path("/proc/sys/kernel/random/boot_id").read_bytes().strip()
+    other = blob.replace(boot_id, b"0" * 36)
+    assert here.transport.why_unreachable(other) == "the peer is on another machine"
+    with pytest.raises(TransferError, match="another machine"):
+        here.transport.connect(other)
