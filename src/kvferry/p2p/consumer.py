@@ -160,7 +160,8 @@ class Consumer:
     def on_message(self, peer: Peer, message: ClaimMessage, now: float) -> None:
         """An answer of a producer; whatever does not fit the load's state changes nothing."""
         if isinstance(message, Pushed):
-            self._send(peer.name, PushedSeen(generation=self._local.generation, claim_id=message.claim_id))
+            ids = {"generation": self._local.generation, "claim_id": message.claim_id, "to": message.generation}
+            self._send(peer.name, PushedSeen(**ids))
         if isinstance(message, Verdict | Withdrawn | Pushed | Refused):
             self._calls.answered("withdraw", message.claim_id)
         load = self._loads.get(message.claim_id)
@@ -242,7 +243,7 @@ class Consumer:
                 self._fail(load, f"no connection to {peer} within {self._settings.handshake_s} s", now)
             elif now >= load.renew_s and load.state is not LoadState.VERIFYING:
                 load.renew_s = now + self._settings.renew_s
-                self._send(peer, Renew(generation=self._local.generation, claim_id=load.claim_id))
+                self._send(peer, Renew(**self._ids(load)))
 
     def next_deadline(self) -> float:
         """When `expire` has something to do."""
@@ -293,6 +294,9 @@ class Consumer:
     def _needs_connection(self, load: Load) -> bool:
         return not load.is_push or load.state is LoadState.PARKED
 
+    def _ids(self, load: Load) -> dict[str, Any]:
+        return {"generation": self._local.generation, "claim_id": load.claim_id, "to": load.generation}
+
     def _send(self, peer: str, message: ClaimMessage) -> None:
         self._emit(Send(peer, message))
 
@@ -306,11 +310,10 @@ class Consumer:
         if peer is None or peer.connection is None:
             return
         load.connection, load.generation = peer.connection, peer.generation
-        ids = {"generation": self._local.generation, "claim_id": load.claim_id}
-        handover = load.handover
+        ids, handover = self._ids(load), load.handover
         if load.is_push:
             load.state, load.may_be_written = LoadState.TRANSFERRING, True
-            register = Register(handover.transfer_id or "", load.blocks, *load.token_range, **ids)
+            register = Register(handover.transfer_id or "", load.blocks, *load.token_range, peer.epoch, **ids)
             self._call("register", load, register, now, load.deadline_s)
         else:
             claim = Claim(handover.remote_lease_id or "", handover.remote_generation or "", **ids)
@@ -336,8 +339,7 @@ class Consumer:
 
     def _verify(self, load: Load, now: float) -> None:
         load.state = LoadState.VERIFYING
-        confirm = Confirm(generation=self._local.generation, claim_id=load.claim_id)
-        self._call("confirm", load, confirm, now, load.deadline_s)
+        self._call("confirm", load, Confirm(**self._ids(load)), now, load.deadline_s)
 
     def _is_in_danger(self, load: Load) -> bool:
         return bool(load.ranks) or load.may_be_written
@@ -365,8 +367,7 @@ class Consumer:
     def _withdraw(self, load: Load, now: float) -> None:
         if load.is_bound:
             deadline_s = inf if load.may_be_written else now + self._settings.load_s
-            message = Withdraw(generation=self._local.generation, claim_id=load.claim_id)
-            self._call("withdraw", load, message, now, deadline_s)
+            self._call("withdraw", load, Withdraw(**self._ids(load)), now, deadline_s)
 
     def _free_if_safe(self, load: Load) -> None:
         if load.state is LoadState.FAILED and load.claim_id in self._loads and not self._is_in_danger(load):

@@ -155,7 +155,7 @@ class P2PCore:
             self._peers.on_hello(peer, message, now)
         elif isinstance(message, HelloRefused):
             self._peers.on_hello_refused(peer, message, now)
-        elif (sender := self._peers.sender(peer, message.generation, now)) is not None:
+        elif (sender := self._peers.sender(peer, message, now)) is not None:
             self._dispatch(sender, message, now)
         self._end(now)
 
@@ -229,7 +229,7 @@ class P2PCore:
         gap_s = now - (self._last_s if self._last_s is not None else now)
         self._last_s = now
         if gap_s > self.settings.liveness_s / 2:
-            self._peers.forgive(gap_s)
+            self._peers.forgive(now)
         self._producer.expire(now)
         self._consumer.expire(now)
 

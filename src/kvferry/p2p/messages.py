@@ -46,6 +46,7 @@ Blocks = Annotated[tuple[Annotated[int, Meta(ge=0, lt=1 << 31)], ...], Meta(max_
 GroupBlocks = Annotated[tuple[Blocks, ...], Meta(max_length=MAX_GROUPS)]
 """Per group the block ids by position; id 0 at positions that are not handed over (outside a window)."""
 RankBlobs = Annotated[tuple[Annotated[bytes, Meta(max_length=1 << 16)], ...], Meta(max_length=MAX_RANKS)]
+Epoch = Annotated[int, Meta(ge=0, lt=1 << 62)]
 Milliseconds = Annotated[int, Meta(ge=0, le=86_400_000)]
 
 
@@ -66,18 +67,23 @@ class Message(Struct, frozen=True, kw_only=True, tag_field="type", forbid_unknow
 
 
 class ClaimMessage(Message, frozen=True, kw_only=True, tag_field="type", forbid_unknown_fields=True):
-    """Base of all messages about one claim."""
+    """Base of all messages about one claim. `to` is the life of the receiver that is meant."""
 
     claim_id: Nonce
+    to: Nonce
 
 
 class Hello(Message, frozen=True, tag="hello"):
-    """Who I am and how my KV lies; `geometry` is opaque here, `transports` holds per name one blob per rank."""
+    """Who I am and how my KV lies; `geometry` is opaque here, `transports` holds per name one blob per rank.
+
+    `epoch` rises with every connection the sender destroyed: what belongs to a lower one is over.
+    """
 
     engine_id: Name
     protocol: Annotated[int, Meta(ge=0, lt=1 << 31)]
     geometry: Annotated[bytes, Meta(max_length=1 << 20)]
     transports: Annotated[dict[Name, RankBlobs], Meta(max_length=16)]
+    epoch: Epoch
     is_answer: bool
 
 
@@ -135,6 +141,7 @@ class Register(ClaimMessage, frozen=True, tag="register"):
     blocks: GroupBlocks
     first_token: TokenCount
     end_token: TokenCount
+    epoch: Epoch
 
     def __post_init__(self) -> None:
         if self.end_token < self.first_token:

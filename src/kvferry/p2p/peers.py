@@ -26,7 +26,7 @@ from typing import Any, Protocol
 
 from kvferry.p2p.actions import Action, ClosePeer, Connect, LocalEngine, OpenPeer, P2PSettings, Send
 from kvferry.p2p.calls import Calls
-from kvferry.p2p.messages import PROTOCOL, Hello, HelloRefused
+from kvferry.p2p.messages import PROTOCOL, ClaimMessage, Hello, HelloRefused
 
 GeometryCheck = Callable[[bytes, bytes], list[str]]
 """(local geometry, remote geometry) -> one line per difference; an unreadable geometry is a difference too."""
@@ -63,6 +63,8 @@ class Peer:
     is_up: bool = False  # the control link
     is_dialling: bool = False
     hello: Hello | None = None  # of the life we talk to
+    is_greeted: bool = False  # by this hello, while the connection was closing
+    epoch: int = 0  # ours towards it, in our hello
     connection: int | None = None
     closing: int | None = None
     refusal: str = ""
@@ -99,6 +101,7 @@ class Peers:
         self._local, self._settings, self._check, self._calls, self._emit = local, settings, check, calls, emit
         self._peers: dict[str, Peer] = {}
         self._num_connections = 0
+        self._num_closed = 0
         self._listeners: tuple[ConnectionEvents, ...] = ()
 
     def listen(self, *listeners: ConnectionEvents) -> None:
@@ -155,14 +158,18 @@ class Peers:
             peer.ended_lives.append(peer.hello.generation)
             peer.hello = None
             self.close(peer, f"{name} restarted", now)
+        if peer.hello and hello.epoch < peer.hello.epoch:
+            return
+        if peer.hello and hello.epoch > peer.hello.epoch:
+            self.close(peer, f"{name} destroyed its end", now)
         self._calls.answered("hello", name)
         if differences := self._differences(hello):
             self._emit(Send(name, HelloRefused(tuple(differences), generation=self._local.generation)))
             self._refuse(peer, "; ".join(differences), now)
             return
         if not hello.is_answer:
-            self._emit(Send(name, self._hello(is_answer=True)))
-        peer.hello = peer.hello or hello
+            self._emit(Send(name, self._hello(peer, is_answer=True)))
+        peer.hello, peer.is_greeted = hello, True
         self._open(peer, now)
 
     def on_hello_refused(self, name: str, message: HelloRefused, now: float) -> None:
@@ -172,13 +179,13 @@ class Peers:
             self._calls.answered("hello", name)
             self._refuse(peer, "; ".join(message.differences), now)
 
-    def sender(self, name: str, generation: str, now: float) -> Peer | None:
-        """The peer that sent a message, when it is in the life we know; else it is asked to introduce itself."""
-        peer = self._record(name, now)
+    def sender(self, name: str, message: ClaimMessage, now: float) -> Peer | None:
+        """The peer that sent a message, when it is in the life we know and means ours; else it is asked for a Hello."""
+        peer, generation = self._record(name, now), message.generation
         if peer is None:
             return None
         peer.is_up, peer.is_dialling = True, False
-        is_known = same_life(peer.generation, generation)
+        is_known = same_life(peer.generation, generation) and same_life(message.to, self._local.generation)
         if is_known:
             peer.heard_s = now
         if (not is_known and generation not in peer.ended_lives) or (is_known and peer.connection is None):
@@ -188,7 +195,9 @@ class Peers:
     def close(self, peer: Peer, reason: str, now: float) -> None:
         """Destroy its connection, if it has an open one."""
         if peer.connection is not None:
-            peer.closing, peer.connection = peer.connection, None
+            self._num_closed += 1
+            self._calls.answered("hello", peer.name)
+            peer.closing, peer.connection, peer.epoch, peer.is_greeted = peer.connection, None, self._num_closed, False
             self._emit(ClosePeer(peer.name, peer.closing, reason))
             for listener in self._listeners:
                 listener.connection_failing(peer.closing, reason, now)
@@ -206,11 +215,12 @@ class Peers:
             peer.closing = None
             for listener in self._listeners:
                 listener.connection_closed(connection, now)
+            self._open(peer, now)
 
-    def forgive(self, seconds: float) -> None:
-        """We were frozen ourselves: nobody owes us answers for that time."""
+    def forgive(self, now: float) -> None:
+        """We were frozen ourselves: nobody owes us answers since before."""
         for peer in self._peers.values():
-            peer.heard_s += seconds
+            peer.owes_s = now if peer.owes_s < now else peer.owes_s
 
     def tick(self, now: float, wanted: Set[str], busy: Set[str]) -> None:
         """Dial and greet `wanted` peers; give up silent ones among `busy` (they owe answers); evict idle ones."""
@@ -253,19 +263,19 @@ class Peers:
 
     def _record(self, name: str, now: float) -> Peer | None:
         if name not in self._peers and len(self._peers) < self._settings.max_peers:
-            self._peers[name] = Peer(name, heard_s=now)
+            self._peers[name] = Peer(name, heard_s=now, epoch=self._num_closed)
         return self._peers.get(name)
 
-    def _hello(self, *, is_answer: bool) -> Hello:
-        local = self._local
-        transports = dict(local.transports)
-        return Hello(local.engine_id, PROTOCOL, local.geometry, transports, is_answer, generation=local.generation)
+    def _hello(self, peer: Peer, *, is_answer: bool) -> Hello:
+        me = self._local
+        transports = dict(me.transports)
+        return Hello(me.engine_id, PROTOCOL, me.geometry, transports, peer.epoch, is_answer, generation=me.generation)
 
     def _greet(self, peer: Peer, now: float) -> None:
         if peer.closing is None and not self._calls.has("hello", peer.name, now):
             deadline = now + self._settings.handshake_s
             peer.retry_s = deadline
-            self._calls.start("hello", peer.name, peer.name, None, self._hello(is_answer=False), now, deadline)
+            self._calls.start("hello", peer.name, peer.name, None, self._hello(peer, is_answer=False), now, deadline)
 
     def _differences(self, hello: Hello) -> list[str]:
         if hello.protocol != PROTOCOL:
@@ -277,7 +287,7 @@ class Peers:
         return [line[:2048] for line in self._check(self._local.geometry, hello.geometry)[:256]]
 
     def _open(self, peer: Peer, now: float) -> None:
-        if peer.connection is None and peer.closing is None and peer.hello is not None:
+        if peer.connection is None and peer.closing is None and peer.hello is not None and peer.is_greeted:
             self._num_connections += 1
             peer.connection, peer.refusal, peer.num_failures, peer.retry_s = self._num_connections, "", 0, 0.0
             self._emit(OpenPeer(peer.name, peer.connection, peer.hello))

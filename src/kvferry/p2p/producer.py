@@ -179,7 +179,7 @@ class Producer:
         lease.ended = Why.ABORTED
         for claim in list(lease.claims.values()):
             if not claim.job_id:
-                self._end(claim, self._refused(claim.claim_id, Why.ABORTED), now)
+                self._end(claim, self._refused(claim.claim_id, claim.generation, Why.ABORTED), now)
         self._release_if_over(lease, now)
 
     def on_message(self, peer: Peer, message: ClaimMessage, now: float) -> None:
@@ -204,7 +204,7 @@ class Producer:
                 if claim is not None:
                     self._renewed(claim, now)
                 else:
-                    self._answer_for_good(peer, self._refused(message.claim_id, Why.UNKNOWN), now)
+                    self._answer_for_good(peer, self._refused(message.claim_id, message.generation, Why.UNKNOWN), now)
             case messages.Confirm():
                 self._on_confirm(peer, message, claim, now)
             case messages.Withdraw():
@@ -232,7 +232,7 @@ class Producer:
         """Claims bound to it end, but for those that are being written."""
         for claim in list(self._claims.values()):
             if claim.connection == connection and not claim.job_id:
-                self._end(claim, self._refused(claim.claim_id, Why.ABORTED), now)
+                self._end(claim, self._refused(claim.claim_id, claim.generation, Why.ABORTED), now)
 
     def connection_closed(self, connection: int, now: float) -> None:
         """Writes over it cannot land any more."""
@@ -258,7 +258,7 @@ class Producer:
                 claim.deadline_s = inf
                 self._peers.close_connection(claim.peer, claim.connection, "a write does not end", now)
             else:
-                self._end(claim, self._refused(claim.claim_id, Why.EXPIRED), now)
+                self._end(claim, self._refused(claim.claim_id, claim.generation, Why.EXPIRED), now)
         for lease in list(self._leases.values()):
             self._release_if_over(lease, now)
 
@@ -299,8 +299,11 @@ class Producer:
     def _send(self, peer: str, message: ClaimMessage) -> None:
         self._emit(Send(peer, message))
 
-    def _refused(self, claim_id: str, why: Why) -> Refused:
-        return Refused(why, generation=self._local.generation, claim_id=claim_id)
+    def _ids(self, claim_id: str, to: str) -> dict[str, Any]:
+        return {"generation": self._local.generation, "claim_id": claim_id, "to": to}
+
+    def _refused(self, claim_id: str, to: str, why: Why) -> Refused:
+        return Refused(why, **self._ids(claim_id, to))
 
     def _answer_for_good(self, peer: Peer, answer: ClaimMessage, now: float) -> None:
         """Answer about a claim that is not open, and never open it again; no room to remember: no answer."""
@@ -327,29 +330,33 @@ class Producer:
 
     def _on_claim(self, peer: Peer, message: messages.Claim, claim: OpenClaim | None, now: float) -> None:
         lease = self._find(message)
+        if claim is not None and claim.lease is not lease:
+            return
         if lease is None:
             why = self._ended_leases.get(message.lease_id) or Why.UNKNOWN
-            self._answer_for_good(peer, self._refused(message.claim_id, why), now)
+            self._answer_for_good(peer, self._refused(message.claim_id, message.generation, why), now)
             return
         claim = claim or self._open(peer, message.claim_id, lease, None)
         if claim is None and peer.connection is not None:
-            self._send(peer.name, self._refused(message.claim_id, Why.BUSY))
-        if claim is not None and claim.lease is lease:
+            self._send(peer.name, self._refused(message.claim_id, message.generation, Why.BUSY))
+        if claim is not None:
             remaining_ms = self._extend(claim, now)
-            ids = {"generation": self._local.generation, "claim_id": message.claim_id}
+            ids = self._ids(message.claim_id, message.generation)
             self._send(peer.name, messages.Granted(lease.blocks, lease.num_tokens, remaining_ms, **ids))
 
     def _renewed(self, claim: OpenClaim, now: float) -> None:
         remaining_ms = 0 if claim.job_id else self._extend(claim, now)
-        ids = {"generation": self._local.generation, "claim_id": claim.claim_id}
+        ids = self._ids(claim.claim_id, claim.generation)
         self._send(claim.peer, messages.Renewed(remaining_ms, **ids))
 
     def _on_register(self, peer: Peer, message: Register, claim: OpenClaim | None, now: float) -> None:
+        if peer.hello is None or message.epoch != peer.hello.epoch:
+            return  # of a connection that the consumer destroyed: its blocks may be somebody else's
         if claim is None:
             lease = self._transfers.get(message.transfer_id)
             over = lease.ended if lease else self._ended_leases.get(message.transfer_id)
             if over is not None:
-                self._answer_for_good(peer, self._refused(message.claim_id, over), now)
+                self._answer_for_good(peer, self._refused(message.claim_id, message.generation, over), now)
                 return
             lease = lease or Lease(transfer_id=message.transfer_id)
             claim = self._open(peer, message.claim_id, lease, message)
@@ -362,7 +369,7 @@ class Producer:
 
     def _on_confirm(self, peer: Peer, message: ClaimMessage, claim: OpenClaim | None, now: float) -> None:
         is_valid = claim is not None and claim.register is None
-        verdict = Verdict(is_valid, generation=self._local.generation, claim_id=message.claim_id)
+        verdict = Verdict(is_valid, **self._ids(message.claim_id, message.generation))
         if claim is None or not is_valid:
             self._send(peer.name, verdict)
             return
@@ -370,7 +377,7 @@ class Producer:
         self._end(claim, verdict, now)
 
     def _on_withdraw(self, peer: Peer, message: ClaimMessage, claim: OpenClaim | None, now: float) -> None:
-        withdrawn = Withdrawn(generation=self._local.generation, claim_id=message.claim_id)
+        withdrawn = Withdrawn(**self._ids(message.claim_id, message.generation))
         if claim is None:
             self._answer_for_good(peer, withdrawn, now)
         elif not claim.job_id:  # a running write answers with Pushed when it has ended
@@ -399,7 +406,7 @@ class Producer:
     def _written_if_over(self, claim: OpenClaim, now: float) -> None:
         if claim.ranks or not claim.job_id or claim.last is not None:
             return
-        lease, ids = claim.lease, {"generation": self._local.generation, "claim_id": claim.claim_id}
+        lease, ids = claim.lease, self._ids(claim.claim_id, claim.generation)
         pushed = Pushed(not claim.error, claim.error[:2048], lease.num_tokens, lease.first_token_ids, **ids)
         lease.serve(claim.consumer)
         self._end(claim, pushed, now)

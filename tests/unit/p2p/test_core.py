@@ -1,0 +1,381 @@
+"""Hand-overs step by step: what each role does, and what is true after each failure."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from pair import RULES, D, E, P, Pair
+
+from kvferry.errors import ConfigError, TransferError
+from kvferry.p2p import actions as a
+from kvferry.p2p import messages as m
+from kvferry.p2p.selection import select_blocks
+
+PUSH = {"remote_host": "p", "remote_port": 1, "transfer_id": "t", "transfer_mode": "push", "do_remote_prefill": True}
+
+
+def started(pair: Pair, **finish: Any) -> a.TransferJob:
+    """A pull that D's ranks have to read now."""
+    pair.load(D, pair.finish(**finish))
+    return pair.take(D, a.StartTransfer)[0].job
+
+
+def test_pull_ends_with_proved_blocks_and_freed_leases() -> None:
+    pair = Pair()
+    params = pair.finish()
+    assert params["remote_block_ids"] == [[1, 2, 3], [0, 5, 6]]
+    assert (params["remote_host"], params["remote_port"], params["remote_num_tokens"]) == ("p", 1, 12)
+    before = dict(params)
+    pair.load(D, params)
+    assert params == before
+    (job,) = [start.job for start in pair.take(D, a.StartTransfer)]
+    assert (job.op, job.remote_blocks, job.token_range) == (a.TransferOp.READ, ((1, 2, 3), (0, 5, 6)), (0, 12))
+    pair.call(D, "transfer_ended", job.job_id, 0, a.TransferStatus.OK, "")
+    assert not pair.take(D, a.LoadEnded), "one rank is still reading"
+    assert not pair.take(P, a.Release), "claimed"
+    pair.call(D, "transfer_ended", job.job_id, 1, a.TransferStatus.OK, "")
+    assert pair.take(D, a.LoadEnded) == [a.LoadEnded("x", True, "", False, 12, (7,))]
+    assert pair.take(P, a.Release) == [a.Release("r", "done")]
+
+
+@pytest.mark.parametrize("is_finished_first", [True, False])
+def test_push_pairs_by_transfer_id_in_either_order(is_finished_first: bool) -> None:
+    pair = Pair()
+    pair.call(P, "request_started", "r", "t", 1)
+    steps = [
+        lambda: pair.call(P, "finish", "r", a.FinishReason.STOP, [[1, 2, 3], [4, 5, 6]], 12, [7], mode="push"),
+        lambda: pair.load(D, PUSH),
+    ]
+    for step in steps if is_finished_first else reversed(steps):
+        step()
+    (job,) = [start.job for start in pair.take(P, a.StartTransfer)]
+    assert (job.op, job.peer, job.remote_blocks) == (a.TransferOp.WRITE, D, ((11, 12, 13), (0, 15, 16)))
+    assert not pair.take(P, a.Release)
+    pair.end_job(P, job)
+    assert pair.take(D, a.LoadEnded) == [a.LoadEnded("x", True, "", False, 12, (7,))]
+    assert pair.take(P, a.Release) == [a.Release("r", "done")]
+
+
+@pytest.mark.parametrize("reason", [a.FinishReason.STOP, a.FinishReason.LENGTH])
+def test_any_normal_finish_is_handed_over_also_without_blocks(reason: a.FinishReason) -> None:
+    pair = Pair()
+    params = pair.call(P, "request_started", "r", None, 1) or pair.call(P, "finish", "r", reason, [[], []], 0, [7])
+    assert params["remote_block_ids"] == [[], []]
+    pair.call(D, "announce", "x", params)
+    assert pair.call(D, "park", "x", [[], []], (0, 0))
+    assert pair.take(D, a.LoadEnded) == [a.LoadEnded("x", True, "", False, 0, (7,))]
+    assert pair.take(P, a.Release) == [a.Release("r", "done")]
+
+
+@pytest.mark.parametrize("reason", [a.FinishReason.ABORT, a.FinishReason.ERROR])
+def test_an_abnormal_finish_tells_those_who_registered(reason: a.FinishReason) -> None:
+    pair = Pair()
+    pair.call(P, "request_started", "r", "t", 1)
+    pair.load(D, PUSH)
+    assert pair.call(P, "finish", "r", reason, [[1, 2, 3], [4, 5, 6]], 12, []) is None
+    (ended,) = pair.take(D, a.LoadEnded)
+    assert not ended.ok
+    assert "aborted" in ended.reason
+    assert not ended.blocks_quarantined, "the producer said that it will not write"
+    assert not pair.take(P, a.Release), "the blocks never left the host"
+
+
+def test_lease_is_held_for_a_claim_beyond_its_deadline_but_not_for_ever() -> None:
+    pair = Pair(lease_s=10, claim_s=6, max_lease_s=40, load_s=1000, announce_s=1000)
+    started(pair)
+    pair.advance(39)
+    assert not pair.take(P, a.Release), "D renews"
+    pair.advance(2)
+    assert pair.take(P, a.Release) == [a.Release("r", "expired")]
+    (ended,) = pair.take(D, a.LoadEnded)
+    assert not ended.ok
+    assert ended.blocks_quarantined, "D's ranks still read"
+
+
+def test_a_lease_nobody_claims_expires_and_a_late_claim_is_refused() -> None:
+    pair = Pair(lease_s=10)
+    params = pair.finish()
+    pair.advance(11)
+    assert pair.take(P, a.Release) == [a.Release("r", "expired")]
+    pair.load(D, params)
+    (ended,) = pair.take(D, a.LoadEnded)
+    assert (ended.ok, ended.blocks_quarantined) == (False, False)
+    assert "expired" in ended.reason
+
+
+def test_what_was_read_under_a_lapsed_claim_is_not_accepted() -> None:
+    pair = Pair(lease_s=10, claim_s=6)
+    job = started(pair)
+    pair.lost = lambda message: True
+    pair.cores[P].tick(20.0)
+    pair.settle()
+    assert pair.take(P, a.Release) == [a.Release("r", "expired")]
+    pair.lost = lambda message: False
+    pair.end_job(D, job)
+    (ended,) = pair.take(D, a.LoadEnded)
+    assert not ended.ok
+    assert not ended.blocks_quarantined, "all ranks have ended"
+
+
+@pytest.mark.parametrize("give_up", ["abort", "deadline"])
+def test_blocks_of_a_read_that_was_given_up_are_quarantined_until_every_rank_ended(give_up: str) -> None:
+    pair = Pair(load_s=3, quarantine_s=100)
+    job = started(pair)
+    if give_up == "abort":
+        pair.call(D, "abort", "x")
+    else:
+        pair.advance(4)
+    (ended,) = pair.take(D, a.LoadEnded)
+    assert (ended.ok, ended.blocks_quarantined) == (False, True)
+    pair.call(D, "transfer_ended", job.job_id, 0, a.TransferStatus.OK, "")
+    assert not pair.take(D, a.BlocksSafe)
+    pair.call(D, "transfer_ended", job.job_id, 1, a.TransferStatus.OK, "")
+    assert pair.take(D, a.BlocksSafe) == [a.BlocksSafe("x")]
+    assert pair.take(P, a.Release) == [a.Release("r", "done")], "the claim was withdrawn"
+
+
+def test_unknown_is_no_end_only_destroying_the_connection_is() -> None:
+    pair = Pair()
+    job = started(pair)
+    pair.end_job(D, job, a.TransferStatus.UNKNOWN)
+    (ended,) = pair.take(D, a.LoadEnded)
+    assert ended.blocks_quarantined
+    (close,) = pair.take(D, a.ClosePeer)
+    pair.advance(100)
+    assert not pair.take(D, a.BlocksSafe)
+    with pytest.raises(TransferError, match="still has quarantined blocks"):
+        pair.cores[D].announce("x", PUSH, pair.now)
+    pair.call(D, "peer_closed", P, close.connection)
+    assert pair.take(D, a.BlocksSafe) == [a.BlocksSafe("x")]
+
+
+def test_a_transfer_that_never_ends_costs_the_connection_and_the_next_load_gets_a_new_one() -> None:
+    pair = Pair(load_s=3, quarantine_s=2, lease_s=100)
+    started(pair)
+    pair.advance(6)
+    (close,) = pair.take(D, a.ClosePeer)
+    pair.call(D, "peer_closed", P, close.connection)
+    assert pair.take(D, a.BlocksSafe)
+    pair.load(D, pair.finish("s"), "y")
+    (theirs,) = pair.take(P, a.ClosePeer)
+    assert theirs.reason == "d:2 destroyed its end"
+    pair.call(P, "peer_closed", D, theirs.connection)
+    pair.advance(1)
+    (start,) = pair.take(D, a.StartTransfer)
+    assert start.job.connection > close.connection
+
+
+def test_a_push_that_was_given_up_is_safe_when_the_producer_says_so() -> None:
+    pair = Pair()
+    pair.call(P, "request_started", "r", "t", 1)
+    pair.call(P, "finish", "r", a.FinishReason.STOP, [[1, 2, 3], [4, 5, 6]], 12, [7])
+    pair.load(D, PUSH)
+    (start,) = pair.take(P, a.StartTransfer)
+    pair.call(D, "abort", "x")
+    assert pair.take(D, a.LoadEnded)[0].blocks_quarantined
+    assert not pair.take(D, a.BlocksSafe), "P writes"
+    pair.call(P, "abort", "r")
+    assert not pair.take(P, a.Release), "P's own ranks read the blocks"
+    pair.end_job(P, start.job)
+    pair.advance(3)
+    assert pair.take(D, a.BlocksSafe) == [a.BlocksSafe("x")]
+    assert len(pair.take(P, a.Release)) == 1
+
+
+def test_a_registration_that_comes_after_its_withdrawal_starts_no_write() -> None:
+    pair = Pair()
+    held: list[m.Message] = []
+    pair.call(P, "request_started", "r", "t", 1)
+    pair.lost = lambda message: isinstance(message, m.Register) and not held.append(message)
+    pair.load(D, PUSH)
+    pair.call(D, "abort", "x")
+    assert pair.take(D, a.BlocksSafe) or not pair.take(D, a.LoadEnded)[0].ok
+    pair.call(P, "finish", "r", a.FinishReason.STOP, [[1, 2, 3], [4, 5, 6]], 12, [7])
+    pair.cores[P].message(D, held[0], pair.now)
+    pair.settle()
+    assert not pair.take(P, a.StartTransfer)
+
+
+def test_a_registration_of_a_destroyed_connection_starts_no_write() -> None:
+    """Found by the simulation (seed 7993): D destroyed its end, knows its blocks safe, and is connected again."""
+    pair = Pair()
+    held: list[m.Message] = []
+    pair.call(P, "request_started", "r", "t", 1)
+    pair.lost = lambda message: isinstance(message, m.Register | m.Withdraw) and not held.append(message)
+    pair.load(D, PUSH)
+    pair.call(D, "peer_lost", P, "glitch")
+    (close,) = pair.take(D, a.ClosePeer)
+    pair.call(D, "peer_closed", P, close.connection)
+    assert pair.take(D, a.BlocksSafe)
+    pair.lost = lambda message: isinstance(message, m.Register | m.Withdraw)
+    pair.advance(2)
+    pair.load(D, PUSH, "y")
+    pair.call(P, "finish", "r", a.FinishReason.STOP, [[1, 2, 3], [4, 5, 6]], 12, [7])
+    for close in pair.take(P, a.ClosePeer):
+        pair.call(P, "peer_closed", D, close.connection)
+    pair.cores[P].message(D, next(x for x in held if isinstance(x, m.Register)), pair.now)
+    pair.settle()
+    assert not pair.take(P, a.StartTransfer)
+
+
+def test_consumers_are_a_set_repeats_count_once() -> None:
+    pair = Pair((P, D, E), lease_s=50)
+    params = pair.finish(consumers=2)
+    pair.load(D, params)
+    pair.end_job(D, pair.take(D, a.StartTransfer)[0].job)
+    assert pair.take(D, a.LoadEnded)[0].ok
+    confirms = [message for name, _, message in pair.sent if name == D and isinstance(message, m.Confirm)]
+    for _ in range(5):
+        pair.cores[P].message(D, confirms[0], pair.now)
+    pair.load(D, params, "again")
+    pair.end_job(D, pair.take(D, a.StartTransfer)[0].job)
+    assert not pair.take(P, a.Release)
+    pair.load(E, params)
+    pair.end_job(E, pair.take(E, a.StartTransfer)[0].job)
+    assert pair.take(E, a.LoadEnded)[0].ok
+    assert pair.take(P, a.Release) == [a.Release("r", "done")]
+
+
+def test_everything_lost_a_few_times_still_succeeds() -> None:
+    pair = Pair()
+    seen: dict[type, int] = {}
+
+    def lost(message: m.Message) -> bool:
+        seen[type(message)] = seen.get(type(message), 0) + 1
+        return seen[type(message)] <= 2
+
+    pair.lost = lost
+    pair.load(D, pair.finish())
+    pair.advance(10)
+    pair.end_job(D, pair.take(D, a.StartTransfer)[0].job)
+    pair.advance(10)
+    assert pair.take(D, a.LoadEnded)[0].ok
+    assert pair.take(P, a.Release) == [a.Release("r", "done")]
+
+
+def test_a_restarted_producer_is_met_with_a_new_handshake_and_old_params_are_refused() -> None:
+    pair = Pair()
+    params = pair.finish()
+    job = started(pair, request_id="s")
+    pair.restart(P)
+    pair.load(D, params, "old")
+    pair.advance(1)
+    assert {x.request_id: x.ok for x in pair.take(D, a.LoadEnded)} == {"x": False, "old": False}
+    (close,) = pair.take(D, a.ClosePeer)
+    assert (close.connection, "restarted" in close.reason) == (job.connection, True)
+    pair.call(D, "peer_closed", P, close.connection)
+    assert pair.take(D, a.BlocksSafe) == [a.BlocksSafe("x")]
+    pair.load(D, params, "older")
+    pair.advance(1)
+    (ended,) = pair.take(D, a.LoadEnded)
+    assert (ended.request_id, "unknown" in ended.reason) == ("older", True)
+    pair.load(D, pair.finish("new"), "new")
+    assert pair.take(D, a.StartTransfer)[-1].job.connection > job.connection
+
+
+def test_a_lost_link_fails_loads_at_once() -> None:
+    pair = Pair()
+    started(pair)
+    pair.call(D, "peer_lost", P, "reset by peer")
+    (ended,) = pair.take(D, a.LoadEnded)
+    assert (ended.reason, ended.blocks_quarantined) == ("reset by peer", True)
+
+
+def test_a_silent_peer_is_given_up() -> None:
+    pair = Pair(liveness_s=4, load_s=60)
+    started(pair)
+    pair.lost = lambda message: True
+    pair.advance(5)
+    (ended,) = pair.take(D, a.LoadEnded)
+    assert "silent" in ended.reason
+
+
+def test_who_was_frozen_itself_does_not_blame_the_peer() -> None:
+    pair = Pair(liveness_s=4, load_s=60, lease_s=60, claim_s=60)
+    job = started(pair)
+    pair.now += 30
+    pair.end_job(D, job)
+    assert pair.take(D, a.LoadEnded)[0].ok
+
+
+def test_a_mismatch_is_refused_at_the_handshake_with_its_differences_and_not_asked_again_soon() -> None:
+    pair = Pair(backoff_s=5)
+    params = pair.finish()
+    pair.differences = ["dtype: float16 here, bfloat16 there", "block size: 16 here, 32 there"]
+    pair.load(D, params)
+    (ended,) = pair.take(D, a.LoadEnded)
+    assert "dtype: float16 here, bfloat16 there; block size: 16 here, 32 there" in ended.reason
+    pair.sent.clear()
+    pair.load(D, params, "y")
+    assert "dtype" in pair.take(D, a.LoadEnded)[0].reason
+    assert not pair.sent
+    pair.differences = []
+    pair.advance(6)
+    pair.load(D, params, "z")
+    assert pair.take(D, a.StartTransfer)
+
+
+def test_an_unreachable_peer_fails_the_load_by_the_deadline() -> None:
+    pair = Pair(handshake_s=3)
+    params = pair.finish()
+    pair.lost = lambda message: isinstance(message, m.Hello)
+    pair.load(D, params)
+    pair.advance(3.1)
+    assert "no connection to p:1" in pair.take(D, a.LoadEnded)[0].reason
+    assert not pair.call(D, "park", "x", [[11], [12]], (0, 4)), "over"
+
+
+def test_idle_peers_are_evicted() -> None:
+    pair = Pair(idle_s=20)
+    pair.end_job(D, started(pair))
+    pair.advance(30)
+    for name, other in ((P, D), (D, P)):
+        for close in pair.take(name, a.ClosePeer):
+            pair.call(name, "peer_closed", other, close.connection)
+    pair.advance(30)
+    assert [core.snapshot()["peers"] for core in pair.cores.values()] == [[], []]
+    assert all(core.next_deadline() == float("inf") or core.next_deadline() > pair.now for core in pair.cores.values())
+
+
+def test_fewer_tokens_than_wanted_is_a_failure() -> None:
+    pair = Pair()
+    params = pair.finish()
+    pair.call(D, "announce", "x", params)
+    pair.call(D, "park", "x", [[11, 12, 13, 14], [0, 0, 15, 16]], (0, 16))
+    assert "the lease holds 12" in pair.take(D, a.LoadEnded)[0].reason
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        ({"remote_host": None}, "remote_host"),
+        ({"remote_port": "x"}, "remote_port"),
+        ({"remote_lease_id": "../../etc"}, "remote_lease_id"),
+        ({"remote_lease_id": None}, "must be kvferry too"),
+        ({"transfer_mode": "beam"}, "'beam' is neither"),
+        ({"transfer_mode": "push", "transfer_id": None}, "needs a transfer_id"),
+    ],
+)
+def test_params_that_cannot_be_used_are_named(change: dict[str, Any], text: str) -> None:
+    pair = Pair()
+    params = pair.finish() | change
+    with pytest.raises(TransferError, match=text):
+        pair.cores[D].announce("x", params, 0.0)
+    assert pair.cores[D].take_actions() == []
+
+
+def test_block_selection() -> None:
+    state = a.GroupRule(4, is_state=True)
+    assert select_blocks([[1, 2, 3, 4], [5, 6, 7, 8], [9]], (*RULES, state), 13) == ((1, 2, 3, 4), (0, 6, 7, 8), (9,))
+    assert select_blocks([[1, 2], [3, 4]], RULES, 4) == ((1,), (3,))
+    with pytest.raises(ValueError, match="group 1 has 1 blocks of 4 tokens for 8 tokens"):
+        select_blocks([[1, 2], [3]], RULES, 8)
+    with pytest.raises(ValueError, match="blocks of 1 groups"):
+        select_blocks([[1]], RULES, 4)
+
+
+@pytest.mark.parametrize("bad", [{"lease_s": 0}, {"claim_s": 0.5}])
+def test_settings_are_checked(bad: dict[str, float]) -> None:
+    with pytest.raises(ConfigError, match=next(iter(bad))):
+        a.P2PSettings(**bad)
