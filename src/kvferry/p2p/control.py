@@ -1,0 +1,426 @@
+"""The control channel of one engine: small messages to and from other engines. Nothing here ever waits or raises late.
+
+    listener   ROUTER, bound once; whoever dials us is known by a name of ours, @ and random hex, until it is gone
+    dialled    one DEALER per peer, known by the host:port we dialled; connects, and connects again, by itself
+    thread     owns all sockets; the owner only fills the outbox and empties the inbox
+
+Messages may be lost (not connected, queue full) but not altered; what comes from one peer comes in order. With a key
+every connection is CURVE: both key pairs are derived from the shared key, the listener admits that client key alone,
+and all is encrypted. Without one only loopback addresses are bound.
+
+What strangers can cost is bounded: frame size, time for a handshake, connections, bytes of messages that wait for
+`poll` (per peer and in all), and, since ZMQ buffers a message until its last part, bytes a connection may send
+without completing one.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import secrets
+import socket
+import struct
+import threading
+import time
+from collections import Counter, deque
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any, Generic
+
+import zmq
+import zmq.utils.monitor
+
+from kvferry.errors import ConfigError, TransferError
+from kvferry.p2p.wire import LOOPBACK, Address, Codec, M, derive_key, is_allowed
+
+logger = logging.getLogger(__name__)
+
+_HANDSHAKE_MS = 5000
+_HEARTBEAT_MS = 2000
+_HIGH_WATER = 16  # messages per connection
+_TICK_MS = 500
+_JOIN_S = 5.0
+_ZAP = "inproc://zeromq.zap.01"
+_TCP_BYTES_RECEIVED = 128  # offset in struct tcp_info of Linux
+_CONNECTED = zmq.EVENT_HANDSHAKE_SUCCEEDED
+_LOST = {
+    zmq.EVENT_DISCONNECTED: "the connection broke",
+    zmq.EVENT_CONNECT_RETRIED: "it cannot be reached",
+    zmq.EVENT_HANDSHAKE_FAILED_AUTH: "it refused our key",
+    zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL: "one side has a p2p.key, the other has none, or it is no kvferry engine",
+    zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL: "it closed during the handshake, or has another p2p.key",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class ControlSettings:
+    """Where to listen, and all bounds. Port 0: any free one, advertised to peers in the handshake."""
+
+    host: str = "127.0.0.1"
+    port: int = 0
+    advertised_host: str | None = None
+    """What peers dial; the bound host, or for a wildcard this machine's name, unless given."""
+    key: str | None = None
+    max_connections: int = 1024
+    max_dialled: int = 1024
+    max_inbox_bytes: int = 32 << 20
+    max_peer_inbox_bytes: int = 4 << 20
+    max_outbox: int = 4096
+
+
+@dataclass(frozen=True, slots=True)
+class Connected:
+    """A dialled peer can be talked to from now on."""
+
+
+@dataclass(frozen=True, slots=True)
+class Lost:
+    """A peer cannot be talked to now. One that was dialled may be `Connected` again later."""
+
+    reason: str
+
+
+@dataclass(slots=True)
+class _Dialled:
+    socket: zmq.Socket[bytes]
+    monitor: zmq.Socket[bytes]
+    is_connected: bool | None = None  # None: not known yet
+
+
+class ControlChannel(Generic[M]):
+    """`on_news` is called on the channel's thread whenever `poll` has something; it must not block.
+
+    ConfigError when the address cannot be bound, or may not be without a key.
+    """
+
+    def __init__(self, settings: ControlSettings, codec: Codec[M], on_news: Callable[[], None] | None = None) -> None:
+        is_loopback = is_allowed(settings.host, LOOPBACK)
+        if settings.key is None and not is_loopback:
+            raise ConfigError(
+                f"p2p.host={settings.host!r} can be reached from other machines, which could then read and write KV "
+                "memory: set p2p.key (the same in all engines and the proxy), or bind 127.0.0.1"
+            )
+        self.num_dropped = 0
+        """Messages given up: not connected, queue or inbox full, not understood."""
+        self._settings = settings
+        self._codec = codec
+        self._on_news = on_news
+        self._keys = None if settings.key is None else _CurveKeys(settings.key)
+        self._identity = b"k" + secrets.token_bytes(15)
+        self._lock = threading.Lock()
+        self._inbox: deque[tuple[str, bytes | Connected | Lost]] = deque()
+        self._inbox_bytes: Counter[str] = Counter()
+        self._outbox: deque[tuple[str, bytes | None]] = deque()  # None: hang up
+        self._dialled: dict[str, _Dialled] = {}
+        self._names: set[str] = set()
+        self._is_closing = False
+        self._wake_in, self._wake_out = socket.socketpair()
+        self._wake_in.setblocking(False)
+        self._wake_out.setblocking(False)
+        self._context = zmq.Context()
+        try:
+            self._listen(settings)
+        except BaseException:
+            self._release()
+            raise
+        self._thread = threading.Thread(target=self._main, name="kvferry-p2p-control", daemon=True)
+        self._thread.start()
+
+    # ---- for the owner, any thread ----------------------------------------------------------------------------
+
+    def connect(self, peer: str) -> None:
+        """Dial `host:port`; `Connected` or `Lost` follows in `poll`. Again: nothing. TransferError when malformed or too
+        many."""
+        Address.parse(peer)
+        with self._lock:
+            if peer not in self._names and len(self._names) >= self._settings.max_dialled:
+                raise TransferError(f"{peer}: {len(self._names)} peers are connected already")
+            self._names.add(peer)
+        self._put(peer, b"")
+
+    def send(self, peer: str, message: M) -> None:
+        """To a peer that was dialled, or one that wrote to us. TransferError when the message is too large."""
+        self._put(peer, self._codec.encode(message))
+
+    def disconnect(self, peer: str) -> None:
+        """Hang up a dialled peer."""
+        with self._lock:
+            self._names.discard(peer)
+        self._put(peer, None)
+
+    def poll(self) -> list[tuple[str, M | Connected | Lost]]:
+        """What has come since the last call, as (peer, message or change), in order per peer."""
+        with self._lock:
+            inbox, self._inbox = self._inbox, deque()
+            self._inbox_bytes.clear()
+        out: list[tuple[str, M | Connected | Lost]] = []
+        for peer, item in inbox:
+            try:
+                out.append((peer, self._codec.decode(item) if isinstance(item, bytes) else item))
+            except TransferError as error:
+                self.num_dropped += 1
+                logger.debug("from %s: %s", peer, error)
+        return out
+
+    def close(self) -> None:
+        """Hang up everything and stop listening. Idempotent."""
+        self._is_closing = True
+        self._wake()
+        self._thread.join(_JOIN_S)
+
+    def _put(self, peer: str, frame: bytes | None) -> None:
+        if len(self._outbox) >= self._settings.max_outbox:
+            self.num_dropped += 1
+            return
+        self._outbox.append((peer, frame))
+        self._wake()
+
+    def _wake(self) -> None:
+        with suppress(OSError):  # full: it will wake up anyway; closed: nobody is there
+            self._wake_in.send(b"\0")
+
+    # ---- sockets ----------------------------------------------------------------------------------------------
+
+    def _socket(self, kind: int) -> zmq.Socket[bytes]:
+        made = self._context.socket(kind)
+        made.set_hwm(_HIGH_WATER)
+        for option, value in (
+            (zmq.LINGER, 0), (zmq.MAXMSGSIZE, self._codec.max_bytes), (zmq.HANDSHAKE_IVL, _HANDSHAKE_MS), (zmq.IPV6, 1),
+            (zmq.HEARTBEAT_IVL, _HEARTBEAT_MS), (zmq.HEARTBEAT_TIMEOUT, 3 * _HEARTBEAT_MS),
+        ):  # fmt: skip
+            made.setsockopt(option, value)
+        return made
+
+    def _listen(self, settings: ControlSettings) -> None:
+        self._zap = self._context.socket(zmq.REP)
+        self._zap.bind(_ZAP)
+        self._router = self._socket(zmq.ROUTER)
+        self._router.setsockopt(zmq.ROUTER_MANDATORY, 1)
+        self._router.setsockopt(zmq.ROUTER_HANDOVER, 1)
+        if self._keys is not None:
+            self._router.curve_server = True
+            self._router.curve_secretkey = self._keys.server_secret
+            self._router.setsockopt(zmq.ZAP_DOMAIN, b"kvferry")
+        host = {"localhost": "127.0.0.1", "0.0.0.0": "0.0.0.0", "": "*"}.get(settings.host, settings.host)
+        monitor = self._router.get_monitor_socket(zmq.EVENT_ACCEPTED | zmq.EVENT_DISCONNECTED | zmq.EVENT_CLOSED)
+        try:
+            self._router.bind(f"tcp://{f'[{host}]' if ':' in host else host}:{settings.port or '*'}")
+        except zmq.ZMQError as error:
+            raise ConfigError(f"p2p.host={settings.host!r}, p2p.port={settings.port} cannot be bound: {error}") from error
+        port = int(self._router.getsockopt_string(zmq.LAST_ENDPOINT).rpartition(":")[2])
+        bound = socket.gethostname() if settings.host in ("*", "", "0.0.0.0", "::") else settings.host
+        self.address = Address(settings.advertised_host or bound, port)
+        # What has been received but not given to us can be in ZMQ's queue, which holds at most _HIGH_WATER messages.
+        limit_bytes = (_HIGH_WATER + 4) * self._codec.max_bytes
+        self._connections = _Connections(monitor, port, settings.max_connections, limit_bytes)
+
+    def _dial(self, peer: str) -> _Dialled:
+        dealer = self._socket(zmq.DEALER)
+        dealer.setsockopt(zmq.ROUTING_ID, self._identity)
+        dealer.setsockopt(zmq.IMMEDIATE, 1)  # nothing is queued for a peer that is not there: it would come too late
+        dealer.setsockopt(zmq.RECONNECT_IVL_MAX, _HANDSHAKE_MS)
+        if self._keys is not None:
+            dealer.curve_serverkey = self._keys.server_public
+            dealer.curve_publickey = self._keys.client_public
+            dealer.curve_secretkey = self._keys.client_secret
+        monitor = dealer.get_monitor_socket(_CONNECTED | sum(_LOST))
+        dealer.connect(f"tcp://{peer}")
+        self._poller.register(dealer, zmq.POLLIN)
+        self._poller.register(monitor, zmq.POLLIN)
+        return _Dialled(dealer, monitor)
+
+    def _hang_up(self, peer: str) -> None:
+        dialled = self._dialled.pop(peer, None)
+        if dialled is not None:
+            self._poller.unregister(dialled.socket)
+            self._poller.unregister(dialled.monitor)
+            dialled.socket.disable_monitor()
+            dialled.socket.close(0)
+
+    def _release(self) -> None:
+        self._context.destroy(0)
+        self._wake_in.close()
+        self._wake_out.close()
+
+    # ---- the thread -------------------------------------------------------------------------------------------
+
+    def _main(self) -> None:
+        self._poller = zmq.Poller()
+        for each in (self._wake_out, self._zap, self._router, self._connections.monitor):
+            self._poller.register(each, zmq.POLLIN)
+        while not self._is_closing:
+            try:
+                self._serve()
+            except Exception:  # thread main: no input may end the listener
+                logger.exception("p2p control channel")
+                time.sleep(_TICK_MS / 1000)
+        self._connections.close()
+        self._release()
+
+    def _serve(self) -> None:
+        self._poller.poll(_TICK_MS)
+        with suppress(BlockingIOError):
+            self._wake_out.recv(4096)
+        num_before = len(self._inbox)
+        self._authenticate()
+        self._connections.watch()
+        while self._outbox:
+            self._send(*self._outbox.popleft())
+        for frames in _receive(self._router):
+            self._connections.delivered(frames[-1])
+            self._take(f"@{frames[0].bytes.hex()}", frames[1:])
+        for peer, dialled in list(self._dialled.items()):
+            self._follow(peer, dialled)
+            for frames in _receive(dialled.socket):
+                self._take(peer, frames)
+        if len(self._inbox) > num_before and self._on_news is not None:
+            self._on_news()
+
+    def _authenticate(self) -> None:
+        """ZMQ's ZAP, RFC 27: admit the one client key. Asked only where CURVE is on."""
+        with suppress(zmq.Again):
+            while True:
+                version, request, _domain, _address, _identity, mechanism, *credentials = self._zap.recv_multipart(
+                    zmq.NOBLOCK
+                )
+                is_ours = self._keys is not None and credentials == [self._keys.client_public_raw]
+                status = (b"200", b"OK") if mechanism == b"CURVE" and is_ours else (b"400", b"not the key of this engine")
+                self._zap.send_multipart((version, request, *status, b"", b""))
+
+    def _send(self, peer: str, frame: bytes | None) -> None:
+        if frame is None:
+            self._hang_up(peer)
+            return
+        try:
+            if peer.startswith("@"):
+                self._router.send_multipart((bytes.fromhex(peer[1:]), frame), zmq.NOBLOCK)
+            elif frame == b"" and peer not in self._dialled:
+                self._dialled[peer] = self._dial(peer)
+            elif frame and peer in self._dialled:
+                self._dialled[peer].socket.send(frame, zmq.NOBLOCK)
+            elif frame:
+                self.num_dropped += 1
+        except zmq.Again:
+            self.num_dropped += 1
+        except (zmq.ZMQError, ValueError) as error:
+            self.num_dropped += 1
+            self._put_inbox(peer, Lost(str(error)))
+
+    def _follow(self, peer: str, dialled: _Dialled) -> None:
+        """Tell changes of a dialled connection, not every attempt."""
+        for event in _events(dialled.monitor):
+            is_connected = event["event"] == _CONNECTED
+            if is_connected is not dialled.is_connected:
+                dialled.is_connected = is_connected
+                self._put_inbox(peer, Connected() if is_connected else Lost(_LOST[event["event"]]))
+
+    def _take(self, peer: str, frames: list[zmq.Frame]) -> None:
+        """One message of exactly one frame, if there is room for it."""
+        size = sum(len(frame) for frame in frames)
+        settings = self._settings
+        with self._lock:
+            is_full = (
+                self._inbox_bytes[peer] + size > settings.max_peer_inbox_bytes
+                or self._inbox_bytes.total() + size > settings.max_inbox_bytes
+            )
+            if len(frames) != 1 or is_full:
+                self.num_dropped += 1
+                return
+            self._inbox_bytes[peer] += size
+            self._inbox.append((peer, frames[0].bytes))
+
+    def _put_inbox(self, peer: str, change: Connected | Lost) -> None:
+        with self._lock:
+            self._inbox.append((peer, change))
+
+
+class _CurveKeys:
+    """Both key pairs, from the shared key; Z85 as ZMQ takes them."""
+
+    def __init__(self, key: str) -> None:
+        from zmq.utils import z85
+
+        self.server_secret = z85.encode(derive_key(key, "server"))
+        self.client_secret = z85.encode(derive_key(key, "client"))
+        self.server_public = zmq.curve_public(self.server_secret)
+        self.client_public = zmq.curve_public(self.client_secret)
+        self.client_public_raw = z85.decode(self.client_public)
+
+
+@dataclass(slots=True)
+class _Connection:
+    socket: socket.socket
+    base_bytes: int = 0  # received when it last delivered a message
+
+
+class _Connections:
+    """Cuts connections that are too many, or send on and on without completing a message. ZMQ bounds neither.
+
+    Works on a duplicate of the connection's descriptor, so that it can never hit another one that took its number.
+    """
+
+    def __init__(self, monitor: zmq.Socket[bytes], port: int, max_connections: int, limit_bytes: int) -> None:
+        self.monitor = monitor
+        self._port = port
+        self._max_connections = max_connections
+        self._limit_bytes = limit_bytes
+        self._open: dict[int, _Connection] = {}
+
+    def watch(self) -> None:
+        """Follow what came and went; cut what must be."""
+        for event in _events(self.monitor):
+            number = event["value"]
+            if (old := self._open.pop(number, None)) is not None:
+                old.socket.close()
+            if event["event"] == zmq.EVENT_ACCEPTED:
+                self._add(number)
+        for connection in self._open.values():
+            if self._received(connection) - connection.base_bytes > self._limit_bytes:
+                _cut(connection)
+
+    def delivered(self, frame: zmq.Frame) -> None:
+        """A whole message came through; `frame` knows from where."""
+        if (connection := self._open.get(frame.get(zmq.SRCFD))) is not None:
+            connection.base_bytes = self._received(connection)
+
+    def close(self) -> None:
+        """Let go of all."""
+        for connection in self._open.values():
+            connection.socket.close()
+
+    def _add(self, number: int) -> None:
+        with suppress(OSError):  # gone already
+            connection = _Connection(socket.socket(fileno=os.dup(number)))
+            if connection.socket.getsockname()[1] != self._port or len(self._open) >= self._max_connections:
+                _cut(connection)
+                connection.socket.close()
+            else:
+                self._open[number] = connection
+
+    @staticmethod
+    def _received(connection: _Connection) -> int:
+        info = connection.socket.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _TCP_BYTES_RECEIVED + 8)
+        return struct.unpack_from("<Q", info, _TCP_BYTES_RECEIVED)[0] if len(info) >= _TCP_BYTES_RECEIVED + 8 else 0
+
+
+def _cut(connection: _Connection) -> None:
+    with suppress(OSError):
+        connection.socket.shutdown(socket.SHUT_RDWR)
+
+
+def _receive(from_: zmq.Socket[bytes]) -> list[list[zmq.Frame]]:
+    """At most as many messages as fit the queue, so that one peer cannot keep the thread."""
+    messages = []
+    with suppress(zmq.Again):
+        for _ in range(_HIGH_WATER):
+            messages.append(from_.recv_multipart(zmq.NOBLOCK, copy=False))
+    return messages
+
+
+def _events(monitor: zmq.Socket[bytes]) -> list[Any]:
+    events = []
+    with suppress(zmq.Again):
+        while True:
+            events.append(zmq.utils.monitor.recv_monitor_message(monitor, zmq.NOBLOCK))
+    return events

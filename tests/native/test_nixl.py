@@ -1,0 +1,193 @@
+"""The real NIXL library over UCX, between real processes. Runs in an environment of its own: `make test-native`."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+
+import numpy as np
+import pytest
+
+from kvferry.errors import ConfigError
+from kvferry.p2p.nixl import NixlTransport
+from kvferry.p2p.transport import Region, TransferOp, TransferStatus
+from kvferry.testing.transport_checks import End, TransportChecks, copies, wait_for
+
+READ, WRITE = TransferOp.READ, TransferOp.WRITE
+SIZE = 64 << 20
+
+OWNER = """
+import sys, numpy
+from kvferry.p2p.nixl import NixlTransport
+from kvferry.p2p.transport import Region
+memory = (numpy.arange(int(sys.argv[1])) % 251).astype(numpy.uint8)
+transport = NixlTransport("owner")
+transport.register([Region(memory.ctypes.data, memory.nbytes)])
+print("blob", transport.local_blob().hex(), flush=True)
+for line in sys.stdin:
+    print("count", int((memory == int(line)).sum()), flush=True)
+transport.close()
+"""
+
+
+def nixl_end(region_bytes: Sequence[int]) -> End:
+    memory = [np.zeros(num_bytes, np.uint8) for num_bytes in region_bytes]
+    transport = NixlTransport("test")
+    transport.register([Region(array.ctypes.data, array.nbytes) for array in memory])
+    return End(transport, memory)
+
+
+class TestNixl(TransportChecks):
+    def make(self, region_bytes: Sequence[int]) -> End:
+        return nixl_end(region_bytes)
+
+
+class Owner:
+    """Another process; byte i of its memory is i % 251."""
+
+    def __init__(self, **environment: str) -> None:
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", OWNER, str(SIZE)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+            env={**os.environ, **environment},
+        )  # fmt: skip
+        self.blob = bytes.fromhex(self.answer("blob"))
+
+    def answer(self, tag: str) -> str:
+        """NIXL logs on stdout too."""
+        assert self.process.stdout is not None
+        while not (line := self.process.stdout.readline()).startswith(tag):
+            assert line, "the owner has died"
+        return line.split()[1]
+
+    def count(self, value: int) -> int:
+        """How many of its bytes have this value."""
+        assert self.process.stdin is not None
+        self.process.stdin.write(f"{value}\n")
+        self.process.stdin.flush()
+        return int(self.answer("count"))
+
+    def signal(self, number: signal.Signals) -> None:
+        self.process.send_signal(number)
+
+    def kill(self) -> None:
+        self.process.kill()
+        self.process.communicate()
+
+
+@pytest.fixture
+def start_owner() -> Iterator[Callable[..., Owner]]:
+    owners: list[Owner] = []
+
+    def start(**environment: str) -> Owner:
+        owners.append(Owner(**environment))
+        return owners[-1]
+
+    yield start
+    for owner in owners:
+        owner.kill()
+
+
+@pytest.fixture
+def here() -> Iterator[End]:
+    end = nixl_end([SIZE])
+    yield end
+    end.transport.close()
+
+
+EXPECTED = (np.arange(SIZE) % 251).astype(np.uint8)
+WHOLE = [(0, at, 0, at, 1 << 20) for at in range(0, SIZE, 1 << 20)]
+
+
+def test_another_process_is_read_and_written(start_owner, here: End) -> None:
+    owner = start_owner()
+    peer = here.transport.connect(owner.blob)
+    ticket = here.transport.submit(peer, READ, copies(WHOLE))
+    completion = wait_for(here.transport, ticket)[ticket]
+    assert (completion.status, completion.num_bytes) == (TransferStatus.OK, SIZE)
+    assert np.array_equal(here.memory[0], EXPECTED)
+    here.memory[0][:1000] = 255
+    ticket = here.transport.submit(peer, WRITE, copies([(0, 0, 0, 5000, 1000)]))
+    assert wait_for(here.transport, ticket)[ticket].status is TransferStatus.OK
+    assert owner.count(255) == 1000
+    assert here.transport.bytes_moved == {READ: SIZE, WRITE: 1000}
+
+
+@pytest.mark.parametrize("op", TransferOp)
+def test_a_killed_peer_fails_and_the_next_one_works(start_owner, here: End, op: TransferOp) -> None:
+    owner = start_owner()
+    peer = here.transport.connect(owner.blob)
+    first = here.transport.submit(peer, op, copies(WHOLE))
+    assert wait_for(here.transport, first)[first].status is TransferStatus.OK
+    owner.kill()
+    ticket = here.transport.submit(peer, op, copies(WHOLE))
+    completion = wait_for(here.transport, ticket)[ticket]
+    assert completion.status is TransferStatus.FAILED, completion
+    assert "lost the peer" in completion.reason
+    close = here.transport.close_peer(peer)
+    assert wait_for(here.transport, close)[close].status is TransferStatus.OK
+    _read_all(start_owner(), here)
+
+
+def test_killed_in_mid_transfer_fails(start_owner, here: End) -> None:
+    owner = start_owner()
+    peer = here.transport.connect(owner.blob)
+    small = copies([(0, at, 0, at, 16 << 10) for at in range(0, SIZE, 16 << 10)])
+    tickets = [here.transport.submit(peer, READ, small) for _ in range(20)]
+    while not here.transport.bytes_moved[READ]:
+        time.sleep(0.001)
+    owner.kill()
+    ended = wait_for(here.transport, *tickets)
+    assert ended[tickets[-1]].status is TransferStatus.FAILED
+
+
+@pytest.mark.parametrize("op", TransferOp)
+def test_a_hung_peer_is_closed_and_others_go_on(start_owner, monkeypatch: pytest.MonkeyPatch, op: TransferOp) -> None:
+    """Over TCP alone, as between hosts: with CMA a stopped process can still be read."""
+    monkeypatch.setenv("UCX_TLS", "tcp")
+    here = nixl_end([SIZE])
+    try:
+        hung, other = start_owner(), start_owner()
+        peers = [here.transport.connect(owner.blob) for owner in (hung, other)]
+        for peer in peers:
+            ticket = here.transport.submit(peer, READ, copies([(0, 0, 0, 0, 64)]))
+            assert wait_for(here.transport, ticket)[ticket].status is TransferStatus.OK
+        hung.signal(signal.SIGSTOP)
+        ticket = here.transport.submit(peers[0], op, copies(WHOLE))
+        time.sleep(1)
+        assert here.transport.poll() == [], "no end can be known"
+        close = here.transport.close_peer(peers[0])
+        ended = wait_for(here.transport, ticket, close)
+        is_read = op is READ
+        assert ended[ticket].status is (TransferStatus.FAILED if is_read else TransferStatus.UNKNOWN)
+        assert ended[close].status is (TransferStatus.OK if is_read else TransferStatus.UNKNOWN)
+        here.memory[0][:] = 253
+        hung.signal(signal.SIGCONT)
+        time.sleep(2)
+        assert (here.memory[0] == 253).all(), "bytes landed behind the fence"
+        ticket = here.transport.submit(peers[1], READ, copies(WHOLE))
+        assert wait_for(here.transport, ticket)[ticket].status is TransferStatus.OK
+        assert np.array_equal(here.memory[0], EXPECTED)
+    finally:
+        here.transport.close()
+
+
+def _read_all(owner: Owner, here: End) -> None:
+    here.memory[0][:] = 0
+    ticket = here.transport.submit(here.transport.connect(owner.blob), READ, copies(WHOLE))
+    assert wait_for(here.transport, ticket)[ticket].status is TransferStatus.OK
+    assert np.array_equal(here.memory[0], EXPECTED)
+
+
+def test_missing_library_names_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "nixl._api", None)
+    with pytest.raises(ConfigError, match="pip install"):
+        NixlTransport("test")
+
+
+def test_memory_that_cannot_be_registered_is_named() -> None:
+    with pytest.raises(ConfigError, match="one kind"):
+        NixlTransport("test").register([Region(4096, 100), Region(4096, 100, "cuda:0")])

@@ -1,0 +1,342 @@
+"""The control channel over real sockets: messages, keys, and everything strangers may try."""
+
+from __future__ import annotations
+
+import random
+import socket
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+import zmq
+
+from kvferry.errors import ConfigError, TransferError
+from kvferry.p2p.control import Connected, ControlChannel, ControlSettings, Lost
+from kvferry.p2p.wire import Codec
+
+KEY = "correct horse battery staple"
+GREETING = b"\xff" + bytes(8) + b"\x7f\x03\x00" + b"NULL".ljust(20, b"\0") + b"\0" + bytes(31)
+READY = b"\x04\x1c\x05READY\x0bSocket-Type\0\0\0\6DEALER"
+
+
+class Note(msgspec.Struct, tag="note", frozen=True):
+    text: str = ""
+    number: int = 0
+
+
+@pytest.fixture
+def channel() -> Iterator[Callable[..., ControlChannel[Note]]]:
+    made: list[ControlChannel[Note]] = []
+
+    def make(max_bytes: int = 1 << 20, on_news: Callable[[], None] | None = None, **settings: Any) -> ControlChannel[Note]:
+        made.append(ControlChannel(ControlSettings(**settings), Codec(Note, max_bytes), on_news))
+        return made[-1]
+
+    yield make
+    for each in made:
+        each.close()
+
+
+def wait_for(channel: ControlChannel[Note], found: Callable[[list[Any]], Any], timeout_s: float = 30) -> list[Any]:
+    """Poll until `found(all items so far)`."""
+    items: list[Any] = []
+    deadline_s = time.monotonic() + timeout_s
+    while not found(items):
+        assert time.monotonic() < deadline_s, items[-20:]
+        items += channel.poll()
+        time.sleep(0.002)
+    return items
+
+
+def connected(client: ControlChannel[Note], server: ControlChannel[Note]) -> str:
+    peer = str(server.address)
+    client.connect(peer)
+    assert wait_for(client, bool) == [(peer, Connected())]
+    return peer
+
+
+def is_alive(server: ControlChannel[Note], channel: Callable[..., ControlChannel[Note]], **settings: Any) -> None:
+    """A new client gets through, and gets an answer."""
+    client = channel(**settings)
+    peer = connected(client, server)
+    client.send(peer, Note("alive?"))
+    items = wait_for(server, lambda items: [what for _, what in items if what == Note("alive?")])
+    server.send(next(sender for sender, what in items if what == Note("alive?")), Note("yes"))
+    assert wait_for(client, bool) == [(peer, Note("yes"))]
+
+
+@pytest.mark.parametrize("settings", [{}, {"key": KEY}, {"host": "::1"}, {"host": "localhost"}])
+def test_messages_go_both_ways_in_order(channel, settings: dict[str, Any]) -> None:
+    wakes: list[int] = []
+    server, client = channel(on_news=lambda: wakes.append(1), **settings), channel(**settings)
+    peer = connected(client, server)
+    for number in range(10):
+        client.send(peer, Note("to", number))
+    items = wait_for(server, lambda items: len(items) == 10)
+    (sender,) = {who for who, _ in items}
+    assert [what for _, what in items] == [Note("to", number) for number in range(10)]
+    assert wakes
+    for number in range(10):
+        server.send(sender, Note("fro", number))
+    assert wait_for(client, lambda items: len(items) == 10) == [(peer, Note("fro", n)) for n in range(10)]
+
+
+def test_two_clients_are_told_apart(channel) -> None:
+    server, one, two = channel(), channel(), channel()
+    for client, text in ((one, "one"), (two, "two")):
+        client.send(connected(client, server), Note(text))
+    senders = {what.text: who for who, what in wait_for(server, lambda items: len(items) == 2)}
+    server.send(senders["two"], Note("for two"))
+    assert wait_for(two, bool)[0][1] == Note("for two")
+    assert one.poll() == []
+
+
+def test_a_restarted_listener_is_lost_and_connected_again(channel) -> None:
+    server, client = channel(), channel()
+    peer = connected(client, server)
+    server.close()
+    assert isinstance(wait_for(client, bool)[0][1], Lost)
+    client.send(peer, Note("into the void"))
+    successor = channel(port=server.address.port)
+    wait_for(client, lambda items: (peer, Connected()) in items)
+    client.send(peer, Note("again"))
+    assert wait_for(successor, bool)[0][1] == Note("again"), "nothing old may come late"
+
+
+def test_nobody_there_is_told_once(channel) -> None:
+    client = channel()
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        peer = f"127.0.0.1:{unused.getsockname()[1]}"
+        client.connect(peer)
+        assert wait_for(client, bool) == [(peer, Lost("it cannot be reached"))]
+        time.sleep(1)
+        assert client.poll() == []
+        client.disconnect(peer)
+
+
+def test_a_client_that_has_gone_is_lost_when_written_to(channel) -> None:
+    server, client = channel(), channel()
+    client.send(connected(client, server), Note("hello"))
+    ((sender, _),) = wait_for(server, bool)
+    client.close()
+    deadline_s = time.monotonic() + 30
+    items: list[Any] = []
+    while not items:
+        assert time.monotonic() < deadline_s
+        server.send(sender, Note("still there?"))
+        time.sleep(0.05)
+        items = server.poll()
+    assert items[0][0] == sender
+    assert isinstance(items[0][1], Lost)
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "*", "::", "", "192.168.1.1"])
+def test_no_open_port_without_a_key(channel, host: str) -> None:
+    with pytest.raises(ConfigError, match=r"p2p\.key"):
+        channel(host=host)
+
+
+def test_a_wildcard_with_a_key_listens_everywhere(channel) -> None:
+    server = channel(host="0.0.0.0", key=KEY)
+    assert server.address.host == socket.gethostname()
+    client = channel(key=KEY)
+    client.connect(f"127.0.0.2:{server.address.port}")
+    assert wait_for(client, bool)[0][1] == Connected()
+    assert channel(host="*", key=KEY, advertised_host="example").address.host == "example"
+
+
+def test_an_address_in_use_is_a_config_error(channel) -> None:
+    with pytest.raises(ConfigError, match="cannot be bound"):
+        channel(port=channel().address.port)
+
+
+@pytest.mark.parametrize("key", [None, KEY + "!"])
+def test_without_the_key_nobody_gets_in(channel, key: str | None) -> None:
+    server, client = channel(key=KEY), channel(key=key)
+    client.connect(str(server.address))
+    client.send(str(server.address), Note("let me in"))
+    assert isinstance(wait_for(client, bool)[0][1], Lost)
+    client.send(str(server.address), Note("let me in"))
+    is_alive(server, channel, key=KEY)
+    assert server.poll() == []
+
+
+def test_the_servers_key_alone_does_not_admit(channel) -> None:
+    """The client's key is checked too: whoever has only the public half of the server's is refused."""
+    server = channel(key=KEY)
+    with zmq.Context() as context, context.socket(zmq.DEALER) as stranger:
+        stranger.linger = 0
+        stranger.curve_serverkey = server._keys.server_public
+        stranger.curve_publickey, stranger.curve_secretkey = zmq.curve_keypair()
+        stranger.connect(f"tcp://{server.address}")
+        stranger.send(b"KVF\x01")
+        time.sleep(0.5)
+        assert server.poll() == []
+        assert server.num_dropped == 0
+
+
+def test_limits_of_what_is_sent_and_dialled(channel) -> None:
+    client = channel(max_bytes=1000, max_dialled=2)
+    with pytest.raises(TransferError, match="above 1000"):
+        client.send("127.0.0.1:1", Note("x" * 1000))
+    for peer in ("nonsense", "eth0;127.0.0.1:5", "127.0.0.1:0"):
+        with pytest.raises(TransferError):
+            client.connect(peer)
+    for port in (1, 2, 2):
+        client.connect(f"127.0.0.1:{port}")
+    with pytest.raises(TransferError, match="2 peers"):
+        client.connect("127.0.0.1:3")
+    client.disconnect("127.0.0.1:1")
+    client.connect("127.0.0.1:3")
+
+
+def raw(server: ControlChannel[Note], *parts: bytes) -> socket.socket:
+    made = socket.create_connection(server.address, timeout=10)
+    for part in parts:
+        made.sendall(part)
+    return made
+
+
+def admitted(server: ControlChannel[Note]) -> tuple[socket.socket, str]:
+    """A stranger that speaks ZMTP by hand and has got one message through; and its name."""
+    connection = raw(server, GREETING, READY, frame(Codec(Note).encode(Note("stranger"))))
+    ((sender, what),) = wait_for(server, bool)
+    assert what == Note("stranger")
+    return connection, sender
+
+
+def frame(payload: bytes, *, more: bool = False) -> bytes:
+    return bytes((2 | more,)) + len(payload).to_bytes(8, "big") + payload
+
+
+def is_cut(connection: socket.socket, timeout_s: float = 30) -> bool:
+    """The other side has ended the connection."""
+    connection.settimeout(timeout_s)
+    try:
+        while connection.recv(65536):
+            pass
+    except ConnectionError:
+        pass
+    except TimeoutError:
+        return False
+    return True
+
+
+@pytest.mark.parametrize("key", [None, KEY])
+def test_random_bytes_kill_nobody(channel, key: str | None) -> None:
+    print("seed 8")
+    rng = random.Random(8)
+    server = channel(key=key)
+    for _ in range(150):
+        start = rng.choice((b"", GREETING[: rng.randrange(65)], GREETING, GREETING + READY))
+        with raw(server) as connection:
+            try:
+                connection.sendall(start + rng.randbytes(rng.randrange(300)))
+            except ConnectionError:
+                continue
+    is_alive(server, channel, key=key)
+
+
+def test_random_frames_of_a_true_zmq_peer_kill_nobody(channel) -> None:
+    print("seed 9")
+    rng = random.Random(9)
+    server = channel()
+    good = Codec(Note).encode(Note("good", 1))
+    with zmq.Context() as context, context.socket(zmq.DEALER) as stranger:
+        stranger.linger = 1000
+        stranger.connect(f"tcp://{server.address}")
+        for _ in range(500):
+            parts = [rng.choice((good, rng.randbytes(rng.randrange(100)), b"")) for _ in range(rng.randrange(1, 4))]
+            stranger.send_multipart(parts)
+        stranger.send(good)
+        items = wait_for(server, lambda items: len(items) and server.num_dropped > 100)
+        assert {what for _, what in items} == {Note("good", 1)}
+    is_alive(server, channel)
+
+
+def test_a_huge_frame_is_cut_before_it_is_sent(channel) -> None:
+    server = channel(max_bytes=10_000)
+    connection, _ = admitted(server)
+    with connection:
+        connection.sendall(b"\x02" + (1 << 40).to_bytes(8, "big"))
+        assert is_cut(connection)
+    is_alive(server, channel)
+
+
+def test_a_message_without_end_is_cut(channel) -> None:
+    """ZMQ itself would buffer its parts until memory is full."""
+    server = channel(max_bytes=100_000)
+    part = frame(bytes(90_000), more=True)
+    connection, _ = admitted(server)
+    before = rss_bytes()
+    with connection, pytest.raises(OSError):
+        for _ in range(3000):  # 270 MB
+            connection.sendall(part)
+            time.sleep(0.0005)
+    assert rss_bytes() - before < 100 << 20
+    is_alive(server, channel)
+
+
+def rss_bytes() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
+
+
+def test_half_open_handshakes_end(channel, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("kvferry.p2p.control._HANDSHAKE_MS", 300)
+    server = channel(key=KEY)
+    silent = [raw(server), raw(server, GREETING[:5]), raw(server, GREETING)]
+    is_alive(server, channel, key=KEY)
+    assert all(map(is_cut, silent))
+    for connection in silent:
+        connection.close()
+
+
+def test_a_flood_of_connections_is_cut_at_the_limit(channel) -> None:
+    server = channel(max_connections=8)
+    flood = [raw(server, GREETING, READY) for _ in range(60)]
+    assert sum(is_cut(connection, 0.3) for connection in flood) >= 52
+    assert len(server._connections._open) <= 8
+    for connection in flood:
+        connection.close()
+    deadline_s = time.monotonic() + 30
+    while server._connections._open:
+        assert time.monotonic() < deadline_s, "connections that have ended are still counted"
+        time.sleep(0.05)
+    is_alive(server, channel)
+
+
+def test_messages_nobody_polls_are_bounded_and_one_flooder_does_not_silence_others(channel) -> None:
+    server = channel(max_bytes=20_000, max_peer_inbox_bytes=100_000, max_inbox_bytes=250_000)
+    flooder, other = channel(max_bytes=20_000), channel(max_bytes=20_000)
+    peer = connected(flooder, server)
+    for _ in range(100):
+        flooder.send(peer, Note("x" * 10_000))
+        time.sleep(0.002)
+    connected(other, server)
+    other.send(peer, Note("me too"))
+    deadline_s = time.monotonic() + 30
+    while server._inbox_bytes.total() < 90_000 or len(server._inbox_bytes) < 2:
+        assert time.monotonic() < deadline_s
+        time.sleep(0.01)
+    assert sum(server._inbox_bytes.values()) <= 110_000
+    items = wait_for(server, lambda items: any(what == Note("me too") for _, what in items))
+    assert sum(what != Note("me too") for _, what in items) <= 9
+    assert server.num_dropped + flooder.num_dropped >= 50
+
+
+def test_a_reader_that_does_not_read_costs_a_bounded_queue(channel) -> None:
+    server = channel(max_bytes=200_000)
+    slow, sender = admitted(server)
+    with slow:
+        before = rss_bytes()
+        for _ in range(500):  # 95 MB
+            server.send(sender, Note("x" * 190_000))
+            time.sleep(0.001)
+        assert server.num_dropped > 300
+        assert rss_bytes() - before < 60 << 20
+        assert slow.fileno() >= 0
+    is_alive(server, channel)
