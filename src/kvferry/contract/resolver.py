@@ -78,6 +78,8 @@ class Target:
         return (self.module, self.class_name) == (other.module, other.class_name)
 
 
+_P2P_HINT = "install what P2P needs with: pip install 'kvferry[p2p]'"
+
 BUILT_INS = (
     Target(
         "OffloadingConnector",
@@ -117,6 +119,38 @@ BUILT_INS = (
         Origin.BUILT_IN,
         "Fills the KV of prompts with noise, so that decoding alone is measured; answers mean nothing.",
         "torch comes with the host; for the embedded engine: pip install 'kvferry[engine]'",
+    ),
+    Target(
+        "P2PConnector",
+        "kvferry.connectors.p2p",
+        "P2PConnector",
+        Origin.BUILT_IN,
+        "Moves KV from a prefill engine to a decode engine, over what is fastest between them.",
+        _P2P_HINT,
+    ),
+    Target(
+        "NixlConnector",
+        "kvferry.connectors.p2p",
+        "NixlConnector",
+        Origin.BUILT_IN,
+        "The same over NIXL, where the decode engine reads unless configured otherwise.",
+        _P2P_HINT,
+    ),
+    Target(
+        "NixlPullConnector",
+        "kvferry.connectors.p2p",
+        "NixlPullConnector",
+        Origin.BUILT_IN,
+        "The same over NIXL, where the decode engine reads.",
+        _P2P_HINT,
+    ),
+    Target(
+        "NixlPushConnector",
+        "kvferry.connectors.p2p",
+        "NixlPushConnector",
+        Origin.BUILT_IN,
+        "The same over NIXL, where the prefill engine writes.",
+        _P2P_HINT,
     ),
 )
 """All connectors kvferry ships."""

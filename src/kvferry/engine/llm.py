@@ -382,7 +382,7 @@ class LLM:
         if params.stop and self.tokenizer is None:
             raise ConfigError(f"stop={params.stop!r}: the model has no tokenizer; use stop_token_ids")
         self._num_added += 1
-        return Request(
+        request = Request(
             # The random part keeps ids of restarted engines apart, where peers remember them.
             request_id or f"{self._num_added}-{secrets.token_hex(4)}",
             token_ids,
@@ -395,6 +395,18 @@ class LLM:
             prompt=prompt if isinstance(prompt, str) else None,
             detokenizer=None if self.tokenizer is None else Detokenizer(self.tokenizer, token_ids, params),
         )
+        request.handed_over_token_ids = handed_over_tokens(request, self._model.vocab_size)
+        return request
+
+
+def handed_over_tokens(request: Request, vocab_size: int) -> tuple[int, ...]:
+    """What a prefill engine says it chose; nothing when it is no list of tokens, or more than the ids is asked for."""
+    params = request.kv_transfer_params
+    tokens = params.get("remote_first_token_ids") if isinstance(params, dict) else None
+    if not isinstance(tokens, list | tuple) or request.sampling_params.logprobs is not None:
+        return ()
+    is_valid = all(type(token) is int and 0 <= token < vocab_size for token in tokens)
+    return tuple(tokens) if is_valid else ()
 
 
 def _is_single(prompts: Any) -> bool:

@@ -365,8 +365,11 @@ class Scheduler:
         request.num_computed_tokens += item.num_tokens
         self.manager.cache_blocks(request, request.num_computed_tokens)
         token = sampled.get(request.request_id)
-        if token is None:
-            return
+        if token is not None:
+            self._take_token(request, token)
+
+    def _take_token(self, request: Request, token: SampledToken) -> None:
+        """The request's next token is known; maybe it is the last."""
         if request.first_token_s is None:
             request.first_token_s = self._clock.now()
         self._news[request.request_id] = request
@@ -520,9 +523,22 @@ class Scheduler:
             self._queue(request)
             return
         self.manager.cache_blocks(request, request.num_computed_tokens)
+        self._take_over_tokens(request)
+        if request.is_finished():
+            return
         # The last token is computed in any case: its logits choose the next one.
         request.num_computed_tokens = min(request.num_computed_tokens, request.num_tokens - 1)
         insort(self.loaded, request, key=_arrival)
+
+    def _take_over_tokens(self, request: Request) -> None:
+        """With the KV of the whole prompt there, the first tokens are those that the prefill engine chose by it."""
+        tokens, request.handed_over_token_ids = request.handed_over_token_ids, ()
+        if request.num_output_tokens or request.num_computed_tokens < request.num_tokens:
+            return
+        for token in tokens:
+            self._take_token(request, SampledToken(token))
+            if request.is_finished():
+                return
 
     def _set_aside(self, request: Request) -> None:
         """Compute a request anew without the connector; what may still be written to its old blocks harms nobody."""

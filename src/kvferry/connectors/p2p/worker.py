@@ -1,0 +1,135 @@
+"""Worker side of the P2P connectors: carries out the scheduler side's orders, and reports how they ended.
+
+It decides nothing: which request is received, failed or sent is told only when the core said so, exactly once each.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from kvferry.connectors.p2p.config import P2PConfig
+from kvferry.connectors.p2p.links import Links
+from kvferry.connectors.p2p.messages import StepMetadata, WorkerHandshake, WorkerReport
+from kvferry.contract.base import KVConnectorMetadata, KVConnectorTransferResults
+from kvferry.contract.host import HostInfo
+from kvferry.contract.sides import WorkerSide
+from kvferry.errors import ConfigError
+from kvferry.layout import KVLayout
+from kvferry.p2p.geometry import EngineGeometry, encode_geometry, rank_geometry
+from kvferry.p2p.nixl import NixlTransport
+from kvferry.p2p.shm import SharedPool, ShmTransport
+from kvferry.p2p.transport import Region, Transport
+
+if TYPE_CHECKING:
+    import torch
+
+logger = logging.getLogger(__name__)
+
+
+class P2PWorkerSide(WorkerSide):
+    """Owns the transports of one worker. No hook waits for a transfer."""
+
+    variant: Mapping[str, Any] = {}
+
+    def __init__(self, host: HostInfo) -> None:
+        super().__init__(host)
+        self.config = P2PConfig.parse(host.extra_config, self.variant)
+        shm_dir = Path(self.config.shm_dir) if self.config.shm_dir else None
+        is_shared = "shm" in self.config.transport_names
+        self._pool = SharedPool(host.engine_id, shm_dir) if is_shared else None
+        self.transports: dict[str, Transport] = {}
+        """Those that serve this worker's KV, by name."""
+        self._links = Links(host.rank, self.config.transport, self.transports)
+        self._geometry = b""
+        self._anchors: list[torch.Tensor] = []
+        self._done: StepMetadata | None = None
+        self._results = KVConnectorTransferResults()
+
+    def get_mem_pool_context(self) -> AbstractContextManager[Any] | None:
+        """KV memory that peers on this machine can map, where shared memory may be used."""
+        return self._pool.context() if self._pool else None
+
+    def register_kv_caches(self, kv_caches: dict[str, torch.Tensor]) -> None:
+        """Describe the KV cache and make it reachable. ConfigError when no transport can serve it."""
+        host = self.host
+        layout, self._anchors = KVLayout.from_tensors(kv_caches, host.groups, host.num_blocks)
+        storages = [(anchor.untyped_storage(), anchor.device) for anchor in self._anchors]
+        regions = [Region(storage.data_ptr(), storage.nbytes(), str(device)) for storage, device in storages]
+        rank = rank_geometry(
+            layout, host.groups, [region.num_bytes for region in regions],
+            total_kv_heads=host.total_kv_heads, key_elements=host.key_elements, tp_rank=host.rank, tp_size=host.tp_size,
+        )  # fmt: skip
+        self._geometry = encode_geometry(EngineGeometry((rank,)))
+        for name in self.config.transport_names:
+            self._start(name, regions)
+        if not self.transports:
+            raise ConfigError("no P2P transport can serve this engine's KV cache; the log says why")
+
+    def _start(self, name: str, regions: list[Region]) -> None:
+        makers: dict[str, Callable[[], Transport]] = {"shm": self.make_shm, "nixl": self.make_nixl}
+        try:
+            transport = makers[name]()
+            transport.register(regions)
+        except ConfigError as error:
+            if self.config.transport == name:
+                raise
+            logger.info("the %s transport is not used: %s", name, error)
+        else:
+            self.transports[name] = transport
+
+    def make_shm(self) -> Transport:
+        """The shared-memory transport."""
+        assert self._pool is not None
+        return ShmTransport(self._pool)
+
+    def make_nixl(self) -> Transport:
+        """The NIXL transport. ConfigError when NIXL is not installed."""
+        return NixlTransport(self.host.engine_id, self.config.ucx)
+
+    def get_handshake_metadata(self) -> WorkerHandshake:
+        """What the scheduler side, and through it peers, must know of this worker."""
+        blobs = {name: transport.local_blob() for name, transport in self.transports.items()}
+        return WorkerHandshake(self.host.rank, self._geometry, blobs)
+
+    def handle_preemptions(self, metadata: KVConnectorMetadata) -> None:
+        """Carry out the step's orders, first thing in it, so that transfers overlap the forward."""
+        assert isinstance(metadata, StepMetadata)
+        self._done = metadata
+        for order in metadata.opens:
+            self._links.open(order)
+        for job in metadata.jobs:
+            self._links.start(job)
+        for connection in metadata.closes:
+            self._links.close(connection)
+        self._results.finished_recving.update(metadata.received)
+        self._results.failed_recving.update(metadata.failed)
+        self._results.finished_sending.update(metadata.sent)
+
+    def start_load_kv(self, metadata: KVConnectorMetadata) -> None:
+        """Loads have begun already, unless the host does not call `handle_preemptions`."""
+        if self._done is not metadata:
+            self.handle_preemptions(metadata)
+
+    def wait_for_save(self, metadata: KVConnectorMetadata) -> None:
+        """Nothing is saved layer by layer."""
+
+    def get_transfer_results(self, finished_req_ids: set[str]) -> KVConnectorTransferResults:
+        """What this step's orders named."""
+        results, self._results = self._results, KVConnectorTransferResults()
+        return results
+
+    def build_connector_worker_meta(self) -> WorkerReport | None:
+        """Jobs that ended and connections that are gone."""
+        report = self._links.poll()
+        return report if report.jobs or report.closed else None
+
+    def shutdown(self) -> None:
+        """End all transfers; peers see that this engine's memory is gone."""
+        for transport in self.transports.values():
+            transport.close()
+        if self._pool is not None:
+            self._pool.close()
