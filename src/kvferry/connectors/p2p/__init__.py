@@ -12,8 +12,15 @@ from kvferry.contract.facade import facade_mixin
 
 def _facade(**variant: Any) -> Any:
     """The facade over both sides, with these settings by default; a `mode` cannot be set to another."""
-    sides = (type(side.__name__, (side,), {"variant": variant}) for side in (P2PSchedulerSide, P2PWorkerSide))
-    return facade_mixin(*sides, KVConnectorRole.SCHEDULER)
+
+    class Scheduler(P2PSchedulerSide):
+        pass
+
+    class Worker(P2PWorkerSide):
+        pass
+
+    Scheduler.variant = Worker.variant = variant
+    return facade_mixin(Scheduler, Worker, KVConnectorRole.SCHEDULER)
 
 
 class P2PConnector(_facade(), KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]

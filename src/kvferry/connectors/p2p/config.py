@@ -66,8 +66,8 @@ class P2PConfig:
         config = parse_settings(cls, {**variant, **extra_config}, EXTRA_CONFIG)
         if "mode" in variant and config.mode != variant["mode"]:
             raise ConfigError(
-                f"{EXTRA_CONFIG}.mode={config.mode!r}, but the connector's name says {variant['mode']!r}: leave the key "
-                "out, or use P2PConnector"
+                f"{EXTRA_CONFIG}.mode={config.mode!r}, but the connector's name says {variant['mode']!r}: "
+                "leave the key out, or use NixlConnector"
             )
         if not all(isinstance(peer, str) for peer in config.allowed_peers or ()):
             raise ConfigError(f"{EXTRA_CONFIG}.allowed_peers={config.allowed_peers!r} must be a list of texts")

@@ -116,8 +116,8 @@ class Links:
             self._report.closed.append((running.name, self._rank))
         else:
             logger.error(
-                "connection %d could not be destroyed (%s): blocks that may be written through it stay out of use until "
-                "this engine is restarted", running.name, running.reason,
+                "connection %d could not be destroyed (%s): blocks that may be written through it stay out of use",
+                running.name, running.reason,
             )  # fmt: skip
 
     def _plan(self, job: TransferJob) -> list[tuple[int, RankTransfer]]:
@@ -131,8 +131,8 @@ class Links:
         what = link.remote, link.local, job.remote_blocks, job.local_blocks, job.token_range
         if any(group.window_tokens for group in link.local.ranks[0].groups) and (left := unfilled_blocks(*what)):
             raise TransferError(
-                f"{len(left)} blocks would be filled in part, for the block sizes of the engines differ and the peer has "
-                f"dropped what is outside the window: the first is number {left[0][1]} of group {left[0][0]}"
+                f"block {left[0][1]} of group {left[0][0]} would be filled in part: the block sizes of the engines "
+                "differ, and the peer has dropped what is outside the window"
             )
         return [(x.source_rank, x) for x in plan_transfer(*what, destination_rank=self._rank)]
 

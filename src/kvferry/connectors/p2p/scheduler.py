@@ -15,7 +15,6 @@ import logging
 import math
 import secrets
 import time
-from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import Enum
@@ -72,6 +71,9 @@ class LoadState(Enum):
     LOADING = "loading"  # the host waits for it
     FAILED = "failed"  # before the host gave it blocks
     OVER = "over"
+
+
+_QUIET = (LoadState.ANNOUNCED, LoadState.FAILED)
 
 
 @dataclass(slots=True)
@@ -134,8 +136,8 @@ class P2PSchedulerSide(SchedulerSide):
         shakes = [shake for _, shake in sorted(metadata.items()) if isinstance(shake, WorkerHandshake)]
         if [shake.rank for shake in shakes] != list(range(self.host.world_size)):
             raise ConfigError(
-                f"workers {[shake.rank for shake in shakes]} of {self.host.world_size} described their KV cache; all must "
-                "run the same P2P connector"
+                f"workers {[shake.rank for shake in shakes]} of {self.host.world_size} described their KV cache: "
+                "all must run the same P2P connector"
             )
         ranks = tuple(decode_geometry(shake.geometry).ranks[0] for shake in shakes)
         self._geometry = encode_geometry(EngineGeometry(ranks, self._facts()))
@@ -181,12 +183,7 @@ class P2PSchedulerSide(SchedulerSide):
 
     def on_new_request(self, request: RequestView) -> None:
         """Note a request that shall be handed over; ask for the KV of one that was."""
-        params = request.kv_transfer_params
-        if not params:
-            return
-        if not isinstance(params, dict):
-            self._refuse(request.request_id, f"kv_transfer_params={params!r} is no object")
-            return
+        params = request.kv_transfer_params or {}
         if params.get("do_remote_decode") and self._is_producer:
             self._expect_consumer(request.request_id, params.get("transfer_id"))
         elif params.get("do_remote_decode"):
@@ -267,7 +264,6 @@ class P2PSchedulerSide(SchedulerSide):
             load.state, load.blocks = LoadState.LOADING, block_ids
             tokens = load.num_local_tokens, load.num_local_tokens + num_external_tokens
             self.agent.use(lambda core, now: core.park(request_id, block_ids, tokens, now))
-            self.counters.hit_tokens += num_external_tokens
 
     def request_finished(self, request: RequestView, block_ids: BlockIds) -> tuple[bool, dict[str, Any] | None]:
         """Lease the blocks of a request that is to be handed over; give up the load of one that still loads."""
@@ -396,6 +392,7 @@ class P2PSchedulerSide(SchedulerSide):
         if not was_loading:
             return
         load.state = LoadState.OVER
+        self.counters.hit_tokens += load.end_token - load.num_local_tokens if event.ok else 0
         if load.is_gone and event.blocks_quarantined:
             return  # the host keeps the blocks until `BlocksSafe`
         if event.blocks_quarantined:
@@ -445,9 +442,9 @@ class P2PSchedulerSide(SchedulerSide):
     def get_kv_connector_stats(self) -> ConnectorStats:
         """Totals since start."""
         pinned = sum(map(len, self._pins.values()))
-        held = Counter({"leased": sum(num for num, _ in self._held.values()), "pinned": pinned})
-        oldest = min((at for _, at in self._held.values()), default=self._clock.now())
-        return self.counters.stats(held.total(), self._clock.now() - oldest)
+        leased = sum(num for num, _ in self._held.values())
+        now = self._clock.now()
+        return self.counters.stats(leased + pinned, now - min((at for _, at in self._held.values()), default=now))
 
     def check_integrity(self) -> None:
         """AssertionError when books contradict each other; for tests and idle moments."""

@@ -22,8 +22,8 @@ class P2PCounters:
 
     def count(self, job: JobReport, op: TransferOp) -> None:
         """A job ended on one worker."""
-        if job.status is not TransferStatus.OK:
-            self.failures[f"{'load' if op is TransferOp.READ else 'store'} TransferError"] += op is TransferOp.WRITE
+        if op is TransferOp.WRITE and job.status is not TransferStatus.OK:
+            self.failures["store TransferError"] += 1
         for name, num_bytes in job.num_bytes.items():
             medium = self.media.setdefault(name, MediumStats())
             if op is TransferOp.READ:
