@@ -37,7 +37,7 @@ class TransferStatus(Enum):
 
 @dataclass(frozen=True, slots=True)
 class TransferJob:
-    """One transfer, for all ranks of this engine; every rank answers with `transfer_ended`, also those without bytes."""
+    """One transfer, for all ranks of this engine; each answers with `transfer_ended`, also one without bytes."""
 
     job_id: str
     op: TransferOp

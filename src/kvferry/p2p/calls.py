@@ -6,11 +6,18 @@ from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
 from math import inf
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 from kvferry.p2p.messages import Message
 
 V = TypeVar("V")
+
+
+def row(item: object, names: str) -> dict[str, Any]:
+    """These attributes as plain values, for snapshots."""
+    return {name: getattr(item, name) for name in names.split()}
+
+
 _SLOWEST = 8  # times the first interval
 
 

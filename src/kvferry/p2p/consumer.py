@@ -5,7 +5,7 @@
     push   announced ──park──► parked ──Register sent──► transferring ──────────── Pushed ok ────────────────► done
                │                    │                   │                            │
                └────────────────────┴─────── failed ◄───┴────────────────────────────┘
-                                               │ abort, deadline, Refused, Verdict invalid, a rank failed, connection failing
+                                               │ abort, deadline, Refused, invalid, a rank or the connection failed
                                                ▼
                   quarantined, while bytes may still land ──► (blocks safe) gone
 
@@ -20,44 +20,16 @@ after `quarantine_s`, or at once when a rank reports that it does not know. Canc
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import Enum
 from math import inf
 from typing import Any
 
 from kvferry.errors import TransferError
-from kvferry.p2p.actions import (
-    Action,
-    BlocksSafe,
-    LoadEnded,
-    LocalEngine,
-    P2PSettings,
-    Send,
-    StartTransfer,
-    TransferJob,
-    TransferOp,
-    TransferStatus,
-)
-from kvferry.p2p.calls import Calls
-from kvferry.p2p.messages import (
-    Claim,
-    ClaimMessage,
-    Confirm,
-    Granted,
-    GroupBlocks,
-    Handover,
-    Pushed,
-    PushedSeen,
-    Refused,
-    Register,
-    Renew,
-    Renewed,
-    Verdict,
-    Withdraw,
-    Withdrawn,
-)
-from kvferry.p2p.peers import Peer, Peers, same_life
+from kvferry.p2p import messages as m
+from kvferry.p2p.actions import BlocksSafe, LoadEnded, StartTransfer, TransferJob, TransferOp, TransferStatus
+from kvferry.p2p.calls import row
+from kvferry.p2p.peers import Peer, Role, same_life
 
 _CALLS = ("claim", "register", "confirm")
 
@@ -77,16 +49,16 @@ class Load:
     """One announced request."""
 
     request_id: str
-    handover: Handover
+    handover: m.Handover
     claim_id: str
     deadline_s: float
     connect_s: float  # until then it must be bound
     state: LoadState = LoadState.ANNOUNCED
-    blocks: GroupBlocks = ()
+    blocks: m.GroupBlocks = ()
     token_range: tuple[int, int] = (0, 0)
     connection: int | None = None
     generation: str | None = None
-    granted: Granted | None = None
+    granted: m.Granted | None = None
     renew_s: float = inf
     job_id: str = ""
     ranks: set[int] = field(default_factory=set)  # of ours that may still read
@@ -97,32 +69,18 @@ class Load:
         """Whether the producer moves the bytes."""
         return self.handover.transfer_mode == "push"
 
-    @property
-    def is_bound(self) -> bool:
-        """Whether it depends on a connection already."""
-        return self.connection is not None
 
-
-class Consumer:
+class Consumer(Role):
     """All loads of this engine. Pure; emits actions."""
 
-    def __init__(
-        self,
-        local: LocalEngine,
-        settings: P2PSettings,
-        peers: Peers,
-        calls: Calls,
-        emit: Callable[[Action], None],
-        new_id: Callable[[], str],
-    ) -> None:
-        self._local, self._settings, self._peers = local, settings, peers
-        self._calls, self._emit, self._new_id = calls, emit, new_id
+    def __init__(self, *surroundings: Any) -> None:
+        super().__init__(*surroundings)
         self._loads: dict[str, Load] = {}  # by claim
         self._by_request: dict[str, Load] = {}
         self._by_job: dict[str, Load] = {}
 
-    def announce(self, request_id: str, handover: Handover, now: float) -> None:
-        """A request that may load from a peer. Again for the same request: nothing. TransferError: still quarantined."""
+    def announce(self, request_id: str, handover: m.Handover, now: float) -> None:
+        """A request that may load from a peer; known already: nothing. TransferError: it is still quarantined."""
         if (known := self._by_request.get(request_id)) is not None:
             if known.state is LoadState.FAILED:
                 raise TransferError(f"request {request_id!r} still has quarantined blocks; use another request id")
@@ -136,7 +94,7 @@ class Consumer:
         self._peers.want(handover.peer, now)
         self._bind(load, now)
 
-    def park(self, request_id: str, blocks: GroupBlocks, token_range: tuple[int, int], now: float) -> bool:
+    def park(self, request_id: str, blocks: m.GroupBlocks, token_range: tuple[int, int], now: float) -> bool:
         """The host's blocks for tokens [first, end), per group. False: the load is over already, they are not used."""
         load = self._by_request.get(request_id)
         if load is None or load.state is not LoadState.ANNOUNCED:
@@ -157,28 +115,27 @@ class Consumer:
         if (load := self._by_request.get(request_id)) is not None:
             self._fail(load, "aborted", now)
 
-    def on_message(self, peer: Peer, message: ClaimMessage, now: float) -> None:
+    def on_message(self, peer: Peer, message: m.ClaimMessage, now: float) -> None:
         """An answer of a producer; whatever does not fit the load's state changes nothing."""
-        if isinstance(message, Pushed):
-            ids = {"generation": self._local.generation, "claim_id": message.claim_id, "to": message.generation}
-            self._send(peer.name, PushedSeen(**ids))
-        if isinstance(message, Verdict | Withdrawn | Pushed | Refused):
+        if isinstance(message, m.Pushed):
+            self._send(peer.name, m.PushedSeen(**self._ids(message.claim_id, message.generation)))
+        if isinstance(message, m.Verdict | m.Withdrawn | m.Pushed | m.Refused):
             self._calls.answered("withdraw", message.claim_id)
         load = self._loads.get(message.claim_id)
-        if load is None or not load.is_bound or not same_life(load.generation, message.generation):
+        if load is None or load.connection is None or not same_life(load.generation, message.generation):
             return
         match message:
-            case Granted():
+            case m.Granted():
                 self._on_granted(load, message, now)
-            case Renewed():
+            case m.Renewed():
                 self._calls.answered("register", load.claim_id)
-                load.renew_s = min(load.renew_s, now + self._settings.renew_s)
-            case Verdict() if load.state is LoadState.VERIFYING and message.is_valid and load.granted:
+                load.renew_s = now + self._renew_in_s(message.remaining_ms)
+            case m.Verdict() if load.state is LoadState.VERIFYING and message.is_valid and load.granted:
                 self._done(load, load.granted.num_tokens, load.handover.remote_first_token_ids, now)
-            case Pushed() if load.state is LoadState.TRANSFERRING and load.is_push and message.ok:
+            case m.Pushed() if load.state is LoadState.TRANSFERRING and load.is_push and message.ok:
                 load.may_be_written = False
                 self._done(load, message.num_tokens, message.first_token_ids, now)
-            case Refused() | Verdict() | Withdrawn() | Pushed():
+            case m.Refused() | m.Verdict() | m.Withdrawn() | m.Pushed():
                 load.may_be_written = False
                 self._fail(load, self._reason(message), now)
                 self._free_if_safe(load)
@@ -202,19 +159,16 @@ class Consumer:
         return True
 
     def connection_opened(self, peer: str, now: float) -> None:
-        """Loads that waited for this peer go on."""
         for load in list(self._loads.values()):
             if load.handover.peer == peer:
                 self._bind(load, now)
 
     def connection_failing(self, connection: int, reason: str, now: float) -> None:
-        """What is bound to the connection fails."""
         for load in list(self._loads.values()):
             if load.connection == connection:
                 self._fail(load, reason, now)
 
     def connection_closed(self, connection: int, now: float) -> None:
-        """What was quarantined because of it is safe."""
         for load in list(self._loads.values()):
             if load.connection == connection:
                 load.ranks.clear()
@@ -222,58 +176,47 @@ class Consumer:
                 self._free_if_safe(load)
 
     def peer_refused(self, peer: str, reason: str, now: float) -> None:
-        """Loads that wait for this peer fail at once."""
         for load in list(self._loads.values()):
-            if load.handover.peer == peer and not load.is_bound:
+            if load.handover.peer == peer and load.connection is None:
                 self._fail(load, reason, now)
 
     def expire(self, now: float) -> None:
         """Deadlines and renewals."""
         for load in list(self._loads.values()):
             peer = load.handover.peer
+            if now < self._due_s(load):
+                continue
             if load.state is LoadState.FAILED:
-                if now >= load.deadline_s and load.connection is not None:
-                    load.deadline_s = inf
-                    self._peers.close_connection(
-                        peer, load.connection, "a transfer that was given up does not end", now
-                    )
+                load.deadline_s = inf
+                self._peers.close_connection(peer, load.connection, "a transfer that was given up does not end", now)
             elif now >= load.deadline_s:
                 self._fail(load, f"deadline passed while {load.state.value}", now)
-            elif not load.is_bound and self._needs_connection(load) and now >= load.connect_s:
+            elif load.connection is None:
                 self._fail(load, f"no connection to {peer} within {self._settings.handshake_s} s", now)
-            elif now >= load.renew_s and load.state is not LoadState.VERIFYING:
+            else:
                 load.renew_s = now + self._settings.renew_s
-                self._send(peer, Renew(**self._ids(load)))
+                self._send(peer, m.Renew(**self._ids(load.claim_id, load.generation)))
 
     def next_deadline(self) -> float:
         """When `expire` has something to do."""
-        moments = [inf]
-        for load in self._loads.values():
-            moments.append(load.deadline_s)
-            if load.state is not LoadState.FAILED:
-                if not load.is_bound and self._needs_connection(load):
-                    moments.append(load.connect_s)
-                if load.state is not LoadState.VERIFYING:
-                    moments.append(load.renew_s)
-        return min(moments)
+        return min((self._due_s(load) for load in self._loads.values()), default=inf)
 
     def wanted_peers(self) -> set[str]:
         """Peers that loads wait for."""
         loads = self._loads.values()
-        return {x.handover.peer for x in loads if not x.is_bound and x.state is not LoadState.FAILED}
+        return {x.handover.peer for x in loads if x.connection is None and x.state is not LoadState.FAILED}
 
     def busy_peers(self) -> set[str]:
         """Peers that owe us answers."""
-        return {load.handover.peer for load in self._loads.values() if load.is_bound}
+        return {load.handover.peer for load in self._loads.values() if load.connection is not None}
 
     def snapshot(self) -> list[dict[str, Any]]:
         """One row per load, quarantined ones too."""
+        names = "request_id claim_id deadline_s connection ranks may_be_written"
         return [
-            {"request_id": x.request_id, "claim_id": x.claim_id, "peer": x.handover.peer, "mode": x.handover.transfer_mode,
-             "state": x.state.value, "deadline_s": x.deadline_s, "connection": x.connection, "ranks": sorted(x.ranks),
-             "may_be_written": x.may_be_written}
+            row(x, names) | {"state": x.state.value, "peer": x.handover.peer, "mode": x.handover.transfer_mode}
             for x in self._loads.values()
-        ]  # fmt: skip
+        ]
 
     def check_integrity(self) -> None:
         """AssertionError when the books contradict each other."""
@@ -291,38 +234,41 @@ class Consumer:
     def _deadline(self, now: float, seconds: float) -> float:
         return now + seconds
 
+    def _due_s(self, load: Load) -> float:
+        if load.state in (LoadState.FAILED, LoadState.VERIFYING):
+            return load.deadline_s
+        if load.connection is not None:
+            return min(load.deadline_s, load.renew_s)
+        return min(load.deadline_s, load.connect_s) if self._needs_connection(load) else load.deadline_s
+
+    def _renew_in_s(self, remaining_ms: int) -> float:
+        return min(self._settings.renew_s, remaining_ms / 3000 or inf)
+
     def _needs_connection(self, load: Load) -> bool:
         return not load.is_push or load.state is LoadState.PARKED
 
-    def _ids(self, load: Load) -> dict[str, Any]:
-        return {"generation": self._local.generation, "claim_id": load.claim_id, "to": load.generation}
-
-    def _send(self, peer: str, message: ClaimMessage) -> None:
-        self._emit(Send(peer, message))
-
-    def _call(self, kind: str, load: Load, message: ClaimMessage, now: float, deadline_s: float) -> None:
+    def _call(self, kind: str, load: Load, message: m.ClaimMessage, now: float, deadline_s: float) -> None:
         self._calls.start(kind, load.claim_id, load.handover.peer, load.generation, message, now, deadline_s)
 
     def _bind(self, load: Load, now: float) -> None:
         peer = self._peers.get(load.handover.peer)
-        if load.is_bound or load.state is LoadState.FAILED or not self._needs_connection(load):
-            return
-        if peer is None or peer.connection is None:
+        is_waiting = load.connection is None and load.state is not LoadState.FAILED and self._needs_connection(load)
+        if not is_waiting or peer is None or peer.connection is None:
             return
         load.connection, load.generation = peer.connection, peer.generation
-        ids, handover = self._ids(load), load.handover
+        ids, handover = self._ids(load.claim_id, load.generation), load.handover
         if load.is_push:
             load.state, load.may_be_written = LoadState.TRANSFERRING, True
-            register = Register(handover.transfer_id or "", load.blocks, *load.token_range, peer.epoch, **ids)
+            register = m.Register(handover.transfer_id or "", load.blocks, *load.token_range, peer.epoch, **ids)
             self._call("register", load, register, now, load.deadline_s)
         else:
-            claim = Claim(handover.remote_lease_id or "", handover.remote_generation or "", **ids)
+            claim = m.Claim(handover.remote_lease_id or "", handover.remote_generation or "", **ids)
             self._call("claim", load, claim, now, load.deadline_s)
 
-    def _on_granted(self, load: Load, granted: Granted, now: float) -> None:
+    def _on_granted(self, load: Load, granted: m.Granted, now: float) -> None:
         self._calls.answered("claim", load.claim_id)
         if not load.is_push and load.granted is None and load.state in (LoadState.ANNOUNCED, LoadState.PARKED):
-            load.granted, load.renew_s = granted, now + self._settings.renew_s
+            load.granted, load.renew_s = granted, now + self._renew_in_s(granted.remaining_ms)
             self._read(load, now)
 
     def _read(self, load: Load, now: float) -> None:
@@ -339,7 +285,7 @@ class Consumer:
 
     def _verify(self, load: Load, now: float) -> None:
         load.state = LoadState.VERIFYING
-        self._call("confirm", load, Confirm(**self._ids(load)), now, load.deadline_s)
+        self._call("confirm", load, m.Confirm(**self._ids(load.claim_id, load.generation)), now, load.deadline_s)
 
     def _is_in_danger(self, load: Load) -> bool:
         return bool(load.ranks) or load.may_be_written
@@ -365,9 +311,9 @@ class Consumer:
         self._emit(LoadEnded(load.request_id, False, reason, is_in_danger, 0, ()))
 
     def _withdraw(self, load: Load, now: float) -> None:
-        if load.is_bound:
+        if load.connection is not None:
             deadline_s = inf if load.may_be_written else now + self._settings.load_s
-            self._call("withdraw", load, Withdraw(**self._ids(load)), now, deadline_s)
+            self._call("withdraw", load, m.Withdraw(**self._ids(load.claim_id, load.generation)), now, deadline_s)
 
     def _free_if_safe(self, load: Load) -> None:
         if load.state is LoadState.FAILED and load.claim_id in self._loads and not self._is_in_danger(load):
@@ -383,11 +329,11 @@ class Consumer:
         del self._by_request[load.request_id]
         self._by_job.pop(load.job_id, None)
 
-    def _reason(self, message: ClaimMessage) -> str:
+    def _reason(self, message: m.ClaimMessage) -> str:
         match message:
-            case Refused():
+            case m.Refused():
                 return f"the producer refused the claim: {message.why.value}"
-            case Pushed():
+            case m.Pushed():
                 return f"the producer could not write: {message.reason}"
             case _:
                 return "the lease did not hold while it was read"

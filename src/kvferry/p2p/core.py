@@ -19,7 +19,8 @@ thread at a time, runs the actions in order, and calls `tick` no later than `nex
 What makes an unreliable world harmless:
   loss            every request is repeated until it is answered or its deadline passed
   repeats         handlers give the same answer again; ended claims are remembered with their answer
-  late messages   bound to a claim id and to one life (generation) of the sender; no message opens a claim twice
+  late messages   bound to a claim id and to one life (generation) of sender and receiver; no message opens a claim
+                  twice; a registration counts only on the connection (epoch) it was made for; a Hello only as an answer
   late bytes      blocks are quarantined until nothing can land in them; reads count only after the lease was confirmed
   restarts        a new generation at the same address ends everything of the old one
   silence         every wait has a deadline; a peer that owes answers and is silent is given up
@@ -37,27 +38,15 @@ import secrets
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from kvferry.p2p import messages as m
 from kvferry.p2p.actions import Action, FinishReason, LocalEngine, P2PSettings, Send, TransferStatus
 from kvferry.p2p.calls import Calls
 from kvferry.p2p.consumer import Consumer
-from kvferry.p2p.messages import (
-    AnyMessage,
-    Claim,
-    ClaimMessage,
-    Confirm,
-    Handover,
-    Hello,
-    HelloRefused,
-    PushedSeen,
-    Register,
-    Renew,
-    Withdraw,
-)
 from kvferry.p2p.peers import GeometryCheck, Peers
 from kvferry.p2p.producer import Lease, Producer
 from kvferry.p2p.selection import select_blocks
 
-_TO_PRODUCER = (Claim, Renew, Confirm, Register, Withdraw, PushedSeen)
+_TO_PRODUCER = (m.Claim, m.Renew, m.Confirm, m.Register, m.Withdraw, m.PushedSeen)
 
 
 def random_id() -> str:
@@ -81,7 +70,7 @@ class P2PCore:
         self._last_s: float | None = None
         self._calls = Calls(self.settings.retry_s)
         emit = self._actions.append
-        self._peers = Peers(local, self.settings, check, self._calls, emit)
+        self._peers = Peers(local, self.settings, check, self._calls, emit, new_id)
         self._producer = Producer(local, self.settings, self._peers, self._calls, emit, new_id)
         self._consumer = Consumer(local, self.settings, self._peers, self._calls, emit, new_id)
         self._peers.listen(self._producer, self._consumer)
@@ -119,12 +108,12 @@ class P2PCore:
 
     # The consumer's host.
 
-    def announce(self, request_id: str, params: dict[str, Any] | Handover, now: float) -> None:
+    def announce(self, request_id: str, params: object, now: float) -> None:
         """A request whose KV a peer has; connects and claims ahead. Ends with exactly one `LoadEnded`.
 
         TransferError: `params` (left as they are) cannot be used, or the request is still quarantined; nothing changed.
         """
-        handover = params if isinstance(params, Handover) else Handover.parse(params)
+        handover = params if isinstance(params, m.Handover) else m.Handover.parse(params)
         self._begin(now)
         self._consumer.announce(request_id, handover, now)
         self._end(now)
@@ -148,12 +137,12 @@ class P2PCore:
 
     # Network and workers.
 
-    def message(self, peer: str, message: AnyMessage, now: float) -> None:
+    def message(self, peer: str, message: m.AnyMessage, now: float) -> None:
         """A decoded message from this peer. Never raises; what does not fit is dropped."""
         self._begin(now)
-        if isinstance(message, Hello):
+        if isinstance(message, m.Hello):
             self._peers.on_hello(peer, message, now)
-        elif isinstance(message, HelloRefused):
+        elif isinstance(message, m.HelloRefused):
             self._peers.on_hello_refused(peer, message, now)
         elif (sender := self._peers.sender(peer, message, now)) is not None:
             self._dispatch(sender, message, now)
@@ -218,7 +207,7 @@ class P2PCore:
         self._producer.check_integrity()
         self._consumer.check_integrity()
 
-    def _dispatch(self, sender: Any, message: ClaimMessage, now: float) -> None:
+    def _dispatch(self, sender: Any, message: m.ClaimMessage, now: float) -> None:
         role = self._producer if isinstance(message, _TO_PRODUCER) else self._consumer
         role.on_message(sender, message, now)
 

@@ -23,7 +23,7 @@ left. `decode` refuses what breaks a bound, so a hostile peer costs at most what
 from __future__ import annotations
 
 from enum import Enum
-from typing import Annotated, Any
+from typing import Annotated
 
 import msgspec
 from msgspec import Meta, Struct
@@ -76,7 +76,8 @@ class ClaimMessage(Message, frozen=True, kw_only=True, tag_field="type", forbid_
 class Hello(Message, frozen=True, tag="hello"):
     """Who I am and how my KV lies; `geometry` is opaque here, `transports` holds per name one blob per rank.
 
-    `epoch` rises with every connection the sender destroyed: what belongs to a lower one is over.
+    `epoch` rises with every connection the sender destroyed: what belongs to a lower one is over. An answer repeats
+    the `nonce` of the question; only answers are believed, since a question may come from a life that is over.
     """
 
     engine_id: Name
@@ -84,6 +85,7 @@ class Hello(Message, frozen=True, tag="hello"):
     geometry: Annotated[bytes, Meta(max_length=1 << 20)]
     transports: Annotated[dict[Name, RankBlobs], Meta(max_length=16)]
     epoch: Epoch
+    nonce: Nonce
     is_answer: bool
 
 
@@ -174,7 +176,7 @@ AnyMessage = (
     | Register | Pushed | PushedSeen | Withdraw | Withdrawn
 )  # fmt: skip
 
-_decoder = msgspec.msgpack.Decoder(AnyMessage)
+_decoder: msgspec.msgpack.Decoder[AnyMessage] = msgspec.msgpack.Decoder(AnyMessage)
 _encoder = msgspec.msgpack.Encoder()
 
 
@@ -222,8 +224,10 @@ class Handover(Struct, frozen=True, kw_only=True):
         return f"{self.remote_host}:{self.remote_port}"
 
     @classmethod
-    def parse(cls, params: dict[str, Any]) -> Handover:
+    def parse(cls, params: object) -> Handover:
         """Read a client's dictionary, which is left as it is; TransferError names the field that is wrong."""
+        if not isinstance(params, dict):
+            raise TransferError(f"kv_transfer_params is a {type(params).__name__}, an object is needed")
         try:
             known = {name: params[name] for name in cls.__struct_fields__ if params.get(name) is not None}
             return msgspec.convert(known, cls)

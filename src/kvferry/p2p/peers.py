@@ -8,9 +8,10 @@
        └─────────────────────────── failed ◄────── peer_closed ────── closing ◄┘
 
 A connection is closed before the next one is opened, and numbers are never used twice, so whatever was bound to a
-connection (a load, a claim) knows when nothing of it can land any more. A peer's generation is its life: a Hello of
-another generation at the same address means that it restarted; what was bound to the old life fails, the old
-connection is destroyed, and a new handshake follows. Hellos of lives that are over are ignored.
+connection (a load, a claim) knows when nothing of it can land any more. A peer's generation is its life: an answer
+of another generation at the same address means that it restarted; what was bound to the old life fails, the old
+connection is destroyed, and a new handshake follows. So it does when the peer destroyed its end (its epoch rose).
+A Hello that nobody asked for may be late, from a life that is over: it only makes us ask.
 
 After a failure: everything bound to the connection was told (`connection_failing`), `ClosePeer` was asked for once,
 and `connection_closed` follows when the driver says so, never on our own guess.
@@ -18,39 +19,23 @@ and `connection_closed` follows when the driver says so, never on our own guess.
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable, Set
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from math import inf
-from typing import Any, Protocol
+from typing import Any
 
 from kvferry.p2p.actions import Action, ClosePeer, Connect, LocalEngine, OpenPeer, P2PSettings, Send
-from kvferry.p2p.calls import Calls
+from kvferry.p2p.calls import Calls, row
 from kvferry.p2p.messages import PROTOCOL, ClaimMessage, Hello, HelloRefused
 
 GeometryCheck = Callable[[bytes, bytes], list[str]]
 """(local geometry, remote geometry) -> one line per difference; an unreadable geometry is a difference too."""
+Emit = Callable[[Action], None]
 
 
 def same_life(generation: str | None, other: str | None) -> bool:
     """Whether two generations name the same life of an engine."""
     return generation == other
-
-
-class ConnectionEvents(Protocol):
-    """What both roles are told about connections and peers."""
-
-    def connection_opened(self, peer: str, now: float) -> None:
-        """Transfers with this peer can start."""
-
-    def connection_failing(self, connection: int, reason: str, now: float) -> None:
-        """Start nothing more on it; what runs may still land."""
-
-    def connection_closed(self, connection: int, now: float) -> None:
-        """Nothing of it can land any more."""
-
-    def peer_refused(self, peer: str, reason: str, now: float) -> None:
-        """KV cannot be moved between this peer and us."""
 
 
 @dataclass(slots=True)
@@ -63,14 +48,14 @@ class Peer:
     is_up: bool = False  # the control link
     is_dialling: bool = False
     hello: Hello | None = None  # of the life we talk to
-    is_greeted: bool = False  # by this hello, while the connection was closing
+    nonce: str = ""  # of our last question
+    is_asked: bool = False  # somebody wants a connection, as soon as this one is closed
     epoch: int = 0  # ours towards it, in our hello
     connection: int | None = None
     closing: int | None = None
     refusal: str = ""
     num_failures: int = 0
     retry_s: float = 0.0
-    ended_lives: deque[str] = field(default_factory=lambda: deque(maxlen=16))
 
     @property
     def generation(self) -> str | None:
@@ -96,15 +81,17 @@ class Peers:
         settings: P2PSettings,
         check: GeometryCheck,
         calls: Calls,
-        emit: Callable[[Action], None],
+        emit: Emit,
+        new_id: Callable[[], str],
     ) -> None:
-        self._local, self._settings, self._check, self._calls, self._emit = local, settings, check, calls, emit
+        self._local, self._settings, self._check = local, settings, check
+        self._calls, self._emit, self._new_id = calls, emit, new_id
         self._peers: dict[str, Peer] = {}
         self._num_connections = 0
         self._num_closed = 0
-        self._listeners: tuple[ConnectionEvents, ...] = ()
+        self._listeners: tuple[Role, ...] = ()
 
-    def listen(self, *listeners: ConnectionEvents) -> None:
+    def listen(self, *listeners: Role) -> None:
         """Tell these of every connection."""
         self._listeners = listeners
 
@@ -149,34 +136,28 @@ class Peers:
             self._back_off(peer, now)
 
     def on_hello(self, name: str, hello: Hello, now: float) -> None:
-        """A peer introduced itself."""
-        peer = self._record(name, now)
-        if peer is None or hello.generation in peer.ended_lives:
+        """A peer introduced itself: answer its question, or believe its answer to ours."""
+        if (peer := self._record(name, now)) is None:
             return
         peer.is_up, peer.is_dialling, peer.heard_s = True, False, now
-        if peer.hello and not same_life(peer.generation, hello.generation):
-            peer.ended_lives.append(peer.hello.generation)
-            peer.hello = None
-            self.close(peer, f"{name} restarted", now)
-        if peer.hello and hello.epoch < peer.hello.epoch:
-            return
-        if peer.hello and hello.epoch > peer.hello.epoch:
-            self.close(peer, f"{name} destroyed its end", now)
-        self._calls.answered("hello", name)
-        if differences := self._differences(hello):
-            self._emit(Send(name, HelloRefused(tuple(differences), generation=self._local.generation)))
-            self._refuse(peer, "; ".join(differences), now)
-            return
+        differences = self._differences(hello)
         if not hello.is_answer:
-            self._emit(Send(name, self._hello(peer, is_answer=True)))
-        peer.hello, peer.is_greeted = hello, True
-        self._open(peer, now)
+            self._answer(peer, hello, differences, now)
+        elif hello.nonce == peer.nonce and self._calls.answered("hello", name):
+            if differences:
+                self._refuse(peer, "; ".join(differences), now)
+                return
+            if peer.hello and not same_life(peer.generation, hello.generation):
+                self.close(peer, f"{name} restarted", now)
+            elif peer.hello and peer.hello.epoch != hello.epoch:
+                self.close(peer, f"{name} destroyed its end", now)
+            peer.hello, peer.is_asked = hello, True
+            self._open(peer, now)
 
     def on_hello_refused(self, name: str, message: HelloRefused, now: float) -> None:
         """A peer cannot exchange KV with us."""
         peer = self._peers.get(name)
-        if peer is not None and message.generation not in peer.ended_lives:
-            self._calls.answered("hello", name)
+        if peer is not None and self._calls.answered("hello", name):
             self._refuse(peer, "; ".join(message.differences), now)
 
     def sender(self, name: str, message: ClaimMessage, now: float) -> Peer | None:
@@ -188,7 +169,7 @@ class Peers:
         is_known = same_life(peer.generation, generation) and same_life(message.to, self._local.generation)
         if is_known:
             peer.heard_s = now
-        if (not is_known and generation not in peer.ended_lives) or (is_known and peer.connection is None):
+        if not is_known or peer.connection is None:
             self._greet(peer, now)
         return peer if is_known and peer.hello else None
 
@@ -197,12 +178,12 @@ class Peers:
         if peer.connection is not None:
             self._num_closed += 1
             self._calls.answered("hello", peer.name)
-            peer.closing, peer.connection, peer.epoch, peer.is_greeted = peer.connection, None, self._num_closed, False
+            peer.closing, peer.connection, peer.epoch, peer.is_asked = peer.connection, None, self._num_closed, False
             self._emit(ClosePeer(peer.name, peer.closing, reason))
             for listener in self._listeners:
                 listener.connection_failing(peer.closing, reason, now)
 
-    def close_connection(self, name: str, connection: int, reason: str, now: float) -> None:
+    def close_connection(self, name: str, connection: int | None, reason: str, now: float) -> None:
         """Destroy exactly this connection, if it is still open."""
         peer = self._peers.get(name)
         if peer is not None and peer.connection == connection:
@@ -215,7 +196,8 @@ class Peers:
             peer.closing = None
             for listener in self._listeners:
                 listener.connection_closed(connection, now)
-            self._open(peer, now)
+            if peer.is_asked and peer.is_up:
+                self._greet(peer, now)
 
     def forgive(self, now: float) -> None:
         """We were frozen ourselves: nobody owes us answers since before."""
@@ -252,11 +234,8 @@ class Peers:
 
     def snapshot(self) -> list[dict[str, Any]]:
         """One row per peer."""
-        return [
-            {"peer": p.name, "state": p.state, "generation": p.generation, "connection": p.connection, "closing": p.closing,
-             "heard_s": p.heard_s, "num_failures": p.num_failures, "refusal": p.refusal}
-            for p in self._peers.values()
-        ]  # fmt: skip
+        names = "name state generation connection closing heard_s num_failures refusal"
+        return [row(peer, names) for peer in self._peers.values()]
 
     def _silent_s(self, peer: Peer) -> float:
         return max(peer.heard_s, peer.owes_s) + self._settings.liveness_s
@@ -266,16 +245,31 @@ class Peers:
             self._peers[name] = Peer(name, heard_s=now, epoch=self._num_closed)
         return self._peers.get(name)
 
-    def _hello(self, peer: Peer, *, is_answer: bool) -> Hello:
+    def _hello(self, peer: Peer, nonce: str, *, is_answer: bool) -> Hello:
         me = self._local
-        transports = dict(me.transports)
-        return Hello(me.engine_id, PROTOCOL, me.geometry, transports, peer.epoch, is_answer, generation=me.generation)
+        ours = dict(me.transports)
+        return Hello(me.engine_id, PROTOCOL, me.geometry, ours, peer.epoch, nonce, is_answer, generation=me.generation)
 
     def _greet(self, peer: Peer, now: float) -> None:
+        """Ask for a Hello: at once, so that the peer is answered before what we send next."""
         if peer.closing is None and not self._calls.has("hello", peer.name, now):
-            deadline = now + self._settings.handshake_s
-            peer.retry_s = deadline
-            self._calls.start("hello", peer.name, peer.name, None, self._hello(peer, is_answer=False), now, deadline)
+            peer.nonce, peer.retry_s = self._new_id(), now + self._settings.handshake_s
+            question = self._hello(peer, peer.nonce, is_answer=False)
+            self._emit(Send(peer.name, question))
+            again_s = now + self._settings.retry_s
+            self._calls.start("hello", peer.name, peer.name, None, question, again_s, peer.retry_s)
+
+    def _answer(self, peer: Peer, hello: Hello, differences: list[str], now: float) -> None:
+        if differences:
+            self._emit(Send(peer.name, HelloRefused(tuple(differences), generation=self._local.generation)))
+            return
+        peer.is_asked = True
+        is_known = peer.hello is not None and same_life(peer.generation, hello.generation)
+        is_current = is_known and peer.hello is not None and peer.hello.epoch == hello.epoch
+        if peer.connection is None or not is_current:
+            self._greet(peer, now)
+        if peer.closing is None and (peer.connection is None or is_current):  # else after our old end is destroyed too
+            self._emit(Send(peer.name, self._hello(peer, hello.nonce, is_answer=True)))
 
     def _differences(self, hello: Hello) -> list[str]:
         if hello.protocol != PROTOCOL:
@@ -287,7 +281,7 @@ class Peers:
         return [line[:2048] for line in self._check(self._local.geometry, hello.geometry)[:256]]
 
     def _open(self, peer: Peer, now: float) -> None:
-        if peer.connection is None and peer.closing is None and peer.hello is not None and peer.is_greeted:
+        if peer.connection is None and peer.closing is None and peer.hello is not None:
             self._num_connections += 1
             peer.connection, peer.refusal, peer.num_failures, peer.retry_s = self._num_connections, "", 0, 0.0
             self._emit(OpenPeer(peer.name, peer.connection, peer.hello))
@@ -305,3 +299,37 @@ class Peers:
         wait_s = self._settings.backoff_s * 2 ** min(peer.num_failures, 16)
         peer.num_failures += 1
         peer.retry_s = now + min(wait_s, self._settings.max_backoff_s)
+
+
+class Role:
+    """What producer and consumer have in common: their surroundings, and ears for what happens to connections."""
+
+    def __init__(
+        self,
+        local: LocalEngine,
+        settings: P2PSettings,
+        peers: Peers,
+        calls: Calls,
+        emit: Emit,
+        new_id: Callable[[], str],
+    ) -> None:
+        self._local, self._settings, self._peers = local, settings, peers
+        self._calls, self._emit, self._new_id = calls, emit, new_id
+
+    def connection_opened(self, peer: str, now: float) -> None:
+        """Transfers with this peer can start."""
+
+    def connection_failing(self, connection: int, reason: str, now: float) -> None:
+        """Start nothing more on it; what runs may still land."""
+
+    def connection_closed(self, connection: int, now: float) -> None:
+        """Nothing of it can land any more."""
+
+    def peer_refused(self, peer: str, reason: str, now: float) -> None:
+        """KV cannot be moved between this peer and us."""
+
+    def _ids(self, claim_id: str, to: str | None) -> dict[str, Any]:
+        return {"generation": self._local.generation, "claim_id": claim_id, "to": to}
+
+    def _send(self, peer: str, message: ClaimMessage) -> None:
+        self._emit(Send(peer, message))

@@ -20,27 +20,15 @@ An aborted or expired lease answers claims with Refused.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from math import inf
 from typing import Any
 
-from kvferry.p2p import messages
-from kvferry.p2p.actions import (
-    Action,
-    FinishReason,
-    LocalEngine,
-    P2PSettings,
-    Release,
-    Send,
-    StartTransfer,
-    TransferJob,
-    TransferOp,
-    TransferStatus,
-)
-from kvferry.p2p.calls import Calls, Remembered
-from kvferry.p2p.messages import ClaimMessage, GroupBlocks, Pushed, Refused, Register, Verdict, Why, Withdrawn
-from kvferry.p2p.peers import Peer, Peers, same_life
+from kvferry.p2p import messages as m
+from kvferry.p2p.actions import FinishReason, Release, StartTransfer, TransferJob, TransferOp, TransferStatus
+from kvferry.p2p.calls import Remembered, row
+from kvferry.p2p.messages import Why
+from kvferry.p2p.peers import Peer, Role, same_life
 
 
 @dataclass(slots=True)
@@ -54,22 +42,22 @@ class OpenClaim:
     consumer: str  # engine id
     lease: Lease
     deadline_s: float
-    register: Register | None = None
+    register: m.Register | None = None
     job_id: str = ""
     ranks: set[int] = field(default_factory=set)  # of ours that may still write
     error: str = ""
-    last: ClaimMessage | None = None  # the answer it ends with, as soon as there is room to remember it
+    last: m.ClaimMessage | None = None  # the answer it ends with, as soon as there is room to remember it
 
 
 @dataclass(slots=True)
 class Lease:
-    """One request, or (without `request_id`) a transfer that consumers registered for before we heard of the request."""
+    """One request, or (without `request_id`) a transfer that was registered before we heard of its request."""
 
     request_id: str = ""
     transfer_id: str | None = None
     num_consumers: int = 1
     lease_id: str = ""  # empty while the request runs
-    blocks: GroupBlocks = ()
+    blocks: m.GroupBlocks = ()
     num_tokens: int = 0
     first_token_ids: tuple[int, ...] = ()
     deadline_s: float = inf
@@ -91,10 +79,6 @@ class Lease:
         """Whether our own ranks may still read its blocks."""
         return any(claim.ranks for claim in self.claims.values())
 
-    def is_named_by(self, lease_id: str, generation: str, own_generation: str) -> bool:
-        """Whether a claim means this lease, of this life of the engine."""
-        return lease_id == self.lease_id and generation == own_generation
-
     @property
     def state(self) -> str:
         """One word of the drawing above."""
@@ -110,26 +94,18 @@ def is_handed_over(reason: FinishReason) -> bool:
     return reason not in (FinishReason.ABORT, FinishReason.ERROR)
 
 
-class Producer:
+class Producer(Role):
     """All leases of this engine. Pure; emits actions."""
 
-    def __init__(
-        self,
-        local: LocalEngine,
-        settings: P2PSettings,
-        peers: Peers,
-        calls: Calls,
-        emit: Callable[[Action], None],
-        new_id: Callable[[], str],
-    ) -> None:
-        self._local, self._settings, self._peers = local, settings, peers
-        self._calls, self._emit, self._new_id = calls, emit, new_id
+    def __init__(self, *surroundings: Any) -> None:
+        super().__init__(*surroundings)
+        settings = self._settings
         self._requests: dict[str, Lease] = {}
         self._leases: dict[str, Lease] = {}
         self._transfers: dict[str, Lease] = {}
         self._claims: dict[str, OpenClaim] = {}
         self._jobs: dict[str, OpenClaim] = {}
-        self._ended_claims: Remembered[ClaimMessage] = Remembered(settings.memory_s, settings.max_remembered)
+        self._ended_claims: Remembered[m.ClaimMessage] = Remembered(settings.memory_s, settings.max_remembered)
         self._ended_leases: Remembered[Why] = Remembered(settings.memory_s, settings.max_remembered)
 
     def request_started(self, request_id: str, transfer_id: str | None, num_consumers: int) -> None:
@@ -150,7 +126,7 @@ class Producer:
         self,
         request_id: str,
         reason: FinishReason,
-        blocks: GroupBlocks,
+        blocks: m.GroupBlocks,
         num_tokens: int,
         first_token_ids: tuple[int, ...],
         now: float,
@@ -182,9 +158,9 @@ class Producer:
                 self._end(claim, self._refused(claim.claim_id, claim.generation, Why.ABORTED), now)
         self._release_if_over(lease, now)
 
-    def on_message(self, peer: Peer, message: ClaimMessage, now: float) -> None:
+    def on_message(self, peer: Peer, message: m.ClaimMessage, now: float) -> None:
         """A request of a consumer. Answers are the same however often it comes."""
-        if isinstance(message, messages.PushedSeen):
+        if isinstance(message, m.PushedSeen):
             self._calls.answered("pushed", message.claim_id)
             return
         if (answer := self._ended_claims.get(message.claim_id)) is not None:
@@ -196,18 +172,18 @@ class Producer:
         if claim is not None and claim.last is not None:
             return
         match message:
-            case messages.Claim():
+            case m.Claim():
                 self._on_claim(peer, message, claim, now)
-            case Register():
+            case m.Register():
                 self._on_register(peer, message, claim, now)
-            case messages.Renew():
+            case m.Renew():
                 if claim is not None:
                     self._renewed(claim, now)
                 else:
                     self._answer_for_good(peer, self._refused(message.claim_id, message.generation, Why.UNKNOWN), now)
-            case messages.Confirm():
+            case m.Confirm():
                 self._on_confirm(peer, message, claim, now)
-            case messages.Withdraw():
+            case m.Withdraw():
                 self._on_withdraw(peer, message, claim, now)
             case _:
                 pass
@@ -225,25 +201,17 @@ class Producer:
         if status in (TransferStatus.FAILED, TransferStatus.UNKNOWN):
             self._peers.close_connection(claim.peer, claim.connection, f"a write failed: {reason}", now)
 
-    def connection_opened(self, peer: str, now: float) -> None:
-        """Nothing: consumers come by themselves."""
-
     def connection_failing(self, connection: int, reason: str, now: float) -> None:
-        """Claims bound to it end, but for those that are being written."""
         for claim in list(self._claims.values()):
             if claim.connection == connection and not claim.job_id:
                 self._end(claim, self._refused(claim.claim_id, claim.generation, Why.ABORTED), now)
 
     def connection_closed(self, connection: int, now: float) -> None:
-        """Writes over it cannot land any more."""
         for claim in list(self._claims.values()):
             if claim.connection == connection:
                 claim.error = claim.error or "the connection was destroyed"
                 claim.ranks.clear()
                 self._written_if_over(claim, now)
-
-    def peer_refused(self, peer: str, reason: str, now: float) -> None:
-        """Nothing: its claims went with its connection."""
 
     def expire(self, now: float) -> None:
         """Lapsed claims, writes that do not end, leases nobody came for, old memories."""
@@ -274,13 +242,9 @@ class Producer:
     def snapshot(self) -> list[dict[str, Any]]:
         """One row per request, leased or running."""
         leases = {id(lease): lease for lease in (*self._requests.values(), *self._transfers.values())}
-        return [
-            {"request_id": x.request_id, "transfer_id": x.transfer_id, "state": x.state, "lease_id": x.lease_id,
-             "deadline_s": x.deadline_s, "num_tokens": x.num_tokens, "served": sorted(x.served),
-             "claims": [{"claim_id": c.claim_id, "peer": c.peer, "consumer": c.consumer, "deadline_s": c.deadline_s,
-                         "writing_ranks": sorted(c.ranks)} for c in x.claims.values()]}
-            for x in leases.values()
-        ]  # fmt: skip
+        names = "request_id transfer_id state lease_id deadline_s num_tokens served"
+        claims = "claim_id peer consumer deadline_s ranks"
+        return [row(x, names) | {"claims": [row(c, claims) for c in x.claims.values()]} for x in leases.values()]
 
     def check_integrity(self) -> None:
         """AssertionError when the books contradict each other."""
@@ -296,21 +260,15 @@ class Producer:
             "a job without a claim"
         )
 
-    def _send(self, peer: str, message: ClaimMessage) -> None:
-        self._emit(Send(peer, message))
+    def _refused(self, claim_id: str, to: str, why: Why) -> m.Refused:
+        return m.Refused(why, **self._ids(claim_id, to))
 
-    def _ids(self, claim_id: str, to: str) -> dict[str, Any]:
-        return {"generation": self._local.generation, "claim_id": claim_id, "to": to}
-
-    def _refused(self, claim_id: str, to: str, why: Why) -> Refused:
-        return Refused(why, **self._ids(claim_id, to))
-
-    def _answer_for_good(self, peer: Peer, answer: ClaimMessage, now: float) -> None:
+    def _answer_for_good(self, peer: Peer, answer: m.ClaimMessage, now: float) -> None:
         """Answer about a claim that is not open, and never open it again; no room to remember: no answer."""
         if self._ended_claims.put(answer.claim_id, answer, now):
             self._send(peer.name, answer)
 
-    def _open(self, peer: Peer, claim_id: str, lease: Lease, register: Register | None) -> OpenClaim | None:
+    def _open(self, peer: Peer, claim_id: str, lease: Lease, register: m.Register | None) -> OpenClaim | None:
         if peer.connection is None or peer.hello is None or len(self._claims) >= self._settings.max_claims:
             return None
         claim = OpenClaim(
@@ -323,12 +281,13 @@ class Producer:
         claim.deadline_s = min(now + self._settings.claim_s, claim.lease.last_s)
         return max(0, int(1000 * (claim.deadline_s - now)))
 
-    def _find(self, message: messages.Claim) -> Lease | None:
-        own = self._local.generation
-        named = (x for x in self._leases.values() if x.is_named_by(message.lease_id, message.lease_generation, own))
-        return next((lease for lease in named if lease.ended is None), None)
+    def _find(self, message: m.Claim) -> Lease | None:
+        """The lease a claim means, of this life of the engine."""
+        lease = self._leases.get(message.lease_id)
+        is_ours = message.lease_generation == self._local.generation
+        return lease if is_ours and lease is not None and lease.ended is None else None
 
-    def _on_claim(self, peer: Peer, message: messages.Claim, claim: OpenClaim | None, now: float) -> None:
+    def _on_claim(self, peer: Peer, message: m.Claim, claim: OpenClaim | None, now: float) -> None:
         lease = self._find(message)
         if claim is not None and claim.lease is not lease:
             return
@@ -342,14 +301,14 @@ class Producer:
         if claim is not None:
             remaining_ms = self._extend(claim, now)
             ids = self._ids(message.claim_id, message.generation)
-            self._send(peer.name, messages.Granted(lease.blocks, lease.num_tokens, remaining_ms, **ids))
+            self._send(peer.name, m.Granted(lease.blocks, lease.num_tokens, remaining_ms, **ids))
 
     def _renewed(self, claim: OpenClaim, now: float) -> None:
         remaining_ms = 0 if claim.job_id else self._extend(claim, now)
         ids = self._ids(claim.claim_id, claim.generation)
-        self._send(claim.peer, messages.Renewed(remaining_ms, **ids))
+        self._send(claim.peer, m.Renewed(remaining_ms, **ids))
 
-    def _on_register(self, peer: Peer, message: Register, claim: OpenClaim | None, now: float) -> None:
+    def _on_register(self, peer: Peer, message: m.Register, claim: OpenClaim | None, now: float) -> None:
         if peer.hello is None or message.epoch != peer.hello.epoch:
             return  # of a connection that the consumer destroyed: its blocks may be somebody else's
         if claim is None:
@@ -367,17 +326,17 @@ class Producer:
         if claim.lease.lease_id and not claim.job_id:
             self._write(claim, now)
 
-    def _on_confirm(self, peer: Peer, message: ClaimMessage, claim: OpenClaim | None, now: float) -> None:
+    def _on_confirm(self, peer: Peer, message: m.ClaimMessage, claim: OpenClaim | None, now: float) -> None:
         is_valid = claim is not None and claim.register is None
-        verdict = Verdict(is_valid, **self._ids(message.claim_id, message.generation))
+        verdict = m.Verdict(is_valid, **self._ids(message.claim_id, message.generation))
         if claim is None or not is_valid:
             self._send(peer.name, verdict)
             return
         claim.lease.serve(claim.consumer)
         self._end(claim, verdict, now)
 
-    def _on_withdraw(self, peer: Peer, message: ClaimMessage, claim: OpenClaim | None, now: float) -> None:
-        withdrawn = Withdrawn(**self._ids(message.claim_id, message.generation))
+    def _on_withdraw(self, peer: Peer, message: m.ClaimMessage, claim: OpenClaim | None, now: float) -> None:
+        withdrawn = m.Withdrawn(**self._ids(message.claim_id, message.generation))
         if claim is None:
             self._answer_for_good(peer, withdrawn, now)
         elif not claim.job_id:  # a running write answers with Pushed when it has ended
@@ -407,11 +366,11 @@ class Producer:
         if claim.ranks or not claim.job_id or claim.last is not None:
             return
         lease, ids = claim.lease, self._ids(claim.claim_id, claim.generation)
-        pushed = Pushed(not claim.error, claim.error[:2048], lease.num_tokens, lease.first_token_ids, **ids)
+        pushed = m.Pushed(not claim.error, claim.error[:2048], lease.num_tokens, lease.first_token_ids, **ids)
         lease.serve(claim.consumer)
         self._end(claim, pushed, now)
 
-    def _end(self, claim: OpenClaim, answer: ClaimMessage, now: float) -> None:
+    def _end(self, claim: OpenClaim, answer: m.ClaimMessage, now: float) -> None:
         """Close a claim with its last answer; one that may be registered again stays while there is no room for it."""
         if claim.claim_id not in self._claims:
             return
@@ -421,7 +380,7 @@ class Producer:
         del self._claims[claim.claim_id]
         del claim.lease.claims[claim.claim_id]
         self._jobs.pop(claim.job_id, None)
-        if isinstance(answer, Pushed):
+        if isinstance(answer, m.Pushed):
             deadline_s = now + self._settings.load_s
             self._calls.start("pushed", claim.claim_id, claim.peer, claim.generation, answer, now, deadline_s)
         else:

@@ -44,7 +44,7 @@ def no_claims(monkeypatch: Any) -> None:
 
 def no_identity(monkeypatch: Any) -> None:
     """3: block references carry no identity: any lease will do."""
-    monkeypatch.setattr(producer.Lease, "is_named_by", lambda self, lease_id, generation, own: True)
+    monkeypatch.setattr(producer.Producer, "_find", lambda self, claim: next(iter(self._leases.values()), None))
 
 
 def counted_consumers(monkeypatch: Any) -> None:

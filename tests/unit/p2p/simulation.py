@@ -2,12 +2,13 @@
 
 Engines have memory: a block is a list of cells (one per rank), a cell holds a value. A request's KV is the tuple
 (request, group, position, cell), so that one wrong, stale or missing cell is seen. A freed block is overwritten at
-once, as if another request had got it. One-sided transfers read and write cell by cell, each at its own time, also after
-the core gave the load up; only destroying the connection ends that. Messages are lost, doubled, delayed and overtake
-each other. Engines crash and come back at the same address with empty memory and a new generation, freeze, lose links.
+once, as if another request had got it. One-sided transfers read and write cell by cell, each at its own time,
+also after the core gave the load up; only destroying the connection ends that. Messages are lost, doubled, delayed and
+overtake each other. Engines crash and come back at the same address with empty memory and a new generation, freeze,
+lose links.
 
-The rules are checked here, by what is in memory and what was promised, never by asking the core. `run` answers the list of
-broken rules.
+The rules are checked here, by what is in memory and what was promised, never by asking the core. `run` answers the
+list of broken rules.
 """
 
 from __future__ import annotations
@@ -195,7 +196,14 @@ class World:
         host, port = name.split(":")
         generation = f"{self.rng.getrandbits(128):032x}"
         local = a.LocalEngine(
-            f"id-{name}", generation, host, int(port), NUM_RANKS, b"geometry", {"fake": (generation.encode(),) * NUM_RANKS}, RULES
+            f"id-{name}",
+            generation,
+            host,
+            int(port),
+            NUM_RANKS,
+            b"geometry",
+            {"fake": (generation.encode(),) * NUM_RANKS},
+            RULES,
         )
         core = P2PCore(local, lambda mine, theirs: [], self.settings, lambda: f"{self.rng.getrandbits(128):032x}")
         cells = [[("junk", next(self.junk)) for _ in range(NUM_RANKS)] for _ in range(NUM_BLOCKS)]
@@ -232,7 +240,7 @@ class World:
         elif engine.is_alive:
             do()
 
-    def act(self, engine: Engine, action: a.Action) -> None:
+    def act(self, engine: Engine, action: a.Action) -> None:  # noqa: C901 (one case per action)
         match action:
             case a.Send():
                 self.send(engine, action)
@@ -318,7 +326,8 @@ class World:
                 for transfer in self.transfers:
                     for piece in transfer.pending:
                         self.rule(
-                            piece.destination[:2] != (engine, block), f"{load.uid}: block {block} is free, and bytes may land in it"
+                            piece.destination[:2] != (engine, block),
+                            f"{load.uid}: block {block} is free, and bytes may land in it",
                         )
                 self.scribble(engine, block)
         load.blocks = None
@@ -345,7 +354,10 @@ class World:
             here_end, there_end = (engine, local, rank), (target, there, rank)
             piece = Piece(there_end, here_end) if job.op is a.TransferOp.READ else Piece(here_end, there_end)
             transfer.pending.add(piece)
-            self.at(self.rng.random() * spread_s, lambda piece=piece: self.read(transfer, piece, self.rng.random() * lands_s))
+            self.at(
+                self.rng.random() * spread_s,
+                lambda piece=piece: self.read(transfer, piece, self.rng.random() * lands_s),
+            )
         self.at(spread_s + lands_s, lambda: self.finish_transfer(transfer))
         roll = self.rng.random()
         if roll < self.faults.hang:
@@ -402,7 +414,9 @@ class World:
         for _ in range(1 + (self.rng.random() < self.faults.double)):
             self.awake(
                 engine,
-                lambda: self.call(engine, lambda core: core.transfer_ended(job.job_id, transfer.rank, status, "sim", self.now)),
+                lambda: self.call(
+                    engine, lambda core: core.transfer_ended(job.job_id, transfer.rank, status, "sim", self.now)
+                ),
             )
 
     def destroy(self, engine: Engine, action: a.ClosePeer) -> None:
@@ -431,7 +445,10 @@ class World:
         """The producer's host starts a request."""
         engine = self.engines[request.source]
         num_blocks = -(-request.num_tokens // 4)
-        if not engine.is_alive or len(engine.free) < 2 * num_blocks + 4:
+        if not engine.is_alive:
+            return
+        if len(engine.free) < 2 * num_blocks + 4:
+            self.at(0.1, lambda: self.awake(engine, lambda: self.begin(request)))
             return
         blocks = [self.take_blocks(engine, num_blocks + 1) for _ in RULES]  # one block of lookahead
         for group, ids in enumerate(blocks):
@@ -440,7 +457,9 @@ class World:
         engine.sources[request.uid] = (request, blocks)
         if request.mode == "push" or self.rng.random() < 0.5:
             transfer_id = request.uid if request.mode == "push" else None
-            self.call(engine, lambda c: c.request_started(request.uid, transfer_id, len(request.destinations), self.now))
+            self.call(
+                engine, lambda c: c.request_started(request.uid, transfer_id, len(request.destinations), self.now)
+            )
         self.at(self.rng.random() * 0.5, lambda: self.awake(engine, lambda: self.end(engine, request)))
 
     def end(self, engine: Engine, request: Request) -> None:
@@ -472,7 +491,9 @@ class World:
         elif request.mode == "pull":
             late = self.rng.random() < self.faults.late
             for name in request.destinations:
-                self.at(self.rng.random() * (5 if late else 0.2), lambda name=name: self.announce(request, name, params))
+                self.at(
+                    self.rng.random() * (5 if late else 0.2), lambda name=name: self.announce(request, name, params)
+                )
 
     def free_source(self, engine: Engine, uid: str) -> None:
         _, blocks = engine.sources.pop(uid)
@@ -480,7 +501,9 @@ class World:
             for transfer in self.transfers:
                 if transfer.owner is engine:  # a reader elsewhere finds out; our own writer would not
                     for piece in transfer.pending:
-                        self.rule(piece.is_read or piece.source[:2] != (engine, block), f"{uid}: freed under our own write")
+                        self.rule(
+                            piece.is_read or piece.source[:2] != (engine, block), f"{uid}: freed under our own write"
+                        )
             self.scribble(engine, block)
 
     def release(self, engine: Engine, action: a.Release) -> None:
@@ -493,13 +516,18 @@ class World:
             self.rule(is_served or is_over, f"{uid}: released before its lease ended, served: {sorted(request.served)}")
             for claim_id, until in self.promises.items():
                 if self.claims.get(claim_id, (None, None))[:2] == (engine, uid):
-                    self.rule(until <= self.now + 0.002, f"{uid}: released although a claim was promised {until - self.now} s more")
+                    self.rule(
+                        until <= self.now + 0.002,
+                        f"{uid}: released although a claim was promised {until - self.now} s more",
+                    )
         self.free_source(engine, uid)
 
     def announce(self, request: Request, name: str, params: dict[str, Any]) -> None:
         """The consumer's host gets the request."""
         engine = self.engines[name]
-        first = self.rng.randrange(0, request.num_tokens + 1, 4) if request.num_tokens and self.rng.random() < 0.4 else 0
+        first = (
+            self.rng.randrange(0, request.num_tokens + 1, 4) if request.num_tokens and self.rng.random() < 0.4 else 0
+        )
         load = LoadTruth(request, request.uid, (first, request.num_tokens), self.now + SETTINGS.announce_s)
         if not engine.is_alive or request.uid in engine.loads:
             return
@@ -574,15 +602,26 @@ class World:
             others = [name for name in names if name != source]
             count = min(len(others), self.rng.choice((1, 1, 2)))
             mode = self.rng.choice(("pull", "push"))
-            request = Request(f"r{number}", mode, source, self.rng.sample(others, count), self.rng.choice((0, 1, 7, 12, 21)))
+            request = Request(
+                f"r{number}", mode, source, self.rng.sample(others, count), self.rng.choice((0, 1, 7, 12, 21))
+            )
             start_s = self.rng.random() * (2 if self.is_calm else 8)
-            self.at(start_s, lambda request=request: self.awake(self.engines[request.source], lambda: self.begin(request)))
+            self.at(
+                start_s, lambda request=request: self.awake(self.engines[request.source], lambda: self.begin(request))
+            )
             if mode == "push":
                 host, port = source.split(":")
-                params = {"remote_host": host, "remote_port": int(port), "transfer_id": request.uid, "transfer_mode": "push"}
+                params = {
+                    "remote_host": host,
+                    "remote_port": int(port),
+                    "transfer_id": request.uid,
+                    "transfer_mode": "push",
+                }
                 for name in request.destinations:
                     delay_s = start_s + self.rng.random() * 1.5 - (0.5 if start_s > 0.5 else 0.0)
-                    self.at(delay_s, lambda request=request, name=name, params=params: self.announce(request, name, params))
+                    self.at(
+                        delay_s, lambda request=request, name=name, params=params: self.announce(request, name, params)
+                    )
             if self.rng.random() < self.faults.abort:
                 self.at(start_s + self.rng.random() * 3, lambda request=request: self.abort_source(request))
         for name in names:
@@ -623,7 +662,9 @@ class World:
         dead.is_alive = False
         for transfer in self.transfers:
             for piece in list(transfer.pending):
-                if piece.destination[0] is dead or (piece.source[0] is dead and not piece.is_read and self.rng.random() < 0.5):
+                if piece.destination[0] is dead or (
+                    piece.source[0] is dead and not piece.is_read and self.rng.random() < 0.5
+                ):
                     transfer.pending.discard(piece)
                     transfer.is_damaged = True
                 elif piece.source[0] is dead and not piece.is_read:
@@ -647,7 +688,9 @@ class World:
                 self.rule(load.ended is not None, f"{load.uid} never ended")
                 self.rule(load.blocks is None, f"{load.uid}: blocks leaked at {engine.name}")
             self.rule(not engine.sources, f"{list(engine.sources)} never released at {engine.name}")
-            self.rule(len(engine.free) == NUM_BLOCKS - 1, f"{engine.name}: {NUM_BLOCKS - 1 - len(engine.free)} blocks leaked")
+            self.rule(
+                len(engine.free) == NUM_BLOCKS - 1, f"{engine.name}: {NUM_BLOCKS - 1 - len(engine.free)} blocks leaked"
+            )
             books = engine.core.snapshot()
             self.rule(not books["producer"], f"{engine.name} keeps leases: {books['producer']}")
             self.rule(not books["consumer"], f"{engine.name} keeps loads: {books['consumer']}")

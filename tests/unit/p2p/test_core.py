@@ -267,11 +267,29 @@ def test_a_restarted_producer_is_met_with_a_new_handshake_and_old_params_are_ref
     pair.call(D, "peer_closed", P, close.connection)
     assert pair.take(D, a.BlocksSafe) == [a.BlocksSafe("x")]
     pair.load(D, params, "older")
-    pair.advance(1)
+    pair.advance(3)
     (ended,) = pair.take(D, a.LoadEnded)
     assert (ended.request_id, "unknown" in ended.reason) == ("older", True)
     pair.load(D, pair.finish("new"), "new")
     assert pair.take(D, a.StartTransfer)[-1].job.connection > job.connection
+
+
+def test_a_late_hello_of_a_life_that_is_over_changes_nothing() -> None:
+    pair = Pair()
+    pair.load(D, pair.finish("first"), "first")
+    late = [message for name, _, message in pair.sent if name == P and isinstance(message, m.Hello)]
+    pair.restart(P)
+    pair.load(D, pair.finish("again"), "again")
+    for close in pair.take(D, a.ClosePeer):
+        pair.call(D, "peer_closed", P, close.connection)
+    pair.advance(3)
+    pair.load(D, pair.finish("now"), "now")
+    for message in late:
+        pair.cores[D].message(P, message, pair.now)
+        pair.settle()
+    assert not pair.take(D, a.ClosePeer)
+    pair.end_job(D, pair.take(D, a.StartTransfer)[-1].job)
+    assert pair.take(D, a.LoadEnded)[-1].ok
 
 
 def test_a_lost_link_fails_loads_at_once() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import random
 from typing import Any
 
@@ -22,14 +23,15 @@ def some(rng: random.Random, name: str, ids: list[str], claims: list[str]) -> An
     values = {
         "generation": lambda: rng.choice(ids), "to": lambda: rng.choice(ids), "claim_id": lambda: rng.choice(claims),
         "lease_id": lambda: rng.choice(claims), "lease_generation": lambda: rng.choice(ids),
+        "nonce": lambda: rng.choice(claims), "epoch": lambda: rng.choice((0, 0, 1, 5)),
         "engine_id": lambda: rng.choice(("id-d", "id-p", "x")), "protocol": lambda: rng.choice((1, 1, 1, 2)),
         "geometry": lambda: b"geometry", "transports": lambda: rng.choice(({"fake": (b"",)}, {}, {"other": ()})),
-        "epoch": lambda: rng.choice((0, 0, 1, 5)), "is_answer": lambda: rng.random() < 0.5,
-        "differences": lambda: ("no",), "blocks": lambda: blocks, "num_tokens": lambda: rng.randrange(30),
-        "remaining_ms": lambda: rng.randrange(9000), "why": lambda: rng.choice(list(m.Why)),
-        "is_valid": lambda: rng.random() < 0.5, "transfer_id": lambda: rng.choice("tuv"),
-        "first_token": lambda: rng.randrange(9), "end_token": lambda: 8 + rng.randrange(9), "ok": lambda: rng.random() < 0.5,
-        "reason": lambda: "?", "first_token_ids": lambda: (1, 2),
+        "is_answer": lambda: rng.random() < 0.5, "differences": lambda: ("no",), "blocks": lambda: blocks,
+        "num_tokens": lambda: rng.randrange(30), "remaining_ms": lambda: rng.randrange(9000),
+        "why": lambda: rng.choice(list(m.Why)), "is_valid": lambda: rng.random() < 0.5,
+        "transfer_id": lambda: rng.choice("tuv"), "first_token": lambda: rng.randrange(9),
+        "end_token": lambda: 8 + rng.randrange(9), "ok": lambda: rng.random() < 0.5, "reason": lambda: "?",
+        "first_token_ids": lambda: (1, 2),
     }  # fmt: skip
     return values[name]()
 
@@ -50,7 +52,9 @@ def test_random_messages_in_any_state_never_raise(seed: int) -> None:
         host(rng, pair, name, step)
         for core in pair.cores.values():
             actions = core.take_actions()
-            claims += [x.message.claim_id for x in actions if isinstance(x, a.Send) and isinstance(x.message, m.ClaimMessage)]
+            claims += [
+                x.message.claim_id for x in actions if isinstance(x, a.Send) and isinstance(x.message, m.ClaimMessage)
+            ]
             core.check_integrity()
             books = core.snapshot()
             assert len(books["peers"]) <= 3
@@ -82,13 +86,13 @@ def host(rng: random.Random, pair: Pair, name: str, step: int) -> None:
             core.transfer_ended(job.job_id, rng.randrange(3), rng.choice(list(a.TransferStatus)), "?", now)
     elif roll == 5:
         for row in core.snapshot()["peers"]:
-            core.peer_closed(row["peer"], row["closing"] or 0, now)
+            core.peer_closed(row["name"], row["closing"] or 0, now)
     elif roll == 6:
         core.abort(f"{rng.choice('rx')}{step - rng.randrange(9)}", now)
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_random_bytes_are_refused_by_name(seed: int) -> None:
+def test_random_bytes_raise_nothing_but_transfer_errors(seed: int) -> None:
     print(f"seed {seed}")
     rng = random.Random(seed)
     ids = {"generation": "0" * 32, "claim_id": "1" * 32, "to": "2" * 32}
@@ -98,10 +102,8 @@ def test_random_bytes_are_refused_by_name(seed: int) -> None:
         for _ in range(rng.randrange(1, 4)):
             if data:
                 data[rng.randrange(len(data))] = rng.randrange(256)
-        try:
+        with contextlib.suppress(TransferError):
             m.decode(bytes(data[: rng.randrange(len(data) + 1)] if rng.random() < 0.3 else data))
-        except TransferError as error:
-            assert "no message of protocol 1" in str(error)
 
 
 @pytest.mark.parametrize(

@@ -33,7 +33,9 @@ def test_no_schedule_breaks_a_rule(part: int) -> None:
         broken = world.run()
         assert not broken, f"seed {seed}, {world.faults}: {broken[0]}"
         num_loads, num_ok = num_loads + world.num_loads, num_ok + world.num_ok
-    print(f"seeds {FIRST_SEED + part}..{FIRST_SEED + NUM_SEEDS - 1} by {PARTS}: {num_ok} of {num_loads} loads succeeded")
+    print(
+        f"seeds {FIRST_SEED + part}..{FIRST_SEED + NUM_SEEDS - 1} by {PARTS}: {num_ok} of {num_loads} loads succeeded"
+    )
     assert num_ok > num_loads / 4, "the worlds are so bad that little is tested"
 
 
