@@ -16,7 +16,6 @@ without completing one.
 from __future__ import annotations
 
 import logging
-import os
 import secrets
 import socket
 import struct
@@ -130,8 +129,7 @@ class ControlChannel(Generic[M]):
     # ---- for the owner, any thread ----------------------------------------------------------------------------
 
     def connect(self, peer: str) -> None:
-        """Dial `host:port`; `Connected` or `Lost` follows in `poll`. Again: nothing. TransferError when malformed or too
-        many."""
+        """Dial `host:port`, once; `Connected` or `Lost` follows in `poll`. TransferError: malformed, or too many."""
         Address.parse(peer)
         with self._lock:
             if peer not in self._names and len(self._names) >= self._settings.max_dialled:
@@ -207,7 +205,9 @@ class ControlChannel(Generic[M]):
         try:
             self._router.bind(f"tcp://{f'[{host}]' if ':' in host else host}:{settings.port or '*'}")
         except zmq.ZMQError as error:
-            raise ConfigError(f"p2p.host={settings.host!r}, p2p.port={settings.port} cannot be bound: {error}") from error
+            raise ConfigError(
+                f"p2p.host={settings.host!r}, p2p.port={settings.port} cannot be bound: {error}"
+            ) from error
         port = int(self._router.getsockopt_string(zmq.LAST_ENDPOINT).rpartition(":")[2])
         bound = socket.gethostname() if settings.host in ("*", "", "0.0.0.0", "::") else settings.host
         self.address = Address(settings.advertised_host or bound, port)
@@ -236,6 +236,7 @@ class ControlChannel(Generic[M]):
             self._poller.unregister(dialled.socket)
             self._poller.unregister(dialled.monitor)
             dialled.socket.disable_monitor()
+            dialled.monitor.close(0)
             dialled.socket.close(0)
 
     def _release(self) -> None:
@@ -285,7 +286,9 @@ class ControlChannel(Generic[M]):
                     zmq.NOBLOCK
                 )
                 is_ours = self._keys is not None and credentials == [self._keys.client_public_raw]
-                status = (b"200", b"OK") if mechanism == b"CURVE" and is_ours else (b"400", b"not the key of this engine")
+                status = (
+                    (b"200", b"OK") if mechanism == b"CURVE" and is_ours else (b"400", b"not the key of this engine")
+                )
                 self._zap.send_multipart((version, request, *status, b"", b""))
 
     def _send(self, peer: str, frame: bytes | None) -> None:
@@ -377,11 +380,12 @@ class _Connections:
                 self._add(number)
         for connection in self._open.values():
             if self._received(connection) - connection.base_bytes > self._limit_bytes:
-                _cut(connection)
+                _cut(connection.socket)
 
     def delivered(self, frame: zmq.Frame) -> None:
         """A whole message came through; `frame` knows from where."""
-        if (connection := self._open.get(frame.get(zmq.SRCFD))) is not None:
+        with suppress(zmq.ZMQError, KeyError):  # sent without a connection, or by one that has gone
+            connection = self._open[frame.get(zmq.SRCFD)]
             connection.base_bytes = self._received(connection)
 
     def close(self) -> None:
@@ -390,13 +394,25 @@ class _Connections:
             connection.socket.close()
 
     def _add(self, number: int) -> None:
-        with suppress(OSError):  # gone already
-            connection = _Connection(socket.socket(fileno=os.dup(number)))
-            if connection.socket.getsockname()[1] != self._port or len(self._open) >= self._max_connections:
-                _cut(connection)
-                connection.socket.close()
-            else:
-                self._open[number] = connection
+        try:
+            accepted = socket.fromfd(number, socket.AF_INET, socket.SOCK_STREAM)
+        except OSError:  # gone already
+            return
+        if not self._is_ours(accepted):  # gone already, and its number is another's now
+            accepted.close()
+        elif len(self._open) >= self._max_connections:
+            _cut(accepted)
+            accepted.close()
+        else:
+            self._open[number] = _Connection(accepted)
+
+    def _is_ours(self, accepted: socket.socket) -> bool:
+        try:
+            families = (socket.AF_INET, socket.AF_INET6)
+            is_tcp = accepted.getsockopt(socket.SOL_SOCKET, socket.SO_DOMAIN) in families
+            return is_tcp and accepted.getsockname()[1] == self._port
+        except OSError:  # no socket at all
+            return False
 
     @staticmethod
     def _received(connection: _Connection) -> int:
@@ -404,16 +420,16 @@ class _Connections:
         return struct.unpack_from("<Q", info, _TCP_BYTES_RECEIVED)[0] if len(info) >= _TCP_BYTES_RECEIVED + 8 else 0
 
 
-def _cut(connection: _Connection) -> None:
+def _cut(connection: socket.socket) -> None:
     with suppress(OSError):
-        connection.socket.shutdown(socket.SHUT_RDWR)
+        connection.shutdown(socket.SHUT_RDWR)
 
 
 def _receive(from_: zmq.Socket[bytes]) -> list[list[zmq.Frame]]:
     """At most as many messages as fit the queue, so that one peer cannot keep the thread."""
-    messages = []
+    messages: list[list[zmq.Frame]] = []
     with suppress(zmq.Again):
-        for _ in range(_HIGH_WATER):
+        while len(messages) < _HIGH_WATER:
             messages.append(from_.recv_multipart(zmq.NOBLOCK, copy=False))
     return messages
 

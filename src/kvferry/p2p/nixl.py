@@ -10,6 +10,7 @@ What shapes this file (measured with nixl 1.5.1 on UCX tcp and cma, see docs of 
 - Failures arrive as exceptions, wrong descriptors as None.
 - Neither releasing a request nor removing the peer stops it: all of a read was seen landing after both. Destroying the
   agent does: nothing of a read landed. Of a write, what the network held already landed still: no fence.
+- Its progress thread spins: an idle agent takes a whole core. So there is none; the own thread makes progress.
 - A peer that is stopped leaves requests in progress for ever.
 
 Metadata of peers is native code's input: it is used only when the envelope around it is ours, and blobs come through
@@ -18,8 +19,10 @@ the control channel, which is authenticated when a key is set.
 
 from __future__ import annotations
 
+import importlib
 import secrets
 from collections.abc import Mapping
+from contextlib import suppress
 from itertools import pairwise
 from typing import Any
 
@@ -69,14 +72,15 @@ class NixlTransport(ThreadedTransport):
     """Memory of one kind (all CPU, or all CUDA). `ucx_params` go to the UCX backend as they are."""
 
     capabilities = Capabilities("nixl", devices=("cpu", "cuda"), close_fences_writes=False)
+    serve_interval_s = 0.001
 
     def __init__(self, engine_id: str, ucx_params: Mapping[str, str] | None = None) -> None:
         super().__init__()
         try:
-            import nixl._api
-        except ImportError as error:
+            nixl_api = importlib.import_module("nixl._api")
+        except ImportError as error:  # also its own, when it does not fit the CUDA found
             raise ConfigError(f"the NIXL transport cannot be used ({error}): pip install 'kvferry[nixl]'") from error
-        self._api = nixl._api
+        self._api: Any = nixl_api
         bindings = self._api.nixlBind
         names = [name for name in dir(bindings) if name.startswith("nixl") and name.endswith("Error")]
         self._errors = tuple(getattr(bindings, name) for name in names)
@@ -121,7 +125,7 @@ class NixlTransport(ThreadedTransport):
 
     def _make_agent(self) -> Any:
         name = f"{self._engine_id}-{secrets.token_hex(8)}"
-        agent = self._api.nixl_agent(name, self._api.nixl_agent_config(backends=[]))
+        agent = self._api.nixl_agent(name, self._api.nixl_agent_config(enable_prog_thread=False, backends=[]))
         agent.create_backend("UCX", self._ucx_params)
         if agent.register_memory(self._rows, self._memory) is None:
             raise ConfigError(f"NIXL does not accept the KV pool's memory: {self._rows}")
@@ -162,14 +166,16 @@ class NixlTransport(ThreadedTransport):
             if peer.agent_name is not None and not peer.is_closing:
                 self._open_peer(peer)
 
+    def _serve(self) -> None:
+        """Answer peers: connections, and over TCP also their reads and writes."""
+        self._target.get_new_notifs()
+
     def _shut_down(self) -> None:
         self._initiator = self._target = None
 
     def _release(self, handle: Any) -> None:
-        try:
+        with suppress(*self._errors):  # still running: it ends with the agent
             self._initiator.release_xfer_handle(handle)
-        except self._errors:  # still running: it ends with the agent
-            pass
 
     # ---- transfers --------------------------------------------------------------------------------------------
 

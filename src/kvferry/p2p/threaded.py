@@ -60,6 +60,8 @@ class ThreadedTransport(ABC):
     """See `kvferry.p2p.transport` for what the public methods mean."""
 
     capabilities: Capabilities
+    serve_interval_s: float | None = None
+    """How often `_serve` must be called while nothing of our own is under way; None: not at all."""
 
     def __init__(self) -> None:
         self.bytes_moved = dict.fromkeys(TransferOp, 0)
@@ -169,6 +171,10 @@ class ThreadedTransport(ABC):
     def _close_peer(self, peer: PeerHandle, open_ops: set[TransferOp]) -> set[TransferOp]:
         """Disconnect, also where opening failed half way. Returns those of `open_ops` of which bytes may still land."""
 
+    def _serve(self) -> None:
+        """Whatever the library needs done for peers."""
+        return
+
     @abstractmethod
     def _shut_down(self) -> None:
         """Give everything back; the last thing the thread does."""
@@ -199,12 +205,13 @@ class ThreadedTransport(ABC):
         while True:
             with self._lock:
                 if is_waiting or not self._active:
-                    self._lock.wait_for(self._has_news, _IDLE_S if self._active else None)
+                    self._lock.wait_for(self._has_news, _IDLE_S if self._active else self.serve_interval_s)
                 if self._is_closing:
                     break
                 commands, self._commands = self._commands, deque()
             for command in commands:
                 command()
+            self._serve()
             steps = {self._turn(transfer) for transfer in list(self._active)}
             is_waiting = steps <= {Step.WAITING}
         for peer in list(self._peers):

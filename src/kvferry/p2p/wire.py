@@ -52,7 +52,9 @@ class Codec(Generic[M]):
         if len(frame) > self.max_bytes or frame[:3] != _MAGIC:
             raise TransferError(f"{len(frame)} bytes that are no control message")
         if frame[3:4] != bytes((WIRE_VERSION,)):
-            raise TransferError(f"a control message of version {frame[3:4].hex()}, this engine speaks {WIRE_VERSION:02x}")
+            raise TransferError(
+                f"a control message of version {frame[3:4].hex()}, this engine speaks {WIRE_VERSION:02x}"
+            )
         try:
             return self._decoder.decode(memoryview(frame)[4:])
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
@@ -147,7 +149,7 @@ def check_peer(
         return
     if token is None or transfer_id is None or key is None:
         raise TransferError(
-            f"the request names peer {address}, which is not in p2p.allowed_peers ({', '.join(allowed)}), and carries no "
-            "token of the proxy: add its host or network there, or set the same p2p.key here and in `kvferry proxy`"
+            f"the request names peer {address}, which is not in p2p.allowed_peers ({', '.join(allowed)}), and carries "
+            "no token of the proxy: add its host or network there, or set the same p2p.key here and in `kvferry proxy`"
         )
     verify_peer(key, token, address, transfer_id, now_s)

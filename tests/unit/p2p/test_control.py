@@ -6,6 +6,7 @@ import random
 import socket
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,9 @@ class Note(msgspec.Struct, tag="note", frozen=True):
 def channel() -> Iterator[Callable[..., ControlChannel[Note]]]:
     made: list[ControlChannel[Note]] = []
 
-    def make(max_bytes: int = 1 << 20, on_news: Callable[[], None] | None = None, **settings: Any) -> ControlChannel[Note]:
+    def make(
+        max_bytes: int = 1 << 20, on_news: Callable[[], None] | None = None, **settings: Any
+    ) -> ControlChannel[Note]:
         made.append(ControlChannel(ControlSettings(**settings), Codec(Note, max_bytes), on_news))
         return made[-1]
 
@@ -196,14 +199,19 @@ def test_limits_of_what_is_sent_and_dialled(channel) -> None:
 
 def raw(server: ControlChannel[Note], *parts: bytes) -> socket.socket:
     made = socket.create_connection(server.address, timeout=10)
-    for part in parts:
-        made.sendall(part)
+    with suppress(ConnectionError):  # cut already
+        for part in parts:
+            made.sendall(part)
     return made
 
 
 def admitted(server: ControlChannel[Note]) -> tuple[socket.socket, str]:
     """A stranger that speaks ZMTP by hand and has got one message through; and its name."""
-    connection = raw(server, GREETING, READY, frame(Codec(Note).encode(Note("stranger"))))
+    connection = raw(server, GREETING)
+    received = b""
+    while len(received) < 64:  # ZMQ sometimes hangs up on those who do not wait for its greeting
+        received += connection.recv(64 - len(received))
+    connection.sendall(READY + frame(Codec(Note).encode(Note("stranger"))))
     ((sender, what),) = wait_for(server, bool)
     assert what == Note("stranger")
     return connection, sender
@@ -273,7 +281,7 @@ def test_a_message_without_end_is_cut(channel) -> None:
     part = frame(bytes(90_000), more=True)
     connection, _ = admitted(server)
     before = rss_bytes()
-    with connection, pytest.raises(OSError):
+    with connection, pytest.raises(OSError):  # noqa: PT012
         for _ in range(3000):  # 270 MB
             connection.sendall(part)
             time.sleep(0.0005)
