@@ -15,7 +15,8 @@ V = TypeVar("V")
 
 def row(item: object, names: str) -> dict[str, Any]:
     """These attributes as plain values, for snapshots."""
-    return {name: getattr(item, name) for name in names.split()}
+    values = {name: getattr(item, name) for name in names.split()}
+    return {name: sorted(value) if isinstance(value, set) else value for name, value in values.items()}
 
 
 _SLOWEST = 8  # times the first interval

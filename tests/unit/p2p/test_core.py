@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import msgspec
 import pytest
 from pair import RULES, D, E, P, Pair
 
@@ -219,6 +220,26 @@ def test_a_registration_of_a_destroyed_connection_starts_no_write() -> None:
     assert not pair.take(P, a.StartTransfer)
 
 
+def test_a_registration_for_an_earlier_life_of_the_producer_starts_no_write() -> None:
+    """Nor does the new life get to know D before D has destroyed what it had with the old one."""
+    pair = Pair()
+    held: list[m.Message] = []
+    pair.lost = lambda message: isinstance(message, m.Register) and not held.append(message)
+    pair.load(D, PUSH)
+    pair.restart(P)
+    of_d = pair.cores[D].local.generation
+    pair.lost = lambda x: (
+        isinstance(x, m.Register) or (isinstance(x, m.Hello) and x.generation == of_d and not x.is_answer)
+    )
+    pair.call(P, "request_started", "r", "t", 1)
+    pair.call(P, "finish", "r", a.FinishReason.STOP, [[1, 2, 3], [4, 5, 6]], 12, [7])
+    for _ in range(2):
+        pair.cores[P].message(D, held[0], pair.now)
+        pair.settle()
+    assert not pair.take(P, a.OpenPeer)
+    assert not pair.take(P, a.StartTransfer)
+
+
 def test_consumers_are_a_set_repeats_count_once() -> None:
     pair = Pair((P, D, E), lease_s=50)
     params = pair.finish(consumers=2)
@@ -354,6 +375,17 @@ def test_idle_peers_are_evicted() -> None:
     pair.advance(30)
     assert [core.snapshot()["peers"] for core in pair.cores.values()] == [[], []]
     assert all(core.next_deadline() == float("inf") or core.next_deadline() > pair.now for core in pair.cores.values())
+
+
+def test_snapshot_says_what_is_open_in_plain_values() -> None:
+    pair = Pair()
+    started(pair)
+    books = {name: msgspec.json.decode(msgspec.json.encode(core.snapshot())) for name, core in pair.cores.items()}
+    (lease,) = books[P]["producer"]
+    assert (lease["request_id"], lease["state"], lease["claims"][0]["consumer"]) == ("r", "claimed", "id-d")
+    (load,) = books[D]["consumer"]
+    assert (load["request_id"], load["state"], load["ranks"], load["peer"]) == ("x", "transferring", [0, 1], P)
+    assert [peer["state"] for peer in books[D]["peers"]] == ["open"]
 
 
 def test_fewer_tokens_than_wanted_is_a_failure() -> None:
