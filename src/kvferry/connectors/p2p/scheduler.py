@@ -18,6 +18,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import Enum
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -155,7 +156,9 @@ class P2PSchedulerSide(SchedulerSide):
             self.host.engine_id, random_id(), address.host, address.port, self.host.world_size, self._geometry, blobs,
             rules,
         )  # fmt: skip
-        return P2PCore(local, check_geometries, self.config.waits())
+        # The peer reads the same words, so they say who is who.
+        check = partial(check_geometries, sides=(self.host.engine_id, "its peer"))
+        return P2PCore(local, check, self.config.waits())
 
     def _facts(self) -> tuple[tuple[str, str], ...]:
         """What two engines must agree on beside the layout. Where the weights cannot be told, they are not compared."""
