@@ -120,37 +120,14 @@ BUILT_INS = (
         "Fills the KV of prompts with noise, so that decoding alone is measured; answers mean nothing.",
         "torch comes with the host; for the embedded engine: pip install 'kvferry[engine]'",
     ),
-    Target(
-        "P2PConnector",
-        "kvferry.connectors.p2p",
-        "P2PConnector",
-        Origin.BUILT_IN,
-        "Moves KV from a prefill engine to a decode engine, over what is fastest between them.",
-        _P2P_HINT,
-    ),
-    Target(
-        "NixlConnector",
-        "kvferry.connectors.p2p",
-        "NixlConnector",
-        Origin.BUILT_IN,
-        "The same over NIXL, where the decode engine reads unless configured otherwise.",
-        _P2P_HINT,
-    ),
-    Target(
-        "NixlPullConnector",
-        "kvferry.connectors.p2p",
-        "NixlPullConnector",
-        Origin.BUILT_IN,
-        "The same over NIXL, where the decode engine reads.",
-        _P2P_HINT,
-    ),
-    Target(
-        "NixlPushConnector",
-        "kvferry.connectors.p2p",
-        "NixlPushConnector",
-        Origin.BUILT_IN,
-        "The same over NIXL, where the prefill engine writes.",
-        _P2P_HINT,
+    *(
+        Target(name, "kvferry.connectors.p2p", name, Origin.BUILT_IN, description, _P2P_HINT)
+        for name, description in {
+            "P2PConnector": "Moves KV from a prefill engine to a decode engine, over what is fastest between them.",
+            "NixlConnector": "The same over NIXL, where the decode engine reads unless configured otherwise.",
+            "NixlPullConnector": "The same over NIXL, where the decode engine reads.",
+            "NixlPushConnector": "The same over NIXL, where the prefill engine writes.",
+        }.items()
     ),
 )
 """All connectors kvferry ships."""

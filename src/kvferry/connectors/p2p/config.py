@@ -99,6 +99,6 @@ class P2PConfig:
         names = [f.name for f in dataclasses.fields(P2PSettings) if f.name in own]
         return P2PSettings(**{name: getattr(self, name) for name in names})
 
-    def control(self) -> ControlSettings:
+    def control(self, key: str | None) -> ControlSettings:
         """Where to listen."""
-        return ControlSettings(self.host, self.port, self.advertised_host, self.key())
+        return ControlSettings(self.host, self.port, self.advertised_host, key)

@@ -107,6 +107,7 @@ class P2PSchedulerSide(SchedulerSide):
         self._clock = clock or SystemClock()
         self._alignment = math.lcm(*(group.block_tokens for group in host.groups))
         self._agent: P2PAgent | None = None
+        self._key = self.config.key()
         self._geometry = b""
         self._pool: Any = None
         self._loads: dict[str, Load] = {}
@@ -144,7 +145,9 @@ class P2PSchedulerSide(SchedulerSide):
         self._geometry = encode_geometry(EngineGeometry(ranks, self._facts()))
         names = set.intersection(*(set(shake.blobs) for shake in shakes))
         blobs = {name: tuple(shake.blobs[name] for shake in shakes) for name in sorted(names)}
-        self._agent = P2PAgent(self.config.control(), lambda address: self._make_core(address, blobs), self._clock)
+        self._agent = P2PAgent(
+            self.config.control(self._key), lambda address: self._make_core(address, blobs), self._clock
+        )
         logger.info(
             "P2P: engine %s listens on %s, %s over %s",
             self.host.engine_id, self._agent.address, self.config.mode, " or ".join(blobs),
@@ -221,7 +224,7 @@ class P2PSchedulerSide(SchedulerSide):
         check_peer(
             Address(handover.remote_host, handover.remote_port),
             allowed=self.config.peers,
-            key=self.config.key(),
+            key=self._key,
             token=token if isinstance(token, str) else None,
             transfer_id=handover.transfer_id,
             now_s=time.time(),
@@ -318,7 +321,7 @@ class P2PSchedulerSide(SchedulerSide):
         if not isinstance(report, WorkerReport):
             return
         for ended in report.jobs:
-            ranks, op, _ = self._jobs.get(ended.job_id, (set(), TransferOp.READ, 0.0))
+            ranks, op, _ = self._jobs[ended.job_id]
             ranks.add(ended.rank)
             if len(ranks) == self.host.world_size:
                 del self._jobs[ended.job_id]
@@ -366,10 +369,8 @@ class P2PSchedulerSide(SchedulerSide):
         opened = self._unopened.pop(job.connection, None)
         if opened is not None:
             hello = opened.hello
-            order = OpenOrder(
-                job.connection, opened.peer, self._geometry, hello.geometry, dict(hello.transports)
-            )  # fmt: skip
-            self._orders.opens.append(order)
+            blobs = dict(hello.transports)
+            self._orders.opens.append(OpenOrder(job.connection, opened.peer, self._geometry, hello.geometry, blobs))
         self._orders.jobs.append(job)
         self._jobs[job.job_id] = set(), job.op, self._clock.now() + self.config.load_s
 
