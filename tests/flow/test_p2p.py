@@ -17,10 +17,10 @@ import pytest
 
 from kvferry import LLM, SamplingParams
 from kvferry.connectors.p2p.scheduler import P2PSchedulerSide
-from kvferry.connectors.p2p.worker import P2PWorkerSide
 from kvferry.engine.kv_groups import layer_name
 from kvferry.engine.outputs import RequestOutput
 from kvferry.errors import ConfigError, TransferError
+from kvferry.p2p import choice
 from kvferry.p2p.shm import ShmTransport
 from kvferry.p2p.threaded import Step, Transfer
 from kvferry.testing.stub_model import StubModel
@@ -169,11 +169,7 @@ def cluster() -> Iterator[Cluster]:
 
 @pytest.fixture
 def faulty(monkeypatch: pytest.MonkeyPatch) -> Iterator[type[FaultyShm]]:
-    def make(side: P2PWorkerSide) -> FaultyShm:
-        assert side._pool is not None
-        return FaultyShm(side._pool)
-
-    monkeypatch.setattr(P2PWorkerSide, "make_shm", make)
+    monkeypatch.setattr(choice, "ShmTransport", FaultyShm)
     monkeypatch.setattr(FaultyShm, "is_held", threading.Event())
     yield FaultyShm
     FaultyShm.is_held.clear()

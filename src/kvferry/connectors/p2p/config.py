@@ -12,7 +12,6 @@ from kvferry.config import parse_settings
 from kvferry.errors import ConfigError
 from kvferry.p2p.actions import P2PSettings
 from kvferry.p2p.control import ControlSettings
-from kvferry.p2p.transport import PREFERENCE
 from kvferry.p2p.wire import LOOPBACK
 
 EXTRA_CONFIG = "kv_connector_extra_config"
@@ -73,11 +72,6 @@ class P2PConfig:
             raise ConfigError(f"{EXTRA_CONFIG}.allowed_peers={config.allowed_peers!r} must be a list of texts")
         config.waits()
         return config
-
-    @property
-    def transport_names(self) -> tuple[str, ...]:
-        """The transports to build."""
-        return PREFERENCE if self.transport == "auto" else (self.transport,)
 
     @property
     def peers(self) -> tuple[str, ...]:

@@ -5,8 +5,7 @@ It decides nothing: which request is received, failed or sent is told only when 
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,17 +16,14 @@ from kvferry.connectors.p2p.messages import StepMetadata, WorkerHandshake, Worke
 from kvferry.contract.base import KVConnectorMetadata, KVConnectorTransferResults
 from kvferry.contract.host import HostInfo
 from kvferry.contract.sides import WorkerSide
-from kvferry.errors import ConfigError
 from kvferry.layout import KVLayout
+from kvferry.p2p.choice import AUTO, create_transports
 from kvferry.p2p.geometry import EngineGeometry, encode_geometry, rank_geometry
-from kvferry.p2p.nixl import NixlTransport
-from kvferry.p2p.shm import SharedPool, ShmTransport
+from kvferry.p2p.shm import SharedPool
 from kvferry.p2p.transport import Region, Transport
 
 if TYPE_CHECKING:
     import torch
-
-logger = logging.getLogger(__name__)
 
 
 class P2PWorkerSide(WorkerSide):
@@ -39,8 +35,7 @@ class P2PWorkerSide(WorkerSide):
         super().__init__(host)
         self.config = P2PConfig.parse(host.extra_config, self.variant)
         shm_dir = Path(self.config.shm_dir) if self.config.shm_dir else None
-        is_shared = "shm" in self.config.transport_names
-        self._pool = SharedPool(host.engine_id, shm_dir) if is_shared else None
+        self._pool = SharedPool(host.engine_id, shm_dir) if self.config.transport in (AUTO, "shm") else None
         self.transports: dict[str, Transport] = {}
         """Those that serve this worker's KV, by name."""
         self._links = Links(host.rank, self.config.transport, self.transports)
@@ -64,31 +59,10 @@ class P2PWorkerSide(WorkerSide):
             total_kv_heads=host.total_kv_heads, key_elements=host.key_elements, tp_rank=host.rank, tp_size=host.tp_size,
         )  # fmt: skip
         self._geometry = encode_geometry(EngineGeometry((rank,)))
-        for name in self.config.transport_names:
-            self._start(name, regions)
-        if not self.transports:
-            raise ConfigError("no P2P transport can serve this engine's KV cache; the log says why")
-
-    def _start(self, name: str, regions: list[Region]) -> None:
-        makers: dict[str, Callable[[], Transport]] = {"shm": self.make_shm, "nixl": self.make_nixl}
-        try:
-            transport = makers[name]()
-            transport.register(regions)
-        except ConfigError as error:
-            if self.config.transport == name:
-                raise
-            logger.info("the %s transport is not used: %s", name, error)
-        else:
-            self.transports[name] = transport
-
-    def make_shm(self) -> Transport:
-        """The shared-memory transport."""
-        assert self._pool is not None
-        return ShmTransport(self._pool)
-
-    def make_nixl(self) -> Transport:
-        """The NIXL transport. ConfigError when NIXL is not installed."""
-        return NixlTransport(self.host.engine_id, self.config.ucx)
+        made = create_transports(
+            self.config.transport, regions, engine_id=host.engine_id, pool=self._pool, ucx_params=self.config.ucx
+        )
+        self.transports.update(made)
 
     def get_handshake_metadata(self) -> WorkerHandshake:
         """What the scheduler side, and through it peers, must know of this worker."""

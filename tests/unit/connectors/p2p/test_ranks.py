@@ -203,11 +203,16 @@ def test_a_connection_counts_as_closed_when_it_is_on_every_rank(engine: Callable
     for worker in decode.workers:
         worker.handle_preemptions(metadata)
     for rank, still in ((0, True), (1, False)):
-        reports: list[Any] = []
-        until(lambda: reports.append(decode.workers[rank].build_connector_worker_meta()) or reports[-1])
-        decode.scheduler.update_connector_output(KVConnectorOutput(kv_connector_worker_meta=reports[-1]))
+        decode.scheduler.update_connector_output(KVConnectorOutput(kv_connector_worker_meta=report_of(decode, rank)))
         assert bool(decode.scheduler._closing) is still
         assert decode.scheduler.has_pending_push_work() is still
+
+
+def report_of(engine: Engine, rank: int) -> Any:
+    """A worker's next report."""
+    reports: list[Any] = []
+    until(lambda: reports.append(engine.workers[rank].build_connector_worker_meta()) or reports[-1])
+    return reports[-1]
 
 
 def test_a_worker_that_says_nothing_is_a_config_error(engine: Callable[..., Engine]) -> None:
