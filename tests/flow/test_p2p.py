@@ -23,7 +23,9 @@ from kvferry.errors import ConfigError, TransferError
 from kvferry.p2p import choice
 from kvferry.p2p.shm import ShmTransport
 from kvferry.p2p.threaded import Step, Transfer
+from kvferry.p2p.transport import TransferOp
 from kvferry.testing.stub_model import StubModel
+from kvferry.testing.transports import FakeNetwork, FakeTransport, Faults
 
 BLOCK = 4
 MODES = ("pull", "push")
@@ -502,10 +504,15 @@ def test_a_transfer_that_hangs_is_given_up_and_its_blocks_stay_out_of_use(
     cluster.check_idle()  # closing the connection was the fence
 
 
-@pytest.mark.parametrize("mode", MODES)
-def test_blocks_of_a_load_given_up_are_not_handed_out(cluster: Cluster, faulty: type[FaultyShm], mode: str) -> None:
-    """The late bytes of a hanging transfer land in blocks that nobody has, however full the engine is."""
-    settings: dict[str, Any] = {"mode": mode, "quarantine_s": 3.0, "liveness_s": 60.0}
+@pytest.mark.parametrize(("mode", "quarantine_s"), [("pull", 3.0), ("push", 3.0), ("push", 0.05)])
+def test_blocks_of_a_load_given_up_are_not_handed_out(
+    cluster: Cluster, faulty: type[FaultyShm], mode: str, quarantine_s: float
+) -> None:
+    """The late bytes of a hanging transfer land in blocks that nobody has, however full the engine is.
+
+    Where the peer writes, closing our own end is no fence: they stay out of use until it says that it has ended.
+    """
+    settings: dict[str, Any] = {"mode": mode, "quarantine_s": quarantine_s, "liveness_s": 60.0}
     prefill = cluster.start(load_s=20.0, **settings)
     decode = cluster.start(load_s=0.3, num_kv_blocks=40, **settings)
     params = cluster.prefill(prefill, "p")
@@ -518,10 +525,45 @@ def test_blocks_of_a_load_given_up_are_not_handed_out(cluster: Cluster, faulty: 
     cluster.until(lambda: "other" in cluster.outputs)
     (table,) = decode.scheduler.manager.get_block_ids("other")
     assert not pinned & set(table)
+    if quarantine_s < 1:
+        cluster.until(lambda: scheduler_side(decode)._closing)
+        for _ in range(100):
+            cluster.step()
+        assert scheduler_side(decode)._pins
     faulty.is_held.clear()  # the bytes land
     output, other = cluster.finish("d", "other")
     assert (tokens(output), tokens(other)) == (expected(PROMPT, 8), expected(OTHER, 8))
     cluster.check_idle()
+    cluster.add(decode, "again", cluster.prefill(prefill, "p2", OTHER[5:]), OTHER[5:])
+    (output,) = cluster.finish("again")
+    assert tokens(output) == expected(OTHER[5:], 8)
+    cluster.check_idle()
+
+
+class FenceLess(FakeTransport):
+    """Under shared memory's name: hangs, and what hung lands long after its connection was closed."""
+
+    def __init__(self, network: FakeNetwork) -> None:
+        super().__init__(network, "shm")
+        self.faults = Faults(hangs=True, lands_late_s=0.3)
+
+
+def test_where_closing_is_no_fence_blocks_are_lost_rather_than_handed_out(
+    cluster: Cluster, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    network = FakeNetwork()
+    monkeypatch.setattr(choice, "ShmTransport", lambda pool: FenceLess(network))
+    prefill, decode = cluster.start(load_s=0.2, quarantine_s=0.1), cluster.start(load_s=0.2, quarantine_s=0.1)
+    cluster.add(decode, "d", cluster.prefill(prefill, "p"))
+    (output,) = cluster.finish("d")
+    assert tokens(output) == expected(PROMPT, 8)
+    cluster.until(lambda: "could not be destroyed" in caplog.text)
+    cluster.until(lambda: network.ends[1].bytes_moved[TransferOp.READ])  # late, into blocks that nobody has
+    assert len(scheduler_side(decode)._pins["d"]) == 13
+    cluster.add(decode, "other", None, OTHER)
+    assert tokens(cluster.finish("other")[0]) == expected(OTHER, 8)
+    assert decode.connector_stats.held_blocks == 13  # type: ignore[union-attr]
+    decode.scheduler.check_integrity()
 
 
 # ---- aborts ---------------------------------------------------------------------------------------------------

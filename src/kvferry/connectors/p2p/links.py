@@ -34,6 +34,11 @@ class _Link:
     remote: EngineGeometry
     peers: dict[int, tuple[wire.Transport, wire.PeerHandle]] = field(default_factory=dict)
 
+    def has_ended(self) -> bool:
+        """Whether all the peer's workers are known, and known to have ended."""
+        ended = [transport.peer_has_ended(peer) for transport, peer in self.peers.values()]
+        return len(ended) == len(self.remote.ranks) and all(ended)
+
 
 @dataclass(slots=True, eq=False)
 class _Running:
@@ -61,6 +66,7 @@ class Links:
         self._requested = requested
         self._transports = transports
         self._links: dict[int, _Link] = {}
+        self._fenced: set[int] = set()
         self._tickets: dict[_Ticket, _Running] = {}
         self._report = WorkerReport()
 
@@ -68,6 +74,12 @@ class Links:
         """Jobs on this connection may come. What was checked at the handshake is not checked again."""
         local, remote = decode_geometry(order.local_geometry), decode_geometry(order.remote_geometry)
         self._links[order.connection] = _Link(order, local, remote)
+        if order.is_writer:
+            try:
+                for rank in range(len(remote.ranks)):
+                    self._reach(order.connection, rank)
+            except TransferError as error:
+                logger.warning("%s writes to this engine, which cannot see whether it lives: %s", order.peer, error)
 
     def start(self, job: TransferJob) -> None:
         """Plan and submit this rank's part; a part without bytes ends at once, an impossible one is rejected."""
@@ -81,16 +93,26 @@ class Links:
             running.note(TransferStatus.REJECTED, str(error))
         self._end_if_over(running)
 
+    def fence(self, connection: int) -> None:
+        """Close a connection as soon as the peer's processes have ended."""
+        if connection in self._links:
+            self._fenced.add(connection)
+
     def close(self, connection: int) -> None:
         """Destroy a connection; told as closed once nothing of it can land any more."""
+        if (link := self._links.pop(connection, None)) is None:
+            return  # its fence came first
+        self._fenced.discard(connection)
         running = _Running(connection, time.perf_counter())
-        link = self._links.pop(connection, None)
-        for transport, peer in link.peers.values() if link else ():
+        for transport, peer in link.peers.values():
             self._add(running, transport, transport.close_peer(peer))
         self._end_if_over(running)
 
     def poll(self) -> WorkerReport:
         """What ended since the last call."""
+        for connection in list(self._fenced):
+            if self._links[connection].has_ended():
+                self.close(connection)
         for name, transport in self._transports.items():
             for done in transport.poll():
                 running = self._tickets.pop((name, done.ticket))

@@ -27,6 +27,8 @@ class OpenOrder:
     local_geometry: bytes
     remote_geometry: bytes
     blobs: dict[str, tuple[bytes, ...]]
+    is_writer: bool
+    """The peer writes to us: it must be watched, for closing our end is no fence for what others write."""
 
 
 @dataclass(slots=True)
@@ -36,6 +38,8 @@ class StepMetadata(KVConnectorMetadata):
     opens: list[OpenOrder] = field(default_factory=list)
     jobs: list[TransferJob] = field(default_factory=list)
     closes: list[int] = field(default_factory=list)
+    fences: list[int] = field(default_factory=list)
+    """Connections to close as soon as the peer's processes have ended, for they may write to us until then."""
     received: list[str] = field(default_factory=list)
     """Requests whose load has ended."""
     failed: list[str] = field(default_factory=list)
@@ -45,7 +49,8 @@ class StepMetadata(KVConnectorMetadata):
 
     def is_empty(self) -> bool:
         """True when there is nothing to do."""
-        return not (self.opens or self.jobs or self.closes or self.received or self.failed or self.sent)
+        lists = self.opens, self.jobs, self.closes, self.fences, self.received, self.failed, self.sent
+        return not any(lists)
 
 
 @dataclass(frozen=True, slots=True)

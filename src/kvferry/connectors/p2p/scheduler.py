@@ -82,6 +82,7 @@ class Load:
     """One such request. Token positions count from its first token."""
 
     peer: str = "no peer"
+    is_push: bool = False
     num_remote_tokens: int | None = None
     """Tokens whose KV the peer has; None: all of the prompt."""
     state: LoadState = LoadState.ANNOUNCED
@@ -114,6 +115,8 @@ class P2PSchedulerSide(SchedulerSide):
         self._senders: set[str] = set()
         self._held: dict[str, tuple[int, float]] = {}  # released later: number of blocks, since when
         self._pins: dict[str, list[Any]] = {}
+        self._written: dict[str, str] = {}  # request -> the peer that may write to its blocks
+        self._fenced: dict[int, str] = {}  # connection that is closed when nobody writes to us through it -> its peer
         self._orders = StepMetadata()
         self._unopened: dict[int, OpenPeer] = {}
         self._closing: dict[int, tuple[str, set[int], float]] = {}  # peer, ranks that have closed, deadline
@@ -210,7 +213,7 @@ class P2PSchedulerSide(SchedulerSide):
     def _announce(self, request_id: str, params: dict[str, Any]) -> None:
         try:
             handover = self._handover(params)
-            load = Load(handover.peer, handover.remote_num_tokens)
+            load = Load(handover.peer, handover.transfer_mode == "push", handover.remote_num_tokens)
             self.agent.use(lambda core, now: core.announce(request_id, handover, now))
             self._loads[request_id] = load
         except TransferError as error:
@@ -268,6 +271,8 @@ class P2PSchedulerSide(SchedulerSide):
             self._order_end(request_id, ok=False)
         else:
             load.state, load.blocks = LoadState.LOADING, block_ids
+            if load.is_push:
+                self._written[request_id] = load.peer
             tokens = load.num_local_tokens, load.num_local_tokens + num_external_tokens
             self.agent.use(lambda core, now: core.park(request_id, block_ids, tokens, now))
 
@@ -312,6 +317,9 @@ class P2PSchedulerSide(SchedulerSide):
     def build_connector_meta(self, step: StepView) -> StepMetadata:
         """All orders that have come up since the last step."""
         self._take_events()
+        for opened in list(self._unopened.values()):
+            if opened.peer in self._written.values():
+                self._open(opened.connection)
         orders, self._orders = self._orders, StepMetadata()
         return orders
 
@@ -333,6 +341,7 @@ class P2PSchedulerSide(SchedulerSide):
             closed.add(rank)
             if len(closed) == self.host.world_size:
                 del self._closing[connection]
+                self._fenced.pop(connection, None)
                 self._peer_closed(peer, connection)
 
     def has_pending_push_work(self) -> bool:
@@ -366,27 +375,48 @@ class P2PSchedulerSide(SchedulerSide):
     def _start(self, event: StartTransfer) -> None:
         """Workers learn of a connection with its first job: whoever only reads from us needs nothing of them."""
         job = event.job
-        opened = self._unopened.pop(job.connection, None)
-        if opened is not None:
-            hello = opened.hello
-            blobs = dict(hello.transports)
-            self._orders.opens.append(OpenOrder(job.connection, opened.peer, self._geometry, hello.geometry, blobs))
+        self._open(job.connection)
         self._orders.jobs.append(job)
         self._jobs[job.job_id] = set(), job.op, self._clock.now() + self.config.load_s
 
+    def _open(self, connection: int) -> None:
+        opened = self._unopened.pop(connection, None)
+        if opened is not None:
+            peer, hello = opened.peer, opened.hello
+            blobs, is_writer = dict(hello.transports), peer in self._written.values()
+            self._orders.opens.append(OpenOrder(connection, peer, self._geometry, hello.geometry, blobs, is_writer))
+
     def _close(self, event: ClosePeer) -> None:
-        logger.info("closing the connection to %s: %s", event.peer, event.reason)
-        if self._unopened.pop(event.connection, None) is not None:
-            self._peer_closed(event.peer, event.connection)
+        peer, connection = event.peer, event.connection
+        logger.info("closing the connection to %s: %s", peer, event.reason)
+        is_written = peer in self._written.values()
+        if connection in self._unopened and not is_written:
+            del self._unopened[connection]
+            self._peer_closed(peer, connection)
             return
-        self._orders.closes.append(event.connection)
-        self._closing[event.connection] = event.peer, set(), self._clock.now() + self.config.load_s
+        self._open(connection)
+        self._closing[connection] = peer, set(), self._clock.now() + self.config.load_s
+        if is_written:
+            self._fenced[connection] = peer
+            self._orders.fences.append(connection)
+        else:
+            self._orders.closes.append(connection)
+
+    def _not_written(self, request_id: str) -> None:
+        """Nothing is written to this request's blocks any more; a connection that waited for that can be closed."""
+        self._written.pop(request_id, None)
+        for connection, peer in list(self._fenced.items()):
+            if peer not in self._written.values():
+                del self._fenced[connection]
+                self._orders.closes.append(connection)
 
     def _peer_closed(self, peer: str, connection: int) -> None:
         self.agent.use(lambda core, now: core.peer_closed(peer, connection, now))
 
     def _load_ended(self, event: LoadEnded) -> None:
         request_id = event.request_id
+        if not event.blocks_quarantined:
+            self._not_written(request_id)
         load = self._loads.get(request_id)
         if load is None or load.state is LoadState.OVER:
             return
@@ -420,6 +450,7 @@ class P2PSchedulerSide(SchedulerSide):
         logger.warning("%s: %d blocks stay out of use while something may be written there", request_id, len(blocks))
 
     def _blocks_safe(self, request_id: str) -> None:
+        self._not_written(request_id)
         if (blocks := self._pins.pop(request_id, None)) is not None:
             self._pool.free_blocks(blocks)
         elif request_id in self._loads:

@@ -77,6 +77,8 @@ class P2PWorkerSide(WorkerSide):
             self._links.open(order)
         for job in metadata.jobs:
             self._links.start(job)
+        for connection in metadata.fences:
+            self._links.fence(connection)
         for connection in metadata.closes:
             self._links.close(connection)
         self._results.finished_recving.update(metadata.received)
