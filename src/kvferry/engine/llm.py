@@ -20,6 +20,7 @@ from kvferry.engine.detokenizer import Detokenizer
 from kvferry.engine.device_events import DeviceEvents
 from kvferry.engine.explain import Explainer
 from kvferry.engine.guard import HostCounters
+from kvferry.engine.handover import handed_over_tokens
 from kvferry.engine.model_loader import EngineModel, load_model
 from kvferry.engine.outputs import RequestOutput, report
 from kvferry.engine.plan import plan_engine
@@ -397,16 +398,6 @@ class LLM:
         )
         request.handed_over_token_ids = handed_over_tokens(request, self._model.vocab_size)
         return request
-
-
-def handed_over_tokens(request: Request, vocab_size: int) -> tuple[int, ...]:
-    """What a prefill engine says it chose; nothing when it is no list of tokens, or more than the ids is asked for."""
-    params = request.kv_transfer_params
-    tokens = params.get("remote_first_token_ids") if isinstance(params, dict) else None
-    if not isinstance(tokens, list | tuple) or request.sampling_params.logprobs is not None:
-        return ()
-    is_valid = all(type(token) is int and 0 <= token < vocab_size for token in tokens)
-    return tuple(tokens) if is_valid else ()
 
 
 def _is_single(prompts: Any) -> bool:

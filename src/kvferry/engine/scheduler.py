@@ -24,6 +24,7 @@ from kvferry.clock import Clock
 from kvferry.contract import CacheHitSource, KVConnectorOutput
 from kvferry.engine.config import SchedulerConfig
 from kvferry.engine.connector_host import NO_MATCH, ExternalMatch, SchedulerConnector
+from kvferry.engine.handover import take_over
 from kvferry.engine.kv_manager import BlockIds, KVCacheBlocks, KVManager
 from kvferry.engine.outputs import BatchItem, BlockState, NewRequestData, SchedulerOutput, SchedulerStats, StepResult
 from kvferry.engine.recovery import SharedRepairs, read_failures
@@ -523,22 +524,12 @@ class Scheduler:
             self._queue(request)
             return
         self.manager.cache_blocks(request, request.num_computed_tokens)
-        self._take_over_tokens(request)
+        take_over(request, self._take_token)
         if request.is_finished():
             return
         # The last token is computed in any case: its logits choose the next one.
         request.num_computed_tokens = min(request.num_computed_tokens, request.num_tokens - 1)
         insort(self.loaded, request, key=_arrival)
-
-    def _take_over_tokens(self, request: Request) -> None:
-        """With the KV of the whole prompt there, the first tokens are those that the prefill engine chose by it."""
-        tokens, request.handed_over_token_ids = request.handed_over_token_ids, ()
-        if request.num_output_tokens or request.num_computed_tokens < request.num_tokens:
-            return
-        for token in tokens:
-            self._take_token(request, SampledToken(token))
-            if request.is_finished():
-                return
 
     def _set_aside(self, request: Request) -> None:
         """Compute a request anew without the connector; what may still be written to its old blocks harms nobody."""
