@@ -1,4 +1,4 @@
-"""First tokens that a prefill engine chose already, so that a decode engine need not compute the prompt's last again."""
+"""First tokens that a prefill engine chose already: a decode engine need not compute the last of the prompt again."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def handed_over_tokens(request: Request, vocab_size: int) -> tuple[int, ...]:
 
 
 def take_over(request: Request, take: Callable[[Request, SampledToken], None]) -> None:
-    """A load ended: with the KV of the whole prompt there, its first tokens are taken, until one of them is the last."""
+    """A load ended: with the KV of the whole prompt there, its first tokens are taken, until one is the last."""
     tokens, request.handed_over_token_ids = request.handed_over_token_ids, ()
     if request.num_output_tokens or request.num_computed_tokens < request.num_tokens:
         return
