@@ -360,6 +360,24 @@ def test_block_sizes_may_differ(cluster: Cluster, mode: str, sizes: tuple[int, i
     cluster.check_idle()
 
 
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("sizes", [(4, 4), (4, 8), (8, 4)])
+@pytest.mark.parametrize("logprobs", [None, 1])
+def test_groups_with_windows(cluster: Cluster, mode: str, sizes: tuple[int, int], logprobs: int | None) -> None:
+    model = StubModel(windows=[None, 6, 10])
+    prefill, decode = (cluster.start(mode=mode, block_size=size, model=model, num_kv_blocks=150) for size in sizes)
+    for number in range(6):  # windows that begin with a block, and in the middle of one
+        prompt = PROMPT[number : number + 40 + number]
+        cluster.add(decode, f"d{number}", cluster.prefill(prefill, f"p{number}", prompt), prompt, logprobs=logprobs)
+        (output,) = cluster.finish(f"d{number}")
+        assert tokens(output) == model.expected_tokens(prompt, 8)
+        if sizes == (4, 4) and logprobs is None:
+            assert output.num_external_tokens == len(prompt)
+        cluster.add(decode, f"again{number}", None, prompt)  # what is found in the prefix cache is right, too
+        assert tokens(cluster.finish(f"again{number}")[0]) == model.expected_tokens(prompt, 8)
+    cluster.check_idle()
+
+
 # ---- what goes wrong ------------------------------------------------------------------------------------------
 
 

@@ -148,16 +148,18 @@ class Links:
         link = self._links.get(job.connection)
         if link is None:
             raise TransferError(f"connection {job.connection} with {job.peer} is closed")
-        if job.op is TransferOp.WRITE:
-            what = link.local, link.remote, job.local_blocks, job.remote_blocks, job.token_range
-            return [(x.destination_rank, x) for x in plan_transfer(*what, source_rank=self._rank)]
-        what = link.remote, link.local, job.remote_blocks, job.local_blocks, job.token_range
-        if any(group.window_tokens for group in link.local.ranks[0].groups) and (left := unfilled_blocks(*what)):
-            raise TransferError(
-                f"block {left[0][1]} of group {left[0][0]} would be filled in part: the block sizes of the engines "
-                "differ, and the peer has dropped what is outside the window"
-            )
-        return [(x.source_rank, x) for x in plan_transfer(*what, destination_rank=self._rank)]
+        is_write = job.op is TransferOp.WRITE
+        engines, blocks = (link.local, link.remote), (job.local_blocks, job.remote_blocks)
+        what = (*engines, *blocks) if is_write else (*engines[::-1], *blocks[::-1])
+        if any(group.window_tokens for group in link.local.ranks[0].groups):
+            for group, position in unfilled_blocks(*what, job.token_range):
+                raise TransferError(
+                    f"block {position} of group {group} would be filled in part: the engines' block sizes differ, and "
+                    "the prefill engine has dropped what is outside the window"
+                )
+        if is_write:
+            return [(x.destination_rank, x) for x in plan_transfer(*what, job.token_range, source_rank=self._rank)]
+        return [(x.source_rank, x) for x in plan_transfer(*what, job.token_range, destination_rank=self._rank)]
 
     def _reach(self, connection: int, peer_rank: int) -> tuple[wire.Transport, wire.PeerHandle]:
         link = self._links[connection]

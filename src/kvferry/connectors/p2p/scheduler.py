@@ -103,7 +103,8 @@ class P2PSchedulerSide(SchedulerSide):
     def __init__(self, host: HostInfo, clock: Clock | None = None) -> None:
         super().__init__(host)
         self.config = P2PConfig.parse(host.extra_config, self.variant)
-        self.requires_kv_delivery = self._is_producer
+        self._is_consumer = host.kv_role != "kv_producer"
+        self.requires_kv_delivery = self._is_producer = host.kv_role != "kv_consumer"
         self.counters = P2PCounters()
         self._clock = clock or SystemClock()
         self._alignment = math.lcm(*(group.block_tokens for group in host.groups))
@@ -121,14 +122,6 @@ class P2PSchedulerSide(SchedulerSide):
         self._unopened: dict[int, OpenPeer] = {}
         self._closing: dict[int, tuple[str, set[int], float]] = {}  # peer, ranks that have closed, deadline
         self._jobs: dict[str, tuple[set[int], TransferOp, float]] = {}  # ranks that have ended, and its deadline
-
-    @property
-    def _is_producer(self) -> bool:
-        return self.host.kv_role in ("kv_producer", "kv_both")
-
-    @property
-    def _is_consumer(self) -> bool:
-        return self.host.kv_role in ("kv_consumer", "kv_both")
 
     # ---- start and stop ---------------------------------------------------------------------------------------
 
@@ -171,9 +164,7 @@ class P2PSchedulerSide(SchedulerSide):
         if self.config.weights_version is not None:
             return (("weights", f"version:{self.config.weights_version}"),)
         if self.host.weights_are_random or not Path(self.host.model).is_dir():
-            logger.warning(
-                "P2P: %s is no folder of weights, so peers cannot check that theirs are equal", self.host.model
-            )
+            logger.warning("P2P: %s is no folder of weights: peers cannot check theirs", self.host.model)
             return ()
         return (("weights", fingerprint_folder(Path(self.host.model))),)
 
