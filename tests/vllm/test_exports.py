@@ -38,6 +38,9 @@ SUPPORTS_HMA = {
     "LoadRecoveryExampleConnector": False,
     "ExampleConnector": False,
     "DecodeBenchConnector": True,
+    "ExampleHiddenStatesConnector": True,
+    "LMCacheMPConnector": False,
+    "LMCacheMPConnectorUpstream": False,
     "MultiConnector": True,
     "FerryMultiConnector": True,
     "FerryMultiConnectorNoHMA": False,
@@ -239,8 +242,8 @@ import kvferry.vllm
 print(*names, factory.get_connector_class_by_name("FerryOffloadingConnector") is kvferry.vllm.OffloadingConnector)
 """
     assert run_python(code, path=str(tmp_path), VLLM_PLUGINS="kvferry_test").splitlines()[-1] == (
-        "FerryDecodeBenchConnector FerryExampleConnector FerryLoadRecoveryExampleConnector FerryMultiConnector "
-        "FerryMultiConnectorNoHMA FerryOffloadingConnector True"
+        "FerryDecodeBenchConnector FerryExampleConnector FerryLMCacheMPConnector FerryLMCacheMPConnectorUpstream "
+        "FerryLoadRecoveryExampleConnector FerryMultiConnector FerryMultiConnectorNoHMA FerryOffloadingConnector True"
     )
 
 

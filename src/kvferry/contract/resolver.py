@@ -25,7 +25,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, cast
 
-from kvferry.config import KVTransferConfig
+from kvferry.config import KVTransferConfig, lmcache_upstream_environment
 from kvferry.contract.base import CONNECTOR_API, KVConnectorBase_V1
 from kvferry.errors import (
     ConfigError,
@@ -35,6 +35,7 @@ from kvferry.errors import (
     ConnectorNotFound,
     did_you_mean,
 )
+from kvferry.lmcache.config import check_builtin
 
 logger = logging.getLogger(__name__)
 
@@ -122,12 +123,36 @@ BUILT_INS = (
         "torch and safetensors come with the host; for the embedded engine: pip install 'kvferry[engine]'",
     ),
     Target(
+        "ExampleHiddenStatesConnector",
+        "kvferry.connectors.hidden_states",
+        "ExampleHiddenStatesConnector",
+        Origin.BUILT_IN,
+        "Writes chosen layers' hidden states of each prompt to a safetensors file.",
+        "torch and safetensors come with the host; for the embedded engine: pip install 'kvferry[engine]'",
+    ),
+    Target(
         "DecodeBenchConnector",
         "kvferry.connectors.decode_bench",
         "DecodeBenchConnector",
         Origin.BUILT_IN,
         "Fills the KV of prompts with noise, so that decoding alone is measured; answers mean nothing.",
         "torch comes with the host; for the embedded engine: pip install 'kvferry[engine]'",
+    ),
+    Target(
+        "LMCacheMPConnector",
+        "kvferry.connectors.lmcache_mp",
+        "LMCacheMPConnector",
+        Origin.BUILT_IN,
+        "Keeps KV in an LMCache server; in vLLM with LMCache's own class where that is installed.",
+        "pip install 'kvferry[lmcache]'; torch comes with the host",
+    ),
+    Target(
+        "LMCacheMPConnectorUpstream",
+        "kvferry.connectors.lmcache_mp",
+        "LMCacheMPConnectorUpstream",
+        Origin.BUILT_IN,
+        "Keeps KV in an LMCache server, always with kvferry's own client.",
+        "pip install 'kvferry[lmcache]'; torch comes with the host",
     ),
 )
 """All connectors kvferry ships."""
@@ -228,8 +253,13 @@ class ConnectorResolver:
         if ":" in name:
             return _explicit(name, path)
         if path is None:
-            return self._named(name, transfer.on_shadow)
+            target = self._named(name, transfer.on_shadow)
+            if target.module == "kvferry.connectors.lmcache_mp":
+                check_builtin(transfer.kv_connector_extra_config)
+            return target
         target = Target(name, path, name, Origin.MODULE)
+        if name == "LMCacheMPConnector" and lmcache_upstream_environment():
+            logger.warning("LMCACHE_USE_UPSTREAM_MP is set, but kv_connector_module_path=%r is what counts", path)
         self._tell_shadows([target, *self._offers(name)], transfer.on_shadow)
         return target
 

@@ -4,6 +4,8 @@ Every built-in connector of kvferry is here under its name. What differs:
 
     FerryMultiConnector        MultiConnector for vLLM with hybrid KV caches on: all children must support them
     FerryMultiConnectorNoHMA   the same for children that do not; vLLM then switches hybrid KV caches off
+    LMCacheMPConnector         the class of the installed lmcache package, else kvferry's own, as `implementation` in
+                               kv_connector_extra_config and LMCACHE_USE_UPSTREAM_MP say (kvferry.vllm.lmcache)
     MultiConnector             FerryMultiConnector; vLLM itself reads the children of a connector of this name, so each
                                needs kv_role, and ours a kv_connector_module_path
 
@@ -37,6 +39,10 @@ def __getattr__(name: str) -> Any:
     from kvferry.vllm.compat import check_vllm
 
     check_vllm()
+    if name == "LMCacheMPConnector":
+        from kvferry.vllm.lmcache import lmcache_connector
+
+        return lmcache_connector()
     if name in MULTI_CONNECTORS:
         from kvferry.vllm import multi
 

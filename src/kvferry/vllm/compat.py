@@ -7,7 +7,11 @@
 from __future__ import annotations
 
 import copy
+import functools
+import importlib
 import re
+import sys
+from collections.abc import Callable
 from importlib import metadata
 from typing import Any, NamedTuple
 
@@ -58,6 +62,43 @@ def check_vllm() -> None:
             f"this is vLLM {version}; this kvferry supports vLLM {supported_versions()}: "
             "install one of these, or another kvferry"
         )
+
+
+def tolerate_llvmlite() -> None:
+    """Make vLLM's start on CPU survive an imported numba, which the lmcache package brings along.
+
+    vLLM replaces kernels by looking at every value in every module. A lazy proxy in llvmlite answers any attribute
+    name, also `__dict__`, with a function, which ends that search and the engine ("'_lib_fn_wrapper' object has no
+    attribute 'get'"). No kernel is in llvmlite, so that its modules are out of sight during the search. HostError for
+    a vLLM that replaces kernels in a way we do not know.
+    """
+    try:
+        dispatcher: Any = importlib.import_module("vllm.triton_utils.dispatcher")
+    except ModuleNotFoundError:
+        return  # this vLLM replaces no kernels
+    search = getattr(dispatcher, "_rebind_kernels", None)
+    if search is None:
+        raise HostError(
+            "kvferry does not know how this vLLM replaces kernels, and numba, which lmcache imports, may end it: set "
+            "implementation='builtin' in kv_connector_extra_config"
+        )
+    if not hasattr(search, "is_tolerant"):
+        dispatcher._rebind_kernels = _without_llvmlite(search)
+
+
+def _without_llvmlite(search: Callable[..., None]) -> Callable[..., None]:
+    @functools.wraps(search)
+    def tolerant(*args: Any) -> None:
+        hidden = {name: module for name, module in sys.modules.items() if name.partition(".")[0] == "llvmlite"}
+        for name in hidden:
+            del sys.modules[name]
+        try:
+            search(*args)
+        finally:
+            sys.modules.update(hidden)
+
+    tolerant.is_tolerant = True  # type: ignore[attr-defined]
+    return tolerant
 
 
 def as_newest(kv_cache_config: Any) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import types
 from collections.abc import Iterable
 from dataclasses import fields
@@ -77,6 +78,7 @@ class VllmAnswers:
         return MetricsOfAll(vllm_config, metric_types, labelnames, per_engine_labelvalues)
 
 
+@functools.cache  # a name means one class, through whichever door it is asked for
 def built_in(name: str) -> type[Any]:
     """vLLM's form of the built-in connector of that name."""
     return vllm_form(KVConnectorFactory.get_connector_class_by_name(name))

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import logging
+from typing import Any
 
 from kvferry.vllm import FERRY_NAMES
 
 logger = logging.getLogger(__name__)
+
+_ORIGINAL = "_kvferry_get_connector_class"
 
 
 def register() -> None:
@@ -27,3 +30,23 @@ def register() -> None:
             logger.debug("vLLM knows a connector %s already", name)
         except Exception as err:  # as above
             logger.warning("kvferry's connector %s is not registered: %s: %s", name, type(err).__name__, err)
+    if not hasattr(KVConnectorFactory, _ORIGINAL) and hasattr(KVConnectorFactory, "get_connector_class"):
+        _choose_by_configuration(KVConnectorFactory)
+
+
+def _choose_by_configuration(factory: Any) -> None:
+    """vLLM's factory does not tell a module what it is configured for. The LMCacheMPConnector must know: it is one of
+    two classes, of which one supports hybrid KV caches."""
+    original = factory.get_connector_class
+    setattr(factory, _ORIGINAL, original)
+
+    def get_connector_class(_: Any, kv_transfer_config: Any) -> type[Any]:
+        named = kv_transfer_config.kv_connector_module_path, kv_transfer_config.kv_connector
+        if named in (("kvferry.vllm", "LMCacheMPConnector"), (None, "FerryLMCacheMPConnector")):
+            from kvferry.vllm.lmcache import lmcache_connector
+
+            return lmcache_connector(kv_transfer_config)
+        found: type[Any] = original(kv_transfer_config)
+        return found
+
+    factory.get_connector_class = classmethod(get_connector_class)

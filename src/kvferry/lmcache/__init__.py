@@ -1,0 +1,1 @@
+"""Our own client of LMCache's multi-process server. Nothing here imports lmcache."""
