@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from kvferry.errors import ConfigError
@@ -35,6 +35,12 @@ class HostInfo:
     """Host settings beside the weights on which KV bytes depend (KV dtype, model dtype, quantisation)."""
     wants_kv_events: bool = False
     """True when the host publishes KV events, so that `take_events` is worth its work."""
+    kv_role: str = "kv_both"
+    """kv_producer, kv_consumer or kv_both."""
+    total_kv_heads: Mapping[str, int] = field(default_factory=dict)
+    """By attention layer: KV heads of the whole model, over all workers."""
+    key_elements: Mapping[str, int] = field(default_factory=dict)
+    """By attention layer: elements of K per token and head; V follows."""
     hidden_state_layers: tuple[int, ...] = ()
     """Hidden states that the host hands on: 0 is the embeddings, i what layer i gives, counted from 1."""
     reads_failed_blocks: bool = False
@@ -69,9 +75,32 @@ def host_info(vllm_config: Any, kv_cache_config: KVCacheConfig) -> HostInfo:
         extra_config=dict(transfer.kv_connector_extra_config),
         numerics=_numerics(vllm_config),
         wants_kv_events=bool(getattr(getattr(vllm_config, "kv_events_config", None), "enable_kv_cache_events", False)),
+        kv_role=str(transfer.kv_role),
+        total_kv_heads=_total_kv_heads(vllm_config, kv_cache_config),
+        key_elements={name: int(spec.head_size) for name, spec in _attention_specs(kv_cache_config)},
         hidden_state_layers=_hidden_state_layers(vllm_config),
         reads_failed_blocks=bool(getattr(vllm_config, "reads_failed_blocks", False)),
     )
+
+
+def _attention_specs(kv_cache_config: KVCacheConfig) -> Iterator[tuple[str, Any]]:
+    for group in kv_cache_config.kv_cache_groups:
+        by_layer = getattr(group.kv_cache_spec, "kv_cache_specs", {})
+        for name in group.layer_names:
+            spec = by_layer.get(name, group.kv_cache_spec)
+            if hasattr(spec, "num_kv_heads"):
+                yield name, spec
+
+
+def _total_kv_heads(vllm_config: Any, kv_cache_config: KVCacheConfig) -> dict[str, int]:
+    """With one worker, its own; with several, what the model says, for they may share heads. Latent KV has one head."""
+    tp_size = int(vllm_config.parallel_config.tensor_parallel_size)
+    ask = getattr(vllm_config.model_config, "get_total_num_kv_heads", None)
+    total = int(ask()) if tp_size > 1 and ask is not None else None
+    return {
+        name: 1 if "MLA" in type(spec).__name__ else total or int(spec.num_kv_heads) * tp_size
+        for name, spec in _attention_specs(kv_cache_config)
+    }
 
 
 def groups_of(kv_cache_config: KVCacheConfig) -> tuple[GroupInfo, ...]:

@@ -79,6 +79,8 @@ class Target:
         return (self.module, self.class_name) == (other.module, other.class_name)
 
 
+_P2P_HINT = "install what P2P needs with: pip install 'kvferry[p2p]'"
+
 BUILT_INS = (
     Target(
         "OffloadingConnector",
@@ -87,6 +89,15 @@ BUILT_INS = (
         Origin.BUILT_IN,
         "Keeps KV in host memory and in tiers below it, and loads it for requests with the same prefix.",
         "torch comes with the host; for the embedded engine: pip install 'kvferry[engine]'",
+    ),
+    *(
+        Target(name, "kvferry.connectors.p2p", name, Origin.BUILT_IN, description, _P2P_HINT)
+        for name, description in {
+            "P2PConnector": "Moves KV from a prefill engine to a decode engine, over what is fastest between them.",
+            "NixlConnector": "The same over NIXL, where the decode engine reads unless configured otherwise.",
+            "NixlPullConnector": "The same over NIXL, where the decode engine reads.",
+            "NixlPushConnector": "The same over NIXL, where the prefill engine writes.",
+        }.items()
     ),
     Target(
         "MultiConnector",

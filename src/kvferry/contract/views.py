@@ -41,6 +41,16 @@ class RequestView:
         return int(self._request.num_tokens)
 
     @property
+    def num_prompt_tokens(self) -> int:
+        """How many of them are the prompt."""
+        return int(self._request.num_prompt_tokens)
+
+    @property
+    def status_name(self) -> str:
+        """The host's name of its state, e.g. FINISHED_STOPPED; both hosts' names are alike."""
+        return str(self._request.status.name)
+
+    @property
     def num_computed_tokens(self) -> int:
         """Tokens whose KV the host counts as computed."""
         return int(self._request.num_computed_tokens)

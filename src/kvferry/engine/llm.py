@@ -20,6 +20,7 @@ from kvferry.engine.detokenizer import Detokenizer
 from kvferry.engine.device_events import DeviceEvents
 from kvferry.engine.explain import Explainer
 from kvferry.engine.guard import HostCounters
+from kvferry.engine.handover import handed_over_tokens
 from kvferry.engine.hidden_states import with_hidden_states
 from kvferry.engine.model_loader import EngineModel, load_model
 from kvferry.engine.outputs import RequestOutput, report
@@ -402,7 +403,7 @@ class LLM:
         if params.stop and self.tokenizer is None:
             raise ConfigError(f"stop={params.stop!r}: the model has no tokenizer; use stop_token_ids")
         self._num_added += 1
-        return Request(
+        request = Request(
             # The random part keeps ids of restarted engines apart, where peers remember them.
             request_id or f"{self._num_added}-{secrets.token_hex(4)}",
             token_ids,
@@ -415,6 +416,8 @@ class LLM:
             prompt=prompt if isinstance(prompt, str) else None,
             detokenizer=None if self.tokenizer is None else Detokenizer(self.tokenizer, token_ids, params),
         )
+        request.handed_over_token_ids = handed_over_tokens(request, self._model.vocab_size)
+        return request
 
 
 def _is_single(prompts: Any) -> bool:

@@ -99,6 +99,8 @@ class Request:
         self.max_tokens = sampling_params.max_tokens
         self.cache_salt = cache_salt
         self.kv_transfer_params: dict[str, Any] | None = (sampling_params.extra_args or {}).get("kv_transfer_params")
+        self.handed_over_token_ids: tuple[int, ...] = ()
+        """The first tokens as a prefill engine chose them; taken over with the KV of the whole prompt."""
         self.mm_features: list[Any] = []
         self.status = RequestStatus.WAITING
         self.num_computed_tokens = 0

@@ -25,6 +25,7 @@ from kvferry.contract import CacheHitSource
 from kvferry.engine.block_pool import Block
 from kvferry.engine.config import SchedulerConfig
 from kvferry.engine.connector_host import NO_MATCH, ExternalMatch, SchedulerConnector
+from kvferry.engine.handover import take_over
 from kvferry.engine.kv_manager import KVCacheBlocks, KVManager
 from kvferry.engine.outputs import BatchItem, BlockState, SchedulerOutput, SchedulerStats, StepPlan, StepResult
 from kvferry.engine.recovery import SharedRepairs, leave_unknown_out, read_failures
@@ -341,8 +342,11 @@ class Scheduler:
         request.num_computed_tokens += item.num_tokens
         self.manager.cache_blocks(request, request.num_computed_tokens)
         token = sampled.get(request.request_id)
-        if token is None:
-            return
+        if token is not None:
+            self._take_token(request, token)
+
+    def _take_token(self, request: Request, token: SampledToken) -> None:
+        """The request's next token is known; maybe it is the last."""
         if request.first_token_s is None:
             request.first_token_s = self._clock.now()
         self._news[request.request_id] = request
@@ -507,6 +511,9 @@ class Scheduler:
         """A load has ended: on to running with what it brought, or back to the start when that is nothing."""
         request.status = RequestStatus.PREEMPTED if request.num_preemptions else RequestStatus.WAITING
         self.manager.cache_blocks(request, request.num_computed_tokens)
+        take_over(request, self._take_token)
+        if request.is_finished():
+            return
         # The last token is computed in any case: its logits choose the next one.
         num_computed = min(request.num_computed_tokens, request.num_tokens - 1)
         if num_computed and not self.manager.can_continue(request.request_id, num_computed):

@@ -210,10 +210,10 @@ def decode_geometry(data: bytes) -> EngineGeometry:
         raise TransferError(f"the peer's geometry is malformed: {err}") from err
 
 
-def check_geometries(local: bytes, remote: bytes) -> list[str]:
+def check_geometries(local: bytes, remote: bytes, sides: tuple[str, str] = ("here", "peer")) -> list[str]:
     """`differences` of two encoded geometries; one that cannot be read is a difference too."""
     try:
-        return differences(decode_geometry(local), decode_geometry(remote), ("here", "peer"))
+        return differences(decode_geometry(local), decode_geometry(remote), sides)
     except TransferError as err:
         return [str(err)]
 

@@ -188,6 +188,7 @@ class Peers:
         peer = self._peers.get(name)
         if peer is not None and peer.connection == connection:
             self.close(peer, reason, now)
+            peer.is_asked = True  # so that it is greeted anew, and does not learn of it by what it does next
 
     def closed(self, name: str, connection: int, now: float) -> None:
         """The driver destroyed a connection."""

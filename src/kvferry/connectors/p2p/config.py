@@ -1,0 +1,98 @@
+"""Settings of the P2P connectors (`kv_connector_extra_config`)."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from kvferry.config import parse_settings
+from kvferry.errors import ConfigError
+from kvferry.p2p.actions import P2PSettings
+from kvferry.p2p.control import ControlSettings
+from kvferry.p2p.wire import LOOPBACK
+
+EXTRA_CONFIG = "kv_connector_extra_config"
+_WAITS = P2PSettings()
+
+
+@dataclass(frozen=True)
+class P2PConfig:
+    """What the user may set; every key is checked, unknown keys are errors that name the nearest known one."""
+
+    transport: Literal["auto", "shm", "nixl"] = "auto"
+    """What moves the bytes. `auto`: per peer the fastest that reaches it; a named one is never replaced by another."""
+    mode: Literal["pull", "push"] = "pull"
+    """Who moves them: the decode engine reads (pull), or the prefill engine writes (push)."""
+    host: str = "127.0.0.1"
+    """Where the control channel listens; other machines reach it only with a key."""
+    port: int = field(default=0, metadata={"minimum": 0, "maximum": 65535})
+    """0: any free port; peers are told which."""
+    advertised_host: str | None = None
+    """The host that peers are told to dial, where it is another than `host`."""
+    key_file: str | None = None
+    """File with a secret that all engines and the proxy share; with it, connections are authenticated and encrypted."""
+    allowed_peers: list[Any] | None = None
+    """Networks (10.0.0.0/8) and host names (*.cluster.local) that requests may name; by default this machine only."""
+    weights_version: str | None = None
+    """Names the weights towards peers instead of a fingerprint of the files."""
+    shm_dir: str | None = None
+    """Folder for the KV pool when shared memory is too small."""
+    ucx: dict[str, Any] | None = None
+    """Settings of NIXL's UCX backend."""
+    lease_s: float = _WAITS.lease_s
+    """Blocks of a finished prefill are kept for a decode engine that has not come."""
+    claim_s: float = _WAITS.claim_s
+    """They are kept for one that has come, and is silent."""
+    announce_s: float = _WAITS.announce_s
+    """A load may wait for blocks of its own engine."""
+    load_s: float = _WAITS.load_s
+    """A load with blocks may take, all in all."""
+    handshake_s: float = _WAITS.handshake_s
+    """Two engines may take to get to know each other."""
+    retry_s: float = _WAITS.retry_s
+    """A control message is repeated after this, then less and less often."""
+    liveness_s: float = _WAITS.liveness_s
+    """A peer that owes an answer may be silent."""
+    quarantine_s: float = _WAITS.quarantine_s
+    """A transfer that was given up may go on before its connection is destroyed."""
+
+    @classmethod
+    def parse(cls, extra_config: Mapping[str, Any], variant: Mapping[str, Any]) -> P2PConfig:
+        """Read `kv_connector_extra_config` over what the connector's name says. ConfigError: key, value and remedy."""
+        config = parse_settings(cls, {**variant, **extra_config}, EXTRA_CONFIG)
+        if "mode" in variant and config.mode != variant["mode"]:
+            raise ConfigError(
+                f"{EXTRA_CONFIG}.mode={config.mode!r}, but the connector's name says {variant['mode']!r}: "
+                "leave the key out, or use NixlConnector"
+            )
+        if not all(isinstance(peer, str) for peer in config.allowed_peers or ()):
+            raise ConfigError(f"{EXTRA_CONFIG}.allowed_peers={config.allowed_peers!r} must be a list of texts")
+        config.waits()
+        return config
+
+    @property
+    def peers(self) -> tuple[str, ...]:
+        """Who may be named by requests."""
+        return LOOPBACK if self.allowed_peers is None else tuple(self.allowed_peers)
+
+    def key(self) -> str | None:
+        """The shared secret; reads the file. ConfigError when that cannot be read."""
+        if self.key_file is None:
+            return None
+        try:
+            return Path(self.key_file).read_text().strip()
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(f"{EXTRA_CONFIG}.key_file={self.key_file!r} cannot be read: {error}") from error
+
+    def waits(self) -> P2PSettings:
+        """The core's deadlines. ConfigError when one is not above 0."""
+        own = {f.name for f in dataclasses.fields(self)}
+        names = [f.name for f in dataclasses.fields(P2PSettings) if f.name in own]
+        return P2PSettings(**{name: getattr(self, name) for name in names})
+
+    def control(self, key: str | None) -> ControlSettings:
+        """Where to listen."""
+        return ControlSettings(self.host, self.port, self.advertised_host, key)

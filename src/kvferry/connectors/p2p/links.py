@@ -1,0 +1,174 @@
+"""One worker's links to the workers of peers: which transport serves which, and the jobs that run over them.
+
+connection   one handshake with a peer engine; numbered by the core
+link         this worker's end of it: per peer worker a handle of the chosen transport, made when first needed
+job          becomes one ticket per peer worker; ends when all have, with the worst of their ends
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from kvferry.connectors.p2p.messages import JobReport, OpenOrder, WorkerReport
+from kvferry.errors import TransferError
+from kvferry.p2p import transport as wire
+from kvferry.p2p.actions import TransferJob, TransferOp, TransferStatus
+from kvferry.p2p.choice import choose
+from kvferry.p2p.geometry import EngineGeometry, decode_geometry
+from kvferry.p2p.plan import RankTransfer, plan_transfer, unfilled_blocks
+
+logger = logging.getLogger(__name__)
+
+_WORST = (TransferStatus.UNKNOWN, TransferStatus.FAILED, TransferStatus.REJECTED, TransferStatus.OK)
+_Ticket = tuple[str, int]
+
+
+@dataclass(slots=True)
+class _Link:
+    order: OpenOrder
+    local: EngineGeometry
+    remote: EngineGeometry
+    peers: dict[int, tuple[wire.Transport, wire.PeerHandle]] = field(default_factory=dict)
+
+    def has_ended(self) -> bool:
+        """Whether all the peer's workers are known, and known to have ended."""
+        ended = [transport.peer_has_ended(peer) for transport, peer in self.peers.values()]
+        return len(ended) == len(self.remote.ranks) and all(ended)
+
+
+@dataclass(slots=True, eq=False)
+class _Running:
+    """A job, or the closing of a link."""
+
+    name: str | int
+    started_s: float
+    tickets: set[_Ticket] = field(default_factory=set)
+    status: TransferStatus = TransferStatus.OK
+    reason: str = ""
+    num_bytes: Counter[str] = field(default_factory=Counter)
+
+    def note(self, status: TransferStatus, reason: str) -> None:
+        """The worst end counts; the first reason is kept."""
+        if status is not TransferStatus.OK:
+            self.reason = self.reason or reason
+        self.status = min(self.status, status, key=_WORST.index)
+
+
+class Links:
+    """All links of one worker. Single-threaded; never blocks: the transports have threads of their own."""
+
+    def __init__(self, rank: int, requested: str, transports: Mapping[str, wire.Transport]) -> None:
+        self._rank = rank
+        self._requested = requested
+        self._transports = transports
+        self._links: dict[int, _Link] = {}
+        self._fenced: set[int] = set()
+        self._tickets: dict[_Ticket, _Running] = {}
+        self._report = WorkerReport()
+
+    def open(self, order: OpenOrder) -> None:
+        """Jobs on this connection may come. What was checked at the handshake is not checked again."""
+        local, remote = decode_geometry(order.local_geometry), decode_geometry(order.remote_geometry)
+        self._links[order.connection] = _Link(order, local, remote)
+        if order.is_writer:
+            try:
+                for rank in range(len(remote.ranks)):
+                    self._reach(order.connection, rank)
+            except TransferError as error:
+                logger.warning("%s writes to this engine, which cannot see whether it lives: %s", order.peer, error)
+
+    def start(self, job: TransferJob) -> None:
+        """Plan and submit this rank's part; a part without bytes ends at once, an impossible one is rejected."""
+        running = _Running(job.job_id, time.perf_counter())
+        try:
+            for peer_rank, transfer in self._plan(job):
+                transport, peer = self._reach(job.connection, peer_rank)
+                ticket = transport.submit(peer, wire.TransferOp(job.op.value), transfer.pieces)
+                self._add(running, transport, ticket)
+        except TransferError as error:
+            running.note(TransferStatus.REJECTED, str(error))
+        self._end_if_over(running)
+
+    def fence(self, connection: int) -> None:
+        """Close a connection as soon as the peer's processes have ended."""
+        if connection in self._links:
+            self._fenced.add(connection)
+
+    def close(self, connection: int) -> None:
+        """Destroy a connection; told as closed once nothing of it can land any more."""
+        if (link := self._links.pop(connection, None)) is None:
+            return  # its fence came first
+        self._fenced.discard(connection)
+        running = _Running(connection, time.perf_counter())
+        for transport, peer in link.peers.values():
+            self._add(running, transport, transport.close_peer(peer))
+        self._end_if_over(running)
+
+    def poll(self) -> WorkerReport:
+        """What ended since the last call."""
+        for connection in list(self._fenced):
+            if self._links[connection].has_ended():
+                self.close(connection)
+        for name, transport in self._transports.items():
+            for done in transport.poll():
+                running = self._tickets.pop((name, done.ticket))
+                running.tickets.discard((name, done.ticket))
+                running.num_bytes[name] += done.num_bytes
+                running.note(TransferStatus(done.status.value), done.reason)
+                self._end_if_over(running)
+        report, self._report = self._report, WorkerReport()
+        return report
+
+    def _add(self, running: _Running, transport: wire.Transport, ticket: int) -> None:
+        key = transport.capabilities.name, ticket
+        running.tickets.add(key)
+        self._tickets[key] = running
+
+    def _end_if_over(self, running: _Running) -> None:
+        if running.tickets:
+            return
+        if isinstance(running.name, str):
+            seconds = time.perf_counter() - running.started_s
+            job = JobReport(running.name, self._rank, running.status, running.reason, dict(running.num_bytes), seconds)
+            self._report.jobs.append(job)
+        elif running.status is TransferStatus.OK:
+            self._report.closed.append((running.name, self._rank))
+        else:
+            logger.error(
+                "connection %d could not be destroyed (%s): blocks that may be written through it stay out of use",
+                running.name, running.reason,
+            )  # fmt: skip
+
+    def _plan(self, job: TransferJob) -> list[tuple[int, RankTransfer]]:
+        """(the peer's rank, the copies) of this rank's part."""
+        link = self._links.get(job.connection)
+        if link is None:
+            raise TransferError(f"connection {job.connection} with {job.peer} is closed")
+        is_write = job.op is TransferOp.WRITE
+        engines, blocks = (link.local, link.remote), (job.local_blocks, job.remote_blocks)
+        what = (*engines, *blocks) if is_write else (*engines[::-1], *blocks[::-1])
+        if any(group.window_tokens for group in link.local.ranks[0].groups):
+            for group, position in unfilled_blocks(*what, job.token_range):
+                raise TransferError(
+                    f"block {position} of group {group} would be filled in part: the engines' block sizes differ, and "
+                    "the prefill engine has dropped what is outside the window"
+                )
+        if is_write:
+            return [(x.destination_rank, x) for x in plan_transfer(*what, job.token_range, source_rank=self._rank)]
+        return [(x.source_rank, x) for x in plan_transfer(*what, job.token_range, destination_rank=self._rank)]
+
+    def _reach(self, connection: int, peer_rank: int) -> tuple[wire.Transport, wire.PeerHandle]:
+        link = self._links[connection]
+        if peer_rank not in link.peers:
+            blobs = {name: ranks[peer_rank] for name, ranks in link.order.blobs.items() if peer_rank < len(ranks)}
+            transport = choose(self._requested, self._transports, blobs)
+            link.peers[peer_rank] = transport, transport.connect(blobs[transport.capabilities.name])
+            logger.info(
+                "KV between %s (rank %d) and this engine (rank %d) moves over %s",
+                link.order.peer, peer_rank, self._rank, transport.capabilities.name,
+            )  # fmt: skip
+        return link.peers[peer_rank]

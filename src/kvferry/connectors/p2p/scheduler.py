@@ -1,0 +1,481 @@
+"""Scheduler side of the P2P connectors: tells the core what the host does, and the host what the core says.
+
+    host's hooks ──► agent (core and control channel) ──► events ──► orders to the workers ──► what they tell the host
+
+    a request of ours     with do_remote_decode: leased when it ends, its blocks kept until the core releases them
+    a request of a peer's with do_remote_prefill: announced ─► claimed from the host ─► loading ─► over
+
+Blocks into which something may still be written are never given back: of a load that failed they are pinned until the
+core calls them safe, so that the request need not wait for that; of a request that is gone the host keeps them.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import secrets
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import Enum
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from kvferry.clock import Clock, SystemClock
+from kvferry.connectors.p2p.agent import P2PAgent
+from kvferry.connectors.p2p.config import P2PConfig
+from kvferry.connectors.p2p.messages import OpenOrder, StepMetadata, WorkerHandshake, WorkerReport
+from kvferry.connectors.p2p.stats import P2PCounters
+from kvferry.contract.base import CacheHitSource, KVConnectorHandshakeMetadata
+from kvferry.contract.explain import PrefixRange
+from kvferry.contract.host import HostInfo
+from kvferry.contract.kv_cache import KVConnectorOutput
+from kvferry.contract.sides import SchedulerSide
+from kvferry.contract.stats import ConnectorStats
+from kvferry.contract.views import BlockIds, RequestView, StepView
+from kvferry.errors import ConfigError, TransferError
+from kvferry.fingerprint import fingerprint_folder
+from kvferry.p2p.actions import (
+    BlocksSafe,
+    ClosePeer,
+    FinishReason,
+    GroupRule,
+    LoadEnded,
+    LocalEngine,
+    OpenPeer,
+    Release,
+    StartTransfer,
+    TransferOp,
+)
+from kvferry.p2p.core import P2PCore, random_id
+from kvferry.p2p.geometry import EngineGeometry, check_geometries, decode_geometry, encode_geometry
+from kvferry.p2p.messages import Handover
+from kvferry.p2p.wire import Address, check_peer
+from kvferry.types import NULL_BLOCK_ID
+
+logger = logging.getLogger(__name__)
+
+_REASONS = {
+    "FINISHED_LENGTH_CAPPED": FinishReason.LENGTH,
+    "FINISHED_ABORTED": FinishReason.ABORT,
+    "FINISHED_IGNORED": FinishReason.ABORT,
+    "FINISHED_ERROR": FinishReason.ERROR,
+}
+_MAX_HANDED_TOKENS = 1024
+
+
+class LoadState(Enum):
+    """A request whose KV a peer has, as the host sees it."""
+
+    ANNOUNCED = "announced"
+    LOADING = "loading"  # the host waits for it
+    FAILED = "failed"  # before the host gave it blocks
+    OVER = "over"
+
+
+_QUIET = (LoadState.ANNOUNCED, LoadState.FAILED)
+
+
+@dataclass(slots=True)
+class Load:
+    """One such request. Token positions count from its first token."""
+
+    peer: str = "no peer"
+    is_push: bool = False
+    num_remote_tokens: int | None = None
+    """Tokens whose KV the peer has; None: all of the prompt."""
+    state: LoadState = LoadState.ANNOUNCED
+    reason: str = ""
+    num_local_tokens: int = 0
+    end_token: int = 0
+    blocks: BlockIds = ()
+    is_gone: bool = False
+    """The request ended while it was loading."""
+
+
+class P2PSchedulerSide(SchedulerSide):
+    """One per engine, in the scheduler's thread. No hook waits for a peer."""
+
+    cache_hit_source = CacheHitSource.P2P
+    variant: Mapping[str, Any] = {}
+
+    def __init__(self, host: HostInfo, clock: Clock | None = None) -> None:
+        super().__init__(host)
+        self.config = P2PConfig.parse(host.extra_config, self.variant)
+        self._is_consumer = host.kv_role != "kv_producer"
+        self.requires_kv_delivery = self._is_producer = host.kv_role != "kv_consumer"
+        self.counters = P2PCounters()
+        self._clock = clock or SystemClock()
+        self._alignment = math.lcm(*(group.block_tokens for group in host.groups))
+        self._agent: P2PAgent | None = None
+        self._key = self.config.key()
+        self._geometry = b""
+        self._pool: Any = None
+        self._loads: dict[str, Load] = {}
+        self._senders: set[str] = set()
+        self._held: dict[str, tuple[int, float]] = {}  # released later: number of blocks, since when
+        self._pins: dict[str, list[Any]] = {}
+        self._written: dict[str, str] = {}  # request -> the peer that may write to its blocks
+        self._fenced: dict[int, str] = {}  # connection that is closed when nobody writes to us through it -> its peer
+        self._orders = StepMetadata()
+        self._unopened: dict[int, OpenPeer] = {}
+        self._closing: dict[int, tuple[str, set[int], float]] = {}  # peer, ranks that have closed, deadline
+        self._jobs: dict[str, tuple[set[int], TransferOp, float]] = {}  # ranks that have ended, and its deadline
+
+    # ---- start and stop ---------------------------------------------------------------------------------------
+
+    def bind_gpu_block_pool(self, gpu_block_pool: Any) -> None:
+        """The pool whose blocks are pinned while something may still be written to them."""
+        self._pool = gpu_block_pool
+
+    def set_xfer_handshake_metadata(self, metadata: dict[int, KVConnectorHandshakeMetadata]) -> None:
+        """Listen for peers, now that every worker's KV cache is known. ConfigError when a worker is missing."""
+        shakes = [shake for _, shake in sorted(metadata.items()) if isinstance(shake, WorkerHandshake)]
+        if [shake.rank for shake in shakes] != list(range(self.host.world_size)):
+            raise ConfigError(
+                f"workers {[shake.rank for shake in shakes]} of {self.host.world_size} described their KV cache: "
+                "all must run the same P2P connector"
+            )
+        ranks = tuple(decode_geometry(shake.geometry).ranks[0] for shake in shakes)
+        self._geometry = encode_geometry(EngineGeometry(ranks, self._facts()))
+        names = set.intersection(*(set(shake.blobs) for shake in shakes))
+        blobs = {name: tuple(shake.blobs[name] for shake in shakes) for name in sorted(names)}
+        self._agent = P2PAgent(
+            self.config.control(self._key), lambda address: self._make_core(address, blobs), self._clock
+        )
+        logger.info(
+            "P2P: engine %s listens on %s, %s over %s",
+            self.host.engine_id, self._agent.address, self.config.mode, " or ".join(blobs),
+        )  # fmt: skip
+
+    def _make_core(self, address: Address, blobs: Mapping[str, tuple[bytes, ...]]) -> P2PCore:
+        rules = tuple(GroupRule(group.block_tokens, group.window_tokens) for group in self.host.groups)
+        local = LocalEngine(
+            self.host.engine_id, random_id(), address.host, address.port, self.host.world_size, self._geometry, blobs,
+            rules,
+        )  # fmt: skip
+        # The peer reads the same words, so they say who is who.
+        check = partial(check_geometries, sides=(self.host.engine_id, "its peer"))
+        return P2PCore(local, check, self.config.waits())
+
+    def _facts(self) -> tuple[tuple[str, str], ...]:
+        """What two engines must agree on beside the layout. Where the weights cannot be told, they are not compared."""
+        if self.config.weights_version is not None:
+            return (("weights", f"version:{self.config.weights_version}"),)
+        if self.host.weights_are_random or not Path(self.host.model).is_dir():
+            logger.warning("P2P: %s is no folder of weights: peers cannot check theirs", self.host.model)
+            return ()
+        return (("weights", fingerprint_folder(Path(self.host.model))),)
+
+    @property
+    def agent(self) -> P2PAgent:
+        """Core and control channel; there once the workers' handshake has arrived."""
+        assert self._agent is not None, "set_xfer_handshake_metadata comes first"
+        return self._agent
+
+    def shutdown(self) -> None:
+        """Stop the agent. Peers see their links break."""
+        if self._agent is not None:
+            self._agent.close()
+
+    # ---- requests ---------------------------------------------------------------------------------------------
+
+    def on_new_request(self, request: RequestView) -> None:
+        """Note a request that shall be handed over; ask for the KV of one that was."""
+        params = request.kv_transfer_params or {}
+        if params.get("do_remote_decode") and self._is_producer:
+            self._expect_consumer(request.request_id, params.get("transfer_id"))
+        elif params.get("do_remote_decode"):
+            logger.warning("%s: do_remote_decode is ignored, kv_role is %s", request.request_id, self.host.kv_role)
+        if params.get("do_remote_prefill") and self._is_consumer:
+            self._announce(request.request_id, params)
+        elif params.get("do_remote_prefill"):
+            self._refuse(request.request_id, f"do_remote_prefill, but kv_role is {self.host.kv_role}")
+
+    def _expect_consumer(self, request_id: str, transfer_id: Any) -> None:
+        if not isinstance(transfer_id, str) or not 0 < len(transfer_id) <= 512:
+            if transfer_id is not None:
+                logger.warning("%s: transfer_id=%r is no text of 1 to 512 characters; made up", request_id, transfer_id)
+            transfer_id = secrets.token_hex(16) if self.config.mode == "push" else None
+        self._senders.add(request_id)
+        self.agent.use(lambda core, now: core.request_started(request_id, transfer_id, 1, now))
+
+    def _announce(self, request_id: str, params: dict[str, Any]) -> None:
+        try:
+            handover = self._handover(params)
+            load = Load(handover.peer, handover.transfer_mode == "push", handover.remote_num_tokens)
+            self.agent.use(lambda core, now: core.announce(request_id, handover, now))
+            self._loads[request_id] = load
+        except TransferError as error:
+            self._refuse(request_id, str(error))
+
+    def _handover(self, params: dict[str, Any]) -> Handover:
+        """TransferError when the parameters are malformed, or name a peer that may not be talked to."""
+        given = {name: value for name, value in params.items() if value is not None}
+        handover = Handover.parse({"transfer_mode": self.config.mode, **given})
+        token = given.get("peer_token")
+        check_peer(
+            Address(handover.remote_host, handover.remote_port),
+            allowed=self.config.peers,
+            key=self._key,
+            token=token if isinstance(token, str) else None,
+            transfer_id=handover.transfer_id,
+            now_s=time.time(),
+        )
+        return handover
+
+    def _refuse(self, request_id: str, reason: str) -> None:
+        self._loads[request_id] = load = Load()
+        self._fail(request_id, load, reason)
+
+    def _fail(self, request_id: str, load: Load, reason: str) -> None:
+        load.state, load.reason = LoadState.FAILED, reason
+        self.counters.failures["load TransferError"] += 1
+        what = "computing it here" if self.host.load_failure_policy == "recompute" else "the request fails"
+        logger.warning("%s: no KV from %s: %s; %s (kv_load_failure_policy)", request_id, load.peer, reason, what)
+
+    def get_num_new_matched_tokens(self, request: RequestView, num_computed_tokens: int) -> tuple[int | None, bool]:
+        """Claim what the peer has. One that failed is claimed as well if the request is to fail with it."""
+        load = self._loads.get(request.request_id)
+        if load is None or load.state not in (LoadState.ANNOUNCED, LoadState.FAILED):
+            return 0, False
+        if load.state is LoadState.FAILED and self.host.load_failure_policy == "recompute":
+            return 0, False
+        end = request.num_tokens
+        if load.num_remote_tokens is not None and load.num_remote_tokens < end:
+            end = load.num_remote_tokens // self._alignment * self._alignment
+        load.num_local_tokens, load.end_token = num_computed_tokens, end
+        return (end - num_computed_tokens, True) if end > num_computed_tokens else (0, False)
+
+    def update_state_after_alloc(self, request: RequestView, block_ids: BlockIds, num_external_tokens: int) -> None:
+        """The load is on, or the host does without."""
+        request_id = request.request_id
+        load = self._loads.get(request_id)
+        if load is None or load.state not in (LoadState.ANNOUNCED, LoadState.FAILED):
+            return
+        if not num_external_tokens:
+            load.state = LoadState.OVER
+            self.agent.use(lambda core, now: core.abort(request_id, now))
+        elif load.state is LoadState.FAILED:
+            load.state = LoadState.OVER
+            self._order_end(request_id, ok=False)
+        else:
+            load.state, load.blocks = LoadState.LOADING, block_ids
+            if load.is_push:
+                self._written[request_id] = load.peer
+            tokens = load.num_local_tokens, load.num_local_tokens + num_external_tokens
+            self.agent.use(lambda core, now: core.park(request_id, block_ids, tokens, now))
+
+    def request_finished(self, request: RequestView, block_ids: BlockIds) -> tuple[bool, dict[str, Any] | None]:
+        """Lease the blocks of a request that is to be handed over; give up the load of one that still loads."""
+        request_id = request.request_id
+        load = self._loads.get(request_id)
+        if load is not None:
+            load.is_gone = True
+            if load.state in (LoadState.ANNOUNCED, LoadState.LOADING):
+                self.agent.use(lambda core, now: core.abort(request_id, now))
+            if load.state is not LoadState.LOADING:
+                del self._loads[request_id]
+        if request_id not in self._senders:
+            return False, None
+        self._senders.discard(request_id)
+        params = self._lease(request, block_ids)
+        if params is None:
+            return False, None
+        num_blocks = sum(block != NULL_BLOCK_ID for group in block_ids for block in group)
+        self._held[request_id] = num_blocks, self._clock.now()
+        return True, params
+
+    def _lease(self, request: RequestView, block_ids: BlockIds) -> dict[str, Any] | None:
+        request_id = request.request_id
+        reason = _REASONS.get(request.status_name, FinishReason.STOP)
+        outputs = [int(token) for token in request.token_ids[request.num_prompt_tokens :]]
+        # The last token that was sampled has no KV yet, whatever a host that runs ahead says.
+        num_tokens = min(request.num_computed_tokens, request.num_tokens - bool(outputs))
+        handed, mode = outputs[:_MAX_HANDED_TOKENS], self.config.mode
+        try:
+            return self.agent.use(
+                lambda core, now: core.finish(request_id, reason, block_ids, num_tokens, handed, now, mode=mode)
+            )
+        except ValueError as error:
+            logger.warning("%s: not handed over: %s", request_id, error)
+            self.agent.use(lambda core, now: core.abort(request_id, now))
+            return None
+
+    # ---- each step --------------------------------------------------------------------------------------------
+
+    def build_connector_meta(self, step: StepView) -> StepMetadata:
+        """All orders that have come up since the last step."""
+        self._take_events()
+        for opened in list(self._unopened.values()):
+            if opened.peer in self._written.values():
+                self._open(opened.connection)
+        orders, self._orders = self._orders, StepMetadata()
+        return orders
+
+    def update_connector_output(self, connector_output: KVConnectorOutput) -> None:
+        """Tell the core how the workers fared."""
+        report = connector_output.kv_connector_worker_meta
+        if not isinstance(report, WorkerReport):
+            return
+        for ended in report.jobs:
+            ranks, op, _ = self._jobs[ended.job_id]
+            ranks.add(ended.rank)
+            if len(ranks) == self.host.world_size:
+                del self._jobs[ended.job_id]
+            self.counters.count(ended, op)
+            what = ended.job_id, ended.rank, ended.status, ended.reason
+            self.agent.use(lambda core, now, what=what: core.transfer_ended(*what, now))  # type: ignore[misc]
+        for connection, rank in report.closed:
+            peer, closed, _ = self._closing[connection]
+            closed.add(rank)
+            if len(closed) == self.host.world_size:
+                del self._closing[connection]
+                self._fenced.pop(connection, None)
+                self._peer_closed(peer, connection)
+
+    def has_pending_push_work(self) -> bool:
+        """True while an order waits for a step, a worker for one to report in, or a push for its consumer; bounded."""
+        now = self._clock.now()
+        waits = (*(deadline for *_, deadline in self._jobs.values()), *(due for *_, due in self._closing.values()))
+        if self.agent.has_events or not self._orders.is_empty() or any(now < deadline for deadline in waits):
+            return True
+        return self.config.mode == "push" and any(now < at + self.config.lease_s for _, at in self._held.values())
+
+    def _take_events(self) -> None:
+        while events := self.agent.take_events():
+            for event in events:
+                match event:
+                    case OpenPeer():
+                        self._unopened[event.connection] = event
+                    case ClosePeer():
+                        self._close(event)
+                    case StartTransfer():
+                        self._start(event)
+                    case Release():
+                        self._held.pop(event.request_id, None)
+                        self._orders.sent.append(event.request_id)
+                    case LoadEnded():
+                        self._load_ended(event)
+                    case BlocksSafe():
+                        self._blocks_safe(event.request_id)
+                    case _:
+                        raise AssertionError(f"the agent left {event} to the engine")
+
+    def _start(self, event: StartTransfer) -> None:
+        """Workers learn of a connection with its first job: whoever only reads from us needs nothing of them."""
+        job = event.job
+        self._open(job.connection)
+        self._orders.jobs.append(job)
+        self._jobs[job.job_id] = set(), job.op, self._clock.now() + self.config.load_s
+
+    def _open(self, connection: int) -> None:
+        opened = self._unopened.pop(connection, None)
+        if opened is not None:
+            peer, hello = opened.peer, opened.hello
+            blobs, is_writer = dict(hello.transports), peer in self._written.values()
+            self._orders.opens.append(OpenOrder(connection, peer, self._geometry, hello.geometry, blobs, is_writer))
+
+    def _close(self, event: ClosePeer) -> None:
+        peer, connection = event.peer, event.connection
+        logger.info("closing the connection to %s: %s", peer, event.reason)
+        is_written = peer in self._written.values()
+        if connection in self._unopened and not is_written:
+            del self._unopened[connection]
+            self._peer_closed(peer, connection)
+            return
+        self._open(connection)
+        self._closing[connection] = peer, set(), self._clock.now() + self.config.load_s
+        if is_written:
+            self._fenced[connection] = peer
+            self._orders.fences.append(connection)
+        else:
+            self._orders.closes.append(connection)
+
+    def _not_written(self, request_id: str) -> None:
+        """Nothing is written to this request's blocks any more; a connection that waited for that can be closed."""
+        self._written.pop(request_id, None)
+        for connection, peer in list(self._fenced.items()):
+            if peer not in self._written.values():
+                del self._fenced[connection]
+                self._orders.closes.append(connection)
+
+    def _peer_closed(self, peer: str, connection: int) -> None:
+        self.agent.use(lambda core, now: core.peer_closed(peer, connection, now))
+
+    def _load_ended(self, event: LoadEnded) -> None:
+        request_id = event.request_id
+        if not event.blocks_quarantined:
+            self._not_written(request_id)
+        load = self._loads.get(request_id)
+        if load is None or load.state is LoadState.OVER:
+            return
+        was_loading = load.state is LoadState.LOADING
+        if not event.ok and not load.is_gone:
+            self._fail(request_id, load, event.reason)
+        if not was_loading:
+            return
+        load.state = LoadState.OVER
+        self.counters.hit_tokens += load.end_token - load.num_local_tokens if event.ok else 0
+        if load.is_gone and event.blocks_quarantined:
+            return  # the host keeps the blocks until `BlocksSafe`
+        if event.blocks_quarantined:
+            self._pin(request_id, load)
+        self._order_end(request_id, ok=event.ok or load.is_gone)
+
+    def _order_end(self, request_id: str, *, ok: bool) -> None:
+        self._orders.received.append(request_id)
+        if not ok:
+            self._orders.failed.append(request_id)
+        load = self._loads[request_id]
+        load.blocks = ()
+        if load.is_gone:
+            del self._loads[request_id]
+
+    def _pin(self, request_id: str, load: Load) -> None:
+        """Keep what the load may still write to, so that the host may give it back."""
+        ids = {block for group in load.blocks for block in group} - {NULL_BLOCK_ID}
+        blocks = self._pins[request_id] = [self._pool.blocks[block] for block in sorted(ids)]
+        self._pool.touch(blocks)
+        logger.warning("%s: %d blocks stay out of use while something may be written there", request_id, len(blocks))
+
+    def _blocks_safe(self, request_id: str) -> None:
+        self._not_written(request_id)
+        if (blocks := self._pins.pop(request_id, None)) is not None:
+            self._pool.free_blocks(blocks)
+        elif request_id in self._loads:
+            self._order_end(request_id, ok=True)
+
+    # ---- what is known ----------------------------------------------------------------------------------------
+
+    def explain_prefix(self, request: RequestView, num_computed_tokens: int) -> list[PrefixRange]:
+        """Where the peer's part of the prompt is."""
+        load = self._loads.get(request.request_id)
+        if load is None:
+            return []
+        end = min(request.num_tokens, load.num_remote_tokens or request.num_tokens)
+        if end <= num_computed_tokens:
+            return []
+        has_failed = bool(load.reason)
+        reason = load.reason or {
+            LoadState.ANNOUNCED: "a prefill engine has it",
+            LoadState.LOADING: "on its way from a prefill engine",
+        }.get(load.state, "came from a prefill engine")
+        place = "nowhere" if has_failed else load.peer
+        return [PrefixRange(num_computed_tokens, end, place, reason, is_claimed=not has_failed)]
+
+    def get_kv_connector_stats(self) -> ConnectorStats:
+        """Totals since start."""
+        pinned = sum(map(len, self._pins.values()))
+        leased = sum(num for num, _ in self._held.values())
+        now = self._clock.now()
+        return self.counters.stats(leased + pinned, now - min((at for _, at in self._held.values()), default=now))
+
+    def check_integrity(self) -> None:
+        """AssertionError when books contradict each other; for tests and idle moments."""
+        self.agent.use(lambda core, now: core.check_integrity())
+        assert not self._senders & self._held.keys(), "a request is running and leased"
+        assert all(
+            load.state is LoadState.LOADING or not load.blocks for load in self._loads.values() if not load.is_gone
+        )

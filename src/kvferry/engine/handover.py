@@ -1,0 +1,28 @@
+"""First tokens that a prefill engine chose already: a decode engine need not compute the last of the prompt again."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from kvferry.engine.request import Request, SampledToken
+
+
+def handed_over_tokens(request: Request, vocab_size: int) -> tuple[int, ...]:
+    """What a prefill engine says it chose; nothing when it is no list of tokens, or more than the ids is asked for."""
+    params = request.kv_transfer_params
+    tokens = params.get("remote_first_token_ids") if isinstance(params, dict) else None
+    if not isinstance(tokens, list | tuple) or request.sampling_params.logprobs is not None:
+        return ()
+    is_valid = all(type(token) is int and 0 <= token < vocab_size for token in tokens)
+    return tuple(tokens) if is_valid else ()
+
+
+def take_over(request: Request, take: Callable[[Request, SampledToken], None]) -> None:
+    """A load ended: with the KV of the whole prompt there, its first tokens are taken, until one is the last."""
+    tokens, request.handed_over_token_ids = request.handed_over_token_ids, ()
+    if request.num_output_tokens or request.num_computed_tokens < request.num_tokens:
+        return
+    for token in tokens:
+        take(request, SampledToken(token))
+        if request.is_finished():
+            return

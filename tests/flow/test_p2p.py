@@ -1,0 +1,718 @@
+"""Two embedded engines in this process hand KV over, through real shared memory and a real control channel.
+
+The stub model turns one wrong KV byte into another token, and says what is right without any engine. Engines are
+stepped in turns by the test; all waits are bounded by `Cluster.drive`.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+
+from kvferry import LLM, SamplingParams
+from kvferry.connectors.p2p.scheduler import P2PSchedulerSide
+from kvferry.engine.kv_groups import layer_name
+from kvferry.engine.outputs import RequestOutput
+from kvferry.errors import ConfigError, TransferError
+from kvferry.p2p import choice
+from kvferry.p2p.shm import ShmTransport
+from kvferry.p2p.threaded import Step, Transfer
+from kvferry.p2p.transport import TransferOp
+from kvferry.testing.stub_model import StubModel
+from kvferry.testing.transports import FakeNetwork, FakeTransport, Faults
+
+BLOCK = 4
+MODES = ("pull", "push")
+QUICK = {"quarantine_s": 0.2, "handshake_s": 2.0, "retry_s": 0.05, "liveness_s": 2.0, "claim_s": 2.0}
+PROMPT = [(i * 31 + i * i) % 1000 for i in range(50)]
+OTHER = [(i * 17 + 5 * i * i) % 1000 for i in range(37)]
+DECODE = {"do_remote_decode": True}
+
+
+class FaultyShm(ShmTransport):
+    """Shared memory on which transfers hang, fail half way, or end nobody knows how, as its class attributes say."""
+
+    is_held = threading.Event()  # while set, nothing moves
+    fails = 0
+    forgets = 0
+
+    def _advance(self, transfer: Transfer) -> Step:
+        cls = type(self)
+        if cls.is_held.is_set():
+            return Step.WAITING
+        if cls.fails:
+            cls.fails -= 1
+            super()._advance(transfer)  # some bytes are there
+            raise TransferError("boom")
+        if cls.forgets:
+            cls.forgets -= 1
+            raise RuntimeError("the library broke")
+        return super()._advance(transfer)
+
+
+class Cluster:
+    """Engines, stepped together."""
+
+    def __init__(self) -> None:
+        self.engines: list[LLM] = []
+        self.outputs: dict[str, RequestOutput] = {}
+
+    def start(
+        self, name: str = "P2PConnector", *, role: str = "kv_both", policy: str = "recompute", model: Any = None,
+        num_kv_blocks: int = 65, block_size: int = BLOCK, **extra: Any,
+    ) -> LLM:  # fmt: skip
+        transfer = {
+            "kv_connector": name, "kv_role": role, "kv_load_failure_policy": policy,
+            "kv_connector_extra_config": {"transport": "shm"} | QUICK | extra,
+        }  # fmt: skip
+        llm = LLM(
+            model or StubModel(), kv_transfer_config=transfer, num_kv_blocks=num_kv_blocks, block_size=block_size,
+            max_num_batched_tokens=16,
+        )  # fmt: skip
+        self.engines.append(llm)
+        return llm
+
+    def add(
+        self, llm: LLM, request_id: str, params: dict[str, Any] | None, prompt: list[int] = PROMPT, **sampling: Any
+    ) -> None:
+        extra = None if params is None else {"kv_transfer_params": params}
+        options = {"temperature": 0.0, "max_tokens": 8} | sampling
+        llm.add_request(prompt, SamplingParams(extra_args=extra, **options), request_id=request_id)
+
+    def step(self, *engines: LLM) -> None:
+        for llm in engines or self.engines:
+            for output in llm.step():
+                self.outputs[output.request_id] = output
+        time.sleep(0.0005)
+
+    def until(self, holds: Callable[[], Any], *engines: LLM, timeout_s: float = 20.0) -> None:
+        """Step (these, or all engines) until something holds."""
+        deadline_s = time.monotonic() + timeout_s
+        while not holds():
+            assert time.monotonic() < deadline_s, f"{[books(llm) for llm in self.engines]}"
+            self.step(*engines)
+
+    def finish(self, *request_ids: str, only: tuple[LLM, ...] = ()) -> list[RequestOutput]:
+        self.until(lambda: all(name in self.outputs and self.outputs[name].finished for name in request_ids), *only)
+        return [self.outputs[name] for name in request_ids]
+
+    def prefill(self, llm: LLM, request_id: str, prompt: list[int] = PROMPT, **options: Any) -> dict[str, Any]:
+        """The parameters that a prefill request answers."""
+        params = DECODE | options.pop("params", {})
+        self.add(llm, request_id, params, prompt, **({"max_tokens": 1} | options))
+        (output,) = self.finish(request_id)
+        assert output.kv_transfer_params is not None
+        return output.kv_transfer_params
+
+    def check_idle(self) -> None:
+        """Nothing is left anywhere: blocks, leases, loads, pins."""
+        self.until(lambda: not any(llm.has_requests() or scheduler_side(llm)._pins for llm in self.engines))
+        for llm in self.engines:
+            llm.scheduler.check_integrity()
+            scheduler_side(llm).check_integrity()
+            pool = llm.scheduler.manager.block_pool
+            assert pool.get_num_free_blocks() == len(pool.blocks) - 1
+            assert not books(llm)["producer"]
+            assert not books(llm)["consumer"]
+            assert not scheduler_side(llm)._pins
+            assert not scheduler_side(llm)._loads
+            assert llm.counters.hook_errors == llm.counters.contract_errors == {}
+            assert llm.counters.unknown_completions == llm.counters.late_completions == 0
+
+    def stop(self, llm: LLM) -> None:
+        self.engines.remove(llm)
+        llm.shutdown()
+        llm.scheduler.check_integrity()
+
+
+def scheduler_side(llm: LLM) -> P2PSchedulerSide:
+    side = llm.connector.side  # type: ignore[union-attr]
+    assert isinstance(side, P2PSchedulerSide)
+    return side
+
+
+def books(llm: LLM) -> dict[str, Any]:
+    return scheduler_side(llm).agent.use(lambda core, now: core.snapshot())
+
+
+def engine_id(llm: LLM) -> str:
+    return scheduler_side(llm).host.engine_id
+
+
+def kv_bytes(llm: LLM, block_ids: list[int], num_tokens: int, layer: int) -> bytes:
+    """[tokens, heads, K then V] of a layer, read through a block table."""
+    pages = llm.kv_caches[layer_name(layer)][block_ids]
+    rows = pages.permute(0, 2, 1, 3).flatten(0, 1)[:num_tokens].contiguous()
+    return rows.numpy().tobytes()
+
+
+def expected(prompt: list[int], num_tokens: int) -> list[int]:
+    return StubModel().expected_tokens(prompt, num_tokens)
+
+
+def tokens(output: RequestOutput) -> list[int]:
+    return output.outputs[0].token_ids
+
+
+@pytest.fixture
+def cluster() -> Iterator[Cluster]:
+    made = Cluster()
+    yield made
+    for llm in made.engines:
+        llm.shutdown()
+        llm.scheduler.check_integrity()
+
+
+@pytest.fixture
+def faulty(monkeypatch: pytest.MonkeyPatch) -> Iterator[type[FaultyShm]]:
+    monkeypatch.setattr(choice, "ShmTransport", FaultyShm)
+    monkeypatch.setattr(FaultyShm, "is_held", threading.Event())
+    yield FaultyShm
+    FaultyShm.is_held.clear()
+    FaultyShm.fails = FaultyShm.forgets = 0
+
+
+# ---- what must work -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_hand_over_gives_the_answer_of_one_engine_and_equal_bytes(cluster: Cluster, mode: str) -> None:
+    prefill, decode = cluster.start(mode=mode), cluster.start(mode=mode)
+    params = cluster.prefill(prefill, "p")
+    source = params["remote_block_ids"][0]
+    before = [kv_bytes(prefill, source, 50, layer) for layer in range(2)]
+    assert before == [StubModel().expected_kv(PROMPT, layer) for layer in range(2)]
+    cluster.add(decode, "d", params)
+    cluster.until(lambda: "d" in cluster.outputs)
+    (table,) = decode.scheduler.manager.get_block_ids("d")
+    for layer in range(2):
+        assert kv_bytes(decode, table, 50, layer) == StubModel().expected_kv(PROMPT, layer)
+    (output,) = cluster.finish("d")
+    assert tokens(output) == expected(PROMPT, 8)
+    assert (output.num_cached_tokens, output.external_hit_sources) == (50, {"p2p": 50})
+    assert decode.runner.num_forwards == 7  # the first token was handed over, the prompt's last not computed again
+    cluster.check_idle()
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_the_bytes_counted_are_the_tokens_that_were_not_local(cluster: Cluster, mode: str) -> None:
+    prefill, decode = cluster.start(mode=mode), cluster.start(mode=mode)
+    cluster.add(decode, "warm", None, PROMPT[:20], max_tokens=1)
+    cluster.finish("warm")
+    cluster.add(decode, "d", cluster.prefill(prefill, "p"))
+    (output,) = cluster.finish("d")
+    assert tokens(output) == expected(PROMPT, 8)
+    assert (output.num_cached_tokens, output.num_external_tokens) == (50, 30)
+    cluster.check_idle()
+    mover = (decode if mode == "pull" else prefill).connector_stats
+    moved = mover.media["shm"]  # type: ignore[union-attr]
+    num_bytes = 30 * 2 * StubModel().token_bytes
+    assert (moved.loaded_bytes, moved.stored_bytes) == ((num_bytes, 0) if mode == "pull" else (0, num_bytes))
+    assert decode.connector_stats.hit_tokens == {"p2p": 30}  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_many_at_once_both_ways(cluster: Cluster, mode: str) -> None:
+    first, second = (cluster.start(mode=mode, num_kv_blocks=129) for _ in range(2))
+    prompts = {f"r{i}": [(i * 97 + j * 7 + j * j) % 1000 for j in range(5 + 6 * i)] for i in range(8)}
+    sides = {name: (first, second) if i % 2 else (second, first) for i, name in enumerate(prompts)}
+    for name, prompt in prompts.items():
+        cluster.add(sides[name][0], f"p{name}", DECODE, prompt, max_tokens=1)
+    for output in cluster.finish(*(f"p{name}" for name in prompts)):
+        name = output.request_id[1:]
+        cluster.add(sides[name][1], name, output.kv_transfer_params, prompts[name])
+    for name, output in zip(prompts, cluster.finish(*prompts), strict=True):
+        assert tokens(output) == expected(prompts[name], 8)
+        assert output.num_external_tokens == len(prompts[name])
+    cluster.check_idle()
+
+
+def test_push_may_be_registered_before_the_prefill_has_ended_or_begun(cluster: Cluster) -> None:
+    prefill, decode = cluster.start(mode="push"), cluster.start(mode="push")
+    address = scheduler_side(prefill).agent.address
+    params = {
+        "do_remote_prefill": True, "transfer_mode": "push", "transfer_id": "t1",
+        "remote_host": address.host, "remote_port": address.port,
+    }  # fmt: skip
+    cluster.add(decode, "d", params)
+    cluster.until(lambda: books(prefill)["producer"])  # it has registered
+    cluster.add(prefill, "p", DECODE | {"transfer_id": "t1"}, max_tokens=1)
+    assert tokens(cluster.finish("p", "d")[1]) == expected(PROMPT, 8)
+    cluster.check_idle()
+
+
+def test_a_busy_prefill_engine_serves_pulls(cluster: Cluster) -> None:
+    prefill, decode = cluster.start(), cluster.start()
+    params = cluster.prefill(prefill, "p")
+    cluster.add(decode, "d", params)
+    (output,) = cluster.finish("d", only=(decode,))  # the other does not step at all
+    assert tokens(output) == expected(PROMPT, 8)
+    cluster.check_idle()
+
+
+def test_the_users_parameters_stay_as_they_are(cluster: Cluster) -> None:
+    prefill, decode = cluster.start(), cluster.start()
+    asked = {"do_remote_decode": True, "transfer_id": "t", "remote_engine_id": None}
+    cluster.add(prefill, "p", asked, max_tokens=1)
+    (output,) = cluster.finish("p")
+    params = output.kv_transfer_params
+    before = copy.deepcopy(params)
+    cluster.add(decode, "d", params)
+    cluster.finish("d")
+    assert params == before
+    assert asked == {"do_remote_decode": True, "transfer_id": "t", "remote_engine_id": None}
+    cluster.check_idle()
+
+
+@pytest.mark.parametrize(
+    "sampling", [{}, {"temperature": 1.0, "seed": 7}, {"temperature": 0.7, "seed": 3, "top_k": 50}]
+)
+def test_tokens_are_those_of_a_single_engine(cluster: Cluster, sampling: dict[str, Any]) -> None:
+    single = LLM(StubModel(), num_kv_blocks=65, block_size=BLOCK)
+    options = {"temperature": 0.0, "max_tokens": 12} | sampling
+    (alone,) = single.generate(PROMPT, SamplingParams(**options))
+    prefill, decode = cluster.start(), cluster.start()
+    params = cluster.prefill(prefill, "p", **sampling)
+    assert params["remote_first_token_ids"] == tokens(alone)[:1]
+    cluster.add(decode, "d", params, **options)
+    assert tokens(cluster.finish("d")[0]) == tokens(alone)
+    cluster.check_idle()
+
+
+def test_log_probabilities_are_computed_where_they_are_asked_for(cluster: Cluster) -> None:
+    prefill, decode = cluster.start(), cluster.start()
+    cluster.add(decode, "d", cluster.prefill(prefill, "p"), logprobs=2)
+    (output,) = cluster.finish("d")
+    assert tokens(output) == expected(PROMPT, 8)
+    assert len(output.outputs[0].logprobs or ()) == 8
+    assert decode.runner.num_forwards == 8
+    cluster.check_idle()
+
+
+@pytest.mark.parametrize("num_tokens", [1, 2, 5])
+def test_a_prefill_that_went_further_hands_over_all_its_tokens(cluster: Cluster, num_tokens: int) -> None:
+    prefill, decode = cluster.start(), cluster.start()
+    params = cluster.prefill(prefill, "p", max_tokens=num_tokens)
+    assert params["remote_num_tokens"] == 50 + num_tokens - 1
+    cluster.add(decode, "d", params)
+    assert tokens(cluster.finish("d")[0]) == expected(PROMPT, 8)
+    assert decode.runner.num_forwards == 8 - num_tokens
+    cluster.check_idle()
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("kind", ["stop", "length"])
+def test_a_handed_over_token_may_be_the_last(cluster: Cluster, mode: str, kind: str) -> None:
+    prefill, decode = cluster.start(mode=mode), cluster.start(mode=mode)
+    first = expected(PROMPT, 1)
+    options: dict[str, Any] = {"stop_token_ids": first} if kind == "stop" else {"max_tokens": 1}
+    params = cluster.prefill(prefill, "p", **options)
+    assert cluster.outputs["p"].outputs[0].finish_reason == kind
+    cluster.add(decode, "d", params, **options)
+    (output,) = cluster.finish("d")
+    assert (tokens(output), output.outputs[0].finish_reason) == (first, kind)
+    assert decode.runner.num_forwards == 0
+    cluster.check_idle()
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("length", [1, 3, 4, 5])
+def test_prompts_of_less_than_a_block(cluster: Cluster, mode: str, length: int) -> None:
+    prefill, decode = cluster.start(mode=mode), cluster.start(mode=mode)
+    cluster.add(decode, "d", cluster.prefill(prefill, "p", PROMPT[:length]), PROMPT[:length])
+    assert tokens(cluster.finish("d")[0]) == expected(PROMPT[:length], 8)
+    cluster.check_idle()
+
+
+def test_what_is_local_already_is_not_asked_for(cluster: Cluster) -> None:
+    """The peer has one block's tokens, and the decode engine too: nothing to transfer."""
+    prefill, decode = cluster.start(lease_s=0.5), cluster.start()
+    params = cluster.prefill(prefill, "p", PROMPT[:4])
+    cluster.add(decode, "warm", None, max_tokens=1)
+    cluster.finish("warm")
+    cluster.add(decode, "d", params)
+    (output,) = cluster.finish("d")
+    assert (tokens(output), output.num_external_tokens) == (expected(PROMPT, 8), 0)
+    cluster.check_idle()
+
+
+def test_a_longer_prompt_takes_what_the_peer_has(cluster: Cluster) -> None:
+    prefill, decode = cluster.start(), cluster.start()
+    cluster.add(decode, "d", cluster.prefill(prefill, "p", PROMPT[:30]))
+    (output,) = cluster.finish("d")
+    assert (tokens(output), output.num_external_tokens) == (expected(PROMPT, 8), 28)  # whole blocks
+    cluster.check_idle()
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("sizes", [(4, 8), (8, 4)])
+def test_block_sizes_may_differ(cluster: Cluster, mode: str, sizes: tuple[int, int]) -> None:
+    prefill, decode = (cluster.start(mode=mode, block_size=size) for size in sizes)
+    cluster.add(decode, "d", cluster.prefill(prefill, "p"))
+    (output,) = cluster.finish("d")
+    assert (tokens(output), output.num_external_tokens) == (expected(PROMPT, 8), 50)
+    cluster.check_idle()
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("sizes", [(4, 4), (4, 8), (8, 4)])
+@pytest.mark.parametrize("logprobs", [None, 1])
+def test_groups_with_windows(cluster: Cluster, mode: str, sizes: tuple[int, int], logprobs: int | None) -> None:
+    model = StubModel(windows=[None, 6, 10])
+    prefill, decode = (cluster.start(mode=mode, block_size=size, model=model, num_kv_blocks=150) for size in sizes)
+    for number in range(6):  # windows that begin with a block, and in the middle of one
+        prompt = PROMPT[number : number + 40 + number]
+        cluster.add(decode, f"d{number}", cluster.prefill(prefill, f"p{number}", prompt), prompt, logprobs=logprobs)
+        (output,) = cluster.finish(f"d{number}")
+        assert tokens(output) == model.expected_tokens(prompt, 8)
+        if sizes == (4, 4) and logprobs is None:
+            assert output.num_external_tokens == len(prompt)
+        cluster.add(decode, f"again{number}", None, prompt)  # what is found in the prefix cache is right, too
+        assert tokens(cluster.finish(f"again{number}")[0]) == model.expected_tokens(prompt, 8)
+    cluster.check_idle()
+
+
+# ---- what goes wrong ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("policy", ["recompute", "fail"])
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"remote_port": "many"}, {"remote_port": 0}, {"remote_host": None}, {"remote_lease_id": "x"},
+        {"remote_lease_id": "0" * 32}, {"remote_generation": "0" * 32}, {"transfer_mode": "throw"},
+        {"remote_host": "10.1.2.3"}, {"remote_num_tokens": -1}, {"remote_first_token_ids": ["a"]},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_bad_parameters_end_or_slow_down_one_request(cluster: Cluster, policy: str, wrong: dict[str, Any]) -> None:
+    prefill, decode = cluster.start(lease_s=0.5), cluster.start(policy=policy)
+    params = cluster.prefill(prefill, "p")
+    cluster.add(decode, "d", params | wrong)
+    cluster.add(decode, "fine", None, OTHER)
+    bad, fine = cluster.finish("d", "fine")
+    assert tokens(fine) == expected(OTHER, 8)
+    if policy == "recompute":
+        assert tokens(bad) == expected(PROMPT, 8)
+    else:
+        assert (tokens(bad), bad.outputs[0].finish_reason) == ([], "error")
+        assert bad.error is not None
+    cluster.check_idle()
+
+
+@pytest.mark.parametrize("tokens_", [[1000], [-1], [True], "7", [7.0]])
+def test_tokens_that_are_none_are_not_taken_over(cluster: Cluster, tokens_: Any) -> None:
+    prefill, decode = cluster.start(lease_s=0.5), cluster.start()
+    cluster.add(decode, "d", cluster.prefill(prefill, "p") | {"remote_first_token_ids": tokens_})
+    assert tokens(cluster.finish("d")[0]) == expected(PROMPT, 8)
+    cluster.check_idle()
+
+
+@pytest.mark.parametrize("policy", ["recompute", "fail"])
+def test_a_lease_that_expired_is_refused(cluster: Cluster, policy: str, caplog: pytest.LogCaptureFixture) -> None:
+    prefill, decode = cluster.start(lease_s=0.2), cluster.start(policy=policy)
+    params = cluster.prefill(prefill, "p")
+    cluster.until(lambda: not prefill.has_requests())
+    cluster.add(prefill, "reuse", None, OTHER)  # the blocks hold another's KV now
+    cluster.add(decode, "d", params)
+    output, _ = cluster.finish("d", "reuse")
+    assert tokens(output) == (expected(PROMPT, 8) if policy == "recompute" else [])
+    assert output.outputs[0].finish_reason == ("length" if policy == "recompute" else "error")
+    assert "refused the claim: expired" in caplog.text
+    cluster.check_idle()
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_peer_that_is_gone_is_no_end(cluster: Cluster, mode: str) -> None:
+    prefill, decode = cluster.start(mode=mode), cluster.start(mode=mode, load_s=3.0)
+    params = cluster.prefill(prefill, "p")
+    cluster.stop(prefill)
+    cluster.add(decode, "d", params)
+    assert tokens(cluster.finish("d")[0]) == expected(PROMPT, 8)
+    cluster.check_idle()
+
+
+def test_a_peer_that_goes_during_a_pull(cluster: Cluster, faulty: type[FaultyShm]) -> None:
+    prefill, decode = cluster.start(), cluster.start()
+    faulty.is_held.set()
+    cluster.add(decode, "d", cluster.prefill(prefill, "p"))
+    cluster.until(lambda: is_transferring(decode))
+    cluster.stop(prefill)
+    assert tokens(cluster.finish("d")[0]) == expected(PROMPT, 8)
+    faulty.is_held.clear()
+    cluster.check_idle()
+
+
+def test_a_peer_that_goes_during_a_push(cluster: Cluster, faulty: type[FaultyShm]) -> None:
+    prefill, decode = cluster.start(mode="push"), cluster.start(mode="push")
+    faulty.is_held.set()
+    cluster.add(prefill, "p", DECODE, max_tokens=1)
+    (output,) = cluster.finish("p")
+    cluster.add(decode, "d", output.kv_transfer_params)
+    cluster.until(lambda: any(x["claims"] for x in books(prefill)["producer"]))
+    cluster.stop(prefill)
+    assert tokens(cluster.finish("d")[0]) == expected(PROMPT, 8)
+    cluster.check_idle()
+
+
+def is_transferring(llm: LLM) -> bool:
+    return any(load["state"] == "transferring" for load in books(llm)["consumer"])
+
+
+def test_unlike_caches_are_refused_in_readable_words(cluster: Cluster, caplog: pytest.LogCaptureFixture) -> None:
+    prefill, decode = cluster.start(model=StubModel(head_size=8), lease_s=0.5), cluster.start()
+    cluster.add(decode, "d", cluster.prefill(prefill, "p"))
+    assert tokens(cluster.finish("d")[0]) == expected(PROMPT, 8)
+    words = [f"{engine_id(decode)} k 4, v 4, its peer k 8, v 8", f"{engine_id(prefill)} k 8, v 8, its peer k 4, v 4"]
+    layers = "('model.layers.0.self_attn.attn' and 1 more)"
+    assert any(f"cannot exchange KV: content: {text} {layers}; computing it here" in caplog.text for text in words)
+    cluster.check_idle()
+
+
+def test_other_weights_are_refused(cluster: Cluster, caplog: pytest.LogCaptureFixture) -> None:
+    prefill = cluster.start(weights_version="a", lease_s=0.5)
+    decode = cluster.start(weights_version="b")
+    cluster.add(decode, "d", cluster.prefill(prefill, "p"))
+    assert tokens(cluster.finish("d")[0]) == expected(PROMPT, 8)
+    words = [
+        f"{engine_id(decode)} version:b, its peer version:a",
+        f"{engine_id(prefill)} version:a, its peer version:b",
+    ]
+    assert any(f"weights: {text}" in caplog.text for text in words)
+    cluster.check_idle()
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("fault", ["fails", "forgets"])
+@pytest.mark.parametrize("policy", ["recompute", "fail"])
+def test_transfers_that_break(cluster: Cluster, faulty: type[FaultyShm], mode: str, fault: str, policy: str) -> None:
+    prefill, decode = cluster.start(mode=mode, lease_s=2.0), cluster.start(mode=mode, policy=policy)
+    params = cluster.prefill(prefill, "p")
+    setattr(faulty, fault, 1)
+    cluster.add(decode, "d", params)
+    (output,) = cluster.finish("d")
+    assert tokens(output) == (expected(PROMPT, 8) if policy == "recompute" else [])
+    cluster.check_idle()
+    for name in ("again", "and again"):  # a decode engine may learn of a connection's end with its next request
+        cluster.add(decode, name, cluster.prefill(prefill, f"p {name}", OTHER), OTHER)
+        (output,) = cluster.finish(name)
+        assert tokens(output) == (expected(OTHER, 8) if policy == "recompute" or output.error is None else [])
+        cluster.check_idle()
+        decode.reset_prefix_cache()
+    assert (tokens(output), output.num_external_tokens) == (expected(OTHER, 8), 37)
+    cluster.check_idle()
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_transfer_that_hangs_is_given_up_and_its_blocks_stay_out_of_use(
+    cluster: Cluster, faulty: type[FaultyShm], mode: str
+) -> None:
+    prefill, decode = (cluster.start(mode=mode, load_s=0.5) for _ in range(2))
+    params = cluster.prefill(prefill, "p")
+    faulty.is_held.set()
+    cluster.add(decode, "d", params)
+    (output,) = cluster.finish("d")
+    assert tokens(output) == expected(PROMPT, 8)
+    cluster.check_idle()  # closing the connection was the fence
+
+
+@pytest.mark.parametrize(("mode", "quarantine_s"), [("pull", 3.0), ("push", 3.0), ("push", 0.05)])
+def test_blocks_of_a_load_given_up_are_not_handed_out(
+    cluster: Cluster, faulty: type[FaultyShm], mode: str, quarantine_s: float
+) -> None:
+    """The late bytes of a hanging transfer land in blocks that nobody has, however full the engine is.
+
+    Where the peer writes, closing our own end is no fence: they stay out of use until it says that it has ended.
+    """
+    settings: dict[str, Any] = {"mode": mode, "quarantine_s": quarantine_s, "liveness_s": 60.0}
+    prefill = cluster.start(load_s=20.0, **settings)
+    decode = cluster.start(load_s=0.3, num_kv_blocks=40, **settings)
+    params = cluster.prefill(prefill, "p")
+    faulty.is_held.set()
+    cluster.add(decode, "d", params)
+    cluster.until(lambda: scheduler_side(decode)._pins)
+    pinned = {block.block_id for block in scheduler_side(decode)._pins["d"]}
+    assert len(pinned) == 13
+    cluster.add(decode, "other", None, OTHER)
+    cluster.until(lambda: "other" in cluster.outputs)
+    (table,) = decode.scheduler.manager.get_block_ids("other")
+    assert not pinned & set(table)
+    if quarantine_s < 1:
+        cluster.until(lambda: scheduler_side(decode)._closing)
+        for _ in range(100):
+            cluster.step()
+        assert scheduler_side(decode)._pins
+    faulty.is_held.clear()  # the bytes land
+    output, other = cluster.finish("d", "other")
+    assert (tokens(output), tokens(other)) == (expected(PROMPT, 8), expected(OTHER, 8))
+    cluster.check_idle()
+    cluster.add(decode, "again", cluster.prefill(prefill, "p2", OTHER[5:]), OTHER[5:])
+    (output,) = cluster.finish("again")
+    assert tokens(output) == expected(OTHER[5:], 8)
+    cluster.check_idle()
+
+
+class FenceLess(FakeTransport):
+    """Under shared memory's name: hangs, and what hung lands long after its connection was closed."""
+
+    def __init__(self, network: FakeNetwork) -> None:
+        super().__init__(network, "shm")
+        self.faults = Faults(hangs=True, lands_late_s=0.3)
+
+
+def test_where_closing_is_no_fence_blocks_are_lost_rather_than_handed_out(
+    cluster: Cluster, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    network = FakeNetwork()
+    monkeypatch.setattr(choice, "ShmTransport", lambda pool: FenceLess(network))
+    prefill, decode = cluster.start(load_s=0.2, quarantine_s=0.1), cluster.start(load_s=0.2, quarantine_s=0.1)
+    cluster.add(decode, "d", cluster.prefill(prefill, "p"))
+    (output,) = cluster.finish("d")
+    assert tokens(output) == expected(PROMPT, 8)
+    cluster.until(lambda: "could not be destroyed" in caplog.text)
+    cluster.until(lambda: network.ends[1].bytes_moved[TransferOp.READ])  # late, into blocks that nobody has
+    assert len(scheduler_side(decode)._pins["d"]) == 13
+    cluster.add(decode, "other", None, OTHER)
+    assert tokens(cluster.finish("other")[0]) == expected(OTHER, 8)
+    assert decode.connector_stats.held_blocks == 13  # type: ignore[union-attr]
+    decode.scheduler.check_integrity()
+
+
+# ---- aborts ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_abort_at_the_decode_engine_before_it_loads(cluster: Cluster, mode: str) -> None:
+    prefill, decode = (cluster.start(mode=mode, lease_s=1.0) for _ in range(2))
+    cluster.add(decode, "d", cluster.prefill(prefill, "p"))
+    decode.abort_request("d")
+    (output,) = cluster.finish("d")
+    assert output.outputs[0].finish_reason == "abort"
+    cluster.check_idle()
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_abort_while_it_loads_keeps_the_blocks_until_the_bytes_have_landed(
+    cluster: Cluster, faulty: type[FaultyShm], mode: str
+) -> None:
+    prefill, decode = (cluster.start(mode=mode, quarantine_s=5.0) for _ in range(2))
+    params = cluster.prefill(prefill, "p")
+    faulty.is_held.set()
+    cluster.add(decode, "d", params)
+    cluster.until(lambda: is_transferring(decode))
+    for _ in range(20):
+        cluster.step()
+    decode.abort_request("d")
+    cluster.finish("d")
+    for _ in range(20):
+        cluster.step()
+    assert decode.scheduler.stats().num_held_blocks == {"loading": 13}
+    faulty.is_held.clear()
+    cluster.check_idle()
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_abort_while_it_decodes(cluster: Cluster, mode: str) -> None:
+    prefill, decode = (cluster.start(mode=mode) for _ in range(2))
+    cluster.add(decode, "d", cluster.prefill(prefill, "p"), max_tokens=100)
+    cluster.until(lambda: "d" in cluster.outputs)
+    decode.abort_request("d")
+    cluster.finish("d")
+    cluster.check_idle()
+
+
+def test_abort_at_the_prefill_engine_fails_a_waiting_push(cluster: Cluster) -> None:
+    prefill, decode = cluster.start(mode="push"), cluster.start(mode="push")
+    address = scheduler_side(prefill).agent.address
+    params = {
+        "do_remote_prefill": True, "transfer_id": "t1", "remote_host": address.host, "remote_port": address.port,
+    }  # fmt: skip
+    cluster.add(prefill, "p", DECODE | {"transfer_id": "t1"}, max_tokens=1)
+    cluster.add(decode, "d", params)
+    cluster.until(lambda: any(x["claims"] for x in books(prefill)["producer"]), decode)
+    prefill.abort_request("p")
+    aborted, output = cluster.finish("p", "d")
+    assert aborted.kv_transfer_params is None
+    assert tokens(output) == expected(PROMPT, 8)
+    cluster.check_idle()
+
+
+# ---- settings, roles, what is told ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("role", ["kv_producer", "kv_consumer"])
+def test_roles_are_kept_apart(cluster: Cluster, role: str) -> None:
+    llm = cluster.start(role=role)
+    cluster.add(llm, "p", DECODE, max_tokens=1)
+    (output,) = cluster.finish("p")
+    assert (output.kv_transfer_params is not None) == (role == "kv_producer")
+    other = cluster.start()
+    cluster.add(llm, "d", cluster.prefill(other, "p2", OTHER), OTHER)
+    (output,) = cluster.finish("d")
+    assert tokens(output) == expected(OTHER, 8)
+    assert output.num_external_tokens == (37 if role == "kv_consumer" else 0)
+
+
+@pytest.mark.parametrize(
+    ("extra", "text"),
+    [
+        ({"transprot": "shm"}, r"transprot is unknown \(did you mean 'transport'"),
+        ({"transport": "shmem"}, "did you mean 'shm'"),
+        ({"lease_s": 0.0}, "lease_s=0.0 must be above 0"),
+        ({"host": "0.0.0.0"}, "can be reached from other machines"),
+        ({"key_file": "/no/such"}, "key_file='/no/such' cannot be read"),
+        ({"allowed_peers": [7]}, r"allowed_peers=\[7\] must be a list of texts"),
+    ],
+)
+def test_wrong_settings_name_the_key_and_the_remedy(cluster: Cluster, extra: dict[str, Any], text: str) -> None:
+    with pytest.raises(ConfigError, match=text):
+        cluster.start(**extra)
+
+
+def test_names_say_the_mode(cluster: Cluster) -> None:
+    with pytest.raises(ConfigError, match="the connector's name says 'push'"):
+        cluster.start("NixlPushConnector", mode="pull")
+    with pytest.raises(ConfigError, match=r"pip install 'kvferry\[nixl\]'|NIXL"):
+        cluster.start("NixlConnector", transport="nixl", ucx={"NO_SUCH": 1})
+    for name, mode in (("NixlPullConnector", "pull"), ("NixlPushConnector", "push"), ("NixlConnector", "pull")):
+        assert scheduler_side(cluster.start(name)).config.mode == mode
+
+
+def test_what_is_told(cluster: Cluster, faulty: type[FaultyShm], caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    prefill, decode = cluster.start(), cluster.start()
+    params = cluster.prefill(prefill, "p")
+    assert prefill.connector_stats.held_blocks == 13  # type: ignore[union-attr]
+    faulty.is_held.set()
+    cluster.add(decode, "d", params)
+    cluster.until(lambda: is_transferring(decode))
+    peer = f"{params['remote_host']}:{params['remote_port']}"
+    (row,) = decode.explain("d")["ranges"]  # type: ignore[index]
+    assert row == {
+        "tokens": [0, 50], "place": peer, "reason": "on its way from a prefill engine", "loaded": True,
+    }  # fmt: skip
+    faulty.is_held.clear()
+    cluster.finish("d")
+    assert f"KV between {peer} (rank 0) and this engine (rank 0) moves over shm" in caplog.text
+    cluster.check_idle()
+    assert prefill.connector_stats.held_blocks == 0  # type: ignore[union-attr]
+
+
+def test_engines_with_a_key_talk_only_to_each_other(cluster: Cluster, tmp_path: Any) -> None:
+    (tmp_path / "key").write_text("0123456789abcdef0123456789abcdef\n")
+    (tmp_path / "other").write_text("fedcba9876543210fedcba9876543210\n")
+    prefill = cluster.start(key_file=str(tmp_path / "key"), lease_s=0.5)
+    decode = cluster.start(key_file=str(tmp_path / "key"))
+    stranger = cluster.start(key_file=str(tmp_path / "other"))
+    cluster.add(decode, "d", cluster.prefill(prefill, "p"))
+    cluster.add(stranger, "s", cluster.prefill(prefill, "p2", OTHER), OTHER)
+    ours, theirs = cluster.finish("d", "s")
+    assert (tokens(ours), ours.num_external_tokens) == (expected(PROMPT, 8), 50)
+    assert (tokens(theirs), theirs.num_external_tokens) == (expected(OTHER, 8), 0)
+    cluster.check_idle()
