@@ -51,6 +51,10 @@ def test_names_are_registered_once_and_taken_ones_left(monkeypatch: pytest.Monke
         "FerryExampleHiddenStatesConnector": ("kvferry.vllm", "ExampleHiddenStatesConnector"),
         "FerryLMCacheMPConnector": ("kvferry.vllm", "LMCacheMPConnector"),
         "FerryLMCacheMPConnectorUpstream": ("kvferry.vllm", "LMCacheMPConnectorUpstream"),
+        "FerryNixlConnector": ("kvferry.vllm", "NixlConnector"),
+        "FerryNixlPullConnector": ("kvferry.vllm", "NixlPullConnector"),
+        "FerryNixlPushConnector": ("kvferry.vllm", "NixlPushConnector"),
+        "FerryP2PConnector": ("kvferry.vllm", "P2PConnector"),
         "FerryMultiConnector": ("kvferry.vllm", "FerryMultiConnector"),
         "FerryMultiConnectorNoHMA": ("kvferry.vllm", "FerryMultiConnectorNoHMA"),
     }
