@@ -1,4 +1,4 @@
-"""What the scheduler side remembers of one request, and how a prefix becomes store keys."""
+"""What the scheduler side remembers of a request and of a copy job, and how a prefix becomes store keys."""
 
 from __future__ import annotations
 
@@ -7,8 +7,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
+from typing import Any
 
 from kvferry.connectors.offloading.config import ChunkGeometry
+from kvferry.connectors.offloading.messages import CopyJob, JobReport
 from kvferry.contract.views import RequestView
 from kvferry.errors import ConfigError
 from kvferry.fingerprint import fingerprint_folder
@@ -47,6 +49,23 @@ class RequestState:
     """While waiting for tiers below: give up at this time unless there is progress."""
     num_pins_seen: int = 0
     """Pins held when the wait was last extended: more of them now is progress."""
+
+
+@dataclass(slots=True)
+class Job:
+    """A copy job that workers have not all reported yet. Failures are remembered per (part, rank)."""
+
+    job: CopyJob
+    deadline_s: float
+    pinned_blocks: list[Any]
+    keys: tuple[tuple[StoreKey, ...], ...]
+    """Per part, the key of each rank's shard."""
+    reports: dict[int, JobReport]
+    is_load: bool
+    chunk: int | None = None
+    """Stores: which chunk of its request."""
+    is_tainted: bool = False
+    """Stores: computed in a step that read KV which had failed to load."""
 
 
 class KeyMaker:
@@ -97,3 +116,11 @@ def groups_needed(
     for group in groups:
         if group.kind is AttentionKind.FULL or chunk_end > hit_tokens - ((group.window_tokens or 1) - 1):
             yield group
+
+
+def starts_with_a_block(group: GroupInfo) -> bool:
+    """True when the tail of a whole number of blocks does not reach one token further back.
+
+    Hosts compute the last token of a prompt that was loaded whole, so such a load would be no good to them.
+    """
+    return group.window_tokens is not None and (group.window_tokens - 1) % group.block_tokens == 0
