@@ -285,6 +285,18 @@ def test_nobody_is_preempted_for_blocks_that_left_a_window_and_are_still_stored(
     assert llm.counters.hook_errors == {}
 
 
+@pytest.mark.parametrize("windows", [LAYERS, (WINDOW, WINDOW), (33, 50)], ids=str)
+def test_what_was_loaded_is_not_explained_as_local(make_llm: Any, windows: Any) -> None:
+    """The null blocks before a window's tail are no hits."""
+    llm = make_llm(offloading(), windows=windows, explain_requests=True)
+    run(llm, prompt(330))
+    settle(llm)
+    found = llm.explain(run(llm, prompt(330)).request_id)
+    assert found["tokens"]["from_device"] == 0
+    assert {item["place"] for item in found["ranges"] if item["loaded"]} == {"host"}
+    assert "device" not in {item["place"] for item in found["ranges"]}
+
+
 def test_only_the_tail_of_a_window_is_loaded(make_llm: Any) -> None:
     llm = make_llm(faulty())
     tokens = prompt(330)
