@@ -92,7 +92,7 @@ class SchedulerConnector:
         self._stats: ConnectorStats | None = None
         self._has_asked_stats = False
         self.on_admission: Callable[[Request, int], None] | None = None
-        """Called with a request that gets its blocks, and how many of its tokens were local, before the connector hears."""
+        """Called with (request, its local tokens) when it gets blocks, before the connector hears of it."""
         self.events: list[KVCacheEvent] | None = None
         """KV events of the connector, for whoever empties it; None: nobody does."""
 
