@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import pytest
 import torch
 
 from kvferry import LLM, SamplingParams
+from kvferry.clock import FakeClock
 from kvferry.engine.outputs import RequestOutput
 from kvferry.engine.request import Request
 from kvferry.errors import ConfigError
@@ -269,6 +271,30 @@ def test_every_capable_connector_brings_back_what_the_engine_forgot(make_llm: An
     assert run(llm, tokens[:200] + more).num_external_tokens in (0, 192)  # window tails there: stored, not in the pool
     assert llm.counters.hook_errors == llm.counters.contract_errors == {}
     assert llm.counters.load_failures == 0
+
+
+def test_nobody_is_preempted_for_blocks_that_left_a_window_and_are_still_stored(make_llm: Any) -> None:
+    """The pool has room for one request; what its windows leave comes free only when it is copied."""
+    llm = make_llm(offloading(), num_kv_blocks=130, max_num_batched_tokens=64)
+    llm._hosted.scheduler._guard.connector.side._clock = FakeClock()  # no store is ever late
+    worker = llm._hosted.worker._guard.connector.side
+    run_order = worker._run
+    worker._run = lambda order: (time.sleep(0.002), run_order(order))[1]  # the model needs less for a chunk
+    run(llm, prompt(1580), 15)
+    assert llm.scheduler.num_preemptions == 0
+    assert llm.counters.hook_errors == {}
+
+
+@pytest.mark.parametrize("windows", [LAYERS, (WINDOW, WINDOW), (33, 50)], ids=str)
+def test_what_was_loaded_is_not_explained_as_local(make_llm: Any, windows: Any) -> None:
+    """The null blocks before a window's tail are no hits."""
+    llm = make_llm(offloading(), windows=windows, explain_requests=True)
+    run(llm, prompt(330))
+    settle(llm)
+    found = llm.explain(run(llm, prompt(330)).request_id)
+    assert found["tokens"]["from_device"] == 0
+    assert {item["place"] for item in found["ranges"] if item["loaded"]} == {"host"}
+    assert "device" not in {item["place"] for item in found["ranges"]}
 
 
 def test_only_the_tail_of_a_window_is_loaded(make_llm: Any) -> None:

@@ -14,6 +14,8 @@ from kvferry.engine.outputs import RequestOutput
 from kvferry.testing.faulty import Medium, forget_media, media
 from kvferry.testing.stub_model import StubModel
 
+pytestmark = pytest.mark.usefixtures("runner")
+
 BLOCK = 4
 WINDOW = 10
 MODEL = StubModel(windows=(WINDOW, None, WINDOW))

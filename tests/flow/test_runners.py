@@ -305,3 +305,30 @@ def test_stored_chunks_are_found_across_what_does_not_change_a_page(tmp_path: An
     assert num_loaded("LBHNC", 16) == 256
     assert num_loaded("LBHNC", 32) == 0
     assert num_loaded("BLNHC") == 256
+
+
+CACHES: dict[str, dict[str, Any]] = {
+    "OffloadingConnector": {"weights_version": "1", "cpu_bytes_to_use": 1 << 20},
+    "ExampleConnector": {"weights_version": "1"},
+    "LoadRecoveryExampleConnector": {},
+}
+"""The built-in connectors that bring KV back; tests/model/test_hidden_states.py has the one that brings none."""
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("name", CACHES)
+def test_kernel_blocks_come_back_through_every_connector(name: str, layout: str, tmp_path: Any) -> None:
+    folder = {"shared_storage_path": str(tmp_path / "kv")} if name == "ExampleConnector" else {}
+    transfer = {"kv_connector": name, "kv_role": "kv_both", "kv_connector_extra_config": CACHES[name] | folder}
+    model, tokens = StubModel(), [(i * 31 + i * i) % 1000 for i in range(300)]
+    settings = {"block_size": 64, "kernel_block_size": 16, "kv_cache_layout": layout, "num_kv_blocks": 9}
+    with LLM(model, kv_transfer_config=transfer, use_v2_model_runner=True, **settings) as llm:
+        for num_loaded in (0, 256):
+            output = llm.generate(tokens, SamplingParams(max_tokens=5, temperature=0))[0]
+            assert output.outputs[0].token_ids == model.expected_tokens(tokens, 5)
+            assert output.num_external_tokens == num_loaded
+            while llm.has_requests():
+                llm.step()
+            assert llm.reset_prefix_cache()
+            llm._hosted.kv.storage.fill_(0x55)
+        assert llm.counters.hook_errors == llm.counters.contract_errors == {}

@@ -73,9 +73,15 @@ def check_sound(llm: LLM) -> None:
     assert llm.counters.hook_errors == llm.counters.contract_errors == {}
 
 
+V2 = {"use_v2_model_runner": True}
+RUNNERS = {"V1": {}, "V2": V2, "V2 with kernel blocks": V2 | {"block_size": 16, "kernel_block_size": 4}}
+
+
+@pytest.mark.parametrize("runner", RUNNERS)
 @pytest.mark.parametrize("chunk", [1, 7, 512])
-def test_rows_are_those_of_the_model(tiny_llama, tmp_path, expected, chunk):
-    with make_llm(tiny_llama, tmp_path / "a" / "b", max_num_batched_tokens=chunk) as llm:
+def test_rows_are_those_of_the_model(tiny_llama, tmp_path, expected, chunk, runner):
+    with make_llm(tiny_llama, tmp_path / "a" / "b", max_num_batched_tokens=chunk, **RUNNERS[runner]) as llm:
+        assert llm.config.use_v2_model_runner == (runner != "V1")
         check(llm.generate(prompts([1, 5, 16, 33]), SHORT), expected)
         check_sound(llm)
     assert len(files(tmp_path / "a" / "b")) == 4
@@ -121,9 +127,10 @@ def test_nothing_is_missing_beside_a_connector_that_loads(tiny_llama, tmp_path, 
     assert loaded_tokens([offloading, connector(tmp_path / "hs")], STATES) == 0
 
 
-def test_preempted_requests(tiny_llama, tmp_path, expected):
+@pytest.mark.parametrize("runner", [{}, V2 | {"kernel_block_size": 2}], ids=["V1", "V2"])
+def test_preempted_requests(tiny_llama, tmp_path, expected, runner):
     params = SamplingParams(max_tokens=24, temperature=0)
-    with make_llm(tiny_llama, tmp_path / "hs", num_kv_blocks=30, max_num_batched_tokens=9) as llm:
+    with make_llm(tiny_llama, tmp_path / "hs", num_kv_blocks=30, max_num_batched_tokens=9, **runner) as llm:
         check(llm.generate(prompts([30, 31, 32, 33], seed=3), params), expected)
         assert llm.scheduler.num_preemptions > 0
         check_sound(llm)

@@ -43,6 +43,7 @@ MODELS: dict[str, tuple[str, dict[str, Any], list[int | None]]] = {
     ),
 }
 """Name -> class prefix, settings, the window of each group."""
+V2 = {"use_v2_model_runner": True, "kernel_block_size": 4, "kv_cache_layout": "LBHNC"}
 
 
 def prompts() -> list[list[int]]:
@@ -98,6 +99,7 @@ def test_tokens_are_those_of_transformers(model: Any, reference: Any) -> None:
         {},
         {"max_num_batched_tokens": 48},
         {"max_num_batched_tokens": 48, "num_kv_blocks": 36},
+        {"max_num_batched_tokens": 48, "num_kv_blocks": 36, **V2},
         {"disable_hybrid_kv_cache_manager": True},
     ):
         with engine(folder, **options) as llm:
@@ -126,27 +128,29 @@ def kept_pages(llm: LLM, prompt: list[int]) -> tuple[RequestOutput, dict[tuple[s
                 for group, table in zip(llm.kv_cache_config.kv_cache_groups, tables, strict=True):
                     for name in group.layer_names:
                         view = llm.kv_caches[name]
+                        view = view.view(llm.kv_cache_config.num_blocks, -1, *view.shape[1:])
                         found = {(name, i): bytes(view[b].contiguous().view(torch.uint8).numpy().tobytes())
                                  for i, b in enumerate(table[:num_full]) if b}  # fmt: skip
                         pages = found | pages
     return outputs[-1], pages
 
 
+@pytest.mark.parametrize("options", [{}, V2], ids=["V1", "V2"])
 @pytest.mark.parametrize("load_async", [True, False], ids=["async", "sync"])
 def test_offload_restart_reload_gives_equal_bytes_and_tokens(
-    model: Any, reference: Any, tmp_path: Path, load_async: bool
+    model: Any, reference: Any, tmp_path: Path, load_async: bool, options: dict[str, Any]
 ) -> None:
     folder, windows = model
     ref = reference(folder)
     extra = {"load_async": load_async, "secondary_tiers": [{"type": "fs", "path": str(tmp_path / "kv")}]}
     prompt = prompts()[0]
-    with engine(folder, extra) as llm:
+    with engine(folder, extra, **options) as llm:
         cold, computed = kept_pages(llm, prompt)
         assert cold.num_external_tokens == 0
         ref.check(prompt, cold.outputs[0].token_ids)
         spoil(llm)
         check_reload(llm, ref, prompt, computed, windows)
-    with engine(folder, extra) as llm:  # a new engine over the same folder
+    with engine(folder, extra, **options) as llm:  # a new engine over the same folder
         spoil(llm)
         check_reload(llm, ref, prompt, computed, windows)
         assert llm.counters.load_failures == 0

@@ -211,7 +211,9 @@ class HiddenStatesWorkerSide(WorkerSide):
         self._folder = self.config.folder()
         self._writer = IoThreads[Callable[[], None]]("kvferry-hidden-states", 1, lambda job: job())
         self._next_sweep_s = self.clock.now()
-        self._block_tokens = (_hidden_group(host) or host.groups[0]).block_tokens
+        self._group = _hidden_group(host) or host.groups[0]
+        self._ratio = 1
+        """Kernel blocks of a block."""
         self._pages: torch.Tensor | None = None
         """[kernel blocks, states, tokens, hidden], where the host pages them."""
         self._lacking: set[str] = set()
@@ -221,8 +223,9 @@ class HiddenStatesWorkerSide(WorkerSide):
         self._step_rows: tuple[torch.Tensor, Any] | None = None
 
     def register_kv_caches(self, kv_caches: dict[str, torch.Tensor]) -> None:
-        """Find the pages, if there are any."""
+        """Find the pages, if there are any, and into what a block is cut."""
         self._pages = next((pages for name, pages in kv_caches.items() if _LAYER_MARK in name), None)
+        self._ratio = kv_caches[self._group.layer_names[0]].shape[0] // self.host.num_blocks
 
     def handle_preemptions(self, metadata: KVConnectorMetadata) -> None:
         """The first hook of a step: rows of one that broke are forgotten."""
@@ -258,8 +261,10 @@ class HiddenStatesWorkerSide(WorkerSide):
                 logger.warning("in %s: %s", self._folder, done.error)
 
     def _keep(self, part: StepPart, rows: torch.Tensor, batch: Any) -> None:
-        """Our engine's rows: the request's are those from its first position, in its block, on."""
-        is_start = (batch.write_blocks[0] == part.block_id) & (batch.positions == part.first)
+        """Our engine's rows: the request's are those from its first position, in its (kernel) block, on."""
+        kernel_block = part.first % self._group.block_tokens * self._ratio // self._group.block_tokens
+        block_id = part.block_id * self._ratio + kernel_block
+        is_start = (batch.write_blocks[self._group.group_id] == block_id) & (batch.positions == part.first)
         start = int(is_start.nonzero()[0])
         kept = self._kept.setdefault(part.request_id, [])
         if part.first == 0:  # again after a preemption
@@ -274,8 +279,9 @@ class HiddenStatesWorkerSide(WorkerSide):
             return None
         if self._pages is None:
             return torch.cat(kept)[:num_tokens]
-        starts = torch.tensor(file.block_ids, device=self._pages.device)[:, None] * self._block_tokens
-        places = (starts + torch.arange(self._block_tokens, device=self._pages.device)).flatten()[:num_tokens]
+        block_tokens = self._group.block_tokens
+        starts = torch.tensor(file.block_ids, device=self._pages.device)[:, None] * block_tokens
+        places = (starts + torch.arange(block_tokens, device=self._pages.device)).flatten()[:num_tokens]
         size = self._pages.shape[2]
         return self._pages[places // size, :, places % size]
 
@@ -385,3 +391,5 @@ class ExampleHiddenStatesConnector(
     SupportsHMA,
 ):
     """Writes hidden states of prompts to files; settings: `HiddenStatesConfig`."""
+
+    supports_v2_model_runner = True

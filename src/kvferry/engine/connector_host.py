@@ -91,8 +91,8 @@ class SchedulerConnector:
         self._refused_ids: set[str] = set()
         self._stats: ConnectorStats | None = None
         self._has_asked_stats = False
-        self.on_admission: Callable[[Request, KVCacheBlocks], None] | None = None
-        """Called when a request gets its blocks, before the connector hears of it."""
+        self.on_admission: Callable[[Request, int], None] | None = None
+        """Called with (request, its local tokens) when it gets blocks, before the connector hears of it."""
         self.events: list[KVCacheEvent] | None = None
         """KV events of the connector, for whoever empties it; None: nobody does."""
 
@@ -151,10 +151,10 @@ class SchedulerConnector:
             check = partial(broken_groups, group_ids=groups)
             self._guard.call("get_loaded_kv_cache_group_ids", groups, request, check=check)
 
-    def blocks_allocated(self, request: Request, blocks: KVCacheBlocks, match: ExternalMatch) -> bool:
+    def blocks_allocated(self, request: Request, blocks: KVCacheBlocks, num_local: int, match: ExternalMatch) -> bool:
         """Tell the connector where to load to. False when it failed, so that no load can be counted on."""
         if self.on_admission is not None:
-            self.on_admission(request, blocks)
+            self.on_admission(request, num_local)
         if self._guard is None:
             return True
         self._guard.failed_hooks.clear()

@@ -16,14 +16,13 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Iterable
 from dataclasses import dataclass
-from itertools import pairwise, takewhile
+from itertools import pairwise
 from typing import Any
 
 from kvferry.clock import Clock
 from kvferry.contract import PrefixRange
 from kvferry.engine.config import SchedulerConfig
 from kvferry.engine.connector_host import SchedulerConnector
-from kvferry.engine.kv_manager import KVCacheBlocks
 from kvferry.engine.request import Request, RequestStatus
 from kvferry.engine.scheduler import Scheduler
 
@@ -62,14 +61,10 @@ class Explainer:
         """The scheduler has taken the request."""
         self._live[request.request_id] = request
 
-    def admitted(self, request: Request, blocks: KVCacheBlocks) -> None:
-        """The request gets its blocks, of which only its hits have content yet; only the first time counts."""
+    def admitted(self, request: Request, num_local_tokens: int) -> None:
+        """The request gets its blocks; only the first time counts."""
         if request.admitted_s is None:
-            num_hits = min(
-                sum(1 for _ in takewhile(lambda block: block.is_null or block.block_hash is not None, table))
-                for table in blocks.blocks
-            )
-            self._admissions[request.request_id] = self._look(request, num_hits)
+            self._admissions[request.request_id] = self._look(request, num_local_tokens)
 
     def take_ends(self, requests: Iterable[Request]) -> None:
         """Keep the explanations of those that ended."""
@@ -133,11 +128,11 @@ class Explainer:
         }
 
     def _look_ahead(self, request: Request) -> _Admission:
-        return self._look(request, len(self._scheduler.manager.get_computed_blocks(request).blocks[0]))
+        manager = self._scheduler.manager
+        return self._look(request, len(manager.get_computed_blocks(request).blocks[0]) * manager.block_size)
 
-    def _look(self, request: Request, num_hit_blocks: int) -> _Admission:
-        num_local = num_hit_blocks * self._scheduler.manager.block_size
-        return _Admission(num_local, self._connector.explain(request, num_local))
+    def _look(self, request: Request, num_local_tokens: int) -> _Admission:
+        return _Admission(num_local_tokens, self._connector.explain(request, num_local_tokens))
 
     # ---- what it waits for ------------------------------------------------------------------------------------
 

@@ -58,10 +58,12 @@ def longest_hit(groups: Sequence[GroupInfo], num: int, has: Callable[[int, int],
 
     `has(group id, position)` tells of one block. A full group needs all blocks, a window group those its window still
     reaches. A needed block that is missing is needed by every shorter hit that ends behind it, so the search goes on
-    before the first such block, until nobody misses anything.
+    before the first such block, until nobody misses anything. Full groups need to be asked only once.
     """
+    full, windows = ([g for g in groups if (g.window_tokens is None) is is_full] for is_full in (True, False))
+    num = next((i for i in range(num) if not all(has(g.group_id, i) for g in full)), num)
     while True:
-        needed = ((g.group_id, i) for g in groups for i in range(g.first_needed_block(num * g.block_tokens), num))
+        needed = ((g.group_id, i) for g in windows for i in range(g.first_needed_block(num * g.block_tokens), num))
         missing = next((i for group, i in needed if not has(group, i)), None)
         if missing is None:
             return num

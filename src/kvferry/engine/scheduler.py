@@ -212,7 +212,8 @@ class Scheduler:
                 return
             self.loaded.remove(request)
             self.manager.allocate(request, request.num_computed_tokens + num_new)
-            self._connector.blocks_allocated(request, self.manager.get_blocks(request.request_id), NO_MATCH)
+            blocks = self.manager.get_blocks(request.request_id)
+            self._connector.blocks_allocated(request, blocks, request.num_computed_tokens, NO_MATCH)
             self._run(request, num_new, plan)
 
     def _schedule_waiting(self, plan: StepPlan) -> None:
@@ -246,7 +247,8 @@ class Scheduler:
         self._connector.allocating(request, match)
         self.manager.begin(request, computed, num_computed)
         self.manager.allocate(request, num_computed + num_new)
-        is_planned = self._connector.blocks_allocated(request, self.manager.get_blocks(request.request_id), match)
+        blocks = self.manager.get_blocks(request.request_id)
+        is_planned = self._connector.blocks_allocated(request, blocks, num_local, match)
         if not is_planned and match.is_async:
             self._set_aside(request)
             return True

@@ -133,6 +133,39 @@ def test_sliding_window_groups_need_only_the_tail(make_host: Any) -> None:
     host.check(TOKENS, fresh, range(12))
 
 
+def test_nothing_is_fetched_for_a_prefix_whose_window_tails_are_gone(make_host: Any, tmp_path: Path) -> None:
+    tier = {"type": "fs", "path": str(tmp_path / "kv")}
+    first = make_host({"secondary_tiers": [tier]}, window=40)
+    first.run_and_store("a", TOKENS, (list(range(1, 14)), list(range(14, 27))))
+    chain = chain_of(first, TOKENS)
+    first.close()
+    for num_tokens in (64, 128, 192):
+        (file,) = (tmp_path / "kv").rglob(store_key(chain.value_at(num_tokens), 1, 0).hex() + ".kv")
+        file.unlink()
+    second = make_host({"secondary_tiers": [tier]}, window=40)
+    view, claim, _ = second.lookup("b", TOKENS)
+    assert claim == 0
+    stats = second.side.store.stats()
+    assert stats.num_host_chunks == stats.num_pending_chunks == stats.tiers["fs"].num_queued == 0
+    assert not second.side._state(view).pins
+
+
+def test_blocks_that_only_a_store_holds_are_soon_free(make_host: Any) -> None:
+    host = make_host()
+    assert not host.side.has_pending_block_frees()
+    view = RequestView(host.request("a", TOKENS))
+    host.side.on_new_request(view)
+    host.side.update_state_after_alloc(view, TABLE, 0)
+    blocks = [host.pool.blocks[i] for i in TABLE[0]]
+    host.pool.touch(blocks)
+    host.side.build_connector_meta(StepView([ScheduledRequest("a", 0, 200, TABLE)]))  # which no worker ever gets
+    assert not host.side.has_pending_block_frees(), "its request has them as well"
+    host.pool.free_blocks(blocks[:1])
+    assert host.side.has_pending_block_frees()
+    host.clock.advance(1.1)
+    assert not host.side.has_pending_block_frees(), "who knows when that store ends"
+
+
 def test_failed_load_is_reported_dropped_and_not_claimed_again(make_host: Any) -> None:
     host = make_host()
     host.run_and_store("a", TOKENS, TABLE)

@@ -70,6 +70,21 @@ def test_longest_hit_is_that_of_trying_all() -> None:
     assert num_hits > 500
 
 
+@pytest.mark.parametrize("windows", [(None, 17), (17, None)])
+def test_a_hit_is_found_without_asking_for_each_block_again_and_again(windows: tuple[int | None, ...]) -> None:
+    """All blocks of the full group are there, none of the window's: there is no hit."""
+    groups = [group_of(window, group_id=i) for i, window in enumerate(windows)]
+    num_asked = 0
+
+    def has(group: int, position: int) -> bool:
+        nonlocal num_asked
+        num_asked += 1
+        return windows[group] is None
+
+    assert longest_hit(groups, 1000, has) == 0
+    assert num_asked <= 2 * 1000
+
+
 def test_a_window_group_gives_back_what_it_left() -> None:
     manager = manager_of(40, 6)
     made = filled(manager, "a", list(range(30)))

@@ -1,4 +1,4 @@
-"""What the scheduler side remembers of one request and of one copy, and how a prefix becomes store keys."""
+"""What the scheduler side remembers of a request and of a copy job, and how a prefix becomes store keys."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ class RequestState:
 
 
 @dataclass(slots=True)
-class RunningJob:
+class Job:
     """A copy job that workers have not all reported yet. Failures are remembered per (part, rank)."""
 
     job: CopyJob
@@ -116,3 +116,11 @@ def groups_needed(
     for group in groups:
         if group.kind is AttentionKind.FULL or chunk_end > hit_tokens - ((group.window_tokens or 1) - 1):
             yield group
+
+
+def starts_with_a_block(group: GroupInfo) -> bool:
+    """True when the tail of a whole number of blocks does not reach one token further back.
+
+    Hosts compute the last token of a prompt that was loaded whole, so such a load would be no good to them.
+    """
+    return group.window_tokens is not None and (group.window_tokens - 1) % group.block_tokens == 0

@@ -25,14 +25,15 @@ from kvferry.connectors.offloading.config import EXTRA_CONFIG, ChunkGeometry, Of
 from kvferry.connectors.offloading.events import ChunkEvents
 from kvferry.connectors.offloading.explain import explain_prefix
 from kvferry.connectors.offloading.identity import model_identity, store_namespace
-from kvferry.connectors.offloading.messages import (
-    ChunkPart,
-    CopyJob,
-    StepMetadata,
-    WorkerHandshake,
-    WorkerReport,
+from kvferry.connectors.offloading.messages import ChunkPart, CopyJob, StepMetadata, WorkerHandshake, WorkerReport
+from kvferry.connectors.offloading.requests import (
+    Job,
+    KeyMaker,
+    LoadState,
+    RequestState,
+    groups_needed,
+    starts_with_a_block,
 )
-from kvferry.connectors.offloading.requests import KeyMaker, LoadState, RequestState, RunningJob, groups_needed
 from kvferry.connectors.offloading.stats import OffloadingCounters
 from kvferry.contract.base import CacheHitSource, KVConnectorHandshakeMetadata
 from kvferry.contract.explain import PrefixRange
@@ -51,16 +52,9 @@ from kvferry.types import NULL_BLOCK_ID, GroupInfo, Presence, SlotRef, StoreKey
 logger = logging.getLogger(__name__)
 
 _JOB_DEADLINE_S = 30.0
+_FREES_WAIT_S = 1.0  # stores older than this are not waited for
 _SCRUB_SLOTS = 1  # proved again in each idle step
 _IDLE_YIELD_S = 0.0002  # an engine that spins would keep the interpreter from the tiers' threads (2.6 x slower reads)
-
-
-def _starts_with_a_block(group: GroupInfo) -> bool:
-    """True when the tail of a whole number of blocks does not reach one token further back.
-
-    Hosts compute the last token of a prompt that was loaded whole, so such a load would be no good to them.
-    """
-    return group.window_tokens is not None and (group.window_tokens - 1) % group.block_tokens == 0
 
 
 class OffloadingSchedulerSide(SchedulerSide):
@@ -78,10 +72,10 @@ class OffloadingSchedulerSide(SchedulerSide):
         self._clock = clock or SystemClock()
         # vLLM cannot be told that a synchronous load into several groups failed.
         self._is_async = self.config.load_async or (len(host.groups) > 1 and not host.reads_failed_blocks)
-        self._may_claim_all = self._is_async and not any(map(_starts_with_a_block, host.groups))
+        self._may_claim_all = self._is_async and not any(map(starts_with_a_block, host.groups))
         self._keys = KeyMaker(model_identity(host, self.config.weights_version), host.groups, host.world_size)
         self._requests: dict[str, RequestState] = {}
-        self._jobs: dict[int, RunningJob] = {}
+        self._jobs: dict[int, Job] = {}
         self._next_job_id = 0
         self._new_loads: list[CopyJob] = []
         self._num_pinned_blocks = 0
@@ -231,9 +225,13 @@ class OffloadingSchedulerSide(SchedulerSide):
         num_known = self._num_known_chunks(state)
         while num_known > first:
             hit = min(num_known * chunk_tokens, limit) // alignment * alignment
+            missing = self._missing_tail(state, first, hit)
+            if missing is not None:
+                num_known = missing  # a shorter hit: windowed groups need other chunks
+                continue
             found = [self._fetch(state, chunk, hit) for chunk in range(first, -(-hit // chunk_tokens))]
             if Presence.MISS in found:
-                num_known = first + found.index(Presence.MISS)  # a shorter hit: windowed groups need other chunks
+                num_known = first + found.index(Presence.MISS)
             elif Presence.PENDING not in found:
                 return hit
             elif self._may_wait(state):
@@ -241,6 +239,20 @@ class OffloadingSchedulerSide(SchedulerSide):
             else:
                 num_known = first + found.index(Presence.PENDING)
         return state.num_local_tokens
+
+    def _missing_tail(self, state: RequestState, first: int, hit: int) -> int | None:
+        """The first chunk from `first` on that a windowed group lacks for a hit of `hit` tokens.
+
+        Asked before anything is fetched: without its windows' tails, what a prefix has in full groups is of no use.
+        """
+        windows = tuple(group for group in self.host.groups if group.window_tokens is not None)
+        reach = max(((group.window_tokens or 1) - 1 for group in windows), default=0)
+        chunk_tokens = self.geometry.chunk_tokens
+        for chunk in range(max(first, (hit - reach) // chunk_tokens), -(-hit // chunk_tokens)):
+            needed = groups_needed(windows, self.geometry, chunk, hit)
+            if any(self.store.lookup(key) is Presence.MISS for key in self._chunk_keys(state, chunk, needed)):
+                return chunk
+        return None
 
     def _num_known_chunks(self, state: RequestState) -> int:
         """Chunks from 0 on that are somewhere in the store in every full-attention group (local ones not asked)."""
@@ -453,11 +465,11 @@ class OffloadingSchedulerSide(SchedulerSide):
         *,
         is_load: bool,
         pinned: list[Any] | None = None,
-    ) -> RunningJob:
+    ) -> Job:
         self._next_job_id += 1
         job = CopyJob(self._next_job_id, state.view.request_id, parts, self._is_async)
         deadline_s = self._clock.now() + _JOB_DEADLINE_S
-        record = RunningJob(job, deadline_s, pinned or [], keys, {}, is_load)
+        record = Job(job, deadline_s, pinned or [], keys, {}, is_load)
         self._jobs[job.job_id] = record
         return record
 
@@ -475,8 +487,8 @@ class OffloadingSchedulerSide(SchedulerSide):
             if not record.is_load:
                 self._end_store(record)
 
-    def _ended_jobs(self, report: WorkerReport) -> list[RunningJob]:
-        ended: list[RunningJob] = []
+    def _ended_jobs(self, report: WorkerReport) -> list[Job]:
+        ended: list[Job] = []
         for item in report.reports:
             record = self._jobs.get(item.job_id)
             if record is None or item.rank in record.reports:
@@ -487,12 +499,12 @@ class OffloadingSchedulerSide(SchedulerSide):
                 ended.append(self._jobs.pop(item.job_id))
         return ended
 
-    def _taint(self, ended: list[RunningJob], after_job_id: int) -> None:
+    def _taint(self, ended: list[Job], after_job_id: int) -> None:
         for record in (*ended, *self._jobs.values()):
             if not record.is_load and record.job.job_id > after_job_id:
                 record.is_tainted = True
 
-    def _end_store(self, record: RunningJob) -> None:
+    def _end_store(self, record: Job) -> None:
         for i, (part, keys) in enumerate(zip(record.job.parts, record.keys, strict=True)):
             payload = self.geometry.payload_bytes[part.group_id]
             digests = [record.reports[rank].digests[i] for rank in range(len(keys))]
@@ -510,13 +522,13 @@ class OffloadingSchedulerSide(SchedulerSide):
         self._num_pinned_blocks -= len(record.pinned_blocks)
         self._pool.free_blocks(reversed(record.pinned_blocks))
 
-    def _see_again(self, record: RunningJob) -> None:
+    def _see_again(self, record: Job) -> None:
         """The chunk is considered anew when its request computes it again."""
         state = self._requests.get(record.job.request_id)
         if state is not None and record.chunk is not None:
             state.num_chunks_seen = min(state.num_chunks_seen, record.chunk)
 
-    def _end_load(self, record: RunningJob, ended: list[RunningJob]) -> None:
+    def _end_load(self, record: Job, ended: list[Job]) -> None:
         """Release what the load held. A failed one makes its request claim nothing more; the stored bytes are not
         known to be bad (the worker may be at fault), so they stay.
         """
@@ -536,6 +548,12 @@ class OffloadingSchedulerSide(SchedulerSide):
         """True while copies are out (their results arrive only while the engine steps), up to a deadline each."""
         now = self._clock.now()
         return bool(self._new_loads) or any(now < record.deadline_s for record in self._jobs.values())
+
+    def has_pending_block_frees(self) -> bool:
+        """True while blocks that nobody else has any more (they left a window) wait for a recent store's end."""
+        began_s = self._clock.now() - _FREES_WAIT_S
+        recent = (job for job in self._jobs.values() if job.deadline_s - _JOB_DEADLINE_S > began_s)
+        return any(block.ref_cnt == 1 for job in recent for block in job.pinned_blocks)
 
     def get_kv_connector_stats(self) -> ConnectorStats | None:
         """Totals since start, in the vocabulary of all connectors; None before the store is open and after its end."""
