@@ -68,10 +68,12 @@ def make_llm(server: FakeServer) -> Iterator[MakeLlm]:
         llm.shutdown()
 
 
-def run(llm: LLM, tokens: list[int], max_tokens: int = 3, **more: Any) -> RequestOutput:
+def run(
+    llm: LLM, tokens: list[int], max_tokens: int = 3, *, model: StubModel | None = None, **more: Any
+) -> RequestOutput:
     """Generate, check every token against the model's definition and all invariants; store what is to be stored."""
     output = llm.generate(tokens, greedy(max_tokens), **more)[0]
-    assert output.outputs[0].token_ids == StubModel().expected_tokens(tokens, max_tokens)
+    assert output.outputs[0].token_ids == (model or StubModel()).expected_tokens(tokens, max_tokens)
     settle(llm)
     llm.scheduler.check_integrity()
     return output
@@ -400,9 +402,10 @@ def test_a_model_with_windows_is_kept_in_one_group(server: FakeServer, make_llm:
     tokens = prompt(4 * CHUNK_TOKENS + 5)
     windows = [2 * CHUNK_TOKENS, None]
     for num_external_tokens in (0, 4 * CHUNK_TOKENS):
-        llm = make_llm(model=StubModel(windows=windows))
+        model = StubModel(windows=windows)
+        llm = make_llm(model=model)
         assert len(llm.kv_cache_config.kv_cache_groups) == 1, "not SupportsHMA"
-        assert run(llm, tokens).num_external_tokens == num_external_tokens
+        assert run(llm, tokens, model=model).num_external_tokens == num_external_tokens
 
 
 def test_what_is_released_while_the_server_is_silent_is_released_later(server: FakeServer, make_llm: MakeLlm) -> None:

@@ -17,12 +17,13 @@ def handed_over_tokens(request: Request, vocab_size: int) -> tuple[int, ...]:
     return tuple(tokens) if is_valid else ()
 
 
-def take_over(request: Request, take: Callable[[Request, SampledToken], None]) -> None:
-    """A load ended: with the KV of the whole prompt there, its first tokens are taken, until one is the last."""
+def take_over(request: Request, take: Callable[[Request, SampledToken], None]) -> bool:
+    """A load ended: with the KV of the whole prompt there, its first tokens are taken; True when one was the last."""
     tokens, request.handed_over_token_ids = request.handed_over_token_ids, ()
     if request.num_output_tokens or request.num_computed_tokens < request.num_tokens:
-        return
+        return False
     for token in tokens:
         take(request, SampledToken(token))
         if request.is_finished():
-            return
+            return True
+    return False

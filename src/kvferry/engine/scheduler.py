@@ -442,8 +442,8 @@ class Scheduler:
         return {request.request_id for request in struck}
 
     def _blocks_being_loaded(self) -> set[int]:
-        loads = {request_id: load.num_local_tokens for request_id, load in self.transfers.loads.items()}
-        return {block.block_id for block in self._held_blocks()} | self._blocks_behind(self._sync_loads | loads)
+        loads = self._sync_loads | {name: load.num_local_tokens for name, load in self.transfers.loads.items()}
+        return {block.block_id for block in self._held_blocks()} | self._blocks_behind(loads)
 
     def _held_blocks(self) -> Iterator[Block]:
         """Blocks that no request has but a transfer may still use."""
@@ -513,8 +513,7 @@ class Scheduler:
         """A load has ended: on to running with what it brought, or back to the start when that is nothing."""
         request.status = RequestStatus.PREEMPTED if request.num_preemptions else RequestStatus.WAITING
         self.manager.cache_blocks(request, request.num_computed_tokens)
-        take_over(request, self._take_token)
-        if request.is_finished():
+        if take_over(request, self._take_token):
             return
         # The last token is computed in any case: its logits choose the next one.
         num_computed = min(request.num_computed_tokens, request.num_tokens - 1)
