@@ -26,6 +26,7 @@ _ROLES = get_args(KVRole)
 _OFFLOADING_BACKENDS = ("native", "lmcache")
 _RUNNER_VARIABLES = ("KVFERRY_USE_V2_MODEL_RUNNER", "VLLM_USE_V2_MODEL_RUNNER")
 _TYPE_NAMES = {NoneType: "null", str: "text", dict: "an object"}
+_LISTS: dict[Any, str] = {int: "whole numbers", str: "texts"}
 _TRUTH = {"0": False, "1": True, "false": False, "true": True}
 
 C = TypeVar("C")
@@ -225,8 +226,8 @@ def parse_json_object(text: str, where: str) -> dict[str, Any]:
 def parse_settings(cls: type[C], values: Mapping[str, Any], where: str) -> C:
     """Read a free-form mapping into the frozen dataclass `cls`, whose fields are the known keys.
 
-    Fields may be of simple types, unions of them, `tuple[Mapping, ...]` (given as a list of objects) or
-    `tuple[int, ...]` (given as a list of whole numbers, none below the minimum). Whole floats
+    Fields may be of simple types, unions of them, `tuple[Mapping, ...]` (given as a list of objects),
+    `tuple[int, ...]` (given as a list of whole numbers, none below the minimum) or `tuple[str, ...]`. Whole floats
     count as int (`1e9`), strings must not be empty, `metadata={"minimum": n}` bounds numbers. Every mistake is a
     ConfigError that names it as `where.key`: unknown (with the nearest known key), missing, wrong type, too small.
     """
@@ -249,10 +250,10 @@ def parse_settings(cls: type[C], values: Mapping[str, Any], where: str) -> C:
 
 def _of_type(value: Any, hint: Any, where: str) -> Any:
     """`value` if it is what the annotation says (simple types, Literal, dict, tuple[Mapping, ...], unions of them)."""
-    if get_origin(hint) is tuple and get_args(hint)[0] is int:
+    if get_origin(hint) is tuple and (of := get_args(hint)[0]) in _LISTS:
         if not isinstance(value, list):
-            raise ConfigError(f"{where}={value!r} must be a list of whole numbers")
-        return tuple(_of_type(item, int, f"{where}[{i}]") for i, item in enumerate(value))
+            raise ConfigError(f"{where}={value!r} must be a list of {_LISTS[of]}")
+        return tuple(_of_type(item, of, f"{where}[{i}]") for i, item in enumerate(value))
     if get_origin(hint) is tuple:
         if not isinstance(value, list) or not all(isinstance(item, Mapping) for item in value):
             raise ConfigError(f"{where}={value!r} must be a list of objects")

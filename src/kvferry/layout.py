@@ -9,8 +9,9 @@ of a backing buffer. `KVLayout.from_tensors` normalises that once. After that ev
 
 The payload of a block (what leaves the engine) is the concatenation of its ranges in *payload order*: layer by layer in
 the group's order, then kernel block, then the (H, N, C) dimensions outermost physical first. So layouts that differ
-only in where layers and blocks lie (layer-major, block-first) have the same payload, and share stored chunks; a
-different order within a page, dtype or block size is another `payload_description`, hence another namespace.
+only in where layers and blocks lie (layer-major, block-first), or in how blocks of whole tokens are cut into kernel
+blocks, have the same payload, and share stored chunks; a different order within a page, dtype or block size is another
+`payload_description`, hence another namespace.
 """
 
 from __future__ import annotations
@@ -65,6 +66,13 @@ class LayerLayout:
     def page_bytes(self) -> int:
         """Bytes of one logical block of this layer."""
         return self.ratio * self.shape[0] * self.shape[1] * self.shape[2] * self.element_bytes
+
+    def payload_description(self) -> dict[str, Any]:
+        """What a page's bytes depend on. Where tokens lie outermost, kernel blocks make one longer block."""
+        order, (heads, tokens, content), ratio = self.dim_order, self.shape, self.ratio
+        if order.startswith("N") or (order.startswith("HN") and heads == 1):
+            tokens, ratio = tokens * ratio, 1
+        return {"dtype": self.dtype, "order": order, "shape": [heads, tokens, content], "ratio": ratio}
 
     def ranges_of_block_zero(self) -> list[ByteRange]:
         """Ranges of logical block 0 in payload order, adjacent ones merged."""
@@ -129,9 +137,7 @@ class GroupLayout:
 
         `layers` is [how many alike, what they are like] for each run of layers.
         """
-        layers = [
-            {"dtype": y.dtype, "order": y.dim_order, "shape": list(y.shape), "ratio": y.ratio} for y in self.layers
-        ]
+        layers = [layer.payload_description() for layer in self.layers]
         runs = [[len(list(run)), layer] for layer, run in groupby(layers)]
         return {"block_tokens": self.block_tokens, "layers": runs}
 

@@ -71,3 +71,23 @@ class GroupInfo:
     block_tokens: int
     kind: AttentionKind
     window_tokens: int | None = None
+    """A token sees itself and the `window_tokens - 1` before it; None unless `kind` is SLIDING_WINDOW."""
+
+    def first_needed_block(self, num_tokens: int) -> int:
+        """Position of the first block that tokens from `num_tokens` on read; what lies before it is of no more use.
+
+        So a hit of `num_tokens` needs the blocks from there on, and a request that has come so far may free the others.
+        """
+        if self.window_tokens is None:
+            return 0
+        return max(0, num_tokens - (self.window_tokens - 1)) // self.block_tokens
+
+    def most_blocks(self, num_present: int, num_tokens: int, step_tokens: int) -> int:
+        """The most blocks held at one time on the way from `num_present` to `num_tokens` tokens.
+
+        Each step adds at most `step_tokens`, and what left the window is freed after it.
+        """
+        most = -(-num_tokens // self.block_tokens) - self.first_needed_block(num_present)
+        if self.window_tokens is None:
+            return most
+        return min(most, -(-(self.window_tokens - 1 + step_tokens) // self.block_tokens) + 1)

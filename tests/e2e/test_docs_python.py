@@ -15,10 +15,13 @@ LAST_LINE = {
     "README.md": r"\d{3} of \d{3} tokens were loaded",
     "quickstart.md": r"\d{3} tokens came from the disk",
     "example.md": r"80 tokens came from 5 folders",
+    "hidden_states.md": r"\(\d+, 2, 576\) torch\.bfloat16",
 }
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/quickstart.md", "docs/guides/example.md"])
+@pytest.mark.parametrize(
+    "page", ["README.md", "docs/quickstart.md", "docs/guides/example.md", "docs/guides/hidden_states.md"]
+)
 def test_python_block_runs(page: str, tmp_path: Path) -> None:
     programs = FENCE.findall((ROOT / page).read_text())
     assert len(programs) == 1

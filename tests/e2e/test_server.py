@@ -23,8 +23,9 @@ from typer.testing import CliRunner
 
 from kvferry import LLM
 from kvferry.cli.main import app as cli
-from kvferry.engine.server.run import ServerOptions, bind_socket, make_server
+from kvferry.engine.server.run import ServerOptions, make_server
 from kvferry.errors import HostError
+from kvferry.http import bind_socket
 from kvferry.metrics import METRICS, Kind
 from kvferry.testing.stub_model import StubModel
 
@@ -292,6 +293,22 @@ def test_kv_transfer_params_and_salt_go_in_and_come_out() -> None:
         )
         assert status == 200
         assert json.loads(reply)["kv_transfer_params"] is None, "the connector's infinity is no JSON"
+
+
+def test_prompt_computed_again_is_told_in_the_reply_and_in_the_first_chunk(client: openai.OpenAI) -> None:
+    prompt = [7 + i * 5 for i in range(40)]  # blocks of 16: nothing cached at first, then 32 tokens
+    body = {"kv_transfer_params": {"do_remote_prefill": True, "remote_num_tokens": 40}}
+    for num_recomputed in (39, 7):  # the last token is computed in any case
+        reply = client.completions.create(model="stub", prompt=prompt, max_tokens=3, extra_body=body)
+        assert reply.model_extra == {"kv_transfer_params": {"num_recomputed_tokens": num_recomputed}}
+    stream = client.completions.create(model="stub", prompt=prompt, max_tokens=3, extra_body=body, stream=True)
+    told = [(chunk.model_extra or {}).get("kv_transfer_params") for chunk in stream]
+    assert told[0] == told[-1] == {"num_recomputed_tokens": 7}
+    for params in ({"do_remote_prefill": False, "remote_num_tokens": 40}, {"do_remote_prefill": True}):
+        reply = client.completions.create(
+            model="stub", prompt=prompt, max_tokens=1, extra_body={"kv_transfer_params": params}
+        )
+        assert reply.model_extra == {"kv_transfer_params": None}
 
 
 def test_second_request_is_loaded_by_the_connector() -> None:

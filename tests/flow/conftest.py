@@ -308,7 +308,7 @@ class Engine:
     def step(self) -> list[RequestOutput]:
         """One step, then all invariants."""
         outputs = self.llm.step()
-        self.llm.scheduler.check_integrity()
+        self.llm.check_integrity()
         self.clock.advance(0.001)
         return outputs
 
@@ -374,6 +374,13 @@ class Engine:
         return self.llm.scheduler.manager.block_pool.get_num_free_blocks()
 
 
+@pytest.fixture(params=["V1", "V2"])
+def runner(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Runs a test on both model runners: all engines of it, in whatever process."""
+    monkeypatch.setenv("KVFERRY_USE_V2_MODEL_RUNNER", str(int(request.param == "V2")))
+    return str(request.param)
+
+
 @pytest.fixture
 def make_engine() -> Iterator[Callable[..., Engine]]:
     """Makes engines with the fake connector; keyword `script`, the failure policy, and LLM settings."""
@@ -400,7 +407,7 @@ def make_engine() -> Iterator[Callable[..., Engine]]:
     yield make
     for llm in engines:
         llm.shutdown()
-        llm.scheduler.check_integrity()
+        llm.check_integrity()
 
 
 @pytest.fixture

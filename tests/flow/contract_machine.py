@@ -1,5 +1,7 @@
 """A random walk through the contract: the embedded engine over the stub model, a MultiConnector of two faulty children.
 
+`ContractMachine` walks with one KV group, `GroupsMachine` with three, two of which have windows.
+
 Rules admit requests, step the engine, break lookups, loads, saves and hooks, abort, reset and let time pass. After each
 step every block must have exactly the owners the books say, no block with a transfer under way may be free or (for
 loads) anybody else's, every token must be the one the stub model's definition gives, and nobody may wait past the
@@ -18,12 +20,12 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from kvferry import LLM, SamplingParams
 from kvferry.clock import FakeClock
+from kvferry.engine.layout_choice import LAYOUTS
 from kvferry.engine.outputs import RequestOutput
 from kvferry.testing.faulty import LoadFault, Medium, forget_media, media
 from kvferry.testing.stub_model import StubModel
 
 BLOCK_SIZE = 4
-NUM_BLOCKS = 25
 CHILDREN = ("a", "b")
 STUCK_AFTER_S = 60 + 300 + 300 + 100  # lookup, load and stall deadlines one after the other, and some
 BAD_ANSWERS: list[Any] = [
@@ -38,9 +40,16 @@ fired: Counter[str] = Counter()
 
 
 def engine(
-    policy: str, is_async: tuple[bool, bool], sends: tuple[bool, bool], load_policy: str, prefix_caching: bool
+    model: StubModel,
+    num_blocks: int,
+    policy: str,
+    is_async: tuple[bool, bool],
+    sends: tuple[bool, bool],
+    load_policy: str,
+    prefix_caching: bool,
+    **place: Any,
 ) -> LLM:
-    """The engine under test."""
+    """The engine under test; `place` is its model runner, kernel blocks and layout."""
     children = [
         {
             "kv_connector": "FaultyConnector",
@@ -56,37 +65,35 @@ def engine(
         "kv_connector_extra_config": {"connectors": children, "load_policy": load_policy},
     }
     return LLM(
-        MODEL,
+        model,
         kv_transfer_config=transfer,
         clock=FakeClock(),
-        num_kv_blocks=NUM_BLOCKS,
+        num_kv_blocks=num_blocks,
         block_size=BLOCK_SIZE,
         max_num_batched_tokens=16,
         max_num_seqs=4,
         enable_prefix_caching=prefix_caching,
+        **place,
     )
 
 
-MODEL = StubModel(num_layers=1)
-_expected: dict[tuple[int, ...], list[int]] = {}
-
-
-def expected_tokens(prompt: list[int]) -> list[int]:
+@functools.cache
+def expected_tokens(model: StubModel, prompt: tuple[int, ...]) -> list[int]:
     """The longest completion that rules ask for, from the model's definition."""
-    key = tuple(prompt)
-    if key not in _expected:
-        _expected[key] = MODEL.expected_tokens(prompt, 12)
-    return _expected[key]
+    return model.expected_tokens(prompt, 12)
 
 
 @functools.cache
-def expected_page(tokens: tuple[int, ...]) -> bytes:
-    """The KV of the last block of these tokens, from the model's definition."""
-    return MODEL.expected_kv(tokens, 0)[-BLOCK_SIZE * MODEL.token_bytes :]
+def expected_page(model: StubModel, group: int, tokens: tuple[int, ...]) -> bytes:
+    """The KV of the last block of these tokens in the only layer of a group, from the model's definition."""
+    return model.expected_kv(tokens, group)[-BLOCK_SIZE * model.token_bytes :]
 
 
 class ContractMachine(RuleBasedStateMachine):
     """One walk."""
+
+    model = StubModel(num_layers=1)
+    num_blocks = 25
 
     @initialize(
         policy=st.sampled_from(["recompute", "recompute", "fail"]),
@@ -94,6 +101,8 @@ class ContractMachine(RuleBasedStateMachine):
         sends=st.tuples(st.booleans(), st.booleans()),
         load_policy=st.sampled_from(["first", "longest"]),
         prefix_caching=st.sampled_from([True, True, False]),
+        runner=st.sampled_from(["V1", "V1", "V2", "V2 with kernel blocks"]),
+        layout=st.sampled_from(LAYOUTS),
     )
     def start(
         self,
@@ -102,11 +111,16 @@ class ContractMachine(RuleBasedStateMachine):
         sends: tuple[bool, bool],
         load_policy: str,
         prefix_caching: bool,
+        runner: str,
+        layout: str,
     ) -> None:
         torch.set_num_threads(1)
+        fired[f"walk: {runner}"] += 1
+        place = {"use_v2_model_runner": runner != "V1", "kv_cache_layout": layout}
+        place["kernel_block_size"] = BLOCK_SIZE // (2 if "kernel" in runner else 1)
         forget_media()
         self.policy = policy
-        self.llm = engine(policy, is_async, sends, load_policy, prefix_caching)
+        self.llm = engine(self.model, self.num_blocks, policy, is_async, sends, load_policy, prefix_caching, **place)
         self.clock: Any = self.llm._clock
         self.media: list[Medium] = [media(name) for name in CHILDREN]
         self.prompts: dict[str, list[int]] = {}
@@ -272,7 +286,7 @@ class ContractMachine(RuleBasedStateMachine):
     def check_output(self, output: RequestOutput) -> None:
         """Every token is right; a request that ends is forgotten."""
         tokens, prompt = output.outputs[0].token_ids, self.prompts[output.request_id]
-        assert tokens == expected_tokens(prompt)[: len(tokens)], "a wrong token"
+        assert tokens == expected_tokens(self.model, tuple(prompt))[: len(tokens)], "a wrong token"
         assert output.num_cached_tokens < len(prompt) + 1
         if output.finished:
             reason = output.outputs[0].finish_reason
@@ -286,8 +300,8 @@ class ContractMachine(RuleBasedStateMachine):
         """Wrong bytes under a good key would be told to somebody one day."""
         for medium in self.media:
             for key in medium.pages.keys() - medium.proved:
-                page = medium.pages[key][0].transpose(0, 1).contiguous()
-                wanted = expected_page(key[2])
+                page = medium.pages[key][0].transpose(1, 2).contiguous()  # kernel block, token, head, content
+                wanted = expected_page(self.model, key[0], key[2])
                 assert bytes(page.view(torch.uint8).numpy()) == wanted, f"a wrong page was stored: {key}"
             medium.proved = set(medium.pages)
 
@@ -295,7 +309,7 @@ class ContractMachine(RuleBasedStateMachine):
         """What is free and cannot be found again may hold anything."""
         free = [b.block_id for b in self.pool.blocks if not b.is_null and b.ref_cnt == 0 and b.block_hash is None]
         for layer in self.llm.kv_caches.values():
-            layer[free] = 13.0
+            layer.view(self.num_blocks, -1, *layer.shape[1:])[free] = 13.0
 
     @property
     def pool(self) -> Any:
@@ -305,8 +319,7 @@ class ContractMachine(RuleBasedStateMachine):
     def books_are_right(self) -> None:
         if not hasattr(self, "llm"):
             return
-        scheduler = self.llm.scheduler
-        scheduler.check_integrity()
+        self.llm.check_integrity()
         refs = Counter(self.references())
         for medium in self.media:
             written, read = medium.busy_blocks()
@@ -349,7 +362,14 @@ class ContractMachine(RuleBasedStateMachine):
             self.books_are_right()
         assert not self.prompts, f"unfinished at the end: {sorted(self.prompts)}"
         assert not self.llm.has_requests(), "the engine never comes to rest"
-        assert self.pool.get_num_free_blocks() == NUM_BLOCKS - 1, "blocks leaked"
+        assert self.pool.get_num_free_blocks() == self.num_blocks - 1, "blocks leaked"
         for medium in self.media:
             fired.update({f"medium: {what}": num for what, num in medium.num_done.items()})
         self.llm.shutdown()
+
+
+class GroupsMachine(ContractMachine):
+    """One walk with three groups: block ids that mean one group's layers, windows that leave blocks behind."""
+
+    model = StubModel(windows=[None, 6, 10])
+    num_blocks = 49

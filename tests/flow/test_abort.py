@@ -9,6 +9,8 @@ import pytest
 
 from kvferry.errors import ConfigError
 
+pytestmark = pytest.mark.usefixtures("runner")
+
 FOREVER = 10**9
 
 
@@ -103,7 +105,7 @@ def test_abort(engine_of, tokens, is_async, state, delay_free):
     engine.script.delay_free = delay_free
     engine.llm.abort_request(request_id)
     engine.llm.abort_request(request_id)
-    engine.llm.scheduler.check_integrity()
+    engine.llm.check_integrity()
     assert engine.script.finished[request_id][0] == "FINISHED_ABORTED"
     engine.script.num_none_answers = 0
     fresh = [engine.add(tokens(9 + i, seed=4 + i % 2), max_tokens=9) for i in range(4)]

@@ -6,6 +6,8 @@ import random
 
 import pytest
 
+pytestmark = pytest.mark.usefixtures("runner")
+
 
 def test_completion_is_a_function_of_the_tokens_under_any_chunk_size(make_engine, tokens):
     prompt = tokens(23)

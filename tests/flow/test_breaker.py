@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pytest
 
+pytestmark = pytest.mark.usefixtures("runner")
+
 LIMIT = 5
 FOREVER = 10**9
 STEP_HOOKS = [

@@ -6,6 +6,8 @@ import pytest
 
 from kvferry.errors import ConfigError
 
+pytestmark = pytest.mark.usefixtures("runner")
+
 WORKER_TAIL = [
     "wait_for_save",
     "get_transfer_results",

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis.stateful import run_state_machine_as_test
-from tests.flow.contract_machine import ContractMachine, fired
+from tests.flow.contract_machine import ContractMachine, GroupsMachine, fired
 
 from kvferry.contract.multi.requests import Completions
 from kvferry.contract.pins import PinLedger
@@ -19,6 +19,7 @@ from kvferry.engine.scheduler import Scheduler
 from kvferry.engine.transfers import Transfers
 
 NUM_WALKS, NUM_RULES = 300, 60
+NUM_GROUP_WALKS = 150
 
 
 @pytest.fixture(autouse=True)
@@ -29,7 +30,7 @@ def quiet() -> Iterator[None]:
     logging.disable(logging.NOTSET)
 
 
-def walk(num_walks: int) -> None:
+def walk(num_walks: int, machine: type[ContractMachine] = ContractMachine) -> None:
     """The same walks on every run; hypothesis prints the steps of one that fails."""
     options = settings(
         max_examples=num_walks,
@@ -40,7 +41,7 @@ def walk(num_walks: int) -> None:
         phases=[Phase.generate],
         suppress_health_check=list(HealthCheck),
     )
-    run_state_machine_as_test(ContractMachine, settings=options)
+    run_state_machine_as_test(machine, settings=options)
 
 
 def rules() -> list[str]:
@@ -56,6 +57,18 @@ def test_ten_thousand_steps_leak_nothing_and_tell_no_lie() -> None:
         print(f"{num:6} {what}")
     assert fired["step"] >= 10_000
     assert {name: fired[name] for name in rules() if fired[name] < 100} == {}
+    assert min(fired[f"walk: {runner}"] for runner in ("V1", "V2", "V2 with kernel blocks")) >= NUM_WALKS // 8
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_steps_with_three_groups_leak_nothing_and_tell_no_lie() -> None:
+    fired.clear()
+    walk(NUM_GROUP_WALKS, GroupsMachine)
+    for what, num in fired.most_common():
+        print(f"{num:6} {what}")
+    assert fired["step"] >= 4_000
+    assert {name: fired[name] for name in rules() if fired[name] < 50} == {}
 
 
 # ---- mutants: each breaks one thing that the machine must notice ----------------------------------------------------
@@ -149,6 +162,40 @@ def _keeps_count(original: Callable[..., Any]) -> Callable[..., Any]:
     return preempt
 
 
+def _frees_too_early(original: Callable[..., Any]) -> Callable[..., Any]:
+    return lambda self, request_id, num_tokens: original(self, request_id, num_tokens + self.block_size)
+
+
+def _goes_on_anywhere(original: Callable[..., Any]) -> Callable[..., Any]:
+    return lambda self, request_id, num_tokens: True
+
+
+def _only_full_groups(original: Callable[..., Any]) -> Callable[..., Any]:
+    def first_bad_token(self: Any, request_id: str, bad_block_ids: set[int]) -> int | None:
+        full = {block for table in self.get_block_ids(request_id)[:1] for block in table}
+        return original(self, request_id, bad_block_ids & full)
+
+    return first_bad_token
+
+
+def _forgets_to_null(original: Callable[..., Any]) -> Callable[..., Any]:
+    def free_unneeded(self: Any, request_id: str, num_tokens: int) -> None:
+        tables = [list(table) for table in self._table(request_id)]
+        original(self, request_id, num_tokens)
+        for table, before in zip(self._table(request_id), tables, strict=True):
+            table[:] = before
+
+    return free_unneeded
+
+
+GROUP_MUTANTS: dict[str, tuple[type, str, Callable[..., Any]]] = {
+    "a window leaves a block too early": (KVManager, "free_unneeded", _frees_too_early),
+    "a cut request goes on without its window's tail": (KVManager, "can_continue", _goes_on_anywhere),
+    "bad blocks of window groups are not noticed": (KVManager, "first_bad_token", _only_full_groups),
+    "freed blocks stay in the table": (KVManager, "free_unneeded", _forgets_to_null),
+}
+
+
 MUTANTS: dict[str, tuple[type, str, Callable[..., Any]]] = {
     "blocks of a send are freed twice": (Transfers, "release", _double_free),
     "blocks of an aborted load are freed at once": (Transfers, "release", _early_free_of_a_load),
@@ -169,11 +216,11 @@ MUTANTS: dict[str, tuple[type, str, Callable[..., Any]]] = {
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("name", MUTANTS)
+@pytest.mark.parametrize("name", [*MUTANTS, *GROUP_MUTANTS])
 def test_mutants_are_caught(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    owner, method, make = MUTANTS[name]
+    owner, method, make = (MUTANTS | GROUP_MUTANTS)[name]
     monkeypatch.setattr(owner, method, make(getattr(owner, method)))
     with pytest.raises(BaseException) as caught:  # whatever the machine says
-        walk(NUM_WALKS)
+        walk(NUM_WALKS, GroupsMachine if name in GROUP_MUTANTS else ContractMachine)
     assert not isinstance(caught.value, KeyboardInterrupt | pytest.fail.Exception), caught.value
     print(f"{name}: {type(caught.value).__name__}: {str(caught.value)[:100]}")

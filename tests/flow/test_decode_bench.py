@@ -18,6 +18,8 @@ from kvferry.contract.views import RequestView, StepView
 from kvferry.errors import ConfigError
 from kvferry.testing.stub_model import StubModel
 
+pytestmark = pytest.mark.usefixtures("runner")
+
 BLOCK = 4
 
 
@@ -34,7 +36,7 @@ def make_llm():
 
     yield make
     for llm in engines:
-        llm.scheduler.check_integrity()
+        llm.check_integrity()
         assert llm.counters.hook_errors == {}
         assert llm.counters.contract_errors == {}
         llm.shutdown()

@@ -13,6 +13,8 @@ from kvferry.connectors.example import _read, _write
 from kvferry.errors import ConfigError, TierCorrupt
 from kvferry.testing.stub_model import StubModel
 
+pytestmark = pytest.mark.usefixtures("runner")
+
 BLOCK = 16
 
 
@@ -34,7 +36,7 @@ def make_llm(tmp_path):
 
     yield make
     for llm in engines:
-        llm.scheduler.check_integrity()
+        llm.check_integrity()
         assert llm.counters.hook_errors == {}
         assert llm.counters.contract_errors == {}
         llm.shutdown()

@@ -8,6 +8,8 @@ from kvferry import LLM, SamplingParams
 from kvferry.errors import ConfigError
 from kvferry.testing.stub_model import StubModel
 
+pytestmark = pytest.mark.usefixtures("runner")
+
 BLOCK = 16
 POLICIES = ["recompute", "fail"]
 REPORTS = ["block_ids", "positions", "request"]
@@ -31,7 +33,7 @@ def make_llm():
 
     yield make
     for llm in engines:
-        llm.scheduler.check_integrity()
+        llm.check_integrity()
         assert llm.counters.hook_errors == {}
         assert llm.counters.contract_errors == {}
         llm.shutdown()

@@ -11,6 +11,8 @@ from tests.multi_children import Pair
 from kvferry.contract import LoadFailure
 from kvferry.kv_events import BlockStored
 
+pytestmark = pytest.mark.usefixtures("runner")
+
 
 class LayerwiseConnector(FakeConnector):
     """Loads each layer when it is waited for, as the contract allows."""

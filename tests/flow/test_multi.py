@@ -16,6 +16,8 @@ from kvferry.engine.outputs import RequestOutput
 from kvferry.errors import ConfigError
 from kvferry.testing.stub_model import StubModel
 
+pytestmark = pytest.mark.usefixtures("runner")
+
 BLOCK_SIZE = 16
 CHUNK_BYTES = 8192
 SMALL, LARGE = 5 * CHUNK_BYTES, 128 * CHUNK_BYTES
@@ -113,7 +115,7 @@ def make_llm() -> Iterator[Callable[..., LLM]]:
     yield make
     for llm in engines:
         llm.shutdown()
-        llm.scheduler.check_integrity()
+        llm.check_integrity()
 
 
 def prompt(num_tokens: int, seed: int = 0) -> list[int]:
@@ -129,7 +131,7 @@ def run(llm: LLM, tokens: list[int], max_tokens: int = 5) -> RequestOutput:
         if not llm.has_requests():
             break
         llm.step()
-        llm.scheduler.check_integrity()
+        llm.check_integrity()
     assert not llm.has_requests(), "something never comes to rest"
     return output
 
@@ -245,14 +247,14 @@ def test_abort_and_preemption_leave_nothing_behind(make_llm: Any, third_party: A
         wanted[llm.add_request(tokens, SamplingParams(max_tokens=20, temperature=0))] = tokens
         for _ in range(3):
             outputs.update((output.request_id, output) for output in llm.step())
-            llm.scheduler.check_integrity()
+            llm.check_integrity()
         if seed % 6 == 5:
             llm.abort_request(list(wanted)[seed - 1])
     for _ in range(100_000):
         if not llm.has_requests():
             break
         outputs.update((output.request_id, output) for output in llm.step())
-        llm.scheduler.check_integrity()
+        llm.check_integrity()
     assert set(outputs) == set(wanted)
     for request_id, tokens in wanted.items():
         done = outputs[request_id].outputs[0]

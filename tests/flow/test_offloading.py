@@ -15,6 +15,8 @@ from kvferry.engine.outputs import RequestOutput
 from kvferry.hashing import Identity, KeyChain, store_key
 from kvferry.testing.stub_model import StubModel
 
+pytestmark = pytest.mark.usefixtures("runner")
+
 BLOCK_SIZE = 16
 CHUNK_TOKENS = 64
 MiB = 1 << 20
@@ -52,7 +54,7 @@ def run(llm: LLM, tokens: list[int], max_tokens: int = 5) -> RequestOutput:
     """Generate, check every token against the model's definition, check all invariants."""
     output = llm.generate(tokens, greedy(max_tokens))[0]
     assert output.outputs[0].token_ids == StubModel().expected_tokens(tokens, max_tokens)
-    llm.scheduler.check_integrity()
+    llm.check_integrity()
     return output
 
 
@@ -146,7 +148,7 @@ def test_a_prefix_larger_than_the_arena_is_claimed_in_part(make_llm: Any, tmp_pa
     chunk_bytes = 8192
     second = make_llm({**fs(tmp_path / "kv"), "cpu_bytes_to_use": 5 * chunk_bytes})
     assert run(second, tokens).num_external_tokens == 5 * CHUNK_TOKENS
-    second.scheduler.check_integrity()
+    second.check_integrity()
 
 
 def test_a_tier_that_blocks_for_5_s_delays_nobody(make_llm: Any) -> None:
@@ -188,7 +190,7 @@ def test_many_requests_in_a_small_pool(make_llm: Any, tmp_path: Path, load_async
         wanted[llm.add_request(tokens, greedy(max_tokens))] = (tokens, max_tokens)
         for _ in range(rng.randrange(12)):
             outputs.update((output.request_id, output) for output in llm.step())
-            llm.scheduler.check_integrity()
+            llm.check_integrity()
         if rng.random() < 0.15:
             aborted.add(victim := rng.choice(list(wanted)))
             llm.abort_request(victim)
@@ -197,7 +199,7 @@ def test_many_requests_in_a_small_pool(make_llm: Any, tmp_path: Path, load_async
     deadline_s = time.monotonic() + 60
     while llm.has_requests():
         outputs.update((output.request_id, output) for output in llm.step())
-        llm.scheduler.check_integrity()
+        llm.check_integrity()
         assert time.monotonic() < deadline_s, "the engine never came to rest"
     assert set(outputs) == set(wanted)
     external = 0
@@ -222,7 +224,7 @@ def test_abort_while_loading_leaves_nothing_behind(make_llm: Any) -> None:
     llm.abort_request(request_id)
     while llm.has_requests():
         llm.step()
-        llm.scheduler.check_integrity()
+        llm.check_integrity()
     assert llm.reset_prefix_cache()
     assert run(llm, tokens).num_external_tokens == 256
 

@@ -271,7 +271,9 @@ def test_the_users_parameters_stay_as_they_are(cluster: Cluster) -> None:
     cluster.check_idle()
 
 
-@pytest.mark.parametrize("sampling", [{}, {"temperature": 1.0, "seed": 7}, {"temperature": 0.7, "seed": 3, "top_k": 50}])
+@pytest.mark.parametrize(
+    "sampling", [{}, {"temperature": 1.0, "seed": 7}, {"temperature": 0.7, "seed": 3, "top_k": 50}]
+)
 def test_tokens_are_those_of_a_single_engine(cluster: Cluster, sampling: dict[str, Any]) -> None:
     single = LLM(StubModel(), num_kv_blocks=65, block_size=BLOCK)
     options = {"temperature": 0.0, "max_tokens": 12} | sampling
@@ -461,7 +463,10 @@ def test_other_weights_are_refused(cluster: Cluster, caplog: pytest.LogCaptureFi
     decode = cluster.start(weights_version="b")
     cluster.add(decode, "d", cluster.prefill(prefill, "p"))
     assert tokens(cluster.finish("d")[0]) == expected(PROMPT, 8)
-    words = [f"{engine_id(decode)} version:b, its peer version:a", f"{engine_id(prefill)} version:a, its peer version:b"]
+    words = [
+        f"{engine_id(decode)} version:b, its peer version:a",
+        f"{engine_id(prefill)} version:a, its peer version:b",
+    ]
     assert any(f"weights: {text}" in caplog.text for text in words)
     cluster.check_idle()
 
@@ -469,9 +474,7 @@ def test_other_weights_are_refused(cluster: Cluster, caplog: pytest.LogCaptureFi
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("fault", ["fails", "forgets"])
 @pytest.mark.parametrize("policy", ["recompute", "fail"])
-def test_transfers_that_break(
-    cluster: Cluster, faulty: type[FaultyShm], mode: str, fault: str, policy: str
-) -> None:
+def test_transfers_that_break(cluster: Cluster, faulty: type[FaultyShm], mode: str, fault: str, policy: str) -> None:
     prefill, decode = cluster.start(mode=mode, lease_s=2.0), cluster.start(mode=mode, policy=policy)
     params = cluster.prefill(prefill, "p")
     setattr(faulty, fault, 1)

@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 
 from kvferry.contract import KVConnectorTransferResults, LoadFailure
-from kvferry.engine.outputs import BlockState, SchedulerOutput
-from kvferry.engine.scheduler import _Plan
+from kvferry.engine.outputs import BlockState, SchedulerOutput, StepPlan
+
+pytestmark = pytest.mark.usefixtures("runner")
 
 BLOCK = 4
 
@@ -207,7 +208,7 @@ def test_the_next_takes_over_when_the_first_is_preempted(shared):
     engine, (first, second), steps = shared()
     scheduler = engine.llm.scheduler
     engine.step()
-    scheduler._preempt(scheduler.running[0], _Plan(0, SchedulerOutput(BlockState(scheduler.manager))))
+    scheduler._preempt(scheduler.running[0], StepPlan(0, SchedulerOutput(BlockState(scheduler.manager))))
     outputs = engine.finish()
     assert steps[1][second] == 7, "what the first has computed is taken over"
     for request_id in (first, second):
@@ -218,7 +219,7 @@ def test_one_that_waits_may_be_aborted_or_preempted(shared):
     engine, (first, second, third), steps = shared(3)
     scheduler = engine.llm.scheduler
     engine.llm.abort_request(second)
-    scheduler._preempt(scheduler.running[1], _Plan(0, SchedulerOutput(BlockState(scheduler.manager))))
+    scheduler._preempt(scheduler.running[1], StepPlan(0, SchedulerOutput(BlockState(scheduler.manager))))
     scheduler.check_integrity()
     outputs = engine.finish()
     assert outputs[second].outputs[0].finish_reason == "abort"

@@ -270,9 +270,9 @@ with prefill in chunks, with and without prefix hits. The tokens must be those o
 |---|---|---|
 {supported}
 
-SmolLM2-135M-Instruct is tested with its real weights as well. A sliding window limits what is attended to; the KV of
-all tokens is kept. DeepSeek's KV is kept expanded, per head, not as the latent. A model that is not listed loads if its
-paged forward equals its plain one on a few tokens, which is checked at every load.
+SmolLM2-135M-Instruct is tested with its real weights as well. Layers with a sliding window keep no more KV than it
+reaches ([hybrid KV caches](hybrid.md)). DeepSeek's KV is kept expanded, per head, not as the latent. A model that is
+not listed loads if its paged forward equals its plain one on a few tokens, which is checked at every load.
 
 ## Refused at load, with the reason
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from kvferry import LLM, SamplingParams
+from kvferry.engine.layout_choice import LAYOUTS
 from kvferry.errors import ConfigError
 
 GREEDY = SamplingParams(max_tokens=24, temperature=0)
@@ -29,6 +30,21 @@ def check_all(reference, outputs) -> None:
 def test_batched_under_any_chunk_size(tiny_llama, reference, chunk, block_size):
     with LLM(tiny_llama, block_size=block_size, max_num_batched_tokens=chunk) as llm:
         check_all(reference(tiny_llama), llm.generate(prompts(), GREEDY))
+
+
+@pytest.mark.parametrize(
+    ("use_v2", "block_size", "kernel_tokens"), [(False, 16, None), (True, 16, None), (True, 128, 32), (True, 128, 16)]
+)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_every_layout_on_both_runners(tiny_llama, reference, layout, use_v2, block_size, kernel_tokens):
+    settings = {"use_v2_model_runner": use_v2, "block_size": block_size, "kernel_block_size": kernel_tokens}
+    with LLM(tiny_llama, kv_cache_layout=layout, max_num_batched_tokens=48, **settings) as llm:
+        assert llm.config.use_v2_model_runner == use_v2
+        check_all(reference(tiny_llama), llm.generate(prompts(), GREEDY))
+        again = llm.generate(prompts()[-1], GREEDY)
+        assert again[0].num_cached_tokens == 128
+        check_all(reference(tiny_llama), again)
+        llm.check_integrity()
 
 
 def test_alone_and_with_hits(tiny_llama, reference):

@@ -26,7 +26,9 @@ EXECUTED_BY = {
         "kvferry demo --json demo.json --plot demo.png",
     ),
     "kvferry serve": ("tests/e2e/test_serve.py", '"--kv-offloading-size"'),
+    "kvferry proxy": ("tests/e2e/test_proxy_process.py", 'fenced("proxy.md", "console")'),
     "kvferry connectors": ("tests/unit/cli/test_connectors.py", '"connectors"'),
+    "kvferry bench decode": ("tests/model/test_bench_decode.py", '"bench", "decode"'),
     "kvferry doctor": ("tests/unit/cli/test_doctor.py", "doctor"),
     "vllm serve MODEL --kv-transfer-config": ("tests/vllm/test_serve.py", "readme_command(model"),
 }

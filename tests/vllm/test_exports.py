@@ -38,6 +38,7 @@ SUPPORTS_HMA = {
     "LoadRecoveryExampleConnector": False,
     "ExampleConnector": False,
     "DecodeBenchConnector": True,
+    "ExampleHiddenStatesConnector": True,
     "MultiConnector": True,
     "FerryMultiConnector": True,
     "FerryMultiConnectorNoHMA": False,

@@ -103,11 +103,7 @@ class Report:
 
     def write_plot(self, path: Path) -> None:
         """The bars and their limits as a PNG. ConfigError when matplotlib is missing."""
-        try:
-            from matplotlib.figure import Figure
-        except ModuleNotFoundError:
-            raise ConfigError("--plot needs matplotlib: pip install 'kvferry[plot]'") from None
-        figure = Figure(figsize=(8, 2.8), layout="constrained")
+        figure = new_figure((8, 2.8))
         axes = figure.subplots()
         names = [act.name for act in self.acts]
         axes.barh(names, [act.ttft_s for act in self.acts], color=["#3b6ea8", "#4a9a5b", "#c9a227", "#b5483a"])
@@ -120,6 +116,15 @@ class Report:
         axes.spines[["top", "right"]].set_visible(False)
         axes.legend(frameon=False, loc="lower right")
         figure.savefig(path, dpi=130)
+
+
+def new_figure(inches: tuple[float, float]) -> Any:
+    """An empty matplotlib figure. ConfigError when matplotlib is missing."""
+    try:
+        from matplotlib.figure import Figure
+    except ModuleNotFoundError:
+        raise ConfigError("--plot needs matplotlib: pip install 'kvferry[plot]'") from None
+    return Figure(figsize=inches, layout="constrained")
 
 
 def _bar(act: Act, longest_s: float) -> Text:

@@ -18,6 +18,7 @@ from kvferry.config import KVTransferConfig
 from kvferry.connectors.offloading import OffloadingConnector
 from kvferry.connectors.offloading.capacity import offloading_capacity
 from kvferry.contract import KVConnectorFactory
+from kvferry.contract.host import groups_of
 from kvferry.engine.config import EngineOptions
 from kvferry.engine.hybrid import parts_of
 from kvferry.engine.model_loader import ModelShape
@@ -66,6 +67,7 @@ def diagnose(model: ModelShape, options: EngineOptions, transfer: KVTransferConf
     if plan.config.kv_transfer_config is None:
         result.add("connector", "none", "kv_transfer_config names none, and there is no kv_offloading_size")
     result.add("hybrid KV cache", "on" if plan.hybrid.enabled else "off", plan.hybrid.reason)
+    _add_groups(result, plan)
     result.add("model runner", "V2" if plan.runner.use_v2 else "V1", plan.runner.reason)
     _add_vllm(result)
     _add_layout(result, plan)
@@ -97,6 +99,24 @@ def _add_connector(result: Diagnosis, path: str, transfer: KVTransferConfig) -> 
     )
 
 
+def _add_groups(result: Diagnosis, plan: EnginePlan) -> None:
+    longest, step_tokens = plan.config.model_config.max_model_len, plan.config.scheduler_config.max_num_batched_tokens
+    for group in groups_of(plan.kv_cache_config):
+        num_layers, most = len(group.layer_names), group.most_blocks(0, longest, step_tokens)
+        window = group.window_tokens
+        keeps = "all its tokens" if window is None else f"the last {window} tokens and those of the step under way"
+        result.add(
+            f"KV group {group.group_id}",
+            f"{num_layers} layers, {'full attention' if window is None else f'sliding window of {window} tokens'}",
+            f"{group.layer_names[0]} ... {group.layer_names[-1]} keep {keeps}: a request of {longest} tokens takes at "
+            f"most {most} blocks at one time, of {plan.config.cache_config.num_gpu_blocks - 1} for all groups",
+            kind=group.kind.value,
+            layers=list(group.layer_names),
+            window_tokens=window,
+            blocks_per_request=most,
+        )
+
+
 def _add_vllm(result: Diagnosis) -> None:
     found, versions = installed_vllm(), supported_versions()
     if found is None:
@@ -108,26 +128,24 @@ def _add_vllm(result: Diagnosis) -> None:
 
 
 def _add_layout(result: Diagnosis, plan: EnginePlan) -> None:
-    layout = plan.config.cache_config.kv_cache_layout
-    result.add("KV layout", layout, "the only one of the embedded engine: per block layer, token, head, content")
-    for path, part in _connectors(plan.config.kv_transfer_config):
-        required = KVConnectorFactory.get_connector_class(part).get_required_kvcache_layout(plan.config)
-        if required is not None and required != layout:
-            result.problems.append(
-                f"{path} {part.kv_connector} requires the KV layout {required}, but the engine has {layout}: use a "
-                "connector that takes any layout, or vLLM as the host"
-            )
+    cache, layout = plan.config.cache_config, plan.layout.layout
+    result.add("KV layout", layout, plan.layout.reason, kernel_block_size=cache.kernel_block_size)
+    if cache.kernel_block_size != cache.block_size:
+        parts = f"attention works in blocks of {cache.kernel_block_size} tokens, and so KV tensors are registered"
+        result.add("kernel blocks", f"{cache.block_size // (cache.kernel_block_size or 1)} to a block", parts)
+    result.problems += [] if plan.layout.warning is None else [plan.layout.warning]
 
 
 def _add_capacities(result: Diagnosis, plan: EnginePlan) -> None:
     cache = plan.config.cache_config
-    usable = cache.num_gpu_blocks - 1
+    usable, num_groups = cache.num_gpu_blocks - 1, len(plan.kv_cache_config.kv_cache_groups)
     bytes_ = max(tensor.offset + tensor.size for tensor in plan.kv_cache_config.kv_cache_tensors)
     result.add_capacity(
         "device",
-        usable * cache.block_size,
+        usable // num_groups * cache.block_size,
         f"{usable} blocks of {cache.block_size} tokens beside the null block, {bytes_} bytes; "
-        f"a request has at most {plan.config.model_config.max_model_len}",
+        + (f"the tokens of {num_groups} groups, of which those with windows need less; " if num_groups > 1 else "")
+        + f"a request has at most {plan.config.model_config.max_model_len}",
     )
     for path, part in _connectors(plan.config.kv_transfer_config):
         if issubclass(KVConnectorFactory.get_connector_class(part), OffloadingConnector):

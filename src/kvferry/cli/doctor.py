@@ -35,6 +35,8 @@ def doctor(
     device: opt.Device = "cpu",
     use_v2_model_runner: opt.V2Runner = None,
     disable_hybrid_kv_cache_manager: opt.DisableHybrid = None,
+    kv_cache_layout: opt.KVCacheLayout = "auto",
+    kernel_block_size: opt.KernelBlockSize = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead.")] = False,
 ) -> None:
     """Say what an engine with these settings would decide and hold, each with its reason. Loads and opens nothing.

@@ -10,10 +10,12 @@ import typer
 from rich.console import Console
 
 import kvferry
+from kvferry.cli.bench_decode import decode
 from kvferry.cli.connectors import connectors
 from kvferry.cli.demo import DemoOptions, run_demo
 from kvferry.cli.doctor import doctor
 from kvferry.cli.explain import explain
+from kvferry.cli.proxy import proxy
 from kvferry.cli.serve import serve
 from kvferry.errors import KVFerryError
 
@@ -58,9 +60,13 @@ def demo(
 
 
 app.command()(serve)
+app.command()(proxy)
 app.command()(connectors)
 app.command()(doctor)
 app.command()(explain)
+bench = typer.Typer(no_args_is_help=True, help="Measure parts of the engine.")
+bench.command()(decode)
+app.add_typer(bench, name="bench")
 
 
 def main() -> None:

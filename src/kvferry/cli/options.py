@@ -32,12 +32,19 @@ DisableHybrid = Annotated[
         help="Keep all layers' KV alike, windows or not; decided by model and connector unless given.",
     ),
 ]
+KVCacheLayout = Annotated[
+    str,
+    typer.Option(help="How KV lies in memory: auto, BLNHC, BLHNC, LBNHC (or NHD), LBHNC (or HND)."),
+]
+KernelBlockSize = Annotated[
+    int | None, typer.Option(help="Tokens of the blocks that attention works in (second model runner).")
+]
 EnablePrefixCaching = Annotated[bool, typer.Option(help="Reuse KV of equal prefixes in the engine.")]
 Seed = Annotated[int, typer.Option(help="For requests that bring none.")]
 
 TRANSFER_OPTIONS = ("kv_transfer_config", "kv_offloading_size", "kv_offloading_backend")
 ENGINE_OPTIONS = (
     "max_model_len", "max_num_seqs", "max_num_batched_tokens", "block_size", "num_kv_blocks", "kv_cache_bytes", "dtype",
-    "device", "use_v2_model_runner", "disable_hybrid_kv_cache_manager",
+    "device", "use_v2_model_runner", "disable_hybrid_kv_cache_manager", "kv_cache_layout", "kernel_block_size",
 )  # fmt: skip
 """Settings that `LLM`, `EngineOptions` and the commands call by the same name."""

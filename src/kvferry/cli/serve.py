@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
@@ -11,9 +11,6 @@ from kvferry.cli import options as opt
 from kvferry.config import transfer_config
 from kvferry.errors import ConfigError
 from kvferry.kv_events import KVEventsConfig
-
-if TYPE_CHECKING:
-    import socket
 
 _SERVER_OPTIONS = ("host", "port", "max_queued_requests", "max_body_bytes", "drain_timeout_s")
 _ENGINE_OPTIONS = ("enable_prefix_caching", "explain_requests", "seed")  # beside those that doctor shares
@@ -40,6 +37,8 @@ def serve(
     device: opt.Device = "cpu",
     use_v2_model_runner: opt.V2Runner = None,
     disable_hybrid_kv_cache_manager: opt.DisableHybrid = None,
+    kv_cache_layout: opt.KVCacheLayout = "auto",
+    kernel_block_size: opt.KernelBlockSize = None,
     enable_prefix_caching: opt.EnablePrefixCaching = True,
     kv_events_config: Annotated[
         str | None, typer.Option(metavar="JSON", help="Publish which KV lies where, on a ZMQ socket.")
@@ -47,6 +46,9 @@ def serve(
     explain_requests: Annotated[
         bool, typer.Option(help="Remember why prefixes were hits or not, for `kvferry explain` and /debug/requests.")
     ] = True,
+    hidden_state_layers: Annotated[
+        list[int] | None, typer.Option("--hidden-state-layer", help="Hand this hidden state on; may be repeated.")
+    ] = None,
     seed: opt.Seed = 0,
     num_threads: Annotated[
         int | None, typer.Option(min=1, help="Threads for computing; 1 where other processes share the cores.")
@@ -71,6 +73,7 @@ def serve(
     server = {name: context.params[name] for name in _SERVER_OPTIONS}
     server["model_names"] = tuple(served_model_name or [model])
     engine = {name: context.params[name] for name in (*opt.ENGINE_OPTIONS, *_ENGINE_OPTIONS)}
+    engine["hidden_state_layers"] = hidden_state_layers or ()
     _run(model, {"kv_transfer_config": transfer, "kv_events_config": events, **engine}, server, num_threads)
 
 
@@ -79,19 +82,15 @@ def _run(model: str, engine: dict[str, Any], server: dict[str, Any], num_threads
         import torch
 
         from kvferry.engine import LLM
-        from kvferry.engine.server.run import ServerOptions, bind_socket
+        from kvferry.engine.server.run import ServerOptions
         from kvferry.engine.server.run import serve as run_server
+        from kvferry.http import bind_socket, url_of
     except ModuleNotFoundError as err:
         raise ConfigError(f"{err.name} is not installed: pip install 'kvferry[engine,server]'") from err
     options = ServerOptions(**server)
     if num_threads is not None:
         torch.set_num_threads(num_threads)
     with bind_socket(options.host, options.port) as bound:
+        names, url = ", ".join(options.model_names), url_of(bound)
         llm = LLM(model, **engine)
-        run_server(llm, options, bound, lambda: _announce(options.model_names, bound))
-
-
-def _announce(names: tuple[str, ...], bound: socket.socket) -> None:
-    host, port = bound.getsockname()[:2]
-    where = f"[{host}]" if ":" in host else host
-    typer.echo(f"kvferry serves {', '.join(names)} on http://{where}:{port}")
+        run_server(llm, options, bound, lambda: typer.echo(f"kvferry serves {names} on {url}"))

@@ -155,3 +155,5 @@ class DecodeBenchConnector(
     SupportsHMA,
 ):
     """Makes up the KV of prompts, to measure decoding alone; settings: `DecodeBenchConfig`."""
+
+    supports_v2_model_runner = True

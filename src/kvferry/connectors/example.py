@@ -349,6 +349,8 @@ class ExampleConnector(
 ):
     """Stores blocks in a shared folder and loads them for requests with the same prefix; settings: `ExampleConfig`."""
 
+    supports_v2_model_runner = True
+
     @classmethod
     def requires_piecewise_for_cudagraph(cls, extra_config: dict[str, Any]) -> bool:
         """The layers' hooks do the work, so they must be called."""

@@ -273,3 +273,5 @@ class LoadRecoveryExampleConnector(
     KVConnectorBase_V1,
 ):
     """Stores blocks in memory, loads them, and drops some on purpose; settings: `LoadRecoveryConfig`."""
+
+    supports_v2_model_runner = True

@@ -41,6 +41,10 @@ class HostInfo:
     """By attention layer: KV heads of the whole model, over all workers."""
     key_elements: Mapping[str, int] = field(default_factory=dict)
     """By attention layer: elements of K per token and head; V follows."""
+    hidden_state_layers: tuple[int, ...] = ()
+    """Hidden states that the host hands on: 0 is the embeddings, i what layer i gives, counted from 1."""
+    reads_failed_blocks: bool = False
+    """True when the host reads `LoadFailure` records, of synchronous loads too; vLLM does not."""
 
     @property
     def world_size(self) -> int:
@@ -63,7 +67,7 @@ def host_info(vllm_config: Any, kv_cache_config: KVCacheConfig) -> HostInfo:
         weights_are_random="dummy" in load_format,
         max_model_len=int(model.max_model_len),
         num_blocks=int(kv_cache_config.num_blocks),
-        groups=tuple(_group_info(i, group) for i, group in enumerate(kv_cache_config.kv_cache_groups)),
+        groups=groups_of(kv_cache_config),
         tp_size=int(parallel.tensor_parallel_size),
         pp_size=int(parallel.pipeline_parallel_size),
         rank=int(getattr(parallel, "rank", 0)),
@@ -74,7 +78,22 @@ def host_info(vllm_config: Any, kv_cache_config: KVCacheConfig) -> HostInfo:
         kv_role=str(transfer.kv_role),
         total_kv_heads=_total_kv_heads(vllm_config, kv_cache_config),
         key_elements={name: int(spec.head_size) for name, spec in _attention_specs(kv_cache_config)},
+        hidden_state_layers=_hidden_state_layers(vllm_config),
+        reads_failed_blocks=bool(getattr(vllm_config, "reads_failed_blocks", False)),
     )
+
+
+def groups_of(kv_cache_config: KVCacheConfig) -> tuple[GroupInfo, ...]:
+    """The KV cache groups. ConfigError when one of them mixes kinds of attention."""
+    return tuple(_group_info(i, group) for i, group in enumerate(kv_cache_config.kv_cache_groups))
+
+
+def _hidden_state_layers(vllm_config: Any) -> tuple[int, ...]:
+    """Our engine's setting; in vLLM that of the speculative method which only passes hidden states on."""
+    speculative: Any = getattr(vllm_config, "speculative_config", None)
+    if getattr(speculative, "method", None) == "extract_hidden_states":
+        return tuple(sorted(set(speculative.draft_model_config.hf_config.eagle_aux_hidden_state_layer_ids)))
+    return tuple(getattr(vllm_config, "hidden_state_layers", ()))
 
 
 def _attention_specs(kv_cache_config: KVCacheConfig) -> Iterator[tuple[str, Any]]:

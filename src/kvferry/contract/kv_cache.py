@@ -65,7 +65,8 @@ class SlidingWindowSpec(AttentionSpec):
 class KVCacheTensor:
     """Where the pages of some layers lie in the backing buffer (all in bytes).
 
-    Page of layers[l], block b: offset + l * layer_stride + b * block_stride.
+    Page of layers[l], block b: offset + l * layer_stride + b * block_stride. Where a block is several kernel blocks and
+    the layout is block-first, only the block lies there; its layers take turns in it, kernel block by kernel block.
     """
 
     size: int
@@ -116,15 +117,20 @@ def make_kv_cache_config(
 ) -> KVCacheConfig:
     """A KVCacheConfig for tests and simple engines: one dict (layer name -> spec) per group.
 
-    Layers of one group lie block-first: all layers of a block side by side; groups overlay each other at offset 0.
+    Groups overlay each other at offset 0. Block-first (`layout` BL...): all layers of a block lie side by side.
+    Layer-first (LB...): all blocks of a layer do, and the largest page of any group is the stride of all.
     """
     groups = [specs] if isinstance(specs, dict) else specs
     stride = max(sum(spec.page_size_bytes for spec in group.values()) for group in groups)
+    widest = max(spec.page_size_bytes for group in groups for spec in group.values())
     tensors = []
     for group in groups:
         layers = list(group)
-        page = group[layers[0]].page_size_bytes
-        tensors.append(KVCacheTensor(num_blocks * stride, layers, page, stride))
+        if layout.startswith("L"):
+            size = num_blocks * widest * max(map(len, groups))
+            tensors.append(KVCacheTensor(size, layers, num_blocks * widest, widest))
+        else:
+            tensors.append(KVCacheTensor(num_blocks * stride, layers, group[layers[0]].page_size_bytes, stride))
     return KVCacheConfig(
         num_blocks,
         tensors,

@@ -113,6 +113,14 @@ BUILT_INS = (
         "torch and safetensors come with the host; for the embedded engine: pip install 'kvferry[engine]'",
     ),
     Target(
+        "ExampleHiddenStatesConnector",
+        "kvferry.connectors.hidden_states",
+        "ExampleHiddenStatesConnector",
+        Origin.BUILT_IN,
+        "Writes chosen layers' hidden states of each prompt to a safetensors file.",
+        "torch and safetensors come with the host; for the embedded engine: pip install 'kvferry[engine]'",
+    ),
+    Target(
         "DecodeBenchConnector",
         "kvferry.connectors.decode_bench",
         "DecodeBenchConnector",

@@ -56,6 +56,12 @@ class RequestView:
         return int(self._request.num_computed_tokens)
 
     @property
+    def was_cut_short(self) -> bool:
+        """True when it ended with an abort or an error."""
+        name = getattr(getattr(self._request, "status", None), "name", "")
+        return name in ("FINISHED_ABORTED", "FINISHED_ERROR", "FINISHED_IGNORED")
+
+    @property
     def cache_salt(self) -> str | None:
         """The tenant's salt; requests of different salts never share KV."""
         return getattr(self._request, "cache_salt", None)

@@ -60,7 +60,14 @@ class PackedSequence:
     kv_tokens: int
     """Tokens to attend to, this step's included."""
     block_tables: tuple[torch.Tensor, ...]
-    """Per group, the blocks that hold them."""
+    """Per group, the blocks that hold them: kernel blocks, if those are smaller than the scheduler's."""
+
+    def within(self, window_tokens: int, block_tokens: int) -> PackedSequence:
+        """The same without the blocks that none of its tokens sees; they may be gone."""
+        first_seen = self.kv_tokens - (self.end - self.start) + 1 - window_tokens
+        gone = max(0, first_seen) // block_tokens
+        tables = tuple(table[gone:] for table in self.block_tables)
+        return PackedSequence(self.start, self.end, self.kv_tokens - gone * block_tokens, tables)
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,7 +121,7 @@ class AttentionOptions:
 
     scale: float
     window_tokens: int | None = None
-    """A token sees itself and the `window_tokens - 1` before it. KV is kept of all tokens all the same."""
+    """A token sees itself and the `window_tokens - 1` before it. No block before those is read."""
     softcap: float | None = None
     sinks: torch.Tensor | None = None
     """[heads]: a logit per head that takes weight and gives no value."""
@@ -127,8 +134,7 @@ class PagedAttention:
         self._batch = batch
         self._kv = kv
         self._hooks = hooks
-        self._prefills = [seq for seq in batch.sequences if seq.end - seq.start > 1]
-        self._decodes = [DecodeBucket(bucket) for bucket in bucket_decodes(batch.sequences)]
+        self._work: dict[tuple[int, int] | None, tuple[list[PackedSequence], list[DecodeBucket]]] = {}
 
     def attend(
         self, layer_index: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, options: AttentionOptions
@@ -141,13 +147,25 @@ class PagedAttention:
         num_heads, num_tokens, _size = query.shape
         out = query.new_empty(num_tokens, num_heads, value.shape[-1])
         query = query * options.scale
-        for seq in self._prefills:
+        prefills, decodes = self._seen_by(options.window_tokens, layer.block_tokens)
+        for seq in prefills:
             keys, values = layer.read(seq.block_tables[layer.group_id], seq.kv_tokens)
             out[seq.start : seq.end] = causal_attention(query[:, seq.start : seq.end], keys, values, options)
-        for bucket in self._decodes:
+        for bucket in decodes:
             out[bucket.rows] = bucket.attend(query.transpose(0, 1)[bucket.rows], layer, options)
         self._hooks.after_layer(name, layer.kv_cache, batch)
         return out[None]
+
+    def _seen_by(self, window_tokens: int | None, block_tokens: int) -> tuple[list[PackedSequence], list[DecodeBucket]]:
+        """Prefills and decodes as layers with this window see them; made once per step."""
+        key = None if window_tokens is None else (window_tokens, block_tokens)
+        if key not in self._work:
+            sequences = self._batch.sequences
+            if key is not None:
+                sequences = tuple(seq.within(*key) for seq in sequences)
+            prefills = [seq for seq in sequences if seq.end - seq.start > 1]
+            self._work[key] = prefills, [DecodeBucket(bucket) for bucket in bucket_decodes(sequences)]
+        return self._work[key]
 
 
 def bucket_decodes(sequences: Sequence[PackedSequence]) -> list[list[PackedSequence]]:

@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import enum
 import math
-from collections.abc import Sequence
+from bisect import bisect
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
 from kvferry.config import KVTransferConfig
+from kvferry.engine.layout_choice import check_layout
 from kvferry.errors import ConfigError
 from kvferry.kv_events import KVEventsConfig
 
@@ -121,11 +123,15 @@ class EngineOptions:
     seed: int = 0
     use_v2_model_runner: bool | None = None
     disable_hybrid_kv_cache_manager: bool | None = None
+    hidden_state_layers: tuple[int, ...] = ()
+    kv_cache_layout: str = "auto"
+    kernel_block_size: int | None = None
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "kv_cache_layout", check_layout(self.kv_cache_layout))
         for name in ("block_size", "max_num_seqs", "max_num_batched_tokens"):
             _require_int(name, getattr(self, name), 1)
-        for name in ("num_kv_blocks", "kv_cache_bytes", "max_model_len"):
+        for name in ("num_kv_blocks", "kv_cache_bytes", "max_model_len", "kernel_block_size"):
             if getattr(self, name) is not None:
                 _require_int(name, getattr(self, name), 1)
         if self.num_kv_blocks is not None and self.kv_cache_bytes is not None:
@@ -139,6 +145,10 @@ class EngineOptions:
             value = getattr(self, name)
             if not isinstance(value, bool) and (value is not None or name == "enable_prefix_caching"):
                 raise ConfigError(f"{name}={value!r} must be True or False")
+        for index in self.hidden_state_layers:
+            _require_int("hidden_state_layers", index, 0)
+        if list(self.hidden_state_layers) != sorted(set(self.hidden_state_layers)):
+            raise ConfigError(f"hidden_state_layers={list(self.hidden_state_layers)} must be in order, each once")
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,6 +160,8 @@ class CacheConfig:
     enable_prefix_caching: bool
     cache_dtype: str = "auto"
     kv_cache_layout: str = "BLNHC"
+    kernel_block_size: int | None = None
+    """Tokens of the blocks attention works in and connectors see in tensors; None: whole blocks."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -207,6 +219,9 @@ class LoadConfig:
 class EngineConfig:
     """First constructor argument of connectors (`vllm_config` there)."""
 
+    reads_failed_blocks: ClassVar[bool] = True
+    """Failed loads may be reported by request, group and position (`LoadFailure`), synchronous ones too."""
+
     cache_config: CacheConfig
     model_config: ModelConfig
     scheduler_config: SchedulerConfig
@@ -219,6 +234,8 @@ class EngineConfig:
     speculative_config: None = None
     lora_config: None = None
     kv_events_config: KVEventsConfig = field(default_factory=KVEventsConfig)
+    hidden_state_layers: tuple[int, ...] = ()
+    """Hidden states that the model hands on to connectors (`kvferry.engine.hidden_states`)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -229,8 +246,11 @@ class KVBudget:
     max_model_len: int
 
 
-def resolve_kv_budget(options: EngineOptions, block_bytes: int, model_limit_tokens: int) -> KVBudget:
-    """Size the cache: `block_bytes` is one block of all layers, `model_limit_tokens` what the model can attend to.
+def resolve_kv_budget(
+    options: EngineOptions, block_bytes: int, model_limit_tokens: int, num_blocks_of: Callable[[int], int]
+) -> KVBudget:
+    """Size the cache: `block_bytes` is one block, `model_limit_tokens` what the model can attend to, and
+    `num_blocks_of(tokens)` the most blocks that a request of so many tokens holds at one time.
 
     Block 0 is the null block, so one block more than requests can use is made. Raises ConfigError when one request of
     `max_model_len` would not fit; unless that was set, it becomes what fits.
@@ -242,16 +262,15 @@ def resolve_kv_budget(options: EngineOptions, block_bytes: int, model_limit_toke
     if num_blocks is None:
         num_blocks = (options.kv_cache_bytes or DEFAULT_KV_CACHE_BYTES) // block_bytes
     if options.num_kv_blocks is None and options.kv_cache_bytes is None:
-        num_blocks = min(num_blocks, 1 + options.max_num_seqs * -(-longest // options.block_size))
-    usable_tokens = (num_blocks - 1) * options.block_size
-    needed_blocks = 1 + -(-(options.max_model_len or 1) // options.block_size)
+        num_blocks = min(num_blocks, 1 + options.max_num_seqs * num_blocks_of(longest))
+    needed_blocks = 1 + num_blocks_of(options.max_model_len or 1)
     if num_blocks < max(2, needed_blocks):
         raise ConfigError(
             f"the KV cache is too small for one request of {options.max_model_len or 1} tokens: it has {num_blocks} "
             f"blocks of {options.block_size} tokens (one is reserved) and needs {needed_blocks}; "
             f"set num_kv_blocks={needed_blocks} or kv_cache_bytes={needed_blocks * block_bytes}, or lower max_model_len"
         )
-    return KVBudget(num_blocks, min(longest, usable_tokens))
+    return KVBudget(num_blocks, bisect(range(1, longest + 1), num_blocks - 1, key=num_blocks_of))
 
 
 def _require_device(device: object) -> None:

@@ -9,7 +9,7 @@ connector, and once it is switched off, both answer as if it had nothing.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -28,6 +28,7 @@ from kvferry.contract import (
     supports_hma,
 )
 from kvferry.contract.clauses import (
+    Clause,
     broken_binding,
     broken_block_ids,
     broken_explanation,
@@ -38,6 +39,7 @@ from kvferry.contract.clauses import (
     broken_results,
     broken_sources,
 )
+from kvferry.contract.host import groups_of
 from kvferry.contract.multi.messages import SourcedEvent
 from kvferry.engine.attention import PackedBatch
 from kvferry.engine.config import EngineConfig
@@ -46,6 +48,7 @@ from kvferry.engine.kv_groups import KVBuffer, copy_kv_blocks
 from kvferry.engine.kv_manager import BlockIds, KVCacheBlocks, KVManager
 from kvferry.engine.outputs import ForwardContext, SchedulerOutput
 from kvferry.engine.request import Request
+from kvferry.engine.timetable import V1_TIMETABLE, V2_TIMETABLE, Timetable
 from kvferry.errors import ContractError
 from kvferry.kv_events import KVCacheEvent
 
@@ -267,45 +270,57 @@ class SchedulerConnector:
             self._guard.shutdown()
 
 
-_LOAD_HOOKS = frozenset(
-    {
-        "handle_preemptions",
-        "bind_connector_metadata",
-        "start_load_kv",
-        "has_connector_metadata",
-        "wait_for_layer_load",
-        "get_transfer_results",
-        "get_block_ids_with_load_errors",
-    }
+_BOUND_HOOKS = frozenset(
+    {"handle_preemptions", "bind_connector_metadata", "start_load_kv", "finish_forward", "wait_for_save"}
 )
-
-
+"""Not called in a step for which there is no metadata."""
 _REPORT_HOOKS = frozenset({"get_transfer_results", "get_block_ids_with_load_errors"})
+_LOAD_HOOKS = (_BOUND_HOOKS - {"wait_for_save"}) | _REPORT_HOOKS | {"has_connector_metadata", "wait_for_layer_load"}
+_CHECKS: dict[str, Clause] = {
+    "get_transfer_results": broken_results,
+    "get_block_ids_with_load_errors": broken_block_ids,
+}
+_DEFAULTS: dict[str, Callable[[], Any]] = {
+    "get_transfer_results": KVConnectorTransferResults,
+    "get_block_ids_with_load_errors": set,
+}
 
 
 class WorkerConnector:
-    """The runner's view of its connector, in the order of vLLM's first model runner. Is the model's `LayerHooks`."""
+    """The runner's view of its connector, whose timetable it keeps. Is the model's `LayerHooks`.
 
-    def __init__(self, guard: Guard | None, kv: KVBuffer) -> None:
+    A step is `begin_step`, with a batch the forward and `after_forward`, then `end_step`.
+    """
+
+    def __init__(self, guard: Guard | None, kv: KVBuffer, timetable: Timetable) -> None:
+        self.timetable = timetable
         self._guard = guard
         self._kv = kv
         self._is_bound = False
         self._is_in_layer = False
-        self._context = ForwardContext(None, dict(kv.layers))
+        self._arguments: dict[str, tuple[Any, ...]] = {}
+        self._load_kwargs: dict[str, Any] = {}
+        self._answers: dict[str, Any] = {}
 
-    def begin_step(self, plan: SchedulerOutput, batch: PackedBatch | None) -> None:
-        """Before the forward: preemptions, metadata, and synchronous loads if there are any."""
+    def begin_step(self, plan: SchedulerOutput, batch: PackedBatch | None, load_kwargs: dict[str, Any]) -> None:
+        """Before the forward: preemptions, metadata, and synchronous loads if there are any; without a batch, all."""
         if self._guard is None:
             return
         self._guard.failed_hooks.clear()
+        self._answers.clear()
         metadata = dict.fromkeys(self._kv.layers, batch) if batch is not None else None
-        self._context = ForwardContext(metadata, dict(self._kv.layers))
+        self._arguments = {
+            "handle_preemptions": (plan.kv_connector_metadata,),
+            "bind_connector_metadata": (plan.kv_connector_metadata,),
+            "start_load_kv": (ForwardContext(metadata, dict(self._kv.layers)),),
+            "get_transfer_results": (set(plan.finished_req_ids),),
+        }
+        self._load_kwargs = load_kwargs
         self._is_bound = plan.kv_connector_metadata is not None
-        if self._is_bound:
-            self._guard.call("handle_preemptions", None, plan.kv_connector_metadata)
-            self._guard.call("bind_connector_metadata", None, plan.kv_connector_metadata)
-            if plan.has_sync_kv_loads:
-                self._guard.call("start_load_kv", None, self._context)
+        if batch is None:
+            self._call(self.timetable.without_forward, is_load_time=True)
+        else:
+            self._call(self.timetable.before_forward, is_load_time=plan.has_sync_kv_loads)
 
     def before_layer(self, name: str) -> None:
         """Wait until this layer's loads are in the pool."""
@@ -319,34 +334,48 @@ class WorkerConnector:
         if self._guard is not None and self._is_in_layer:
             self._guard.call("save_kv_layer", None, name, kv_layer, attn_metadata)
 
+    def after_forward(self, plan: SchedulerOutput) -> None:
+        """Between the forward and the choice of tokens."""
+        self._call(self.timetable.after_forward, is_load_time=not plan.has_sync_kv_loads)
+
     def end_step(self, plan: SchedulerOutput) -> tuple[KVConnectorOutput, bool, bool]:
-        """After the forward: other loads, saves, and the connector's report.
+        """After the tokens are chosen: what is left of the timetable, and the connector's report.
 
         With it, whether sync loads are unproved, and whether failures of loads under way may have gone lost.
         """
         if self._guard is None:
             return KVConnectorOutput(), False, False
-        call = self._guard.call
-        if self._is_bound:
-            if not plan.has_sync_kv_loads:
-                call("start_load_kv", None, self._context)
-            call("wait_for_save", None)
-        results = call(
-            "get_transfer_results", KVConnectorTransferResults(), set(plan.finished_req_ids), check=broken_results
-        )
+        if plan.batch:
+            self._call(self.timetable.after_sampling, is_load_time=not plan.has_sync_kv_loads)
+        is_lost = bool(self._guard.failed_hooks & _REPORT_HOOKS)
+        return self._report(), plan.has_sync_kv_loads and self._loads_unproved(plan), is_lost
+
+    def _call(self, hooks: Sequence[str], is_load_time: bool) -> None:
+        if self._guard is None:
+            return
+        for hook in hooks:
+            if hook == "clear_connector_metadata":
+                self.clear()
+            elif (self._is_bound or hook not in _BOUND_HOOKS) and (is_load_time or hook != "start_load_kv"):
+                default = _DEFAULTS[hook]() if hook in _DEFAULTS else None
+                kwargs = self._load_kwargs if hook == "start_load_kv" else {}
+                args = self._arguments.get(hook, ())
+                self._answers[hook] = self._guard.call(hook, default, *args, check=_CHECKS.get(hook), **kwargs)
+
+    def _report(self) -> KVConnectorOutput:
+        assert self._guard is not None
+        results = self._answers["get_transfer_results"]
         output = KVConnectorOutput(
             set(results.finished_sending), set(results.finished_recving), set(results.failed_recving)
         )
         output.failed_blocks = set(getattr(results, "failed_blocks", ()))
-        output.invalid_block_ids = set(call("get_block_ids_with_load_errors", set(), check=broken_block_ids))
+        output.invalid_block_ids = set(self._answers["get_block_ids_with_load_errors"])
         if "get_block_ids_with_load_errors" in self._guard.failed_hooks:
             output.failed_recving |= results.finished_recving  # their blocks may be among those not named
-        output.kv_connector_stats = call("get_kv_connector_stats", None)
-        output.kv_cache_events = call("get_kv_connector_kv_cache_events", None)
-        output.kv_connector_worker_meta = call("build_connector_worker_meta", None)
-        self.clear()
-        is_lost = bool(self._guard.failed_hooks & _REPORT_HOOKS)
-        return output, plan.has_sync_kv_loads and self._loads_unproved(plan), is_lost
+        output.kv_connector_stats = self._answers["get_kv_connector_stats"]
+        output.kv_cache_events = self._answers["get_kv_connector_kv_cache_events"]
+        output.kv_connector_worker_meta = self._answers["build_connector_worker_meta"]
+        return output
 
     def _loads_unproved(self, plan: SchedulerOutput) -> bool:
         assert self._guard is not None
@@ -379,13 +408,13 @@ def start_connectors(
 ) -> HostedConnectors:
     """Allocate the KV memory and start worker, then scheduler instance. What a hook raises here, this raises."""
     breaker = Breaker(config.scheduler_config.connector_failure_limit, HostCounters())
+    kernel_block = config.cache_config.kernel_block_size
     if config.kv_transfer_config is None:
-        return _hosted(config, KVBuffer(kv_cache_config, device), breaker, clock)
-    _check_layout(config, kv_cache_config)
+        return _hosted(config, KVBuffer(kv_cache_config, device, None, kernel_block), breaker, clock)
     try:
         worker = KVConnectorFactory.create_connector(config, KVConnectorRole.WORKER, kv_cache_config)
         Guard(worker, breaker)
-        kv = KVBuffer(kv_cache_config, device, worker.get_mem_pool_context())
+        kv = KVBuffer(kv_cache_config, device, worker.get_mem_pool_context(), kernel_block)
         worker.register_kv_caches(kv.views())
         worker.set_host_xfer_buffer_ops(copy_kv_blocks)
         scheduler = KVConnectorFactory.create_connector(config, KVConnectorRole.SCHEDULER, kv_cache_config)
@@ -397,15 +426,6 @@ def start_connectors(
             guard.shutdown()
         raise
     return hosted
-
-
-def _check_layout(config: EngineConfig, kv_cache_config: KVCacheConfig) -> None:
-    assert config.kv_transfer_config is not None
-    layout = KVConnectorFactory.get_connector_class(config.kv_transfer_config).get_required_kvcache_layout(config)
-    if layout not in (None, kv_cache_config.kv_cache_layout):
-        logger.warning(
-            "the connector asks for KV layout %s, this engine has %s", layout, kv_cache_config.kv_cache_layout
-        )
 
 
 def _introduce(scheduler: KVConnectorBase_V1, worker: KVConnectorBase_V1, manager: KVManager) -> None:
@@ -430,7 +450,12 @@ def _hosted(config: EngineConfig, kv: KVBuffer, breaker: Breaker, clock: Clock) 
     worker, scheduler = breaker.guards or (None, None)
     return HostedConnectors(
         kv,
-        KVManager(cache.num_gpu_blocks, cache.block_size, len(kv.config.kv_cache_groups), cache.enable_prefix_caching),
+        KVManager(
+            cache.num_gpu_blocks,
+            groups_of(kv.config),
+            cache.enable_prefix_caching,
+            config.scheduler_config.max_num_batched_tokens,
+        ),
         SchedulerConnector(scheduler, breaker, kv.config, clock, config.scheduler_config.lookup_timeout_s),
-        WorkerConnector(worker, kv),
+        WorkerConnector(worker, kv, V2_TIMETABLE if config.use_v2_model_runner else V1_TIMETABLE),
     )

@@ -65,7 +65,10 @@ class Explainer:
     def admitted(self, request: Request, blocks: KVCacheBlocks) -> None:
         """The request gets its blocks, of which only its hits have content yet; only the first time counts."""
         if request.admitted_s is None:
-            num_hits = sum(1 for _ in takewhile(lambda block: block.block_hash is not None, blocks.blocks[0]))
+            num_hits = min(
+                sum(1 for _ in takewhile(lambda block: block.is_null or block.block_hash is not None, table))
+                for table in blocks.blocks
+            )
             self._admissions[request.request_id] = self._look(request, num_hits)
 
     def take_ends(self, requests: Iterable[Request]) -> None:
@@ -160,7 +163,7 @@ class Explainer:
         num_ahead = sum(other.arrival_index < request.arrival_index for other in scheduler.waiting)
         if num_ahead:
             return {"what": "its turn", "num_ahead": num_ahead}
-        num_needed = scheduler.manager.num_missing_blocks(request, request.num_tokens)
+        num_needed = scheduler.manager.num_blocks_to_come(request)
         num_free = scheduler.manager.block_pool.get_num_free_blocks()
         what = "blocks" if num_needed > num_free else "the next step"
         return {"what": what, "num_needed": num_needed, "num_free": num_free}

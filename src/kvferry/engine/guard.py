@@ -112,13 +112,13 @@ class Guard:
         """True once the connector is switched off: `call` answers with defaults only."""
         return self._breaker.is_off
 
-    def call(self, hook: str, default: Any, *args: Any, check: Clause | None = None) -> Any:
+    def call(self, hook: str, default: Any, *args: Any, check: Clause | None = None, **kwargs: Any) -> Any:
         """The hook's answer, or `default` when it raises, `check` names a broken clause, or the connector is off."""
         if self._breaker.is_off:
             return default
         self._breaker.note_call(hook)
         try:
-            answer = getattr(self.connector, hook)(*args)
+            answer = getattr(self.connector, hook)(*args, **kwargs)
         except Exception as err:  # a host hook: a plugin's fault must not end the engine
             self._count(self.counters.hook_errors, hook, f"{type(err).__name__}: {err}")
             logger.exception("%s.%s failed; going on without it", self.name, hook)

@@ -1,7 +1,8 @@
 """Whether a model's KV layers are kept in several groups (hybrid KV cache), so that windowed layers keep little.
 
 HMA is vLLM's name for it. It pays only where layers differ in what they keep, and works only with a connector that
-understands several groups.
+understands several groups. Where all layers have one window, one group does; it drops old KV under the same conditions,
+for connectors that know no groups know no null blocks either.
 """
 
 from __future__ import annotations
@@ -21,6 +22,8 @@ class HybridChoice:
     enabled: bool
     reason: str
     warning: str | None = None
+    is_windowed: bool = False
+    """One group, of layers that all have one window, and what has left it is freed."""
 
 
 def decide_hybrid(
@@ -32,16 +35,22 @@ def decide_hybrid(
     it is False and a connector that does not support several groups would have to take them.
     """
     kept_tokens = [min(window or max_model_len, max_model_len) for window in windows]
+    if set(kept_tokens) == {max_model_len}:
+        return HybridChoice(False, "not needed: all layers keep equally many tokens of a request, which is all")
+    unable = [] if transfer is None else without_hma(transfer)
+    names = " and ".join(unable)
+    lacks = f"{names} does not support hybrid KV caches (several KV cache groups, SupportsHMA)"
     if len(set(kept_tokens)) == 1:
-        return HybridChoice(False, "not needed: all layers keep equally many tokens of a request")
+        alike = f"not needed: all layers keep equally many tokens of a request, {kept_tokens[0]} in one group"
+        if disabled or unable:
+            why = "disable_hybrid_kv_cache_manager is set" if disabled else lacks
+            return HybridChoice(False, f"{alike}; but all are kept, for {why}")
+        return HybridChoice(False, alike, is_windowed=True)
     if disabled:
         return HybridChoice(False, "disable_hybrid_kv_cache_manager is set")
-    unable = [] if transfer is None else without_hma(transfer)
     if not unable:
         by_whom = "no connector objects" if transfer is None else f"{transfer.kv_connector} supports it"
         return HybridChoice(True, f"layers keep {_listed(kept_tokens)} tokens of a request, and {by_whom}")
-    names = " and ".join(unable)
-    lacks = f"{names} does not support hybrid KV caches (several KV cache groups, SupportsHMA)"
     if disabled is False:
         raise ConfigError(
             f"disable_hybrid_kv_cache_manager=False, but {lacks}: leave {names} out or take a connector that supports "

@@ -20,11 +20,12 @@ from kvferry.engine.detokenizer import Detokenizer
 from kvferry.engine.device_events import DeviceEvents
 from kvferry.engine.explain import Explainer
 from kvferry.engine.guard import HostCounters
+from kvferry.engine.hidden_states import with_hidden_states
 from kvferry.engine.model_loader import EngineModel, load_model
 from kvferry.engine.outputs import RequestOutput, report
 from kvferry.engine.plan import plan_engine
 from kvferry.engine.request import Request
-from kvferry.engine.runner import ModelRunner
+from kvferry.engine.runner import make_runner
 from kvferry.engine.scheduler import Scheduler
 from kvferry.errors import ConfigError
 from kvferry.kv_events import AllBlocksCleared, EventPublisher, KVCacheEvent, KVEventsConfig
@@ -46,11 +47,14 @@ class LLM:
     the longest prompt plus output; what model and cache allow when not given. `max_num_batched_tokens` bounds the
     tokens of one forward, so it is the chunk size of long prompts. `dtype` "auto" takes the checkpoint's.
     `kv_offloading_size` (GiB of host memory) and `kv_offloading_backend` ("native", "lmcache") choose a connector
-    where `kv_transfer_config` does not: see `kvferry.config.transfer_config`. `use_v2_model_runner` and
-    `disable_hybrid_kv_cache_manager` are decided by the engine unless set: see `kvferry.engine.plan`.
+    where `kv_transfer_config` does not: see `kvferry.config.transfer_config`. `use_v2_model_runner`,
+    `disable_hybrid_kv_cache_manager` and `kv_cache_layout` (BLNHC, BLHNC, LBNHC or NHD, LBHNC or HND) are decided by
+    the engine unless set, and so is `kernel_block_size`, the part of a block that the second model runner's attention
+    works in: see `kvferry.engine.plan`.
     `explain_requests` remembers of each request, at the moment its blocks are given out, why its prefix was a hit or
     not; `explain` tells it, also of the last 256 that ended. `kv_events_config` publishes which KV lies where: see
-    `kvferry.kv_events`.
+    `kvferry.kv_events`. `hidden_state_layers` hands these hidden states of every computed token to the connector: see
+    `kvferry.engine.hidden_states`; every prompt is then computed whole.
     Raises ConfigError before any work when the settings, the model or the connector's configuration are wrong.
     """
 
@@ -72,8 +76,11 @@ class LLM:
         kv_offloading_backend: str | None = None,
         use_v2_model_runner: bool | None = None,
         disable_hybrid_kv_cache_manager: bool | None = None,
+        kv_cache_layout: str = "auto",
+        kernel_block_size: int | None = None,
         explain_requests: bool = False,
         kv_events_config: KVEventsConfig | Mapping[str, Any] | str | None = None,
+        hidden_state_layers: Sequence[int] = (),
         seed: int = 0,
         clock: Clock | None = None,
     ) -> None:
@@ -91,11 +98,15 @@ class LLM:
             seed=seed,
             use_v2_model_runner=use_v2_model_runner,
             disable_hybrid_kv_cache_manager=disable_hybrid_kv_cache_manager,
+            hidden_state_layers=tuple(hidden_state_layers),
+            kv_cache_layout=kv_cache_layout,
+            kernel_block_size=kernel_block_size,
         )
         transfer = transfer_config(kv_transfer_config, kv_offloading_size, kv_offloading_backend)
         events = KVEventsConfig.parse(kv_events_config)
         self._clock = clock or SystemClock()
-        self._model = load_model(model, options.dtype, device) if isinstance(model, str | Path) else model
+        loaded = load_model(model, options.dtype, device) if isinstance(model, str | Path) else model
+        self._model = with_hidden_states(loaded, options.hidden_state_layers)
         self._publisher: EventPublisher | None = None
         with self._publishing(events):
             self._start(options, transfer, events)
@@ -121,10 +132,13 @@ class LLM:
         plan = plan_engine(model, options, transfer)
         plan.log()
         self.config, self.kv_cache_config = replace(plan.config, kv_events_config=events), plan.kv_cache_config
+        self.config = replace(self.config, hidden_state_layers=options.hidden_state_layers)
+        if options.hidden_state_layers and self.config.kv_transfer_config is None:
+            raise ConfigError("hidden_state_layers is set but there is no connector to take them: configure one")
         self._hosted = start_connectors(self.config, self.kv_cache_config, options.device, self._clock)
         if self._publisher is not None:
             self._collect_events(events)
-        self.runner = ModelRunner(model, self._hosted.kv, options.block_size, options.device, self._hosted.worker)
+        self.runner = make_runner(model, self._hosted, self.config, options.device)
         configured = self.config.kv_transfer_config
         self.scheduler = Scheduler(
             self.config.scheduler_config,
@@ -156,6 +170,7 @@ class LLM:
         return request.request_id
 
     def _add(self, request: Request) -> None:
+        request.skip_reading_prefix_cache = bool(self.config.hidden_state_layers)  # only what is computed has states
         self.scheduler.add_request(request)
         self._explainer.added(request)
 
@@ -276,7 +291,12 @@ class LLM:
         """Assert all invariants of scheduler, tables and pool, at most every few seconds; AssertionError is our bug."""
         if not self.scheduler.has_unfinished_requests() and self._clock.now() >= self._next_check_s:
             self._next_check_s = self._clock.now() + _CHECK_EVERY_S
-            self.scheduler.check_integrity()
+            self.check_integrity()
+
+    def check_integrity(self) -> None:
+        """Assert all invariants of scheduler, tables, pool and runner; between steps."""
+        self.scheduler.check_integrity()
+        self.runner.check_integrity(self.scheduler.running, self.scheduler.manager)
 
     # ---- the engine's state -----------------------------------------------------------------------------------
 

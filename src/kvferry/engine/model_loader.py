@@ -260,6 +260,12 @@ class HFModel:
         self.layers: Sequence[LayerGeometry] = self._probe_layers()
         self._self_check(plain)
 
+    @property
+    def torch_model(self) -> torch.nn.Module:
+        """The transformers model, for hooks on its parts."""
+        model: torch.nn.Module = self._model
+        return model
+
     @torch.inference_mode()
     def forward(self, batch: PackedBatch, kv: KVBuffer, hooks: LayerHooks) -> torch.Tensor:
         """One forward over all tokens of a step; logits [len(batch.logits_rows), vocabulary]."""

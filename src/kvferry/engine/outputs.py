@@ -8,7 +8,7 @@ from typing import Any
 from kvferry.contract import KVConnectorMetadata, KVConnectorOutput
 from kvferry.engine.config import RequestOutputKind, SamplingParams
 from kvferry.engine.kv_manager import BlockIds, KVManager
-from kvferry.engine.request import Logprob, Request, SampledToken
+from kvferry.engine.request import Logprob, Request, RequestStatus, SampledToken
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +83,47 @@ class SchedulerOutput:
     def total_num_scheduled_tokens(self) -> int:
         """Tokens of all requests in this step; 0 makes it an empty step."""
         return sum(self.num_scheduled_tokens.values())
+
+
+@dataclass(slots=True)
+class StepPlan:
+    """A step in the making."""
+
+    budget_tokens: int
+    output: SchedulerOutput
+    sync_loads: dict[str, int] = field(default_factory=dict)
+    """Request id -> tokens that did not come from the load."""
+    waits_for_frees: bool = False
+    lacks_blocks: bool = False
+    """Something could run but for blocks."""
+
+    def add(self, request: Request, num_tokens: int, new_block_ids: BlockIds, all_block_ids: BlockIds) -> None:
+        """Schedule the request's next tokens."""
+        output, request_id = self.output, request.request_id
+        self.budget_tokens -= num_tokens
+        output.batch.append(BatchItem(request, num_tokens, all_block_ids))
+        output.num_scheduled_tokens[request_id] = num_tokens
+        if request.status is RequestStatus.WAITING:
+            output.scheduled_new_reqs.append(
+                NewRequestData(
+                    request_id,
+                    request.prompt_token_ids,
+                    all_block_ids,
+                    request.num_computed_tokens,
+                    request.sampling_params,
+                )
+            )
+            return
+        cached = output.scheduled_cached_reqs
+        is_resumed = request.status is RequestStatus.PREEMPTED
+        if is_resumed:
+            cached.resumed_req_ids.add(request_id)
+            cached.all_token_ids[request_id] = list(request.all_token_ids)
+            new_block_ids = all_block_ids
+        cached.req_ids.append(request_id)
+        cached.new_block_ids.append(new_block_ids if any(new_block_ids) else None)
+        cached.num_computed_tokens.append(request.num_computed_tokens)
+        cached.num_output_tokens.append(request.num_output_tokens)
 
 
 @dataclass(slots=True)

@@ -6,12 +6,14 @@ block until it has, and then go on behind it. If the oldest ends or loses its bl
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass, field
 
 from kvferry.contract import KVConnectorOutput, LoadFailure
+from kvferry.engine.connector_host import SchedulerConnector
 from kvferry.engine.kv_manager import KVManager
 from kvferry.engine.request import Request
+from kvferry.engine.transfers import Transfers
 
 Breach = Callable[[str, str], None]
 """Called with (hook, what is wrong with its answer)."""
@@ -24,13 +26,34 @@ class FailedLoads:
     bad_block_ids: set[int] = field(default_factory=set)
     request_ids: set[str] = field(default_factory=set)
     """Nothing of these requests' loads may be used."""
+    past_request_ids: set[str] = field(default_factory=set)
+    """Of them, those that name a block which their request had and has freed, or never had."""
+
+
+def leave_unknown_out(
+    reported: KVConnectorOutput, live_ids: Container[str], transfers: Transfers, connector: SchedulerConnector
+) -> None:
+    """Strike out of a report what names requests this engine never had; what is late comes to nothing later."""
+    failed_ids = {failure.request_id for failure in reported.failed_blocks}
+    sets = (reported.finished_sending or set(), reported.finished_recving or set(), reported.failed_recving)
+    named = [request_id for ids in (*sets, failed_ids) for request_id in ids]
+    unknown = {name for name in named if name not in live_ids and not transfers.is_old(name)}
+    if unknown:
+        connector.counters.unknown_completions += sum(name in unknown for name in named)
+        connector.breach("get_transfer_results", f"named {sorted(unknown)}: there are no such requests")
+        for ids in sets:
+            ids.difference_update(unknown)
+    # A position of a load that was set aside is none of the blocks that its request has now.
+    loadable = {name for name in failed_ids if name in live_ids and name not in transfers.held}
+    reported.failed_blocks = {failure for failure in reported.failed_blocks if failure.request_id in loadable}
+    connector.counters.late_completions += len(failed_ids - unknown - loadable)
 
 
 def read_failures(reported: KVConnectorOutput, manager: KVManager, breach: Breach) -> FailedLoads:
     """Turn blocks and positions reported as bad into block ids of this engine.
 
-    A block id out of range is a breach and left out. So is a position outside its request's table; nothing of that
-    request's load may then be used, for which block was meant is not known.
+    A block id out of range is a breach and left out. So is a position without a block in its request's table; nothing
+    of that request's load may then be used, for which block was meant is not known.
     """
     num_blocks = len(manager.block_pool.blocks)
     unknown_ids = {block_id for block_id in reported.invalid_block_ids if not 0 < block_id < num_blocks}
@@ -43,6 +66,8 @@ def read_failures(reported: KVConnectorOutput, manager: KVManager, breach: Breac
             failed.bad_block_ids.add(block_id)
         else:
             failed.request_ids.add(failure.request_id)
+            if manager.has_freed(failure.request_id):
+                failed.past_request_ids.add(failure.request_id)
             breach("get_transfer_results", f"named {failure}: the request has no block there")
     return failed
 

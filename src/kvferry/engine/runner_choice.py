@@ -1,4 +1,4 @@
-"""Which model runner an engine uses: the first (V1) or the second (V2, later releases).
+"""Which model runner an engine uses: the first (V1) or the second (V2).
 
 A runner is a timetable of the connector's hooks and a view of its tensors; the rule is told in docs/guides/runners.md.
 """
@@ -34,11 +34,9 @@ class RunnerChoice:
 
 
 def v2_support(device: str) -> V2Support:
-    """What there is for V2 on `device` in this release: not yet the runner itself."""
-    missing = ["the second model runner is not part of this kvferry version"]
-    if device.startswith("cuda") and importlib.util.find_spec("triton") is None:
-        missing.append("Triton (pip install triton)")
-    return V2Support(missing=tuple(missing))
+    """What there is for V2 on `device`: vLLM's rule, which asks for Triton on CUDA devices."""
+    lacks_triton = device.startswith("cuda") and importlib.util.find_spec("triton") is None
+    return V2Support(missing=("Triton (pip install triton)",) if lacks_triton else ())
 
 
 def choose_model_runner(

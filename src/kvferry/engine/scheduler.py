@@ -16,17 +16,18 @@ from __future__ import annotations
 import logging
 from bisect import insort
 from collections import deque
-from collections.abc import Collection, Iterable
-from dataclasses import dataclass, field
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from itertools import chain
 from operator import attrgetter
 
 from kvferry.clock import Clock
-from kvferry.contract import CacheHitSource, KVConnectorOutput
+from kvferry.contract import CacheHitSource
+from kvferry.engine.block_pool import Block
 from kvferry.engine.config import SchedulerConfig
 from kvferry.engine.connector_host import NO_MATCH, ExternalMatch, SchedulerConnector
-from kvferry.engine.kv_manager import BlockIds, KVCacheBlocks, KVManager
-from kvferry.engine.outputs import BatchItem, BlockState, NewRequestData, SchedulerOutput, SchedulerStats, StepResult
-from kvferry.engine.recovery import SharedRepairs, read_failures
+from kvferry.engine.kv_manager import KVCacheBlocks, KVManager
+from kvferry.engine.outputs import BatchItem, BlockState, SchedulerOutput, SchedulerStats, StepPlan, StepResult
+from kvferry.engine.recovery import SharedRepairs, leave_unknown_out, read_failures
 from kvferry.engine.request import Request, RequestStatus, SampledToken
 from kvferry.engine.transfers import Transfers
 from kvferry.errors import ConfigError
@@ -36,47 +37,6 @@ logger = logging.getLogger(__name__)
 
 _MAX_LOAD_FAILURES = 3
 _arrival = attrgetter("arrival_index")
-
-
-@dataclass(slots=True)
-class _Plan:
-    """A step in the making."""
-
-    budget_tokens: int
-    output: SchedulerOutput
-    sync_loads: dict[str, int] = field(default_factory=dict)
-    """Request id -> tokens that did not come from the load."""
-    waits_for_frees: bool = False
-    lacks_blocks: bool = False
-    """Something could run but for blocks."""
-
-    def add(self, request: Request, num_tokens: int, new_block_ids: BlockIds, all_block_ids: BlockIds) -> None:
-        """Schedule the request's next tokens."""
-        output, request_id = self.output, request.request_id
-        self.budget_tokens -= num_tokens
-        output.batch.append(BatchItem(request, num_tokens, all_block_ids))
-        output.num_scheduled_tokens[request_id] = num_tokens
-        if request.status is RequestStatus.WAITING:
-            output.scheduled_new_reqs.append(
-                NewRequestData(
-                    request_id,
-                    request.prompt_token_ids,
-                    all_block_ids,
-                    request.num_computed_tokens,
-                    request.sampling_params,
-                )
-            )
-            return
-        cached = output.scheduled_cached_reqs
-        is_resumed = request.status is RequestStatus.PREEMPTED
-        if is_resumed:
-            cached.resumed_req_ids.add(request_id)
-            cached.all_token_ids[request_id] = list(request.all_token_ids)
-            new_block_ids = all_block_ids
-        cached.req_ids.append(request_id)
-        cached.new_block_ids.append(new_block_ids if any(new_block_ids) else None)
-        cached.num_computed_tokens.append(request.num_computed_tokens)
-        cached.num_output_tokens.append(request.num_output_tokens)
 
 
 class Scheduler:
@@ -112,6 +72,8 @@ class Scheduler:
         self._news: dict[str, Request] = {}  # got a token or ended since the last `update`
         self._finished_ids: set[str] = set()
         self._sync_loads: dict[str, int] = {}
+        self._unsafe_blocks: list[Block] = []  # a load that could not be planned may write to them in this step
+        self._restarted_ids: set[str] = set()
         self._progress_s = clock.now()
 
     # ---- requests ---------------------------------------------------------------------------------------------
@@ -187,7 +149,8 @@ class Scheduler:
 
     def schedule(self) -> SchedulerOutput:
         """Plan the next step; may be empty. Exactly one `update` with its result must follow."""
-        plan = _Plan(self._config.max_num_batched_tokens, SchedulerOutput(BlockState(self.manager)))
+        plan = StepPlan(self._config.max_num_batched_tokens, SchedulerOutput(BlockState(self.manager)))
+        plan.output.preempted_req_ids, self._restarted_ids = self._restarted_ids & self._requests.keys(), set()
         self._give_up_late_loads()
         self.transfers.note_late()
         self._settle_repairs()
@@ -201,7 +164,7 @@ class Scheduler:
         self._connector.build_meta(plan.output)
         return plan.output
 
-    def _schedule_running(self, plan: _Plan) -> None:
+    def _schedule_running(self, plan: StepPlan) -> None:
         able = [request for request in self.running if not self._repairs.is_waiting(request)]
         num_behind = len(able)
         for request in able:
@@ -213,7 +176,7 @@ class Scheduler:
             if request.status is RequestStatus.RUNNING and self._make_room(request, target, plan):
                 self._add(request, num_new, plan)
 
-    def _make_room(self, request: Request, num_tokens: int, plan: _Plan) -> bool:
+    def _make_room(self, request: Request, num_tokens: int, plan: StepPlan) -> bool:
         """Preempt the youngest until `request` fits `num_tokens`. False: it was the youngest, or frees are near."""
         while not self.manager.can_allocate(request, num_tokens):
             if self._connector.has_pending_block_frees() and not self._is_stalled():
@@ -225,7 +188,7 @@ class Scheduler:
                 return False
         return True
 
-    def _preempt(self, request: Request, plan: _Plan) -> None:
+    def _preempt(self, request: Request, plan: StepPlan) -> None:
         self.running.remove(request)
         self._repairs.forget(request.request_id)
         self.manager.free(request.request_id)
@@ -236,7 +199,7 @@ class Scheduler:
         self._queue(request)
         plan.output.preempted_req_ids.add(request.request_id)
 
-    def _schedule_loaded(self, plan: _Plan) -> None:
+    def _schedule_loaded(self, plan: StepPlan) -> None:
         """Admit requests whose asynchronous load has ended; their blocks are theirs already."""
         ready = (request for request in list(self.loaded) if not self._repairs.is_waiting(request))
         for request in ready:
@@ -251,7 +214,7 @@ class Scheduler:
             self._connector.blocks_allocated(request, self.manager.get_blocks(request.request_id), NO_MATCH)
             self._run(request, num_new, plan)
 
-    def _schedule_waiting(self, plan: _Plan) -> None:
+    def _schedule_waiting(self, plan: StepPlan) -> None:
         passed_over = []
         while self.waiting and self._has_room(plan):
             request = self.waiting[0]
@@ -263,7 +226,7 @@ class Scheduler:
                 passed_over.append(self.waiting.popleft())
         self.waiting.extendleft(reversed(passed_over))
 
-    def _has_room(self, plan: _Plan) -> bool:
+    def _has_room(self, plan: StepPlan) -> bool:
         return plan.budget_tokens > 0 and len(self.running) < self._max_running
 
     def _match(self, request: Request, num_local: int) -> ExternalMatch | None:
@@ -271,16 +234,17 @@ class Scheduler:
             return NO_MATCH
         return self._connector.match(request, num_local)
 
-    def _try_admit(self, request: Request, computed: KVCacheBlocks, match: ExternalMatch, plan: _Plan) -> bool:
+    def _try_admit(self, request: Request, computed: KVCacheBlocks, match: ExternalMatch, plan: StepPlan) -> bool:
         """Give the first waiting request its blocks and start it, or its load. False when it does not fit now."""
         num_local = len(computed.blocks[0]) * self.manager.block_size
-        if not self.manager.can_allocate(request, request.num_tokens, computed, self._num_reserved_blocks()):
+        num_computed = num_local + match.num_tokens
+        if not self.manager.can_admit(request, computed, num_computed, self._num_reserved_blocks()):
             plan.lacks_blocks = True
             return False
-        num_computed = num_local + match.num_tokens
         num_new = 0 if match.is_async else min(request.num_tokens - num_computed, plan.budget_tokens)
         self._connector.allocating(request, match)
-        self.manager.allocate(request, num_computed + num_new, computed)
+        self.manager.begin(request, computed, num_computed)
+        self.manager.allocate(request, num_computed + num_new)
         is_planned = self._connector.blocks_allocated(request, self.manager.get_blocks(request.request_id), match)
         if not is_planned and match.is_async:
             self._set_aside(request)
@@ -289,6 +253,10 @@ class Scheduler:
             # Even when the connector failed: whatever it still loads must land before the forward overwrites it.
             plan.output.has_sync_kv_loads = True
         if not is_planned:
+            if not self.manager.can_continue(request.request_id, num_local):
+                self._unsafe_blocks += self.manager.detach(request.request_id)
+                request.num_load_failures = _MAX_LOAD_FAILURES
+                return True
             match = NO_MATCH
             num_computed, num_new = num_local, min(request.num_tokens - num_local, plan.budget_tokens)
         self.waiting.popleft()
@@ -308,7 +276,7 @@ class Scheduler:
     def _num_reserved_blocks(self) -> int:
         """Blocks that admitted requests still need for the tokens they have."""
         admitted = [*self.running, *self.loaded, *self.transfers.loading_requests()]
-        return sum(self.manager.num_missing_blocks(request, request.num_tokens) for request in admitted)
+        return sum(self.manager.num_blocks_to_come(request) for request in admitted)
 
     def _note_sources(self, request: Request, num_local: int, num_external: int) -> None:
         if request.num_preemptions == 0:
@@ -319,13 +287,13 @@ class Scheduler:
                 source = sources[0] if len(sources) == 1 else CacheHitSource.EXTERNAL_UNSPECIFIED.value
                 request.external_hit_sources = {source: num_external} if num_external else {}
 
-    def _run(self, request: Request, num_new: int, plan: _Plan) -> None:
+    def _run(self, request: Request, num_new: int, plan: StepPlan) -> None:
         self._add(request, num_new, plan)
         request.num_tokens_when_admitted = request.num_tokens
         request.status = RequestStatus.RUNNING
         insort(self.running, request, key=_arrival)
 
-    def _add(self, request: Request, num_new: int, plan: _Plan) -> None:
+    def _add(self, request: Request, num_new: int, plan: StepPlan) -> None:
         new_ids = self.manager.allocate(request, request.num_computed_tokens + num_new)
         plan.add(request, num_new, new_ids, self.manager.get_block_ids(request.request_id))
 
@@ -337,16 +305,22 @@ class Scheduler:
         Returns the requests that got a token or ended since the last call, aborted ones too.
         """
         reported = result.connector_output
-        self._leave_unknown_out(reported)
+        self.manager.block_pool.free_blocks(self._unsafe_blocks)
+        self._unsafe_blocks = []
+        leave_unknown_out(reported, self._requests, self.transfers, self._connector)
         failed = read_failures(reported, self.manager, self._connector.breach)
         failed_ids = self._sync_loads.keys() & failed.request_ids
         if result.sync_loads_unproved:
             failed_ids = set(self._sync_loads)
         if result.failures_lost:
             failed.request_ids |= self.transfers.loads.keys()
+            for request in self.transfers.loading_requests():
+                request.num_load_failures = _MAX_LOAD_FAILURES  # a late report must not end a second load of that id
         # Connectors must not keep what was computed over any of these, whoever reported it and how.
-        reported.invalid_block_ids = failed.bad_block_ids | self._blocks_of_sync_loads(failed_ids)
-        discarded = self._strike_bad_blocks(failed.bad_block_ids) | self._fail_sync_loads(failed_ids)
+        failed_loads = {request_id: self._sync_loads[request_id] for request_id in failed_ids}
+        reported.invalid_block_ids = failed.bad_block_ids | self._blocks_behind(failed_loads)
+        past_ids = failed.past_request_ids - self._sync_loads.keys() - self.transfers.loads.keys()
+        discarded = self._strike_bad_blocks(failed.bad_block_ids, past_ids) | self._fail_sync_loads(failed_ids)
         for item in plan.batch:
             if item.request.request_id not in discarded:
                 self._advance(item, result.sampled)
@@ -355,6 +329,8 @@ class Scheduler:
         for request_id in reported.finished_sending or ():
             self.transfers.finished_sending(request_id)
         self._settle_repairs()
+        for request in self.running:
+            self.manager.free_unneeded(request.request_id, request.num_computed_tokens)
         if self._connector.end_step():
             self._switch_connector_off()
         news, self._news = self._news, {}
@@ -403,6 +379,7 @@ class Scheduler:
         request.error = error
         request.finished_s = self._clock.now()
         num_blocks = -(-request.num_computed_tokens // self.manager.block_size)
+        self.manager.free_unneeded(request.request_id, request.num_computed_tokens)
         block_ids = tuple(table[:num_blocks] for table in self.manager.get_block_ids(request.request_id))
         keep, params = self._connector.request_finished(request, block_ids)
         if status in (RequestStatus.FINISHED_STOPPED, RequestStatus.FINISHED_LENGTH_CAPPED):
@@ -421,31 +398,14 @@ class Scheduler:
 
     # ---- loads that end, fail, or never end -------------------------------------------------------------------
 
-    def _leave_unknown_out(self, reported: KVConnectorOutput) -> None:
-        """Strike out of a report what names requests this engine never had; what is late comes to nothing later."""
-        failed_ids = {failure.request_id for failure in reported.failed_blocks}
-        sets = (reported.finished_sending or set(), reported.finished_recving or set(), reported.failed_recving)
-        named = [request_id for ids in (*sets, failed_ids) for request_id in ids]
-        unknown = [name for name in named if name not in self._requests and not self.transfers.is_old(name)]
-        if unknown:
-            self._connector.counters.unknown_completions += len(unknown)
-            self._connector.breach("get_transfer_results", f"named {sorted(set(unknown))}: there are no such requests")
-            for ids in sets:
-                ids.difference_update(unknown)
-        # A position of a load that was set aside is none of the blocks that its request has now.
-        loadable = self._requests.keys() - self.transfers.held.keys()
-        known_blocks = {failure for failure in reported.failed_blocks if failure.request_id in loadable}
-        self._connector.counters.late_completions += len(failed_ids - set(unknown) - loadable)
-        reported.failed_blocks = known_blocks
-
-    def _blocks_of_sync_loads(self, request_ids: Collection[str]) -> set[int]:
-        """Ids of the blocks that these requests were to load in this step, and of those behind them."""
+    def _blocks_behind(self, num_local: Mapping[str, int]) -> set[int]:
+        """Ids of the blocks of these requests that lie behind so many tokens: where their loads begin."""
         size = self.manager.block_size
         return {
             block_id
-            for request_id in request_ids
+            for request_id, num_tokens in num_local.items()
             for table in self.manager.get_block_ids(request_id)
-            for block_id in table[self._sync_loads[request_id] // size :]
+            for block_id in table[num_tokens // size :]
         } - {NULL_BLOCK_ID}
 
     def _fail_sync_loads(self, request_ids: Collection[str]) -> set[str]:
@@ -456,21 +416,35 @@ class Scheduler:
                 self._fail_load(request, self._sync_loads[request_id])
         return set(request_ids)
 
-    def _strike_bad_blocks(self, bad_ids: set[int]) -> set[str]:
-        """Requests that hold blocks whose load failed go back to before the first of them; returns those."""
-        if not bad_ids:
+    def _strike_bad_blocks(self, bad_ids: set[int], past_ids: Collection[str]) -> set[str]:
+        """Requests that hold blocks whose load failed go back to before the first of them; returns those.
+
+        A block that no load of this step was for has been read before: then those that had blocks and freed them may
+        have had it, and go back to the start.
+        """
+        if not bad_ids and not past_ids:
             return set()
-        self.manager.withdraw(bad_ids)
+        is_late = bool(past_ids) or not bad_ids <= self._blocks_being_loaded()
+        self.manager.withdraw(bad_ids, all_content=bool(past_ids))
         for request in self.transfers.loading_requests():
             first_bad = self.manager.first_bad_token(request.request_id, bad_ids)
             if first_bad is not None:
                 self.transfers.shorten_load(request.request_id, first_bad)
         struck: list[Request] = []
         for request in [*self.running, *self.loaded]:
-            first_bad = self.manager.first_bad_token(request.request_id, bad_ids)
+            is_suspect = is_late and self.manager.has_freed(request.request_id)
+            first_bad = 0 if is_suspect else self.manager.first_bad_token(request.request_id, bad_ids)
             if first_bad is not None:
                 self._strike(request, first_bad, struck)
         return {request.request_id for request in struck}
+
+    def _blocks_being_loaded(self) -> set[int]:
+        loads = {request_id: load.num_local_tokens for request_id, load in self.transfers.loads.items()}
+        return {block.block_id for block in self._held_blocks()} | self._blocks_behind(self._sync_loads | loads)
+
+    def _held_blocks(self) -> Iterator[Block]:
+        """Blocks that no request has but a transfer may still use."""
+        return chain(self.transfers.held_blocks(), self._unsafe_blocks)
 
     def _strike(self, request: Request, first_bad: int, struck: list[Request]) -> None:
         if request.status is RequestStatus.RUNNING and request.num_tokens > request.num_tokens_when_admitted:
@@ -481,7 +455,8 @@ class Scheduler:
         else:
             sources = request.num_local_tokens, request.num_external_tokens, request.external_hit_sources
             self._fail_load(request, first_bad)
-            if not request.is_finished() and self._repairs.strike(request, struck):
+            is_on = request.status is RequestStatus.RUNNING or request in self.loaded
+            if is_on and self._repairs.strike(request, struck):
                 # What it will take over is known only when its wait is over.
                 request.num_local_tokens, request.num_external_tokens, request.external_hit_sources = sources
         struck.append(request)
@@ -494,9 +469,25 @@ class Scheduler:
         """Keep only the first tokens of an admitted request, or end it, as `kv_load_failure_policy` says."""
         self._connector.counters.load_failures += 1
         request.num_load_failures += 1
-        self._keep_tokens(request, min(num_good_tokens, request.num_computed_tokens))
+        num_good = min(num_good_tokens, request.num_computed_tokens)
+        must_restart = not self.manager.can_continue(request.request_id, num_good)
+        self._keep_tokens(request, 0 if must_restart else num_good)
         if not self._recompute_failed_loads:
             self._finish(request, RequestStatus.FINISHED_ERROR, "its KV cache failed to load")
+        elif must_restart and request.status is not RequestStatus.WAITING_FOR_REMOTE_KVS:
+            self._restart(request)
+
+    def _restart(self, request: Request) -> None:
+        """Queue an admitted request again: a window group has freed what going on behind its good tokens would read."""
+        self._unqueue(request)
+        self._repairs.forget(request.request_id)
+        self.manager.free(request.request_id)
+        request.num_computed_tokens = 0
+        if request.status is RequestStatus.RUNNING:
+            request.status = RequestStatus.PREEMPTED
+            request.num_preemptions += 1
+            self._restarted_ids.add(request.request_id)
+        self._queue(request)
 
     def _keep_tokens(self, request: Request, num_tokens: int) -> None:
         request.num_computed_tokens = num_tokens
@@ -518,16 +509,21 @@ class Scheduler:
     def _promote(self, request: Request) -> None:
         """A load has ended: on to running with what it brought, or back to the start when that is nothing."""
         request.status = RequestStatus.PREEMPTED if request.num_preemptions else RequestStatus.WAITING
-        if request.num_computed_tokens == 0:
-            self.manager.free(request.request_id)
-            self._queue(request)
-            return
         self.manager.cache_blocks(request, request.num_computed_tokens)
         self._take_over_tokens(request)
         if request.is_finished():
             return
         # The last token is computed in any case: its logits choose the next one.
-        request.num_computed_tokens = min(request.num_computed_tokens, request.num_tokens - 1)
+        num_computed = min(request.num_computed_tokens, request.num_tokens - 1)
+        if num_computed and not self.manager.can_continue(request.request_id, num_computed):
+            # A window that begins with a block: what the load brought does not reach one token further back.
+            num_computed, request.num_load_failures = 0, _MAX_LOAD_FAILURES
+            self._keep_tokens(request, 0)
+        request.num_computed_tokens = num_computed
+        if num_computed == 0:
+            self.manager.free(request.request_id)
+            self._queue(request)
+            return
         insort(self.loaded, request, key=_arrival)
 
     def _take_over_tokens(self, request: Request) -> None:
@@ -572,9 +568,9 @@ class Scheduler:
             self._give_up_load(request, "the connector that was loading its KV cache was switched off")
         self.transfers.connector_gone(is_safe)
         if is_safe:
-            self.manager.drop_pins(self.transfers.held_blocks())
+            self.manager.drop_pins(self._held_blocks())
 
-    def _check_stall(self, plan: _Plan) -> None:
+    def _check_stall(self, plan: StepPlan) -> None:
         """Let nobody wait for ever: when none got blocks for too long, something ends.
 
         That is a connector whose transfers do not end, else the first request in line.
@@ -596,7 +592,7 @@ class Scheduler:
 
     def check_integrity(self) -> None:
         """Assert that queues, states, tables and pool agree."""
-        self.manager.check_integrity(self.transfers.held_blocks())
+        self.manager.check_integrity(self._held_blocks())
         self.transfers.check_integrity()
         self._repairs.check_integrity([*self.running, *self.loaded])
         queued = [*self.waiting, *self.running, *self.loaded, *self.transfers.loading_requests()]

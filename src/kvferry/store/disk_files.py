@@ -136,7 +136,9 @@ class ChunkFolder:
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
         try:
             # One byte more than there should be, to see that there is no more.
-            num_read = _read_all(fd, [memoryview(header), payload, memoryview(bytearray(1))], HEADER_BYTES + len(payload))
+            num_read = _read_all(
+                fd, [memoryview(header), payload, memoryview(bytearray(1))], HEADER_BYTES + len(payload)
+            )
         finally:
             os.close(fd)
         digest = self._format.check(header, key, len(payload))

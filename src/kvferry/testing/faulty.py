@@ -16,6 +16,7 @@ from __future__ import annotations
 from collections import Counter, defaultdict, deque
 from dataclasses import dataclass, field
 from enum import Enum
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from kvferry.contract import (
@@ -27,6 +28,8 @@ from kvferry.contract import (
     LoadFailure,
     SupportsHMA,
 )
+from kvferry.contract.host import groups_of
+from kvferry.engine.kv_manager import longest_hit
 from kvferry.types import NULL_BLOCK_ID
 
 if TYPE_CHECKING:
@@ -156,7 +159,7 @@ class FaultyConnector(KVConnectorBase_V1, SupportsHMA):
         self._is_async = bool(extra.get("load_async", True))
         self._sends = bool(extra.get("send_on_finish", False))
         self._block_size = kv_cache_config.kv_cache_groups[0].kv_cache_spec.block_size
-        self._num_groups = len(kv_cache_config.kv_cache_groups)
+        self._groups = groups_of(kv_cache_config)
         self.jobs: list[_Job] = []
         """Worker: under way. Scheduler: saves whose blocks are pinned."""
         (self.medium.workers if role is KVConnectorRole.WORKER else self.medium.schedulers).append(self)
@@ -201,16 +204,14 @@ class FaultyConnector(KVConnectorBase_V1, SupportsHMA):
             return answer
         if request.request_id in self._failed | self._loading:
             return 0, False
-        size = self._block_size
         limit = request.num_tokens if self._is_async else request.num_tokens - 1
-        index = num_computed_tokens // size
-        while (index + 1) * size <= limit and all(
-            self._key(request, group, index) in self.medium.pages for group in range(self._num_groups)
-        ):
-            index += 1
+        has = partial(self._has, request, num_computed_tokens // self._block_size)
         self._num_local[request.request_id] = num_computed_tokens
-        num = index * size - num_computed_tokens
-        return num, self._is_async and num > 0
+        num = longest_hit(self._groups, limit // self._block_size, has) * self._block_size - num_computed_tokens
+        return max(0, num), self._is_async and num > 0
+
+    def _has(self, request: Any, num_local_blocks: int, group: int, index: int) -> bool:
+        return index < num_local_blocks or self._key(request, group, index) in self.medium.pages
 
     def update_state_after_alloc(self, request: Any, blocks: Any, num_external_tokens: int) -> None:
         """Plan the load."""
@@ -315,10 +316,10 @@ class FaultyConnector(KVConnectorBase_V1, SupportsHMA):
     # ---- worker -----------------------------------------------------------------------------------------------
 
     def register_kv_caches(self, kv_caches: dict[str, torch.Tensor]) -> None:
-        """Layers by group."""
-        self._layers = [
-            [kv_caches[name] for name in group.layer_names] for group in self._kv_cache_config.kv_cache_groups
-        ]
+        """Layers by group, each [blocks, kernel blocks in a block, heads, tokens, content]."""
+        num_blocks = self._kv_cache_config.num_blocks
+        layers = {name: tensor.view(num_blocks, -1, *tensor.shape[1:]) for name, tensor in kv_caches.items()}
+        self._layers = [[layers[name] for name in group.layer_names] for group in self._kv_cache_config.kv_cache_groups]
 
     def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:
         """Run synchronous loads, take over the rest."""
@@ -357,7 +358,8 @@ class FaultyConnector(KVConnectorBase_V1, SupportsHMA):
         results, self._results = self._results, KVConnectorTransferResults()
         ghosts, self.medium.faults.ghosts = self.medium.faults.ghosts, set()
         results.finished_sending |= ghosts
-        results.finished_recving |= ghosts | repeat
+        # Nobody could tell the repeated report of a load from that of the request's next one.
+        results.finished_recving |= ghosts | (repeat - {job.request_id for job in self.jobs if job.is_load})
         return results
 
     def _is_due(self, job: _Job) -> bool:

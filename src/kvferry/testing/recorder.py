@@ -46,6 +46,7 @@ class Call:
     hook: str
     args: tuple[Any, ...]
     text: str
+    kwargs: dict[str, Any] = field(default_factory=dict)
 
     @property
     def line(self) -> str:
@@ -242,14 +243,14 @@ def _recording_class(name: str, answers: type[Any]) -> type[Any]:
 
 
 def _recording(hook: Hook, made: type[Any]) -> Any:
-    def note(record: Record, role: str, *args: Any) -> None:
+    def note(record: Record, role: str, *args: Any, **kwargs: Any) -> None:
         text = _TEXTS[hook.name](record, *args) if hook.name in _TEXTS else ""
-        record.calls.append(Call(role, hook.name, args, text))
+        record.calls.append(Call(role, hook.name, args, text, kwargs))
 
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
         method = getattr(super(made, self), hook.name)
         inspect.signature(method).bind(*args, **kwargs)
-        note(self.record, self.role.name.lower(), *args)
+        note(self.record, self.role.name.lower(), *args, **kwargs)
         return method(*args, **kwargs)
 
     def read(self: Any) -> Any:

@@ -3,7 +3,8 @@
 The KV of a token is a hash over layer, the KV of the token before it *as read from the pool*, and the token id. The
 next token is a hash over all KV bytes of the sequence, read through its block table. So the right answer is a pure
 function of the token ids, computed independently by `expected_tokens` and `expected_kv`, and one wrong, stale or
-swapped byte anywhere changes all that follows.
+swapped byte anywhere changes all that follows. A layer with a window reads no further back than that: its next token
+hangs on the window's bytes, and the KV of a token also on the oldest KV that it sees.
 
     from kvferry import LLM
     from kvferry.testing.stub_model import StubModel
@@ -45,7 +46,7 @@ class StubModel:
         path: str = "stub",
         windows: Sequence[int | None] | None = None,
     ) -> None:
-        """`windows` (one per layer) only says that layers have windows: all tokens are read all the same."""
+        """`windows`: one per layer, at least 2 tokens; None sees everything. They take the place of `num_layers`."""
         self.path = path
         self.dtype = torch.float32
         self.layers: Sequence[LayerGeometry] = [
@@ -66,7 +67,8 @@ class StubModel:
             layer = kv.layers[name]
             self._write(layer_index, layer, batch)
             for seq, seq_hash in zip(batch.sequences, hashes, strict=True):
-                seq_hash.update(_read(layer, seq.block_tables[layer.group_id], seq.kv_tokens))
+                kv_bytes = _read(layer, seq.block_tables[layer.group_id], seq.kv_tokens)
+                seq_hash.update(self._visible(layer_index, kv_bytes))
             hooks.after_layer(name, layer.kv_cache, batch)
         next_token_of_row = {
             seq.end - 1: self._token(seq_hash.digest()) for seq, seq_hash in zip(batch.sequences, hashes, strict=True)
@@ -81,35 +83,43 @@ class StubModel:
         tokens, positions = batch.input_ids.tolist(), batch.positions.tolist()
         for seq in batch.sequences:
             first = positions[seq.start]
-            before = _read(layer, seq.block_tables[layer.group_id], first)[-self.token_bytes :] if first else b""
-            for token in tokens[seq.start : seq.end]:
-                before = self._kv_of(layer_index, before, token)
-                new += before
+            seen = _read(layer, seq.block_tables[layer.group_id], first) if first else b""
+            new += self._extend(layer_index, seen, tokens[seq.start : seq.end])[len(seen) :]
         rows = torch.frombuffer(new, dtype=self.dtype).view(len(tokens), layer.spec.num_kv_heads, -1)
         size = layer.spec.head_size
         layer.write(rows[..., :size], rows[..., size:], batch.write_blocks[layer.group_id], batch.write_offsets)
 
-    def _kv_of(self, layer_index: int, kv_before: bytes, token: int) -> bytes:
-        text = b"%d %d " % (layer_index, token) + kv_before
-        return hashlib.shake_128(text).digest(self.token_bytes)
+    def _extend(self, layer_index: int, kv: bytes, token_ids: Sequence[int]) -> bytes:
+        """KV of some tokens, all that they see before them, and then theirs."""
+        all_kv, size, window = bytearray(kv), self.token_bytes, self.layers[layer_index].window_tokens
+        for token in token_ids:
+            text = b"%d %d " % (layer_index, token) + all_kv[-size:]
+            if window is not None and len(all_kv) >= (window - 1) * size:
+                oldest = len(all_kv) - (window - 1) * size
+                text += all_kv[oldest : oldest + size]
+            all_kv += hashlib.shake_128(text).digest(size)
+        return bytes(all_kv)
+
+    def _visible(self, layer_index: int, kv: bytes) -> bytes:
+        window = self.layers[layer_index].window_tokens
+        return kv if window is None else kv[-window * self.token_bytes :]
 
     def _token(self, digest: bytes) -> int:
         return int.from_bytes(digest[:8], "little") % self.vocab_size
 
     def expected_kv(self, token_ids: Sequence[int], layer_index: int) -> bytes:
         """The right KV bytes of a sequence in one layer, [tokens, heads, K then V], without any pool."""
-        kv = [b""]
-        for token in token_ids:
-            kv.append(self._kv_of(layer_index, kv[-1], token))
-        return b"".join(kv)
+        return self._extend(layer_index, b"", token_ids)
 
     def expected_tokens(self, prompt_token_ids: Sequence[int], num_tokens: int) -> list[int]:
         """The right completion of a prompt (end-of-sequence ignored), without any pool."""
-        tokens = list(prompt_token_ids)
+        tokens: list[int] = []
+        kv = [self.expected_kv(prompt_token_ids, i) for i in range(len(self.layers))]
         for _ in range(num_tokens):
-            parts = [self.expected_kv(tokens, layer_index) for layer_index in range(len(self.layers))]
+            parts = [self._visible(i, layer_kv) for i, layer_kv in enumerate(kv)]
             tokens.append(self._token(hashlib.sha256(b"".join(parts)).digest()))
-        return tokens[len(prompt_token_ids) :]
+            kv = [self._extend(i, layer_kv, tokens[-1:]) for i, layer_kv in enumerate(kv)]
+        return tokens
 
 
 def _read(layer: LayerKV, block_table: torch.Tensor, num_tokens: int) -> bytes:

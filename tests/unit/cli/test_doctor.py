@@ -116,11 +116,36 @@ def test_decisions_and_their_reasons() -> None:
     assert connector.details["file"].endswith("kvferry/connectors/offloading/__init__.py")
     assert connector.details["supports_hma"] is True
     assert finding(diagnosis, "model runner").value == "V1"
-    assert "OffloadingConnector does not declare" in finding(diagnosis, "model runner").reason
+    assert "StubModel is not on the list" in finding(diagnosis, "model runner").reason
+    assert finding(judge(use_v2_model_runner=True), "model runner").value == "V2"
     assert "not needed" in finding(diagnosis, "hybrid KV cache").reason
     assert finding(judge(offloading(), windows=(None, 32)), "hybrid KV cache").value == "on"
     assert finding(judge(), "connector").value == "none"
     assert finding(judge(), "KV layout").value == "BLNHC"
+    obeyed = judge(wants_layout())
+    assert finding(obeyed, "KV layout").value == "LBHNC"
+    assert "WantsLayout requires LBHNC" in finding(obeyed, "KV layout").reason
+    assert obeyed.problems == []
+    kernel = finding(judge(use_v2_model_runner=True, block_size=128), "kernel blocks")
+    assert kernel.value == "4 to a block"
+    assert "32 tokens" in kernel.reason
+
+
+def test_groups_are_told_as_the_engine_makes_them() -> None:
+    windows = (None, 32, 32)
+    diagnosis = judge(offloading(), windows=windows, num_kv_blocks=200, max_model_len=512, max_num_batched_tokens=64)
+    assert [finding(diagnosis, f"KV group {i}").details["kind"] for i in range(3)] == ["full"] + ["sliding_window"] * 2
+    assert [finding(diagnosis, f"KV group {i}").details["window_tokens"] for i in range(3)] == [None, 32, 32]
+    # 512 tokens are 32 blocks; 31 tokens before a step of 64 touch 7 blocks at the worst place.
+    assert [finding(diagnosis, f"KV group {i}").details["blocks_per_request"] for i in range(3)] == [32, 7, 7]
+    assert "at most 7 blocks" in finding(diagnosis, "KV group 1").reason
+    assert finding(diagnosis, "capacity of device").details["tokens"] == 199 // 3 * 16
+    options = {"num_kv_blocks": 200, "max_model_len": 512, "max_num_batched_tokens": 64}
+    with LLM(StubModel(windows=windows), kv_transfer_config=offloading(), **options) as llm:
+        told = [finding(diagnosis, f"KV group {i}").details["layers"] for i in range(3)]
+        assert told == [group.layer_names for group in llm.kv_cache_config.kv_cache_groups]
+    assert finding(judge(windows=(64, 64)), "KV group 0").details["window_tokens"] == 64
+    assert finding(judge(), "KV group 0").value == "2 layers, full attention"
 
 
 def test_what_costs_or_fails_is_a_problem_with_a_remedy(tmp_path: Path) -> None:
@@ -131,22 +156,21 @@ def test_what_costs_or_fails_is_a_problem_with_a_remedy(tmp_path: Path) -> None:
         (judge(offloading(arena_dir=str(tmp_path / "file"))), ["arena", "set arena_dir"]),
         (judge(offloading(secondary_tiers=[tier])), ["secondary_tiers[0].path", "no writable folder"]),
         (judge(offloading(secondary_tiers=[tier | {"path": str(tmp_path), "max_bytes": 1 << 60}])), ["lower it"]),
-        (judge(use_v2_model_runner=True), ["second model runner", "not part of this"]),
     ):
         (problem,) = diagnosis.problems
         assert all(word in problem for word in words), problem
-    layout, hybrid = sorted(judge(wants_layout(), windows=(None, 32)).problems)
-    assert all(word in layout for word in ("WantsLayout", "LBHNC", "BLNHC")), layout
+    layout, hybrid = sorted(judge(wants_layout(), windows=(None, 32), kv_cache_layout="NHD").problems)
+    assert all(word in layout for word in ("WantsLayout", "LBHNC", "LBNHC", "leave that out")), layout
     assert all(word in hybrid for word in ("WantsLayout", "times as much")), hybrid
 
 
 def test_parts_of_a_composite_are_judged_one_by_one() -> None:
     composite = {**wants_layout(), "kv_connector_extra_config": {"connectors": [offloading(), wants_layout()]}}
-    diagnosis = judge(composite)
+    diagnosis = judge(composite, kv_cache_layout="BLNHC")
     topics = [found.topic for found in diagnosis.findings]
     assert topics[:3] == ["connector", "connector[0]", "connector[1]"]
     assert finding(diagnosis, "capacity of host of connector[0]").details["tokens"] == (1 << 20) // TOKEN_BYTES
-    assert sum("requires the KV layout" in problem for problem in diagnosis.problems) == 2
+    assert sum("requires the KV layout" in problem for problem in diagnosis.problems) == 1
 
 
 @pytest.mark.parametrize(

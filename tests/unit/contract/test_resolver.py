@@ -159,7 +159,7 @@ def test_record_of_a_built_in(resolver: ConnectorResolver) -> None:
     assert found.file == str(Path(kvferry.__file__).parent / "connectors/offloading/__init__.py")
     assert found.version == kvferry.__version__
     assert found.capabilities.supports_hma is True
-    assert found.capabilities.supports_v2_model_runner is False
+    assert found.capabilities.supports_v2_model_runner is True
     assert found.capabilities.connector_api == CONNECTOR_API
 
 

@@ -16,6 +16,7 @@ from kvferry.engine.attention import (
     pack_batch,
 )
 from kvferry.engine.kv_groups import KVBuffer, LayerGeometry, full_attention_specs, kv_cache_config_for, layer_name
+from kvferry.engine.layout_choice import LAYOUTS
 from kvferry.engine.model_loader import NoHooks
 from kvferry.errors import ConfigError
 
@@ -87,6 +88,29 @@ def test_a_mixed_batch_equals_the_slow_form_and_never_reads_past_an_end(lengths,
     torch.testing.assert_close(paged.attend(0, *new, options)[0], torch.cat(expected))
 
 
+@pytest.mark.parametrize("window", [1, 5, 9, 16, 40])
+def test_blocks_behind_the_window_are_not_read(window):
+    """They may belong to others by then: here they are NaN, and their place in the table is the null block's."""
+    torch.manual_seed(window)
+    kv = KVBuffer(kv_cache_config_for(40, [full_attention_specs([LayerGeometry(2, 8, 5)], 4, torch.float32)]), "cpu")
+    view, options = kv.views()[layer_name(0)], AttentionOptions(1.0, window_tokens=window)
+    view.fill_(float("nan"))
+    free = torch.randperm(39).add(1).tolist()
+    chunks, news, expected = [], [], []
+    for length, num_new in ((37, 1), (30, 1), (3, 1), (33, 7)):
+        keys, values, query = torch.randn(2, length, 8), torch.randn(2, length, 5), torch.randn(6, num_new, 8)
+        num_gone = max(0, length - num_new + 1 - window) // 4
+        table = [0] * num_gone + [free.pop() for _ in range(-(-length // 4) - num_gone)]
+        for position in range(4 * num_gone, length - num_new):
+            view[table[position // 4], :, position % 4] = torch.cat((keys[:, position], values[:, position]), -1)
+        chunks.append(SequenceChunk([0] * num_new, length - num_new, (table,), True))
+        news.append((query, keys[:, -num_new:], values[:, -num_new:]))
+        expected.append(slow_attention(query, keys, values, options))
+    new = [torch.cat([part[i] for part in news], 1) for i in range(3)]
+    paged = PagedAttention(pack_batch(chunks, 4, "cpu"), kv, NoHooks())
+    torch.testing.assert_close(paged.attend(0, *new, options)[0], torch.cat(expected))
+
+
 def test_buckets_hold_like_lengths_and_are_bounded():
     lengths = [10, 2000, 9, 1900, 1000, 1800, 8, 7]
     sequences = [PackedSequence(i, i + 1, n, ()) for i, n in enumerate(lengths)]
@@ -94,9 +118,11 @@ def test_buckets_hold_like_lengths_and_are_bounded():
     assert [[s.kv_tokens for s in b] for b in buckets] == [[2000, 1900], [1800], [1000], [10, 9, 8], [7]]
 
 
-def buffer(num_blocks=5, block_size=4, layers=3, dtype=torch.float16) -> KVBuffer:
+def buffer(
+    num_blocks=5, block_size=4, layers=3, dtype=torch.float16, layout="BLNHC", kernel_block_tokens=None
+) -> KVBuffer:
     specs = full_attention_specs([LayerGeometry(2, 8, 6)] * layers, block_size, dtype)
-    return KVBuffer(kv_cache_config_for(num_blocks, [specs]), "cpu")
+    return KVBuffer(kv_cache_config_for(num_blocks, [specs], layout), "cpu", None, kernel_block_tokens)
 
 
 def test_views_are_block_first_token_major():
@@ -114,9 +140,28 @@ def test_views_are_block_first_token_major():
             assert view[block, head, token].data_ptr() == kv.storage.data_ptr() + byte
 
 
-def test_write_and_read_meet_in_the_views():
+@pytest.mark.parametrize("ratio", [1, 2, 4])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_views_lie_as_their_layout_says(layout, ratio):
+    """Against the address arithmetic of the name: B is the kernel block, N its token."""
+    sizes = {"L": 3, "B": 5 * ratio, "H": 2, "N": 8 // ratio, "C": 14}
+    kv = buffer(block_size=8, layout=layout, kernel_block_tokens=8 // ratio)
+    assert kv.config.kv_cache_layout == layout
+    assert kv.storage.numel() == 5 * 3 * 8 * 2 * 14 * 2
+    for layer, view in enumerate(kv.views().values()):
+        assert view.shape == (5 * ratio, 2, 8 // ratio, 14)
+        for block, head, token in ((0, 0, 0), (5 * ratio - 1, 1, 8 // ratio - 1), (2, 0, 1)):
+            index, element = {"L": layer, "B": block, "H": head, "N": token, "C": 0}, 0
+            for dim in layout:
+                element = element * sizes[dim] + index[dim]
+            assert view[block, head, token].data_ptr() == kv.storage.data_ptr() + 2 * element
+
+
+@pytest.mark.parametrize("ratio", [1, 4])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_write_and_read_meet_in_the_views(layout, ratio):
     torch.manual_seed(0)
-    kv = buffer()
+    kv = buffer(num_blocks=5, block_size=4 * ratio, layout=layout, kernel_block_tokens=4)
     for name, layer in kv.layers.items():
         keys, values = torch.randn(6, 2, 8).half(), torch.randn(6, 2, 6).half()
         blocks, offsets = torch.tensor([3, 3, 3, 3, 1, 1]), torch.tensor([0, 1, 2, 3, 0, 1])
@@ -128,10 +173,12 @@ def test_write_and_read_meet_in_the_views():
     assert not kv.storage.is_inference()
 
 
-def test_overlaid_groups_share_memory():
+@pytest.mark.parametrize("kernel_tokens", [4, 2])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_overlaid_groups_share_memory(layout, kernel_tokens):
     spec = FullAttentionSpec(block_size=4, num_kv_heads=2, head_size=8, dtype=torch.float16)
     groups = [{f"a{i}": spec for i in range(2)}, {"b0": spec}]
-    views = KVBuffer(kv_cache_config_for(3, groups), "cpu").views()
+    views = KVBuffer(kv_cache_config_for(3, groups, layout), "cpu", None, kernel_tokens).views()
     assert views["a0"].data_ptr() == views["b0"].data_ptr() != views["a1"].data_ptr()
     assert views["b0"].stride() == views["a0"].stride()
 

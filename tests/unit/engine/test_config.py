@@ -62,13 +62,17 @@ def test_stop_may_be_one_text_or_several():
     assert SamplingParams(stop=None).stop == SamplingParams().stop == ()
 
 
+def one_group(num_tokens: int) -> int:
+    return -(-num_tokens // 16)
+
+
 def test_budget():
-    budget = resolve_kv_budget(EngineOptions(num_kv_blocks=11), 100, 4096)
+    budget = resolve_kv_budget(EngineOptions(num_kv_blocks=11), 100, 4096, one_group)
     assert (budget.num_blocks, budget.max_model_len) == (11, 160)
-    budget = resolve_kv_budget(EngineOptions(kv_cache_bytes=1099), 100, 64)
+    budget = resolve_kv_budget(EngineOptions(kv_cache_bytes=1099), 100, 64, one_group)
     assert (budget.num_blocks, budget.max_model_len) == (10, 64)
-    budget = resolve_kv_budget(EngineOptions(max_num_seqs=2), 100, 64)
+    budget = resolve_kv_budget(EngineOptions(max_num_seqs=2), 100, 64, one_group)
     assert (budget.num_blocks, budget.max_model_len) == (9, 64)  # never more than all sequences can use
     for options in (EngineOptions(num_kv_blocks=1), EngineOptions(num_kv_blocks=4, max_model_len=64)):
         with pytest.raises(ConfigError, match="too small"):
-            resolve_kv_budget(options, 100, 64)
+            resolve_kv_budget(options, 100, 64, one_group)

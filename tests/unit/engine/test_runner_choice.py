@@ -10,11 +10,14 @@ import pytest
 
 from kvferry import LLM
 from kvferry.config import v2_runner_environment
+from kvferry.contract import KVConnectorFactory
 from kvferry.engine.runner_choice import V2_ARCHITECTURES, V2Support, choose_model_runner, v2_support
 from kvferry.errors import ConfigError
+from kvferry.testing.faulty import FaultyConnector
 from kvferry.testing.stub_model import StubModel
 
 KVFERRY, VLLM = "KVFERRY_USE_V2_MODEL_RUNNER", "VLLM_USE_V2_MODEL_RUNNER"
+BUILT_IN = ("OffloadingConnector", "ExampleConnector", "DecodeBenchConnector", "LoadRecoveryExampleConnector")
 READY = V2Support(frozenset({"LlamaForCausalLM"}))
 
 
@@ -82,14 +85,16 @@ def test_v2_by_rule():
     assert "LlamaForCausalLM" in choice.reason
 
 
-def test_this_release_has_no_v2_and_looks_for_triton_on_cuda_devices(monkeypatch):
-    assert frozenset() == V2_ARCHITECTURES
-    assert any("not part of this kvferry version" in reason for reason in v2_support("cpu").missing)
-    assert not any("Triton" in reason for reason in v2_support("cpu").missing)
+def test_cuda_devices_need_triton(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    assert any("Triton" in reason for reason in v2_support("cuda:0").missing)
+    assert v2_support("cpu").missing == ()
+    assert v2_support("cuda:0").missing == ("Triton (pip install triton)",)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
-    assert not any("Triton" in reason for reason in v2_support("cuda:0").missing)
+    assert v2_support("cuda:0").missing == ()
+
+
+def test_no_model_gets_v2_unasked():
+    assert frozenset() == V2_ARCHITECTURES, "then bench/runners.py must show why, and docs/guides/runners.md tell it"
 
 
 @pytest.mark.parametrize("name", [KVFERRY, VLLM])
@@ -115,6 +120,13 @@ def said(caplog: pytest.LogCaptureFixture) -> Any:
     return lambda level: [r.getMessage() for r in caplog.records if r.levelno == level and "model runner" in r.message]
 
 
+class Silent(FaultyConnector):
+    """As connectors are that were written for the first runner."""
+
+    supports_v2_model_runner = False
+
+
+SILENT = {"kv_transfer_config": {"kv_connector": "Silent", "kv_connector_module_path": __name__, "kv_role": "kv_both"}}
 IMPLICIT = {"kv_offloading_size": 0.01, "kv_transfer_config": {"kv_connector_extra_config": {"weights_version": "1"}}}
 
 
@@ -123,9 +135,10 @@ IMPLICIT = {"kv_offloading_size": 0.01, "kv_transfer_config": {"kv_connector_ext
     [
         ({}, "StubModel is not on the list"),
         ({"kv_transfer_config": {}}, "StubModel is not on the list"),
-        (IMPLICIT, "OffloadingConnector does not declare"),
+        (IMPLICIT, "StubModel is not on the list"),
+        (SILENT, "Silent does not declare"),
     ],
-    ids=["no connector", "empty transfer config", "implicit connector"],
+    ids=["no connector", "empty transfer config", "implicit connector", "connector that does not declare it"],
 )
 def test_an_engine_tells_its_reason_once_and_warns_of_nothing(settings, because, said):
     with LLM(StubModel(), num_kv_blocks=32, **settings) as llm:
@@ -135,13 +148,28 @@ def test_an_engine_tells_its_reason_once_and_warns_of_nothing(settings, because,
     assert said(logging.WARNING) == []
 
 
-def test_asking_for_v2_is_answered_by_v1_and_a_warning(said, monkeypatch):
-    with LLM(StubModel(), num_kv_blocks=32, use_v2_model_runner=True) as llm:
-        assert llm.config.use_v2_model_runner is False
-    assert len(said(logging.WARNING)) == 1
-    assert "not part of this kvferry version" in said(logging.WARNING)[0]
+def test_asking_for_v2_gets_it_unless_the_environment_says_no(said, monkeypatch):
+    for settings in ({}, SILENT):
+        with LLM(StubModel(), num_kv_blocks=32, use_v2_model_runner=True, **settings) as llm:
+            assert llm.config.use_v2_model_runner is True
+    assert said(logging.WARNING) == []
     monkeypatch.setenv(KVFERRY, "0")
     with LLM(StubModel(), num_kv_blocks=32, use_v2_model_runner=True) as llm:
         assert llm.config.use_v2_model_runner is False
-    assert len(said(logging.WARNING)) == 2
-    assert "overruled" in said(logging.WARNING)[1]
+    assert len(said(logging.WARNING)) == 1
+    assert "overruled" in said(logging.WARNING)[0]
+
+
+def test_asking_for_v2_where_something_is_missing_is_answered_by_v1_and_a_warning(said, monkeypatch):
+    support = V2Support(missing=("Triton (pip install triton)",))
+    monkeypatch.setattr("kvferry.engine.plan.v2_support", lambda device: support)
+    with LLM(StubModel(), num_kv_blocks=32, use_v2_model_runner=True) as llm:
+        assert llm.config.use_v2_model_runner is False
+        assert llm.generate([1, 2, 3])
+    assert len(said(logging.WARNING)) == 1
+    assert "pip install triton" in said(logging.WARNING)[0]
+
+
+@pytest.mark.parametrize("name", BUILT_IN)
+def test_built_in_connectors_declare_v2(name):
+    assert KVConnectorFactory.get_connector_class_by_name(name).supports_v2_model_runner

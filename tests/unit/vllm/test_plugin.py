@@ -48,6 +48,7 @@ def test_names_are_registered_once_and_taken_ones_left(monkeypatch: pytest.Monke
         "FerryLoadRecoveryExampleConnector": ("kvferry.vllm", "LoadRecoveryExampleConnector"),
         "FerryExampleConnector": ("kvferry.vllm", "ExampleConnector"),
         "FerryDecodeBenchConnector": ("kvferry.vllm", "DecodeBenchConnector"),
+        "FerryExampleHiddenStatesConnector": ("kvferry.vllm", "ExampleHiddenStatesConnector"),
         "FerryMultiConnector": ("kvferry.vllm", "FerryMultiConnector"),
         "FerryMultiConnectorNoHMA": ("kvferry.vllm", "FerryMultiConnectorNoHMA"),
     }

@@ -16,5 +16,7 @@ class OffloadingConnector(
     Settings stand in `kv_connector_extra_config`: see `kvferry.connectors.offloading.config.OffloadingConfig`.
     """
 
+    supports_v2_model_runner = True
+
 
 __all__ = ["OffloadingConnector", "OffloadingSchedulerSide", "OffloadingWorkerSide"]

@@ -14,13 +14,15 @@ from kvferry.types import SlotRef
 class ChunkPart:
     """Blocks of one group that belong to one chunk, and that chunk's slot on each worker.
 
-    `block_ids[i]` is block `first_block + i` of the chunk; a load may want only some blocks of it.
+    `block_ids[i]` is block `first_block + i` of the chunk; a load may want only some blocks of it. It stands at
+    position `first_position + i` of the request's block table.
     """
 
     group_id: int
     first_block: int
     block_ids: tuple[int, ...]
     slots: tuple[SlotRef, ...]
+    first_position: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -72,6 +72,14 @@ class _Job:
     """Stores: computed in a step that read KV which had failed to load."""
 
 
+def _starts_with_a_block(group: GroupInfo) -> bool:
+    """True when the tail of a whole number of blocks does not reach one token further back.
+
+    Hosts compute the last token of a prompt that was loaded whole, so such a load would be no good to them.
+    """
+    return group.window_tokens is not None and (group.window_tokens - 1) % group.block_tokens == 0
+
+
 class OffloadingSchedulerSide(SchedulerSide):
     """Index, policy and tier I/O; one instance per engine, in the scheduler's thread."""
 
@@ -85,7 +93,9 @@ class OffloadingSchedulerSide(SchedulerSide):
         self.on_durable: OnDurable | None = None
         """Called with (key, digest, tier name) when a chunk will outlive this process in a tier."""
         self._clock = clock or SystemClock()
-        self._is_async = self.config.load_async or len(host.groups) > 1  # hybrid sync loads could not report failure
+        # vLLM cannot be told that a synchronous load into several groups failed.
+        self._is_async = self.config.load_async or (len(host.groups) > 1 and not host.reads_failed_blocks)
+        self._may_claim_all = self._is_async and not any(map(_starts_with_a_block, host.groups))
         self._keys = KeyMaker(model_identity(host, self.config.weights_version), host.groups, host.world_size)
         self._requests: dict[str, RequestState] = {}
         self._jobs: dict[int, _Job] = {}
@@ -208,7 +218,7 @@ class OffloadingSchedulerSide(SchedulerSide):
         self.store.poll()
         if not self._extend(state):
             return 0, False
-        limit = request.num_tokens if self._is_async else request.num_tokens - 1
+        limit = request.num_tokens if self._may_claim_all else request.num_tokens - 1
         hit = self._ready_hit(state, limit)
         if hit is None:
             return None, False
@@ -351,7 +361,7 @@ class OffloadingSchedulerSide(SchedulerSide):
             first += 1
         if first >= last:
             return None
-        return ChunkPart(group.group_id, first - chunk * per_chunk, tuple(table[first:last]), slots)
+        return ChunkPart(group.group_id, first - chunk * per_chunk, tuple(table[first:last]), slots, first)
 
     def get_external_cache_hit_sources(
         self, request: RequestView, num_external_tokens: int
@@ -423,7 +433,7 @@ class OffloadingSchedulerSide(SchedulerSide):
         if refs is None:
             self._drop_store(keys, "no slot is free in host memory")
             return None
-        part = ChunkPart(group.group_id, 0, tuple(blocks), refs)
+        part = ChunkPart(group.group_id, 0, tuple(blocks), refs, chunk * per_chunk)
         pinned = [self._pool.blocks[block_id] for block_id in blocks]
         self._pool.touch(pinned)
         self._num_pinned_blocks += len(pinned)

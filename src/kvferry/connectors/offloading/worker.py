@@ -18,7 +18,7 @@ from kvferry.connectors.offloading.messages import (
     WorkerHandshake,
     WorkerReport,
 )
-from kvferry.contract.base import KVConnectorMetadata, KVConnectorTransferResults
+from kvferry.contract.base import KVConnectorMetadata, KVConnectorTransferResults, LoadFailure
 from kvferry.contract.host import HostInfo
 from kvferry.contract.sides import WorkerSide
 from kvferry.errors import HostError, TierCorrupt
@@ -109,7 +109,7 @@ class OffloadingWorkerSide(WorkerSide):
             self._wake.notify()
 
     def get_transfer_results(self, finished_req_ids: set[str]) -> KVConnectorTransferResults:
-        """Asynchronous loads that ended; a failed one is also named as failed, or by its blocks (one group)."""
+        """Asynchronous loads that ended, and what failed: by block ids, with several groups by position or request."""
         results = KVConnectorTransferResults()
         while self._done:
             order, report = self._done.popleft()
@@ -119,11 +119,18 @@ class OffloadingWorkerSide(WorkerSide):
             failed = [part for part, ok in zip(order.job.parts, report.digests, strict=True) if ok is None]
             if order.job.is_async:
                 results.finished_recving.add(order.job.request_id)
-                if failed and len(self.host.groups) > 1:
-                    results.failed_recving.add(order.job.request_id)
-                    continue
-            self._bad_blocks.update(block for part in failed for block in part.block_ids)
+            self._report_failed(order.job, failed, results)
         return results
+
+    def _report_failed(self, job: CopyJob, failed: list[ChunkPart], results: KVConnectorTransferResults) -> None:
+        if len(self.host.groups) == 1:
+            self._bad_blocks.update(block for part in failed for block in part.block_ids)
+        elif self.host.reads_failed_blocks:
+            for part in failed:
+                positions = range(part.first_position, part.first_position + len(part.block_ids))
+                results.failed_blocks |= {LoadFailure(job.request_id, part.group_id, i) for i in positions}
+        elif failed:
+            results.failed_recving.add(job.request_id)
 
     def get_block_ids_with_load_errors(self) -> set[int]:
         """Blocks of failed parts since the last call."""

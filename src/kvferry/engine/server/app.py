@@ -14,23 +14,20 @@ from typing import TYPE_CHECKING, Any
 
 from jinja2 import TemplateError
 from starlette.applications import Starlette
-from starlette.exceptions import HTTPException
-from starlette.requests import ClientDisconnect, Request
-from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from kvferry.engine.outputs import RequestOutput
-from kvferry.engine.server.protocol import ApiError, ChatBody, CompletionBody, GenerationBody, TokenIds, parse_body
+from kvferry.engine.server.protocol import ChatBody, CompletionBody, GenerationBody, TokenIds, parse_body
 from kvferry.engine.server.replies import ChatDialect, Choice, CompletionDialect, Dialect, Reply
 from kvferry.engine.server.service import EngineService, EngineStopped, Generation, Job, Overloaded
-from kvferry.errors import ConfigError
+from kvferry.http import ERROR_HANDLERS, ApiError, EventStream, api_error, read_body, unless_gone
 from kvferry.metrics import Metrics
 
 if TYPE_CHECKING:
-    from starlette.types import Receive, Scope, Send
+    from starlette.requests import Request
 
 _RETRY_AFTER_S = 1
-_CLIENT_GONE = Response(status_code=499)  # nobody reads it
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,14 +73,14 @@ class Routes:
 
     async def completions(self, request: Request) -> Response:
         """POST /v1/completions."""
-        body = parse_body(CompletionBody, await self._read(request))
+        body = parse_body(CompletionBody, await read_body(request, self._max_body_bytes))
         prompts = body.prompts()
         self._check_size(len(prompts) * body.num_choices)
         return await self._complete(request, body, [await self._token_ids(p) for p in prompts], CompletionDialect())
 
     async def chat_completions(self, request: Request) -> Response:
         """POST /v1/chat/completions."""
-        body = parse_body(ChatBody, await self._read(request))
+        body = parse_body(ChatBody, await read_body(request, self._max_body_bytes))
         self._check_size(body.num_choices)
         return await self._complete(request, body, [await self._in_text_thread(self._render, body)], ChatDialect())
 
@@ -104,29 +101,23 @@ class Routes:
             body.num_choices,
             body.cache_salt,
             bool(body.return_token_ids),
+            body.num_promised_tokens,
             choices=[Choice(index) for index in range(len(jobs))],
         )
         generation = await self._service.submit(jobs, reply.reply_id)
         if body.stream:
-            return _EventStream(_events(generation, reply, body.wants_stream_usage), self._closer(generation))
+            return EventStream(_events(generation, reply, body.wants_stream_usage), self._closer(generation))
         return await self._whole(request, generation, reply)
 
     async def _whole(self, request: Request, generation: Generation, reply: Reply) -> Response:
-        collecting = asyncio.ensure_future(_collect(generation, reply))
-        leaving = asyncio.ensure_future(_until_gone(request))
         try:
-            await asyncio.wait({collecting, leaving}, return_when=asyncio.FIRST_COMPLETED)
-            if not collecting.done():
-                return _CLIENT_GONE
-            collecting.result()
+            await unless_gone(request, _collect(generation, reply))
             return JSONResponse(reply.whole())
         finally:
-            collecting.cancel()
-            leaving.cancel()
-            self._closer(generation)()
+            await self._closer(generation)()
 
-    def _closer(self, generation: Generation) -> Callable[[], None]:
-        def close() -> None:
+    def _closer(self, generation: Generation) -> Callable[[], Awaitable[None]]:
+        async def close() -> None:
             if not generation.is_done:
                 self._metrics.add("kvferry:client_disconnects")
             generation.close()
@@ -243,14 +234,6 @@ class Routes:
             raise ApiError(400, f"reset_external={external!r} must be true or false", param="reset_external")
         return JSONResponse({"success": await self._service.reset_prefix_cache(external == "true")})
 
-    async def _read(self, request: Request) -> bytes:
-        limit, data = self._max_body_bytes, bytearray()
-        async for piece in request.stream():
-            data += piece
-            if len(data) > limit:
-                raise ApiError(413, f"the body is larger than {limit} bytes", headers={"Connection": "close"})
-        return bytes(data)
-
     def close(self) -> None:
         """End the thread for text."""
         self._text_thread.shutdown(wait=False, cancel_futures=True)
@@ -268,11 +251,6 @@ async def _collect(generation: Generation, reply: Reply) -> None:
 def _check(output: RequestOutput) -> None:
     if output.error is not None:
         raise ApiError(500, output.error)
-
-
-async def _until_gone(request: Request) -> None:
-    while (await request.receive())["type"] != "http.disconnect":
-        pass
 
 
 async def _events(generation: Generation, reply: Reply, with_usage: bool) -> AsyncIterator[bytes]:
@@ -298,62 +276,13 @@ def _event(content: Mapping[str, Any]) -> bytes:
     return b"data: " + json.dumps(content, ensure_ascii=False, separators=(",", ":")).encode() + b"\n\n"
 
 
-class _EventStream(StreamingResponse):
-    """A stream of events that frees what feeds it however it ends, even before it began."""
-
-    def __init__(self, events: AsyncIterator[bytes], close: Callable[[], None]) -> None:
-        super().__init__(events, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
-        self._close = close
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        try:
-            await super().__call__(scope, receive, send)
-        finally:
-            self._close()
-
-
-# ---- errors -------------------------------------------------------------------------------------------------------
-
-
-def _api_error(request: Request, error: Exception) -> Response:
-    assert isinstance(error, ApiError)
-    return JSONResponse(error.body(), error.status, error.headers)
-
-
-def _http_error(request: Request, error: Exception) -> Response:
-    assert isinstance(error, HTTPException)
-    wrapped = ApiError(error.status_code, f"{request.method} {request.url.path}: {error.detail}")
-    return JSONResponse(wrapped.body(), error.status_code, error.headers)
-
-
-def _config_error(request: Request, error: Exception) -> Response:
-    assert isinstance(error, ConfigError)
-    return _api_error(request, ApiError.of(error))
-
-
 def _unavailable(request: Request, error: Exception) -> Response:
     code = "overloaded" if isinstance(error, Overloaded) else "unavailable"
     headers = {"Retry-After": str(_RETRY_AFTER_S)}
-    return _api_error(request, ApiError(503, str(error), code=code, headers=headers))
+    return api_error(request, ApiError(503, str(error), code=code, headers=headers))
 
 
-def _client_gone(request: Request, error: Exception) -> Response:
-    return _CLIENT_GONE
-
-
-def _our_fault(request: Request, error: Exception) -> Response:
-    return _api_error(request, ApiError(500, f"the server failed: {type(error).__name__}"))
-
-
-_HANDLERS: dict[Any, Callable[[Request, Exception], Response | Awaitable[Response]]] = {
-    ApiError: _api_error,
-    ConfigError: _config_error,
-    HTTPException: _http_error,
-    Overloaded: _unavailable,
-    EngineStopped: _unavailable,
-    ClientDisconnect: _client_gone,
-    Exception: _our_fault,
-}
+_HANDLERS = {**ERROR_HANDLERS, Overloaded: _unavailable, EngineStopped: _unavailable}
 
 
 def create_app(service: EngineService, model: ModelInfo, metrics: Metrics, max_body_bytes: int) -> Starlette:

@@ -7,48 +7,17 @@ the caller's account are ignored.
 from __future__ import annotations
 
 import json
-import re
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from kvferry.engine.config import RequestOutputKind, SamplingParams
 from kvferry.errors import ConfigError, did_you_mean
+from kvferry.http import ApiError
 
 TokenIds = list[int]
 Body = TypeVar("Body", bound="GenerationBody")
 _DEFAULT_COMPLETION_TOKENS = 16  # OpenAI's
-
-
-class ApiError(Exception):
-    """An error that the client is told in OpenAI's shape."""
-
-    def __init__(
-        self,
-        status: int,
-        message: str,
-        *,
-        param: str | None = None,
-        code: str | None = None,
-        headers: dict[str, str] | None = None,
-    ) -> None:
-        super().__init__(message)
-        self.status = status
-        self.message = message
-        self.param = param
-        self.code = code
-        self.headers = headers
-
-    @classmethod
-    def of(cls, error: ConfigError) -> ApiError:
-        """400; our texts begin with the name of the field where one is to blame."""
-        name = re.match(r"(\w+)=", str(error))
-        return cls(400, str(error), param=name[1] if name else None)
-
-    def body(self) -> dict[str, Any]:
-        """The reply's body."""
-        kind = "invalid_request_error" if self.status < 500 else "server_error"
-        return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
 
 
 class _Strict(BaseModel):
@@ -105,6 +74,13 @@ class GenerationBody(_Strict):
     def wants_stream_usage(self) -> bool:
         """Whether a last chunk is to report usage."""
         return self.stream_options is not None and self.stream_options.include_usage
+
+    @property
+    def num_promised_tokens(self) -> int | None:
+        """Prompt tokens whose KV another engine is said to have for this one; None: no word of it."""
+        params = self.kv_transfer_params or {}
+        num_tokens = params.get("remote_num_tokens") if params.get("do_remote_prefill") is True else None
+        return num_tokens if type(num_tokens) is int else None
 
     def limit_tokens(self, longest: int) -> int:
         """The most tokens to generate; `longest` when the client leaves it open."""

@@ -130,6 +130,8 @@ class Reply:
     """Per prompt; choices of one prompt follow each other."""
     cache_salt: str | None = None
     returns_token_ids: bool = False
+    num_promised_tokens: int | None = None
+    """Prompt tokens whose KV was to come from another engine."""
     created: int = field(default_factory=lambda: int(time.time()))
     choices: list[Choice] = field(default_factory=list)
 
@@ -153,12 +155,12 @@ class Reply:
 
     def chunk(self, choice: Choice, output: RequestOutput) -> dict[str, Any] | None:
         """Take a delta in; what the client is to hear of it, or None when there is nothing to say yet."""
-        offset = len(choice.text)
+        offset, is_first = len(choice.text), not choice.token_ids
         delta = choice.add(output)
         if not (delta.text or output.finished or self.returns_token_ids or delta.logprobs):
             return None
         shown = self._choice(choice, delta.text, delta.token_ids, delta.logprobs or [], offset, is_delta=True)
-        return self._object(self.dialect.chunk, [shown]) | (self._extras() if output.finished else {})
+        return self._object(self.dialect.chunk, [shown]) | self._news(is_first, output.finished)
 
     def usage_chunk(self) -> dict[str, Any]:
         """The last chunk, for clients that asked for usage."""
@@ -206,11 +208,29 @@ class Reply:
         }
         return shown | ({"token_ids": token_ids} if self.returns_token_ids else {})
 
+    def _news(self, is_first: bool, is_last: bool) -> dict[str, Any]:
+        """What a chunk says beside its choice. That the prompt was computed again is told before anything else."""
+        if is_last:
+            return self._extras()
+        return {"kv_transfer_params": self._recomputed()} if is_first and self._recomputed() else {}
+
     def _extras(self) -> dict[str, Any]:
         """kvferry's and vLLM's additions to a reply."""
         params = [c.last.kv_transfer_params for c in self.choices if c.last is not None and c.last.kv_transfer_params]
-        extras: dict[str, Any] = {"kv_transfer_params": _sendable(params[0]) if params else None}
+        sent = (_sendable(params[0]) if params else None) or {}
+        extras: dict[str, Any] = {"kv_transfer_params": {**sent, **self._recomputed()} or None}
         return extras | ({} if self.cache_salt is None else {"cache_salt": self.cache_salt})
+
+    def _recomputed(self) -> dict[str, int]:
+        """How many of the promised prompt tokens were computed here after all; {} when none were promised.
+
+        The last token of a prompt is always computed where decoding goes on, unless that engine has its successor.
+        """
+        last = next((choice.last for choice in self.choices if choice.last is not None), None)
+        if self.num_promised_tokens is None or last is None:
+            return {}
+        num_expected = min(self.num_promised_tokens, len(last.prompt_token_ids) - 1)
+        return {"num_recomputed_tokens": max(0, num_expected - last.num_cached_tokens)}
 
 
 def _sendable(params: dict[str, Any]) -> dict[str, Any] | None:

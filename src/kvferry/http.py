@@ -1,0 +1,225 @@
+"""What our HTTP servers share: errors in OpenAI's shape, bodies with a limit, clients that leave, sockets, signals."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import re
+import signal
+import socket
+from collections.abc import AsyncIterator, Awaitable, Callable
+from ipaddress import ip_address
+from types import FrameType
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import uvicorn
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import JSONResponse, Response, StreamingResponse
+
+from kvferry.errors import ConfigError
+
+if TYPE_CHECKING:
+    from starlette.types import Receive, Scope, Send
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+_BACKLOG = 512
+
+
+class ApiError(Exception):
+    """An error that the client is told in OpenAI's shape."""
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        *,
+        param: str | None = None,
+        code: str | None = None,
+        headers: dict[str, str] | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.status = status
+        self.message = message
+        self.param = param
+        self.code = code
+        self.headers = headers
+
+    @classmethod
+    def of(cls, error: ConfigError) -> ApiError:
+        """400; our texts begin with the name of the field where one is to blame."""
+        name = re.match(r"(\w+)=", str(error))
+        return cls(400, str(error), param=name[1] if name else None)
+
+    def body(self) -> dict[str, Any]:
+        """The reply's body."""
+        kind = "invalid_request_error" if self.status < 500 else "server_error"
+        return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
+
+
+# ---- requests -----------------------------------------------------------------------------------------------------
+
+
+async def read_body(request: Request, limit_bytes: int) -> bytes:
+    """The whole body; ApiError (413) above the limit, ClientDisconnect when the client leaves."""
+    data = bytearray()
+    async for piece in request.stream():
+        data += piece
+        if len(data) > limit_bytes:
+            raise ApiError(413, f"the body is larger than {limit_bytes} bytes", headers={"Connection": "close"})
+    return bytes(data)
+
+
+async def unless_gone(request: Request, work: Awaitable[T]) -> T:
+    """The result of `work`; it is cancelled, and ClientDisconnect raised, when the client leaves first.
+
+    The request's body must have been read. When this returns or raises, `work` has ended.
+    """
+    working = asyncio.ensure_future(work)
+    leaving = asyncio.ensure_future(_until_gone(request))
+    try:
+        await asyncio.wait({working, leaving}, return_when=asyncio.FIRST_COMPLETED)
+        if working.done():
+            return working.result()
+        raise ClientDisconnect
+    finally:
+        for task in (working, leaving):
+            task.cancel()
+        await asyncio.gather(working, leaving, return_exceptions=True)
+
+
+async def _until_gone(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+class EventStream(StreamingResponse):
+    """A stream of server-sent events that frees what feeds it however it ends, even before it began."""
+
+    def __init__(
+        self,
+        events: AsyncIterator[bytes],
+        close: Callable[[], Awaitable[None]],
+        headers: dict[str, str] | None = None,
+    ) -> None:
+        super().__init__(
+            events, media_type="text/event-stream", headers={"Cache-Control": "no-cache", **(headers or {})}
+        )
+        self._close = close
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            await self._close()
+
+
+# ---- errors -------------------------------------------------------------------------------------------------------
+
+
+def api_error(request: Request, error: Exception) -> Response:
+    """The reply to an ApiError."""
+    assert isinstance(error, ApiError)
+    return JSONResponse(error.body(), error.status, error.headers)
+
+
+def _http_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    wrapped = ApiError(error.status_code, f"{request.method} {request.url.path}: {error.detail}")
+    return JSONResponse(wrapped.body(), error.status_code, error.headers)
+
+
+def _config_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, ConfigError)
+    return api_error(request, ApiError.of(error))
+
+
+def _client_gone(request: Request, error: Exception) -> Response:
+    return Response(status_code=499)  # nobody reads it
+
+
+def _our_fault(request: Request, error: Exception) -> Response:
+    return api_error(request, ApiError(500, f"the server failed: {type(error).__name__}"))
+
+
+ERROR_HANDLERS: dict[Any, Callable[[Request, Exception], Response | Awaitable[Response]]] = {
+    ApiError: api_error,
+    ConfigError: _config_error,
+    HTTPException: _http_error,
+    ClientDisconnect: _client_gone,
+    Exception: _our_fault,
+}
+"""For a Starlette application."""
+
+
+# ---- the process --------------------------------------------------------------------------------------------------
+
+
+def bind_socket(host: str, port: int) -> socket.socket:
+    """A bound socket that does not listen yet: before a model is loaded it shows that the port is free."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    bound = socket.socket(family, socket.SOCK_STREAM)
+    bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        bound.bind((host, port))
+    except (OSError, OverflowError) as err:
+        bound.close()
+        raise ConfigError(f"cannot listen on host={host!r} port={port}: {err}") from err
+    return bound
+
+
+def url_of(bound: socket.socket) -> str:
+    """What clients reach a bound socket by."""
+    host, port = bound.getsockname()[:2]
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+class Server(uvicorn.Server):
+    """uvicorn's, which also stops taking requests as soon as a signal comes, not when the last one has ended."""
+
+    def __init__(
+        self,
+        app: Any,
+        drain_timeout_s: float,
+        refuse_new: Callable[[str], None],
+        on_listening: Callable[[], None],
+    ) -> None:
+        """`refuse_new` is called with the reason at the first signal, `on_listening` when requests can come."""
+        config = uvicorn.Config(
+            app,
+            log_level="warning",
+            access_log=False,
+            lifespan="on",
+            backlog=_BACKLOG,
+            timeout_graceful_shutdown=max(1, round(drain_timeout_s)),
+        )
+        super().__init__(config)
+        self._refuse_new = refuse_new
+        self._on_listening = on_listening
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """A first signal drains, a second one does not wait."""
+        self._refuse_new("the server is stopping")
+        super().handle_exit(sig, frame)
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Listen, then say so."""
+        await super().startup(sockets)
+        if self.started:
+            self._on_listening()
+
+
+def run_until_signal(server: Server, bound: socket.socket) -> None:
+    """Serve until SIGTERM or SIGINT, drain, return. Blocks; main thread only."""
+    host = bound.getsockname()[0]
+    if not ip_address(host).is_loopback:
+        logger.warning("host=%s: whoever reaches this port may use the model, there is no authentication", host)
+    # uvicorn raises the signal again at its end, which is to be an ordinary end.
+    previous = {number: signal.signal(number, lambda *_: None) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        server.run(sockets=[bound])
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)

@@ -1,0 +1,150 @@
+"""The proxy's routes."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import uuid
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from starlette.applications import Starlette
+from starlette.requests import ClientDisconnect
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
+
+from kvferry.clock import Clock, SystemClock
+from kvferry.http import ERROR_HANDLERS, ApiError, EventStream, Server, read_body, unless_gone
+from kvferry.proxy.bodies import Call, SignPeer
+from kvferry.proxy.config import ProxyConfig
+from kvferry.proxy.fleet import Fleet
+from kvferry.proxy.metrics import ProxyMetrics
+from kvferry.proxy.probes import probe_for_ever
+from kvferry.proxy.relay import Relay, Reply
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from starlette.requests import Request
+
+_REQUEST_ID = re.compile(r"[\w.:-]{1,128}")
+_PASSED_ON = ("authorization", "traceparent", "tracestate")
+
+
+@dataclass(slots=True)
+class Proxy:
+    """One proxy: its engines, its routes, its probes."""
+
+    config: ProxyConfig
+    clock: Clock = field(default_factory=SystemClock)
+    sign_peer: SignPeer | None = None
+    probe_headers: Mapping[str, str] = field(default_factory=dict)
+    metrics: ProxyMetrics = field(init=False, default_factory=ProxyMetrics)
+    fleet: Fleet = field(init=False)
+    relay: Relay = field(init=False)
+    refusal: str | None = field(init=False, default=None)
+
+    def __post_init__(self) -> None:
+        self.fleet = Fleet(self.config, self.clock, self.metrics)
+        self.relay = Relay(self.config, self.fleet, self.metrics, self.clock, self.sign_peer)
+
+    def refuse_new(self, reason: str) -> None:
+        """From now on new requests get 503; those under way go on."""
+        self.refusal = self.refusal or reason
+
+    def app(self) -> Starlette:
+        """The ASGI application; probes run while it does."""
+        routes = [
+            Route("/v1/completions", self.complete, methods=["POST"]),
+            Route("/v1/chat/completions", self.complete, methods=["POST"]),
+            Route("/v1/models", self.models),
+            Route("/v1/models/{name:path}", self.models),
+            Route("/health", self.health),
+            Route("/ready", self.ready),
+            Route("/metrics", self.show_metrics),
+        ]
+        return Starlette(routes=routes, lifespan=self._lifespan, exception_handlers=dict(ERROR_HANDLERS))
+
+    @asynccontextmanager
+    async def _lifespan(self, app: Starlette) -> AsyncIterator[None]:
+        probing = None
+        if self.config.probe_interval_s:
+            probing = asyncio.ensure_future(probe_for_ever(self.config, self.fleet, self.relay, self.probe_headers))
+        try:
+            yield
+        finally:
+            if probing is not None:
+                probing.cancel()
+                with suppress(asyncio.CancelledError):
+                    await probing
+            await self.relay.aclose()
+
+    # ---- routes -----------------------------------------------------------------------------------------------
+
+    async def complete(self, request: Request) -> Response:
+        """POST /v1/completions and /v1/chat/completions."""
+        self._check_open()
+        headers = _headers(request)
+        self.metrics.in_flight.inc()
+        try:
+            data = await read_body(request, self.config.max_body_bytes)
+            reply = await unless_gone(request, self.relay.open(Call.parse(request.url.path, data, headers)))
+        except BaseException as err:
+            self._ended(_outcome(err))
+            raise
+        shown = {"X-Request-Id": headers["X-Request-Id"]}
+        if reply.events is not None:
+            return EventStream(reply.events, lambda: self._close(reply), shown)
+        await self._close(reply)
+        return Response(reply.content, reply.status, shown, reply.content_type)
+
+    async def _close(self, reply: Reply) -> None:
+        await reply.aclose()
+        self._ended(reply.outcome)
+
+    def _ended(self, outcome: str) -> None:
+        self.metrics.in_flight.dec()
+        self.metrics.requests.labels(outcome).inc()
+
+    def _check_open(self) -> None:
+        if self.refusal is not None:
+            raise ApiError(503, self.refusal, code="unavailable", headers={"Retry-After": "1"})
+
+    async def models(self, request: Request) -> Response:
+        """GET /v1/models and /v1/models/NAME, as a decode engine answers."""
+        reply = await self.relay.ask(Call(request.url.path, {}, _headers(request)))
+        return Response(reply.content, reply.status, media_type=reply.content_type)
+
+    async def health(self, request: Request) -> Response:
+        """GET /health: 200 while the process lives."""
+        return Response(status_code=200)
+
+    async def ready(self, request: Request) -> Response:
+        """GET /ready: 200 when transfers work, 503 when not, with the state of all engines."""
+        is_ready = self.refusal is None and self.fleet.is_ready
+        return JSONResponse({"ready": is_ready, **self.fleet.describe()}, 200 if is_ready else 503)
+
+    async def show_metrics(self, request: Request) -> Response:
+        """GET /metrics, in Prometheus' text format."""
+        self.fleet.enter_metrics()
+        return Response(self.metrics.exposition(), media_type="text/plain; version=0.0.4; charset=utf-8")
+
+
+def _headers(request: Request) -> dict[str, str]:
+    """For both legs: who asks, and one id for all of it. A client's id is taken when it is harmless."""
+    passed = {name: request.headers[name] for name in _PASSED_ON if name in request.headers}
+    own = request.headers.get("x-request-id", "")
+    return {**passed, "X-Request-Id": own if _REQUEST_ID.fullmatch(own) else uuid.uuid4().hex}
+
+
+def _outcome(error: BaseException) -> str:
+    if isinstance(error, ApiError):
+        return "refused" if error.status < 500 else "failed"
+    return "client_gone" if isinstance(error, ClientDisconnect | asyncio.CancelledError) else "failed"
+
+
+def make_server(proxy: Proxy, on_listening: Callable[[], None] = lambda: None) -> Server:
+    """A server of it. `run` it once, with a bound socket."""
+    return Server(proxy.app(), proxy.config.drain_timeout_s, proxy.refuse_new, on_listening)

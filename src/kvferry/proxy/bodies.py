@@ -1,0 +1,139 @@
+"""From a client's request to the bodies of its two legs, and what engines' replies say about them.
+
+The prefill engine samples the first token, so all that shapes it stays in its body. Where the decode engine needs more
+of that token than its id (log-probabilities), it is not handed over: the decode engine samples it again.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from kvferry.http import ApiError
+
+Params = dict[str, Any]
+SignPeer = Callable[[Params], str | None]
+"""Makes the token that proves to the decode engine that the proxy named this peer; None: the params name none."""
+
+_REMOTE_FIELDS = ("remote_engine_id", "remote_block_ids", "remote_host", "remote_port", "remote_request_id")
+# Only for the answer, which the prefill engine does not give; min_tokens stays as far as it shapes the first token.
+_ANSWER_FIELDS = ("stream_options", "stop", "logprobs", "top_logprobs", "return_token_ids", "best_of", "echo")
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """One client's request."""
+
+    path: str
+    """`/v1/completions` or `/v1/chat/completions`."""
+    body: Params
+    headers: Mapping[str, str] = field(default_factory=dict)
+    """For both legs."""
+
+    @property
+    def is_stream(self) -> bool:
+        """Whether the client wants events."""
+        return self.body.get("stream") is True
+
+    @property
+    def whole_because(self) -> str | None:
+        """Why it cannot be split into a prefill and a decode leg; None when it can.
+
+        A hand-over is for one engine request; and log-probabilities of a prompt need its forward where they are told.
+        """
+        body = self.body
+        for name in ("n", "best_of"):
+            if isinstance(body.get(name), int) and body[name] > 1:
+                return f"{name}={body[name]}"
+        prompt = body.get("prompt")
+        if isinstance(prompt, list) and len(prompt) > 1 and not isinstance(prompt[0], int):
+            return f"prompt has {len(prompt)} prompts"
+        if body.get("prompt_logprobs") is not None or (body.get("echo") and body.get("logprobs") is not None):
+            return "log-probabilities of the prompt"
+        return "use_beam_search" if body.get("use_beam_search") else None
+
+    @classmethod
+    def parse(cls, path: str, data: bytes, headers: Mapping[str, str]) -> Call:
+        """Raises ApiError (400) unless it is a JSON object that leaves `kv_transfer_params` to the proxy."""
+        try:
+            body = json.loads(data)
+        except (ValueError, RecursionError) as error:
+            raise ApiError(400, f"the body is not valid JSON: {error}") from None
+        if not isinstance(body, dict):
+            raise ApiError(400, "the body must be a JSON object")
+        if body.get("kv_transfer_params") is not None:
+            raise ApiError(
+                400, "kv_transfer_params are the proxy's to set: leave them out, or ask an engine directly",
+                param="kv_transfer_params",
+            )  # fmt: skip
+        return cls(path, {name: value for name, value in body.items() if name != "kv_transfer_params"}, headers)
+
+
+def prefill_body(call: Call, transfer_id: str) -> bytes:
+    """One token, no stream, and the KV kept for another engine."""
+    body = {name: value for name, value in call.body.items() if name not in _ANSWER_FIELDS}
+    body |= {"max_tokens": 1, "stream": False}
+    if "max_completion_tokens" in body:
+        body["max_completion_tokens"] = 1
+    if isinstance(body.get("min_tokens"), int):  # it keeps the first token from being the last
+        body["min_tokens"] = min(1, body["min_tokens"])
+    if "n" in body:
+        body["n"] = 1
+    params = {"do_remote_decode": True, "do_remote_prefill": False, "transfer_id": transfer_id}
+    return _json({**body, "kv_transfer_params": {**params, **dict.fromkeys(_REMOTE_FIELDS)}})
+
+
+def decode_body(call: Call, params: Params | None, transfer_id: str, sign_peer: SignPeer | None) -> bytes:
+    """The client's own body, with what the prefill engine answered."""
+    if params is None:
+        return _json(call.body)
+    params = {"transfer_id": transfer_id, **params}
+    logprobs = call.body.get("logprobs")
+    if logprobs is not None and logprobs is not False:  # 0 asks for them in completions
+        params.pop("remote_first_token_ids", None)
+    if sign_peer is not None and (token := sign_peer(params)) is not None:
+        params["peer_token"] = token
+    return _json({**call.body, "kv_transfer_params": params})
+
+
+def _json(body: Params) -> bytes:
+    return json.dumps(body).encode()
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """What a reply, or an event of a stream, says about the work behind it."""
+
+    error: str | None = None
+    """Why the engine could not answer."""
+    num_recomputed_tokens: int = 0
+    has_content: bool = True
+    """False for an event that only opens a stream."""
+    params: Params | None = None
+
+
+def judge(content: Any) -> Verdict:
+    """Read a reply's or an event's JSON."""
+    if not isinstance(content, dict):
+        return Verdict(error="what it sent is no JSON object")
+    params = content.get("kv_transfer_params")
+    params = params if isinstance(params, dict) and params else None
+    error = content.get("error")
+    message = error.get("message") if isinstance(error, dict) else error
+    choices = [choice for choice in content.get("choices") or () if isinstance(choice, dict)]
+    if any(choice.get("finish_reason") == "error" for choice in choices):
+        message = message or 'it ended the request with finish_reason="error", as for KV that failed to load'
+    num_recomputed = (params or {}).get("num_recomputed_tokens", 0)
+    return Verdict(
+        error=None if message is None else str(message),
+        num_recomputed_tokens=num_recomputed if isinstance(num_recomputed, int) else 0,
+        has_content=not choices or any(_says_something(choice) for choice in choices),
+        params=params,
+    )
+
+
+def _says_something(choice: Mapping[str, Any]) -> bool:
+    told = {**choice, **(choice.get("delta") or {})}
+    return any(value for name, value in told.items() if name not in ("index", "delta", "role"))

@@ -1,0 +1,179 @@
+"""The engines behind the proxy: who is in rotation, who is how busy, and who takes the next leg."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+from kvferry.clock import Clock
+from kvferry.proxy.breaker import Breaker, State
+from kvferry.proxy.config import ProxyConfig
+from kvferry.proxy.metrics import ProxyMetrics
+from kvferry.proxy.prefixes import PrefixMemory
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(slots=True, eq=False)
+class Engine:
+    """One engine in one role."""
+
+    url: str
+    role: str
+    breaker: Breaker
+    memory: PrefixMemory
+    load: int = 0
+    """Of prefill engines, pieces of prompts to be computed; of decode engines, requests."""
+    num_in_flight: int = 0
+    num_begun: int = 0
+    has_worked: bool = False
+    last_failure: str = "not tried yet"
+
+    def cost(self, hashes: Sequence[int]) -> int:
+        """Pieces it would have to compute; at least 1."""
+        return 1 + len(hashes) - self.memory.num_known(hashes)
+
+
+@dataclass(slots=True, eq=False)
+class Pair:
+    """A prefill and a decode engine, between which KV moves."""
+
+    breaker: Breaker
+    transfers: bool | None = None
+    """Whether the last transfer worked; None: there was none."""
+
+
+@dataclass(slots=True)
+class Fleet:
+    """All engines. One thread."""
+
+    config: ProxyConfig
+    clock: Clock
+    metrics: ProxyMetrics
+    prefill: list[Engine] = field(init=False)
+    decode: list[Engine] = field(init=False)
+    pairs: dict[tuple[Engine, Engine], Pair] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.prefill = [self._engine(url, "prefill") for url in self.config.prefill]
+        self.decode = [self._engine(url, "decode") for url in self.config.decode]
+        self.pairs = {(p, d): Pair(self._breaker()) for p in self.prefill for d in self.decode}
+
+    def _engine(self, url: str, role: str) -> Engine:
+        return Engine(url, role, self._breaker(), PrefixMemory(self.config.prefix_memory_chunks))
+
+    def _breaker(self) -> Breaker:
+        config = self.config
+        return Breaker(self.clock, config.failure_threshold, config.min_backoff_s, config.max_backoff_s)
+
+    # ---- who takes the next leg -------------------------------------------------------------------------------
+
+    def pick_prefill(self, hashes: Sequence[int], tried: Collection[Engine] = ()) -> Engine | None:
+        """The engine that would be done first: what waits there, and what it would have to compute of this prompt.
+
+        `tried` ones come last. None: there is none in rotation that some decode engine can take KV from.
+        """
+        able = [p for p in self.prefill if p.breaker.is_available and self._partners(p)]
+        return min(able, key=lambda p: (p in tried, p.load + p.cost(hashes), p.num_begun), default=None)
+
+    def pick_decode(self, prefill: Engine | None, tried: Collection[Engine] = ()) -> Engine | None:
+        """The least busy one that can take KV from `prefill` (None: no KV is to be taken); `tried` ones come last."""
+        able = self._partners(prefill) if prefill else [d for d in self.decode if d.breaker.is_available]
+        return min(able, key=lambda d: (d in tried, d.load, d.num_begun), default=None)
+
+    def _partners(self, prefill: Engine) -> list[Engine]:
+        return [d for d in self.decode if d.breaker.is_available and self.pairs[prefill, d].breaker.is_available]
+
+    @contextmanager
+    def using(self, engine: Engine, cost: int, pair: Pair | None = None) -> Iterator[None]:
+        """While a leg is under way there."""
+        breakers = [engine.breaker] if pair is None else [engine.breaker, pair.breaker]
+        trials = [breaker for breaker in breakers if breaker.begin()]
+        engine.load += cost
+        engine.num_in_flight += 1
+        engine.num_begun += 1
+        try:
+            yield
+        finally:
+            engine.load -= cost
+            engine.num_in_flight -= 1
+            for breaker in trials:
+                breaker.abandoned()
+
+    # ---- what became of it ------------------------------------------------------------------------------------
+
+    def worked(self, engine: Engine) -> None:
+        """It answered."""
+        if engine.breaker.state is not State.CLOSED:
+            logger.info("%s engine %s is back in rotation", engine.role, engine.url)
+        engine.breaker.succeeded()
+        engine.has_worked = True
+
+    def failed(self, engine: Engine, why: str, *, is_gone: bool = False) -> None:
+        """It did not, or not as it should; `is_gone`: it could not even be reached."""
+        engine.last_failure = why
+        if is_gone:
+            engine.memory.clear()  # with its process, its cache
+        if engine.breaker.failed():
+            logger.warning("%s engine %s is out of rotation: %s", engine.role, engine.url, why)
+
+    def transferred(self, pair: Pair) -> None:
+        """KV came over from one engine to the other."""
+        pair.transfers = True
+        pair.breaker.succeeded()
+
+    def not_transferred(self, pair: Pair) -> None:
+        """It did not."""
+        pair.transfers = False
+        pair.breaker.failed()
+
+    # ---- how it stands ----------------------------------------------------------------------------------------
+
+    @property
+    def is_ready(self) -> bool:
+        """True when a request would be answered: strict, when KV was seen to move between two engines in rotation.
+
+        Without probes, two engines between which nothing has failed yet are enough.
+        """
+        return any(self._is_ready(*engines, pair) for engines, pair in self.pairs.items())
+
+    def _is_ready(self, prefill: Engine, decode: Engine, pair: Pair) -> bool:
+        if any(breaker.state is not State.CLOSED for breaker in (prefill.breaker, decode.breaker, pair.breaker)):
+            return False
+        if not self.config.probe_interval_s:
+            return not (self.config.strict and pair.transfers is False)
+        return bool(pair.transfers) if self.config.strict else prefill.has_worked and decode.has_worked
+
+    @property
+    def wait_s(self) -> int:
+        """Whole seconds until something that is out of rotation may be tried; at least 1."""
+        breakers = [engine.breaker for engine in (*self.prefill, *self.decode)]
+        breakers += [pair.breaker for pair in self.pairs.values()]
+        return max(1, math.ceil(min((b.wait_s for b in breakers if b.wait_s), default=1)))
+
+    def describe(self) -> dict[str, Any]:
+        """The state of all of them, for people."""
+        return {
+            "engines": [
+                {"url": engine.url, "role": engine.role, "state": engine.breaker.state.value}
+                | ({} if engine.breaker.state is State.CLOSED else {"last_failure": engine.last_failure})
+                for engine in (*self.prefill, *self.decode)
+            ],
+            "pairs": [
+                {"prefill": p.url, "decode": d.url, "state": pair.breaker.state.value, "transfers": pair.transfers}
+                for (p, d), pair in self.pairs.items()
+            ],
+        }
+
+    def enter_metrics(self) -> None:
+        """Set the gauges."""
+        for engine in (*self.prefill, *self.decode):
+            is_up = engine.breaker.state is State.CLOSED
+            self.metrics.engine_up.labels(engine.role, engine.url).set(is_up)
+            self.metrics.engine_in_flight.labels(engine.role, engine.url).set(engine.num_in_flight)
+        for (prefill, decode), pair in self.pairs.items():
+            self.metrics.pair_transfers.labels(prefill.url, decode.url).set(bool(pair.transfers))

@@ -1,0 +1,37 @@
+"""Tiny requests through each pair of engines: readiness means that KV moves, and engines come back by themselves."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+from collections.abc import Mapping
+
+from kvferry.http import ApiError
+from kvferry.proxy.bodies import Call
+from kvferry.proxy.config import ProxyConfig
+from kvferry.proxy.fleet import Engine, Fleet
+from kvferry.proxy.relay import LegFailed, Relay
+
+logger = logging.getLogger(__name__)
+
+_NUM_TOKENS = 64  # some blocks' worth, new each time, so that they are in nobody's cache
+_TOKENS = range(16, 256)  # in any vocabulary, and seldom special
+
+
+async def probe_for_ever(config: ProxyConfig, fleet: Fleet, relay: Relay, headers: Mapping[str, str]) -> None:
+    """All pairs, again and again, until cancelled."""
+    while True:
+        await asyncio.gather(*(probe(config, relay, *engines, headers) for engines in fleet.pairs))
+        await asyncio.sleep(config.probe_interval_s)
+
+
+async def probe(config: ProxyConfig, relay: Relay, prefill: Engine, decode: Engine, headers: Mapping[str, str]) -> None:
+    """One request through one pair, in rotation or not; what comes of it is noted where all requests' outcomes are."""
+    prompt = random.choices(_TOKENS, k=_NUM_TOKENS)
+    call = Call("/v1/completions", {"prompt": prompt, "max_tokens": 2, "temperature": 0}, headers)
+    try:
+        hand_over = await relay.prefill(call, prefill, [], config.probe_timeout_s)
+        await (await relay.decode(call, decode, hand_over, config.probe_timeout_s)).aclose()
+    except (ApiError, LegFailed) as err:
+        logger.debug("probe of %s and %s: %s", prefill.url, decode.url, err)

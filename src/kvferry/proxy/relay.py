@@ -1,0 +1,371 @@
+"""A request's way: a prefill leg, a decode leg with what the first one answered, and both again where that helps.
+
+Nothing is tried again once the client has been sent anything, and a leg's connection is closed before the next one
+begins. What the prefill engine handed over is used again only when the decode engine never saw it; else it may be
+spent, and the prefill engine is asked anew.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import uuid
+from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import AsyncExitStack, aclosing, asynccontextmanager
+from dataclasses import dataclass, field
+
+import httpx2
+
+from kvferry.clock import Clock
+from kvferry.http import ApiError
+from kvferry.proxy.bodies import Call, Params, SignPeer, Verdict, decode_body, judge, prefill_body
+from kvferry.proxy.config import ProxyConfig
+from kvferry.proxy.events import DONE, is_end, may_tell, verdicts, whole_events
+from kvferry.proxy.fleet import Engine, Fleet, Pair
+from kvferry.proxy.metrics import ProxyMetrics
+from kvferry.proxy.prefixes import piece_hashes
+
+logger = logging.getLogger(__name__)
+
+_KEEPALIVE_S = 2.0  # below uvicorn's 5 s: a connection that the engine is about to close is not used
+
+
+@dataclass(slots=True)
+class Reply:
+    """What the client gets. `aclose` it in any case; then nothing is under way for it any more."""
+
+    status: int
+    content_type: str
+    content: bytes = b""
+    events: AsyncIterator[bytes] | None = None
+    outcome: str = "client_gone"
+    """One of `metrics.OUTCOMES`; of a stream once it has ended."""
+    stack: AsyncExitStack = field(default_factory=AsyncExitStack)
+
+    async def aclose(self) -> None:
+        """Close the decode leg."""
+        await self.stack.aclose()
+
+
+class LegFailed(Exception):
+    """A leg failed before the client was sent anything."""
+
+    def __init__(self, engine: Engine, why: str, status: int = 502, *, was_sent: bool = True) -> None:
+        super().__init__(why)
+        self.engine = engine
+        self.why = why
+        self.status = status
+        self.was_sent = was_sent
+
+
+class _Refused(Exception):
+    """An engine says that the request is wrong: the client's to know."""
+
+    def __init__(self, reply: Reply) -> None:
+        super().__init__(reply.status)
+        self.reply = reply
+
+
+@dataclass(frozen=True, slots=True)
+class HandOver:
+    """A prefill leg's outcome."""
+
+    engine: Engine
+    transfer_id: str
+    params: Params | None
+
+
+@dataclass(slots=True)
+class _Attempts:
+    hashes: list[int]
+    is_split: bool
+    tried: set[Engine] = field(default_factory=set)
+    hand_over: HandOver | None = None
+
+
+@dataclass(slots=True)
+class _DecodeLeg:
+    engine: Engine
+    pair: Pair | None
+    """None when no KV is to be transferred."""
+    has_recomputed: bool = False
+    has_begun: bool = False
+    """Whether its stream has said more than who speaks."""
+
+
+class Relay:
+    """Carries requests. One event loop; `aclose` at the end."""
+
+    def __init__(
+        self, config: ProxyConfig, fleet: Fleet, metrics: ProxyMetrics, clock: Clock, sign_peer: SignPeer | None = None
+    ) -> None:
+        self._config = config
+        self._fleet = fleet
+        self._metrics = metrics
+        self._clock = clock
+        self._sign_peer = sign_peer
+        limits = httpx2.Limits(keepalive_expiry=_KEEPALIVE_S)
+        self._client = httpx2.AsyncClient(limits=limits, trust_env=False, follow_redirects=False)
+
+    async def aclose(self) -> None:
+        """Close idle connections."""
+        await self._client.aclose()
+
+    async def open(self, call: Call) -> Reply:
+        """A reply whose first token, or whole content, is there. Raises ApiError."""
+        why_whole = call.whole_because
+        if why_whole is not None:
+            if self._config.strict:
+                raise ApiError(
+                    400, f"{why_whole}: cannot be split into a prefill and a decode leg; send one request for each, "
+                    "or start the proxy with --no-strict, which lets the decode engine compute the prompt",
+                )  # fmt: skip
+            self._recomputed("not_split")
+        attempts, begun_s = _Attempts(piece_hashes(call.body), is_split=why_whole is None), self._clock.now()
+        for number in range(1, self._config.max_attempts + 1):
+            try:
+                return await self._attempt(call, attempts)
+            except _Refused as refused:
+                return refused.reply
+            except LegFailed as failure:
+                is_late = self._clock.now() - begun_s >= self._config.retry_deadline_s
+                if is_late or number == self._config.max_attempts:
+                    raise _gave_up(failure, number) from failure
+                logger.info("%s engine %s: %s; trying again", failure.engine.role, failure.engine.url, failure.why)
+                self._metrics.retries.labels(failure.engine.role).inc()
+                attempts.tried.add(failure.engine)
+                if failure.was_sent:
+                    attempts.hand_over = None
+                if failure.engine.role == "prefill" and number + 1 == self._config.max_attempts:
+                    self._skip_prefill(attempts)
+        raise AssertionError("max_attempts is at least 1")
+
+    def _skip_prefill(self, attempts: _Attempts) -> None:
+        """Not strict, an answer without any prefill engine is better than none."""
+        if not self._config.strict:
+            attempts.is_split = False
+            self._recomputed("no_prefill_engine")
+
+    async def _attempt(self, call: Call, attempts: _Attempts) -> Reply:
+        config = self._config
+        if attempts.is_split and attempts.hand_over is None:
+            prefill = self._fleet.pick_prefill(attempts.hashes, attempts.tried)
+            if prefill is not None:
+                attempts.hand_over = await self.prefill(call, prefill, attempts.hashes, config.prefill_timeout_s)
+            elif config.strict:
+                raise self._none_available("prefill")
+            else:
+                self._skip_prefill(attempts)
+        decode = self._fleet.pick_decode(attempts.hand_over.engine if attempts.hand_over else None, attempts.tried)
+        if decode is None:
+            raise self._none_available("decode")
+        timeout_s = config.decode_timeout_s if call.is_stream else config.answer_timeout_s
+        return await self.decode(call, decode, attempts.hand_over, timeout_s)
+
+    def _none_available(self, role: str) -> ApiError:
+        engines = self._fleet.prefill if role == "prefill" else self._fleet.decode
+        states = "; ".join(f"{e.url}: {e.breaker.state.value}, {e.last_failure}" for e in engines)
+        return ApiError(
+            503, f"no {role} engine is in rotation that works with one of the other role ({states}). /ready shows the "
+            "state of all; they are tried again by themselves",
+            code="no_engine", headers={"Retry-After": str(self._fleet.wait_s)},
+        )  # fmt: skip
+
+    # ---- legs -------------------------------------------------------------------------------------------------
+
+    async def prefill(self, call: Call, engine: Engine, hashes: list[int], timeout_s: float) -> HandOver:
+        """Let one engine prefill. Raises LegFailed; strict, also when it hands nothing over."""
+        transfer_id = uuid.uuid4().hex
+        async with AsyncExitStack() as stack:
+            stack.enter_context(self._fleet.using(engine, engine.cost(hashes)))
+            engine.memory.remember(hashes)  # at once: what comes with the same prefix meanwhile should follow
+            begun_s = self._clock.now()
+            async with self._deadline(engine, timeout_s):
+                response = await self._send(engine, call, prefill_body(call, transfer_id), timeout_s, stack)
+                verdict = self._judge(engine, await self._content(engine, response))
+            self._metrics.leg_seconds.labels("prefill").observe(self._clock.now() - begun_s)
+        if verdict.error is not None:
+            raise self._failed(engine, verdict.error)
+        if verdict.params is None:
+            if self._config.strict:
+                raise self._failed(
+                    engine, "it answered without kv_transfer_params: start it with a P2P connector (kv_role "
+                    "kv_producer or kv_both), or the proxy with --no-strict",
+                )  # fmt: skip
+            self._recomputed("no_params")
+        self._fleet.worked(engine)
+        return HandOver(engine, transfer_id, verdict.params)
+
+    async def decode(self, call: Call, engine: Engine, hand_over: HandOver | None, timeout_s: float) -> Reply:
+        """Let one engine decode, up to the first token of a stream. Raises LegFailed; ApiError for a recompute."""
+        params = hand_over.params if hand_over else None
+        pair = self._fleet.pairs[hand_over.engine, engine] if hand_over is not None and params else None
+        leg = _DecodeLeg(engine, pair)
+        content = decode_body(call, params, hand_over.transfer_id if hand_over else "", self._sign_peer)
+        async with AsyncExitStack() as stack:
+            stack.enter_context(self._fleet.using(engine, 1, pair))
+            begun_s = self._clock.now()
+            async with self._deadline(engine, timeout_s):
+                response = await self._send(engine, call, content, timeout_s, stack)
+                if response.headers.get("content-type", "").startswith("text/event-stream"):
+                    reply = await self._begin_stream(leg, response, stack)
+                else:
+                    data = await self._content(engine, response)
+                    self._check(leg, self._judge(engine, data))
+                    reply = Reply(200, "application/json", data, outcome="ok")
+            self._fleet.worked(engine)
+            if pair is not None and not leg.has_recomputed:
+                self._fleet.transferred(pair)
+            self._metrics.leg_seconds.labels("decode").observe(self._clock.now() - begun_s)
+            reply.stack = stack.pop_all()
+        return reply
+
+    async def _begin_stream(self, leg: _DecodeLeg, response: httpx2.Response, stack: AsyncExitStack) -> Reply:
+        events = await stack.enter_async_context(aclosing(self._judged(leg, response)))
+        held = b""
+        async for news in events:
+            held += news
+            if leg.has_begun:
+                break
+        reply = Reply(200, "text/event-stream")
+        reply.events = await stack.enter_async_context(aclosing(self._pass_on(reply, held, events)))
+        return reply
+
+    async def _judged(self, leg: _DecodeLeg, response: httpx2.Response) -> AsyncGenerator[bytes]:
+        """A stream's whole events, unchanged. LegFailed or ApiError where they break off, or say what ends them."""
+        has_ended = False
+        try:
+            async with aclosing(whole_events(response.aiter_raw())) as events:
+                async for news in events:
+                    for verdict in verdicts(news) if may_tell(news) or not leg.has_begun else ():
+                        self._check(leg, verdict)
+                        leg.has_begun |= verdict.has_content
+                    has_ended = is_end(news)
+                    leg.has_begun |= has_ended
+                    yield news
+        except httpx2.TransportError as err:
+            raise self._failed(leg.engine, f"its stream broke off: {_text(err)}") from err
+        except ValueError as err:
+            raise self._failed(leg.engine, f"its stream has an event that is no JSON: {err}") from err
+        if not has_ended:
+            raise self._failed(leg.engine, "its stream ended without [DONE]")
+
+    async def _pass_on(self, reply: Reply, held: bytes, events: AsyncIterator[bytes]) -> AsyncGenerator[bytes]:
+        """All events; where they break off, an error as the last one."""
+        try:
+            yield held
+            async for news in events:
+                yield news
+            reply.outcome = "ok"
+        except (ApiError, LegFailed) as err:
+            reply.outcome = "cut"
+            error = err if isinstance(err, ApiError) else _gave_up(err, 1)
+            yield b"data: " + json.dumps(error.body()).encode() + b"\n\n" + DONE
+
+    # ---- pieces of a leg --------------------------------------------------------------------------------------
+
+    @asynccontextmanager
+    async def _deadline(self, engine: Engine, timeout_s: float) -> AsyncIterator[None]:
+        try:
+            async with asyncio.timeout(timeout_s):
+                yield
+        except TimeoutError as err:
+            raise self._failed(engine, f"no answer within {timeout_s:g} s", 504) from err
+
+    async def _send(
+        self, engine: Engine, call: Call, content: bytes, timeout_s: float, stack: AsyncExitStack
+    ) -> httpx2.Response:
+        """The engine's reply, its status good and its body to be read; `stack` closes it."""
+        timeout = httpx2.Timeout(timeout_s, connect=self._config.connect_timeout_s, pool=None)
+        headers = {"Content-Type": "application/json", "Accept-Encoding": "identity", **call.headers}
+        try:
+            request = self._client.build_request(
+                "POST" if content else "GET", engine.url + call.path, content=content, headers=headers, timeout=timeout
+            )
+            response = await self._client.send(request, stream=True)
+        except (httpx2.ConnectError, httpx2.ConnectTimeout) as err:
+            raise self._failed(engine, f"cannot connect: {_text(err)}", was_sent=False) from err
+        except httpx2.TimeoutException as err:
+            raise self._failed(engine, f"no answer within {timeout_s:g} s", 504) from err
+        except httpx2.TransportError as err:
+            raise self._failed(engine, _text(err)) from err
+        stack.push_async_callback(response.aclose)
+        if response.status_code == 200:
+            return response
+        data = await self._content(engine, response)
+        if 400 <= response.status_code < 500 and response.status_code != 429:
+            self._fleet.worked(engine)
+            kind = response.headers.get("content-type", "application/json")
+            raise _Refused(Reply(response.status_code, kind, data, outcome="refused"))
+        status = 503 if response.status_code in (429, 503) else 502
+        raise self._failed(engine, f"status {response.status_code}: {data[:500].decode(errors='replace')}", status)
+
+    async def _content(self, engine: Engine, response: httpx2.Response) -> bytes:
+        try:
+            return await response.aread()
+        except httpx2.TransportError as err:
+            raise self._failed(engine, f"its reply broke off: {_text(err)}") from err
+
+    def _judge(self, engine: Engine, data: bytes) -> Verdict:
+        try:
+            return judge(json.loads(data))
+        except ValueError as err:
+            raise self._failed(engine, f"its reply is not OpenAI's: {err}") from err
+
+    def _check(self, leg: _DecodeLeg, verdict: Verdict) -> None:
+        """Raise what a decode engine's word means."""
+        if verdict.error is not None:
+            if leg.pair is None:
+                raise self._failed(leg.engine, verdict.error)
+            self._fleet.not_transferred(leg.pair)  # most probably; the engine did answer
+            raise LegFailed(leg.engine, verdict.error)
+        if verdict.num_recomputed_tokens <= 0 or leg.pair is None or leg.has_recomputed:
+            return
+        leg.has_recomputed, leg.pair.transfers = True, False
+        self._recomputed("decode_engine")
+        if self._config.strict:
+            self._fleet.not_transferred(leg.pair)
+            raise ApiError(
+                502, f"decode engine {leg.engine.url} computed {verdict.num_recomputed_tokens} prompt tokens again "
+                "that the prefill engine had: look at its log for why the transfer failed, or start the proxy with "
+                "--no-strict", code="recomputed",
+            )  # fmt: skip
+
+    def _failed(self, engine: Engine, why: str, status: int = 502, *, was_sent: bool = True) -> LegFailed:
+        self._fleet.failed(engine, why, is_gone=not was_sent)
+        return LegFailed(engine, why, status, was_sent=was_sent)
+
+    def _recomputed(self, reason: str) -> None:
+        self._metrics.recomputed.labels(reason).inc()
+
+    # ---- the rest ---------------------------------------------------------------------------------------------
+
+    async def ask(self, call: Call) -> Reply:
+        """GET `call.path` from some engine."""
+        engine = self._fleet.pick_decode(None)
+        if engine is None:
+            raise self._none_available("decode")
+        async with AsyncExitStack() as stack:
+            try:
+                response = await self._send(engine, call, b"", self._config.probe_timeout_s, stack)
+                return Reply(200, "application/json", await self._content(engine, response), outcome="ok")
+            except _Refused as refused:
+                return refused.reply
+            except LegFailed as failure:
+                raise _gave_up(failure, 1) from failure
+
+
+def _text(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+
+
+def _gave_up(failure: LegFailed, num_attempts: int) -> ApiError:
+    tries = "" if num_attempts == 1 else f" (the last of {num_attempts} attempts)"
+    engine = failure.engine
+    return ApiError(
+        failure.status,
+        f"{engine.role} engine {engine.url}{tries}: {failure.why}. Look at /ready of the proxy and at the engine's log",
+        code="engine_failed",
+        headers={"Retry-After": "1"} if failure.status == 503 else None,
+    )

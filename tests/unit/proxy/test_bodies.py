@@ -1,0 +1,147 @@
+"""What each leg is sent, and what replies are understood to say."""
+
+from __future__ import annotations
+
+import copy
+import json
+from typing import Any
+
+import pytest
+
+from kvferry.http import ApiError
+from kvferry.proxy.bodies import Call, decode_body, judge, prefill_body
+
+PATH = "/v1/completions"
+HANDED = {"do_remote_prefill": True, "remote_host": "h", "remote_port": 5, "remote_first_token_ids": [9]}
+
+
+def prefill(body: dict[str, Any]) -> dict[str, Any]:
+    before = copy.deepcopy(body)
+    sent: dict[str, Any] = json.loads(prefill_body(Call(PATH, body), "t1"))
+    assert body == before
+    return sent
+
+
+def decode(body: dict[str, Any], params: dict[str, Any] | None = HANDED, **more: Any) -> dict[str, Any]:
+    sent: dict[str, Any] = json.loads(decode_body(Call(PATH, body), params, "t1", more.get("sign")))
+    return sent
+
+
+def test_prefill_keeps_what_shapes_the_first_token() -> None:
+    shaping = {
+        "model": "m", "prompt": [1, 2], "temperature": 0.5, "seed": 3, "top_p": 0.9, "logit_bias": {"5": 1},
+        "stop_token_ids": [4], "ignore_eos": True, "cache_salt": "s", "response_format": {"type": "json_object"},
+    }  # fmt: skip
+    answer = {
+        "stream": True, "stream_options": {"include_usage": True}, "stop": ["x"], "logprobs": 3, "n": 1, "echo": True,
+        "max_tokens": 50, "return_token_ids": True,
+    }  # fmt: skip
+    params = {
+        "do_remote_decode": True, "do_remote_prefill": False, "transfer_id": "t1", "remote_engine_id": None,
+        "remote_block_ids": None, "remote_host": None, "remote_port": None, "remote_request_id": None,
+    }  # fmt: skip
+    wanted = shaping | {"max_tokens": 1, "stream": False, "n": 1, "kv_transfer_params": params}
+    assert prefill(shaping | answer) == wanted
+
+
+@pytest.mark.parametrize(("given", "sent"), [(0, 0), (1, 1), (30, 1)])
+def test_min_tokens_still_forbids_an_early_end(given: int, sent: int) -> None:
+    assert prefill({"prompt": "a", "min_tokens": given, "max_tokens": 40})["min_tokens"] == sent
+
+
+def test_both_limits_of_a_chat_become_one_token() -> None:
+    sent = prefill({"messages": [], "max_completion_tokens": 9})
+    assert (sent["max_tokens"], sent["max_completion_tokens"]) == (1, 1)
+    assert "max_completion_tokens" not in prefill({"prompt": "a", "max_tokens": 9}), "completions do not know it"
+
+
+def test_decode_gets_the_clients_body_and_what_was_handed_over() -> None:
+    body = {"prompt": "a", "max_tokens": 7, "stream": True, "stop": ["x"], "min_tokens": 3}
+    assert decode(body) == body | {"kv_transfer_params": HANDED | {"transfer_id": "t1"}}
+    assert decode(body, HANDED | {"transfer_id": "theirs"})["kv_transfer_params"]["transfer_id"] == "theirs"
+    assert decode(body, None) == body
+
+
+@pytest.mark.parametrize(("logprobs", "is_handed_over"), [(None, True), (False, True), (0, False), (True, False)])
+def test_first_token_is_sampled_again_where_its_logprobs_are_wanted(logprobs: Any, is_handed_over: bool) -> None:
+    sent = decode({"prompt": "a", "logprobs": logprobs})["kv_transfer_params"]
+    assert ("remote_first_token_ids" in sent) == is_handed_over
+    assert sent["remote_host"] == "h"
+
+
+def test_peers_are_signed_as_the_decode_engine_sees_them() -> None:
+    def sign(params: dict[str, Any]) -> str:
+        return f"{params['remote_host']}:{params['remote_port']} {params['transfer_id']}"
+
+    assert decode({"prompt": "a"}, sign=sign)["kv_transfer_params"]["peer_token"] == "h:5 t1"
+    assert "kv_transfer_params" not in decode({"prompt": "a"}, None, sign=sign)
+    assert "peer_token" not in decode({"prompt": "a"}, sign=lambda params: None)["kv_transfer_params"]
+    assert "peer_token" not in HANDED
+
+
+@pytest.mark.parametrize(
+    ("body", "why"),
+    [
+        ({"prompt": "a"}, None),
+        ({"prompt": ["a"]}, None),
+        ({"prompt": [1, 2, 3]}, None),
+        ({"prompt": [[1, 2]], "n": 1}, None),
+        ({"messages": [{}, {}], "logprobs": True}, None),
+        ({"prompt": "a", "echo": True}, None),
+        ({"prompt": ["a", "b"]}, "prompt has 2 prompts"),
+        ({"prompt": [[1], [2]]}, "prompt has 2 prompts"),
+        ({"messages": [], "n": 3}, "n=3"),
+        ({"prompt": "a", "best_of": 2}, "best_of=2"),
+        ({"prompt": "a", "prompt_logprobs": 0}, "log-probabilities of the prompt"),
+        ({"prompt": "a", "echo": True, "logprobs": 0}, "log-probabilities of the prompt"),
+        ({"prompt": "a", "use_beam_search": True}, "use_beam_search"),
+    ],
+)
+def test_what_cannot_be_split(body: dict[str, Any], why: str | None) -> None:
+    assert Call(PATH, body).whole_because == why
+
+
+@pytest.mark.parametrize("data", [b"", b"{", b"[]", b"7", b"\xff", b"[" * 100_000], ids=lambda d: d[:8])
+def test_bodies_that_are_no_object(data: bytes) -> None:
+    with pytest.raises(ApiError) as caught:
+        Call.parse(PATH, data, {})
+    assert caught.value.status == 400
+
+
+def test_clients_do_not_name_peers() -> None:
+    with pytest.raises(ApiError, match="proxy's to set") as caught:
+        Call.parse(PATH, b'{"prompt": "a", "kv_transfer_params": {"remote_host": "10.0.0.1"}}', {})
+    assert caught.value.param == "kv_transfer_params"
+    assert Call.parse(PATH, b'{"prompt": "a", "kv_transfer_params": null}', {}).body == {"prompt": "a"}
+
+
+def chunk(**choice: Any) -> dict[str, Any]:
+    return {"choices": [{"index": 0, **choice}]}
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        (chunk(delta={"role": "assistant", "content": ""}, logprobs=None, finish_reason=None), False),
+        (chunk(delta={"content": "a"}), True),
+        (chunk(delta={"tool_calls": [{}]}), True),
+        (chunk(delta={}, finish_reason="stop"), True),
+        (chunk(text=""), False),
+        (chunk(text="", token_ids=[5]), True),
+        (chunk(text=" "), True),
+        ({"choices": [], "usage": {}}, True),
+    ],
+)
+def test_which_events_carry_an_answer(content: dict[str, Any], says: bool) -> None:
+    assert judge(content).has_content == says
+
+
+def test_errors_and_recomputes_are_seen() -> None:
+    assert judge({"error": {"message": "no"}}).error == "no"
+    assert judge({"error": "no"}).error == "no"
+    assert 'finish_reason="error"' in str(judge(chunk(text="", finish_reason="error")).error)
+    assert judge([1]).error == "what it sent is no JSON object"
+    good = judge({**chunk(text="a"), "kv_transfer_params": {"num_recomputed_tokens": 5}})
+    assert (good.error, good.num_recomputed_tokens) == (None, 5)
+    for params in (None, {}, [1], "x"):
+        assert judge({**chunk(text="a"), "kv_transfer_params": params}).params is None
