@@ -234,7 +234,8 @@ class NixlTransport(ThreadedTransport):
     def _descriptors(self, rows: Ints, memory: str) -> Any:
         descriptors = self._initiator.get_xfer_descs(rows.astype(np.uint64), memory)
         if descriptors is None:
-            raise TransferError(f"NIXL does not accept {len(rows)} descriptors of {memory} memory")
+            # Not TransferError, which would say that nothing lands: earlier posts of this transfer may be under way.
+            raise RuntimeError(f"NIXL does not accept {len(rows)} descriptors of {memory} memory")
         return descriptors
 
 

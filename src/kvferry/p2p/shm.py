@@ -1,7 +1,7 @@
 """Shared memory: the KV pool itself lies in a named mapping, so a peer on this host reads or writes it in one copy.
 
     host: torch.zeros(n, int8)  ──inside SharedPool.context()──►  | header | the pool's n bytes |   /dev/shm/kvferry-...
-    peer: maps the file by name; memmove per piece between its own pool and ours
+    peer: maps the file by name; copies between its own pool and ours
 
 Every copy is made by this process's own thread, for READ and for WRITE, so once the thread has stopped copying for a
 peer, nothing of it lands any more: closing is a real fence. A peer that is stopped can still be read and written. The
@@ -14,7 +14,7 @@ import ctypes
 import logging
 import secrets
 import struct
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,6 +23,7 @@ import msgspec
 import numpy as np
 
 from kvferry.errors import ConfigError, HostError, TransferError
+from kvferry.p2p.copying import copy_pieces
 from kvferry.p2p.threaded import Step, ThreadedTransport, Transfer
 from kvferry.p2p.transport import Capabilities, PeerHandle, TransferOp
 from kvferry.segment import PAGE_BYTES, SHM_DIRECTORY, Segment, is_segment_path
@@ -35,7 +36,6 @@ logger = logging.getLogger(__name__)
 _HEADER = struct.Struct("<8sQQ16s")  # magic, version, bytes of the pool, nonce
 _MAGIC = b"KVFPOOL\0"
 _VERSION = 1
-_STEP_BYTES = 8 << 20
 _MADV_POPULATE_WRITE = 23
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
@@ -230,22 +230,13 @@ class ShmTransport(ThreadedTransport):
         self._check_alive(peer)
         return Step.DONE
 
-    def _copies(self, transfer: Transfer, peer: _ShmPeer) -> Any:
-        """Copy piece by piece, pausing every few MiB with the number of bytes copied since."""
+    def _copies(self, transfer: Transfer, peer: _ShmPeer) -> Iterator[int]:
+        """All copies as addresses of this process; done step by step."""
         pieces = transfer.pieces
         from_, to = (peer.bases, self._bases) if transfer.op is TransferOp.READ else (self._bases, peer.bases)
         sources = from_[pieces.source_region] + pieces.source_offset
         destinations = to[pieces.destination_region] + pieces.destination_offset
-        ends = np.cumsum(pieces.length)
-        cuts = np.unique(np.searchsorted(ends, np.arange(0, transfer.num_bytes, _STEP_BYTES), side="left"))
-        copy = ctypes.memmove  # which frees the GIL
-        for cut in np.split(np.arange(len(ends)), cuts[1:]):
-            lengths = pieces.length[cut].tolist()
-            for source, destination, length in zip(
-                sources[cut].tolist(), destinations[cut].tolist(), lengths, strict=True
-            ):
-                copy(destination, source, length)
-            yield sum(lengths)
+        return copy_pieces(sources, destinations, pieces.length)
 
     def _check_alive(self, peer: _ShmPeer) -> None:
         if _has_ended(peer):

@@ -36,7 +36,7 @@ To write a transport: subclass `ThreadedTransport` (`kvferry.p2p.threaded`) and 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
 from typing import Protocol, runtime_checkable
@@ -197,26 +197,3 @@ def _check_side(side: str, region: Ints, offset: Ints, length: Ints, region_byte
             f"piece {first} is outside the {side} memory: region {region[first]}, offset {offset[first]}, "
             f"{length[first]} bytes; there are {len(region_bytes)} region(s) of {region_bytes.tolist()[:8]} bytes"
         )
-
-
-PREFERENCE = ("shm", "nixl")
-"""What `auto` tries, the fastest first."""
-
-
-def choose(requested: str, transports: Mapping[str, Transport], blobs: Mapping[str, bytes]) -> Transport:
-    """Ours for one peer, given the blobs it offers. `auto`: the first of PREFERENCE that reaches it.
-
-    A named transport is that one or TransferError: nothing is substituted. The error says why each is out.
-    """
-    names = (*PREFERENCE, *sorted(set(transports) - set(PREFERENCE))) if requested == "auto" else (requested,)
-    reasons = []
-    for name in names:
-        if name not in transports:
-            reasons.append(f"{name}: not available in this engine")
-        elif name not in blobs:
-            reasons.append(f"{name}: not offered by the peer")
-        elif (why := transports[name].why_unreachable(blobs[name])) is not None:
-            reasons.append(f"{name}: {why}")
-        else:
-            return transports[name]
-    raise TransferError(f"no transport ({requested}) reaches the peer: {'; '.join(reasons)}")

@@ -224,7 +224,9 @@ class TransportChecks(ABC):
         assert self.run(READ, copies([(0, 0, 0, 0, 8)])).status is TransferStatus.OK
         assert not self.here.transport.peer_has_ended(self.peer)
         self.dispose(self.there)
-        completion = self.run(READ, copies([(0, 0, 0, 0, 8)]))
+        deadline_s = time.monotonic() + _WAIT_S
+        while (completion := self.run(READ, copies([(0, 0, 0, 0, 8)]))).status is TransferStatus.OK:
+            assert time.monotonic() < deadline_s, "it is never noticed"
         assert completion.status is TransferStatus.FAILED
         assert completion.reason
 

@@ -16,6 +16,8 @@ import numpy as np
 import pytest
 import torch
 
+from kvferry.contract import FullAttentionSpec, make_kv_cache_config
+from kvferry.engine.kv_groups import KVBuffer
 from kvferry.errors import ConfigError, TransferError
 from kvferry.p2p.shm import SharedPool, ShmTransport
 from kvferry.p2p.transport import Region, TransferOp, TransferStatus
@@ -182,6 +184,18 @@ def test_the_context_serves_the_hosts_one_allocation_and_no_other() -> None:
     assert kv.untyped_storage().nbytes() == 100_000
     pool.close()
     assert kv.view(torch.bfloat16)[3] == 1.5  # the tensor outlives the pool
+
+
+def test_our_engines_kv_memory_is_shared() -> None:
+    spec = FullAttentionSpec(block_size=16, num_kv_heads=2, head_size=8, dtype=torch.float32)
+    config = make_kv_cache_config(10, {"layer.0": spec, "layer.1": spec})
+    pool = SharedPool("test")
+    kv = KVBuffer(config, "cpu", pool.context())
+    storage = kv.views()["layer.1"].untyped_storage()
+    transport = ShmTransport(pool)
+    transport.register([Region(storage.data_ptr(), storage.nbytes())])
+    transport.close()
+    pool.close()
 
 
 def test_memory_from_elsewhere_is_refused_with_the_remedy() -> None:

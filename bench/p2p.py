@@ -1,0 +1,291 @@
+"""Transports between two processes on one host, against what bounds them; part "transports" of the P2P benchmark.
+
+shm             our shared-memory transport, READ
+shm, scattered  the same with destinations all over a pool of twice the size, as in a pool long in use
+nixl            our NIXL transport, READ
+nixl, merged    the same with pieces of 8 MiB: what the planner makes of blocks that are adjacent on both sides
+raw nixl        the library itself, as it comes: its Python API, default settings, READ, one request
+gather bound    torch `index_select` of pages into one buffer, one thread, all in this process
+
+All move as many bytes, from pieces all over a pool of twice that size, to places in another order, which fill half of
+the other pool (the bound: in order). Every round
+measures all in turn, so that other work on the machine hits all alike. Rates are in GB/s (1e9) of wall time, from
+submit to the completion seen by polling. NIXL lives in an environment of its own: `--native-python`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from kvferry.p2p.choice import create_transports
+from kvferry.p2p.shm import SharedPool
+from kvferry.p2p.transport import Region, TransferOp, TransferStatus, Transport
+
+ROOT = Path(__file__).parent.parent
+PIECE_BYTES = (16 << 10, 64 << 10, 256 << 10, 2 << 20)
+MERGED_BYTES = 8 << 20
+COLOURS = {
+    "shm": "#4a9a5b",
+    "shm, scattered": "#97cba3",
+    "gather bound": "#b0b0b0",
+    "nixl": "#3d6fb4",
+    "nixl, merged": "#8fb1de",
+    "raw nixl": "#d08a3c",
+}
+
+
+class Pieces:
+    """Half of a pool in pieces of one size, shuffled on both sides."""
+
+    def __init__(self, num_bytes: int, piece_bytes: int, seed: int, *, is_scattered: bool = False) -> None:
+        order = np.random.default_rng(seed)
+        count = num_bytes // piece_bytes
+        self.source_region = self.destination_region = np.zeros(count, dtype=np.int64)
+        self.source_offset = order.permutation(2 * count)[:count] * piece_bytes
+        self.destination_offset = order.permutation((1 + is_scattered) * count)[:count] * piece_bytes
+        self.length = np.full(count, piece_bytes, dtype=np.int64)
+
+
+class End:
+    """One process: its KV memory, and both transports over it."""
+
+    def __init__(self, name: str, num_bytes: int) -> None:
+        self.pool = SharedPool(name)
+        self.memory = self.pool.zeros(2 * num_bytes)
+        region = Region(self.memory.data_ptr(), 2 * num_bytes)
+        self.transports: dict[str, Transport] = {}
+        for each in ("shm", "nixl"):
+            self.transports |= create_transports(each, [region], engine_id=name, pool=self.pool)
+
+    def blobs(self) -> dict[str, str]:
+        """For the other process."""
+        return {name: transport.local_blob().hex() for name, transport in self.transports.items()}
+
+    def close(self) -> None:
+        """Give all back."""
+        for transport in self.transports.values():
+            transport.close()
+        self.pool.close()
+
+
+def own(num_bytes: int) -> None:
+    """The other process: memory full of noise, until stdin ends."""
+    end = End("owner", num_bytes)
+    end.memory.view(torch.int64).copy_(torch.arange(num_bytes // 4) * 0x9E3779B97F4A7C1)
+    print("blobs", json.dumps(end.blobs()), int(end.memory.data_ptr()), flush=True)
+    sys.stdin.read()
+    end.close()
+
+
+class Subject:
+    """The measuring process."""
+
+    def __init__(self, num_bytes: int) -> None:
+        command = [sys.executable, __file__, "--own", str(num_bytes)]
+        self.owner = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        self.num_bytes = num_bytes
+        self.end = End("bench", num_bytes)
+        self.out = torch.ones(num_bytes, dtype=torch.int8)
+        assert self.owner.stdout is not None
+        words = [""]
+        while words[0] != "blobs":  # NIXL logs on stdout
+            line = self.owner.stdout.readline()
+            assert line, "the owner has died"
+            words = line.split(" ", 1)
+        text, _, address = words[1].rpartition(" ")
+        self.blobs = {name: bytes.fromhex(blob) for name, blob in json.loads(text).items()}
+        self.remote_address = int(address)
+        self.peers = {name: each.connect(self.blobs[name]) for name, each in self.end.transports.items()}
+        self.expected = torch.arange(num_bytes // 4) * 0x9E3779B97F4A7C1
+
+    def ours(self, name: str, pieces: Pieces) -> None:
+        """One transfer through our transport."""
+        transport = self.end.transports[name]
+        ticket = transport.submit(self.peers[name], TransferOp.READ, pieces)
+        while not (ended := transport.poll()):
+            time.sleep(0.0005)
+        assert (ended[0].ticket, ended[0].status) == (ticket, TransferStatus.OK), ended
+
+    def gather(self, pieces: Pieces) -> None:
+        """The bound."""
+        pages = self.end.memory.view(torch.int64).view(2 * len(pieces.length), -1)
+        out = self.out.view(torch.int64).view(len(pieces.length), -1)
+        torch.index_select(pages, 0, torch.from_numpy(pieces.source_offset // pieces.length[0]), out=out)
+
+    def raw(self) -> tuple[Any, Callable[[Pieces], None]]:
+        """A default agent, made for this round only (its thread spins), and what it does."""
+        import msgspec
+        from nixl._api import nixl_agent, nixl_agent_config
+
+        agent = nixl_agent(f"raw-{time.monotonic_ns()}", nixl_agent_config(backends=["UCX"]))
+        local = self.end.memory.data_ptr()
+        agent.register_memory([(local, 2 * self.num_bytes, 0, "")], "DRAM")
+        peer = agent.add_remote_agent(msgspec.msgpack.decode(self.blobs["nixl"])["metadata"])
+
+        def read(pieces: Pieces) -> None:
+            zeros = np.zeros_like(pieces.length)
+            rows = [
+                np.stack([base + offset, pieces.length, zeros], axis=1).astype(np.uint64)
+                for base, offset in ((local, pieces.destination_offset), (self.remote_address, pieces.source_offset))
+            ]
+            descriptors = [agent.get_xfer_descs(each, "DRAM") for each in rows]
+            handle = agent.initialize_xfer("READ", *descriptors, peer)
+            state = agent.transfer(handle)
+            while state == "PROC":
+                state = agent.check_xfer_state(handle)
+            assert state == "DONE", state
+            agent.release_xfer_handle(handle)
+
+        read(Pieces(self.num_bytes, self.num_bytes, 0))  # connects
+        return agent, read
+
+    def check(self, pieces: Pieces, what: str) -> None:
+        """What was read is what the owner has."""
+        words = int(pieces.length[0]) // 8
+        got = self.end.memory.view(torch.int64).view(-1, words)[pieces.destination_offset // pieces.length[0]]
+        want = self.expected.view(-1, words)[pieces.source_offset // pieces.length[0]]
+        assert torch.equal(got, want), f"{what}: bytes differ"
+        self.end.memory.fill_(0)
+
+    def round(self, seed: int, samples: dict[str, dict[int, list[float]]]) -> None:
+        """One sample of everything."""
+        agent, raw = self.raw()
+        for piece_bytes in PIECE_BYTES:
+            pieces = Pieces(self.num_bytes, piece_bytes, seed)
+            self._time(samples["raw nixl"], piece_bytes, lambda p=pieces: raw(p))
+            self.check(pieces, "raw nixl")
+        agent.agent = None
+        for piece_bytes in PIECE_BYTES:
+            pieces, merged = (Pieces(self.num_bytes, size, seed) for size in (piece_bytes, MERGED_BYTES))
+            scattered = Pieces(self.num_bytes, piece_bytes, seed, is_scattered=True)
+            for name, action, moved in (
+                ("nixl", lambda p=pieces: self.ours("nixl", p), pieces),
+                ("nixl, merged", lambda p=merged: self.ours("nixl", p), merged),
+                ("shm", lambda p=pieces: self.ours("shm", p), pieces),
+                ("shm, scattered", lambda p=scattered: self.ours("shm", p), scattered),
+                ("gather bound", lambda p=pieces: self.gather(p), None),
+            ):
+                self._time(samples[name], piece_bytes, action)
+                if moved is not None:
+                    self.check(moved, name)
+
+    def _time(self, samples: dict[int, list[float]], piece_bytes: int, action: Callable[[], None]) -> None:
+        started = time.perf_counter()
+        action()
+        samples[piece_bytes].append(self.num_bytes / (time.perf_counter() - started) / 1e9)
+
+    def close(self) -> None:
+        """End both processes' part."""
+        self.end.close()
+        self.owner.communicate()
+
+
+def measure(num_bytes: int, rounds: int) -> dict[str, Any]:
+    """Samples of all rounds; the first round warms up and is not counted."""
+    torch.set_num_threads(1)
+    subject = Subject(num_bytes)
+    samples: dict[str, dict[int, list[float]]] = {name: {size: [] for size in PIECE_BYTES} for name in COLOURS}
+    try:
+        for seed in range(rounds + 1):
+            subject.round(seed, samples)
+    finally:
+        subject.close()
+    return {name: {str(size): values[1:] for size, values in by_size.items()} for name, by_size in samples.items()}
+
+
+def summary(samples: dict[str, dict[str, list[float]]]) -> dict[str, Any]:
+    """Medians, and the ratios that are promised; ratios are medians of ratios per round."""
+
+    def ratio(name: str, size: int, bound: str, bound_size: int) -> float:
+        pairs = zip(samples[name][str(size)], samples[bound][str(bound_size)], strict=True)
+        return statistics.median(a / b for a, b in pairs)
+
+    medians = {name: {size: statistics.median(values) for size, values in by.items()} for name, by in samples.items()}
+    best = int(max(medians["raw nixl"], key=lambda size: medians["raw nixl"][size]))
+    return {
+        "median_gb_per_s": medians,
+        "raw_nixl_best_piece_bytes": best,
+        "shm_to_gather_bound": {str(size): ratio("shm", size, "gather bound", size) for size in PIECE_BYTES},
+        "shm_scattered_to_gather_bound": {
+            str(size): ratio("shm, scattered", size, "gather bound", size) for size in PIECE_BYTES
+        },
+        "shm_to_raw_nixl_16_KiB": ratio("shm", PIECE_BYTES[0], "raw nixl", PIECE_BYTES[0]),
+        "nixl_to_raw_same_pieces": {str(size): ratio("nixl", size, "raw nixl", size) for size in PIECE_BYTES},
+        "nixl_merged_to_raw_best": ratio("nixl, merged", best, "raw nixl", best),
+    }
+
+
+def plot(medians: dict[str, dict[str, float]], path: Path) -> None:
+    """Rates by piece size."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 3.2), layout="constrained")
+    axes = figure.subplots()
+    for i, (name, colour) in enumerate(COLOURS.items()):
+        places = [x + 0.14 * i for x in range(len(PIECE_BYTES))]
+        bars = axes.bar(places, [medians[name][str(size)] for size in PIECE_BYTES], 0.13, label=name, color=colour)
+        axes.bar_label(bars, fmt="%.1f", fontsize=6)
+    labels = [f"{size >> 10} KiB" if size < 1 << 20 else f"{size >> 20} MiB" for size in PIECE_BYTES]
+    axes.set_xticks([x + 0.35 for x in range(len(PIECE_BYTES))], labels)
+    axes.set_xlabel("piece size")
+    axes.set_ylabel("GB/s, median")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False, fontsize=7)
+    figure.savefig(path, dpi=130)
+
+
+def _transports(native_python: Path, num_bytes: int, rounds: int) -> None:
+    import record
+
+    command = [native_python, __file__, "--measure", "--bytes", str(num_bytes), "--rounds", str(rounds)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT / "src")}
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, env=environment)
+    result = json.loads(done.stdout.splitlines()[-1])
+    samples = result["samples"]
+    said = summary(samples)
+    for name, by_size in said["median_gb_per_s"].items():
+        print(f"{name:15}", "  ".join(f"{int(size) >> 10:5} KiB {rate:6.2f}" for size, rate in by_size.items()), "GB/s")
+    for name, value in said.items():
+        if name != "median_gb_per_s":
+            print(f"{name}: {value}")
+    machine = record.machine()
+    machine["versions"] |= result["versions"]
+    content = {"machine": machine, "bytes_per_sample": num_bytes, **said, "samples_gb_per_s": samples}
+    plot(said["median_gb_per_s"], record.write("p2p_transports", content).with_suffix(".png"))
+
+
+def main() -> None:
+    """Measure, print, write bench/results/p2p_transports.{json,png}."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("part", nargs="?", choices=["transports"], default="transports")
+    parser.add_argument("--native-python", type=Path, default=ROOT / ".venv-native" / "bin" / "python")
+    parser.add_argument("--bytes", type=int, default=256 << 20)
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--own", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--measure", action="store_true", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.own:
+        own(options.own)
+    elif options.measure:
+        from importlib.metadata import version
+
+        samples = measure(options.bytes, options.rounds)
+        print(json.dumps({"samples": samples, "versions": {"nixl": version("nixl"), "torch (nixl)": version("torch")}}))
+    else:
+        _transports(options.native_python, options.bytes, options.rounds)
+
+
+if __name__ == "__main__":
+    main()
