@@ -11,8 +11,8 @@ from typing import Any, Literal
 from kvferry.config import parse_settings
 from kvferry.errors import ConfigError
 from kvferry.p2p.actions import P2PSettings
+from kvferry.p2p.choice import PREFERENCE
 from kvferry.p2p.control import ControlSettings
-from kvferry.p2p.transport import PREFERENCE
 from kvferry.p2p.wire import LOOPBACK
 
 EXTRA_CONFIG = "kv_connector_extra_config"

@@ -17,6 +17,7 @@ from kvferry.connectors.p2p.messages import JobReport, OpenOrder, WorkerReport
 from kvferry.errors import TransferError
 from kvferry.p2p import transport as wire
 from kvferry.p2p.actions import TransferJob, TransferOp, TransferStatus
+from kvferry.p2p.choice import choose
 from kvferry.p2p.geometry import EngineGeometry, decode_geometry
 from kvferry.p2p.plan import RankTransfer, plan_transfer, unfilled_blocks
 
@@ -140,7 +141,7 @@ class Links:
         link = self._links[connection]
         if peer_rank not in link.peers:
             blobs = {name: ranks[peer_rank] for name, ranks in link.order.blobs.items() if peer_rank < len(ranks)}
-            transport = wire.choose(self._requested, self._transports, blobs)
+            transport = choose(self._requested, self._transports, blobs)
             link.peers[peer_rank] = transport, transport.connect(blobs[transport.capabilities.name])
             logger.info(
                 "KV between %s (rank %d) and this engine (rank %d) moves over %s",
