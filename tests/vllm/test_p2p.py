@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-import signal
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +27,7 @@ def engine_args(model: str, role: str, policy: str, mode: str = "pull", **more: 
         "kv_connector_module_path": "kvferry.vllm",
         "kv_role": role,
         "kv_load_failure_policy": policy,
-        "kv_connector_extra_config": {"transport": "shm", "mode": mode, "handshake_s": 3.0, "load_s": 15.0},
+        "kv_connector_extra_config": {"transport": "shm", "mode": mode, "handshake_s": 3.0},
     }
     return {
         "model": model,
@@ -89,7 +87,8 @@ def check_hand_over(
     blocks = job["blocks" if mover is d else "to"][0]
     destination = tokens_of(d, tmp_path / "d", blocks, len(prompt))
     assert np.abs(source).any(axis=3).all(), "there is something to compare in every token"
-    np.testing.assert_array_equal(source, destination)
+    np.testing.assert_array_equal(source[:, :-1], destination[:, :-1])
+    np.testing.assert_allclose(source[:, -1], destination[:, -1], rtol=1e-3, atol=1e-4)  # vLLM computes it again
     assert_same_tokens(got, reference)
 
 
@@ -133,4 +132,32 @@ def test_either_role(start_engine: StartEngine, tiny_llama: str, tmp_path: Path)
     d.ask(reset=False)  # no block is held
     assert d.stop() == 0
     assert not files[1].exists()
-    assert "Traceback" not in d.log.read_text()
+    assert " ERROR " not in d.log.read_text()
+
+
+def test_producer_and_consumer(start_engine: StartEngine, tiny_llama: str, tmp_path: Path) -> None:
+    """D's engine core runs in its own process's main thread; P is killed, and comes again as one that pushes."""
+    p = start_engine(**engine_args(tiny_llama, "kv_producer", "fail"))
+    d = start_engine({"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}, **engine_args(tiny_llama, "kv_consumer", "recompute"))
+    d.ask(rpc="watch_jobs")
+    prompt, other, third = (random_prompt(seed, NUM_TOKENS) for seed in (60, 61, 62))
+    references = [reference_of(p, tokens) for tokens in (prompt, other, third)]
+
+    check_hand_over(p, d, prompt, references[0], tmp_path)
+    params = prefill(p, other)
+    watched = d.ask(watched=other, max_tokens=MAX_TOKENS, transfer=params)
+    assert watched["as_seen"] == params
+    assert watched["external_hits"] == NUM_TOKENS
+    assert_same_tokens(watched, references[1])
+
+    params = prefill(p, third)
+    p.kill()
+    recomputed = d.ask(generate=third, max_tokens=MAX_TOKENS, transfer=params)
+    assert recomputed["seconds"] < DEADLINE_S
+    assert_same_tokens(recomputed, references[2])
+    d.ask(reset=False)
+
+    pushing = start_engine(**engine_args(tiny_llama, "kv_producer", "fail", mode="push"))
+    pushing.ask(rpc="watch_jobs")
+    check_hand_over(pushing, d, prompt, references[0], tmp_path)
+    assert pushing.stop() == d.stop() == 0
