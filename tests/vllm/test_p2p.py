@@ -151,7 +151,7 @@ def test_either_role(start_engine: StartEngine, tiny_llama: str, tmp_path: Path)
 
 
 def test_producer_and_consumer(start_engine: StartEngine, tiny_llama: str, tmp_path: Path) -> None:
-    """P is killed, and comes again as one that pushes. D's core is in one process with its client, which sees it all."""
+    """P is killed, and comes again as one that pushes. D's core is in one process with its client."""
     p = start_engine(**engine_args(tiny_llama, transfer_config("kv_producer", "fail")))
     in_process = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
     d = start_engine(in_process, **engine_args(tiny_llama, transfer_config("kv_consumer", "recompute")))
@@ -181,7 +181,8 @@ def test_producer_and_consumer(start_engine: StartEngine, tiny_llama: str, tmp_p
 
 def test_one_rank_and_two(start_engine: StartEngine, tiny_llama: str, tmp_path: Path) -> None:
     """Each rank's half of the heads, and back to one rank."""
-    args = engine_args(tiny_llama, transfer_config("kv_both", "fail"))
+    patient = {"lease_s": 200.0, "handshake_s": 60.0, "liveness_s": 60.0, "claim_s": 60.0}  # ranks spin on few cores
+    args = engine_args(tiny_llama, transfer_config("kv_both", "fail", **patient))
     one = start_engine(**args)
     two = start_engine({"VLLM_CPU_OMP_THREADS_BIND": "0|1"}, **args, tensor_parallel_size=2)
     for engine in (one, two):
@@ -219,7 +220,9 @@ class Embedded:
     def __init__(self, model: str, **extra: Any) -> None:
         transfer = transfer_config("kv_both", "fail", **extra)
         self.llm = LLM(model, dtype="float32", block_size=16, num_kv_blocks=64, kv_transfer_config=transfer)
-        assert self.llm.kv_caches[layer_name(0)].stride()[0] > NUM_LAYERS * 16 * 2 * 64 - 1, "all layers of a block together"
+        assert self.llm.kv_caches[layer_name(0)].stride()[0] > NUM_LAYERS * 16 * 2 * 64 - 1, (
+            "all layers of a block together"
+        )
 
     def run(self, name: str, prompt: list[int], max_tokens: int, transfer: dict[str, Any]) -> tuple[Any, list[int]]:
         """The output, and the blocks that the request had at its first token."""
@@ -273,6 +276,7 @@ def test_beside_the_embedded_engine(
     other = Embedded(tiny_llama, weights_version="of another training")
     output, _ = other.run("d", third, MAX_TOKENS, prefill(vllm, third))
     assert output.outputs[0].finish_reason == "error"
-    assert "weights: " in caplog.text and "version:of another training" in caplog.text
+    assert "weights: " in caplog.text
+    assert "version:of another training" in caplog.text
     other.llm.shutdown()
     assert vllm.stop() == 0

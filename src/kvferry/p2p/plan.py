@@ -223,7 +223,10 @@ class _Planner:
         for y in self.pairs[pair][grid]:
             source, destination = y.source.layout, y.destination.layout
             if layers is None or source.name in layers:
-                strides = [(side.strides[0], steps.token_stride) for side, steps in zip((source, destination), grid)]
+                strides = [
+                    (side.strides[0], steps.token_stride)
+                    for side, steps in zip((source, destination), grid, strict=True)
+                ]
                 page = _page_copies(*strides, y.heads, y.parts, tokens)
                 at = [(side.storage << _REGION_SHIFT) + side.offset_bytes for side in (source, destination)]
                 copies.append(_Copies(page.source + at[0], page.destination + at[1], page.length))
@@ -274,9 +277,7 @@ def _layer_pairs(
             yield rank, grid, _LayerPair(by_rank[rank], layer, tuple(heads), tuple(runs))
 
 
-def _runs_of_a_token(
-    source: LayerGeometry, destination: LayerGeometry
-) -> dict[_Grid, list[tuple[int, int, int]]]:
+def _runs_of_a_token(source: LayerGeometry, destination: LayerGeometry) -> dict[_Grid, list[tuple[int, int, int]]]:
     """Whole parts where elements are adjacent on both sides, else element by element; by how tokens step."""
     size = source.layout.element_bytes
     sources = source.placed_parts()

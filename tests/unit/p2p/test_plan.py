@@ -71,7 +71,9 @@ class Engine:
         within = token % group.block_tokens
         return block, block * (group.block_tokens // rows) + within // rows, within % rows
 
-    def put(self, model: Model, layer: str, view: torch.Tensor, at: tuple[int, int, int], what: tuple[int, int]) -> None:
+    def put(
+        self, model: Model, layer: str, view: torch.Tensor, at: tuple[int, int, int], what: tuple[int, int]
+    ) -> None:
         """Write (token, head) of a layer at (page, local head, row), in this engine's packing."""
         page, local, row = at
         values = {p: [model.value(layer, *what, p, e) for e in range(model.widths[p])] for p in self.parts}
