@@ -101,4 +101,4 @@ class P2PConfig:
 
     def control(self) -> ControlSettings:
         """Where to listen."""
-        return ControlSettings(self.host, self.port, self.advertised_host, self.key())
+        return ControlSettings(self.host, self.port, self.advertised_host, self.key(), silence_s=self.liveness_s)
