@@ -12,6 +12,7 @@ import os
 import sys
 import threading
 import time
+from pathlib import Path
 from typing import Any
 
 ANSWER = "kvferry-answer "
@@ -29,6 +30,7 @@ class WorkerProbe:
     model_runner: Any
     _gate: threading.Event
     _num_held = 0
+    _jobs: list[Any]
 
     def block_digests(self, block_ids: list[int]) -> dict[str, str]:
         """SHA-256 of each block's bytes over all layers, read through the runner's own tensors."""
@@ -46,6 +48,59 @@ class WorkerProbe:
         """Module and class of the worker's connector."""
         kind = type(_worker_connector())
         return f"{kind.__module__}:{kind.__qualname__}"
+
+    def save_kv(self, folder: str, block_ids: list[int]) -> None:
+        """Write `rank<n>.npy` there: float32 [layers, blocks x tokens, heads, K then V].
+
+        As vLLM's attention on CPU keeps them (measured with its own store op): per block and head all of K as
+        [elements, tokens], then all of V as [tokens, elements], whatever the tensor's shape says.
+        """
+        import numpy as np
+
+        layers = self.model_runner.compilation_config.static_forward_context
+        kept = []
+        for name in sorted(layers):
+            blocks = layers[name].kv_cache.numpy()[block_ids]
+            num, heads, tokens, content = blocks.shape
+            k, v = np.split(blocks.reshape(num, heads, -1), 2, axis=2)
+            k = k.reshape(num, heads, content // 2, tokens).transpose(0, 3, 1, 2)
+            v = v.reshape(num, heads, tokens, content // 2).transpose(0, 2, 1, 3)
+            kept.append(np.concatenate([k, v], axis=3).reshape(num * tokens, heads, content))
+        np.save(Path(folder) / f"rank{_worker_connector().side.host.rank}.npy", np.stack(kept))
+
+    def watch_jobs(self) -> None:
+        """From now on note what this worker is told to transfer."""
+        links = _worker_connector().side._links
+        start, self._jobs = links.start, []
+
+        def noted(job: Any) -> None:
+            self._jobs.append(job)
+            start(job)
+
+        links.start = noted
+
+    def jobs(self) -> list[dict[str, Any]]:
+        """The jobs since `watch_jobs`, oldest first."""
+        return [
+            {"op": job.op.value, "blocks": job.local_blocks, "tokens": job.token_range, "to": job.remote_blocks}
+            for job in self._jobs
+        ]
+
+    def moved_bytes(self) -> dict[str, dict[str, int]]:
+        """Transport -> operation -> bytes that it has seen land."""
+        transports = _worker_connector().side.transports
+        return {name: {op.value: num for op, num in t.bytes_moved.items()} for name, t in transports.items()}
+
+    def kv_files(self) -> list[str]:
+        """Files mapped into this worker in which its KV tensors lie."""
+        pools = {tensor.untyped_storage().data_ptr() for tensor in self.model_runner.kv_caches}
+        found = set()
+        for line in Path("/proc/self/maps").read_text().splitlines():
+            first, _, rest = line.partition("-")
+            end, *others = rest.split()
+            if any(int(first, 16) <= address < int(end, 16) for address in pools):
+                found.add(others[4] if len(others) > 4 else "")
+        return sorted(found)
 
     def process_id(self) -> int:
         """Of the worker."""
@@ -118,21 +173,36 @@ class Driver:
         return {name: value - before[name] for name, value in self._seen.items()}
 
     @staticmethod
-    def _params(max_tokens: int) -> Any:
+    def _params(max_tokens: int, transfer: dict[str, Any] | None = None) -> Any:
         from vllm import SamplingParams
 
-        return SamplingParams(max_tokens=max_tokens, temperature=0, ignore_eos=True, logprobs=2)
+        extra = {"kv_transfer_params": transfer} if transfer else None
+        return SamplingParams(max_tokens=max_tokens, temperature=0, ignore_eos=True, logprobs=2, extra_args=extra)
 
-    def generate_all(self, prompts: list[list[int]], max_tokens: int) -> dict[str, Any]:
+    def generate_all(
+        self, prompts: list[list[int]], max_tokens: int, transfer: dict[str, Any] | None = None
+    ) -> dict[str, Any]:
         """All prompts at once: {"outputs": one per prompt, and how much each of METRICS grew}."""
         requests = [{"prompt_token_ids": prompt} for prompt in prompts]
-        outputs = self._llm.generate(requests, self._params(max_tokens), use_tqdm=False)
-        return {"outputs": [_output(output) for output in outputs], **self._news()}
+        started_s = time.monotonic()
+        outputs = self._llm.generate(requests, self._params(max_tokens, transfer), use_tqdm=False)
+        seconds = time.monotonic() - started_s
+        return {"outputs": [_output(output) for output in outputs], "seconds": seconds, **self._news()}
 
-    def generate(self, prompt: list[int], max_tokens: int) -> dict[str, Any]:
-        """One prompt: tokens, top-2 gaps, and how much each of METRICS grew."""
-        answer = self.generate_all([prompt], max_tokens)
+    def generate(self, prompt: list[int], max_tokens: int, transfer: dict[str, Any] | None = None) -> dict[str, Any]:
+        """One prompt (with these kv_transfer_params): tokens, top-2 gaps, and how much each of METRICS grew."""
+        answer = self.generate_all([prompt], max_tokens, transfer)
         return {**answer.pop("outputs")[0], **answer}
+
+    def watched(self, prompt: list[int], max_tokens: int, transfer: dict[str, Any]) -> dict[str, Any]:
+        """Like `generate`, in an engine core of this process; `as_seen`: the scheduler's parameters at the end."""
+        engine = self._llm.llm_engine
+        engine.add_request("watched", {"prompt_token_ids": prompt}, self._params(max_tokens, transfer))
+        (request,) = engine.engine_core.engine_core.scheduler.requests.values()
+        outputs: list[Any] = []
+        while not (outputs and outputs[-1].finished):
+            outputs += engine.step()
+        return {**_output(outputs[-1]), "as_seen": request.kv_transfer_params, **self._news()}
 
     def reset(self, reset_connector: bool) -> dict[str, Any]:
         """Forget vLLM's own prefix cache, which vLLM refuses while any block is held: bounded wait for that."""
@@ -203,6 +273,7 @@ def _output(output: Any) -> dict[str, Any]:
         "logit_gaps": [ordered[0] - ordered[1] for ordered in gaps],
         "finish_reason": completion.finish_reason,
         "num_cached_tokens": output.num_cached_tokens,
+        "kv_transfer_params": output.kv_transfer_params,
     }
 
 

@@ -25,7 +25,7 @@ def vllm_environment(**more: str) -> dict[str, str]:
         "VLLM_CPU_KVCACHE_SPACE": "1",
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",
         "VLLM_LOGGING_LEVEL": "INFO",
-        "PYTHONPATH": os.pathsep.join([str(HERE), str(HERE.parents[1] / "src")]),
+        "PYTHONPATH": os.pathsep.join([str(HERE), str(HERE.parents[1] / "src"), os.environ.get("PYTHONPATH", "")]),
         "OMP_NUM_THREADS": "2",
         **more,
     }
@@ -70,13 +70,18 @@ class EngineChild:
         self._process.stdin.flush()
         return self._read()
 
-    def restart(self) -> int:
-        """Shut the engine down in good order and start another like it; the first one's exit status."""
+    def stop(self) -> int:
+        """Shut the engine down in good order; its exit status."""
         assert self._process.stdin is not None
         self._process.stdin.write(json.dumps({"stop": True}) + "\n")
         self._process.stdin.flush()
         status = self._process.wait(timeout=60)
         self.kill()
+        return status
+
+    def restart(self) -> int:
+        """Shut the engine down in good order and start another like it; the first one's exit status."""
+        status = self.stop()
         self._start()
         return status
 

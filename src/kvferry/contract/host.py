@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from kvferry.errors import ConfigError
@@ -43,6 +44,9 @@ class HostInfo:
     """By attention layer: elements of K per token and head; V follows."""
     hidden_state_layers: tuple[int, ...] = ()
     """Hidden states that the host hands on: 0 is the embeddings, i what layer i gives, counted from 1."""
+    page_form: Callable[[str], str] = lambda name: "content"
+    """Attention layer -> how its kernels place tokens and elements within a page (`kvferry.p2p.geometry.PageForm`).
+    The host knows it when the KV cache is registered."""
     reads_failed_blocks: bool = False
     """True when the host reads `LoadFailure` records, of synchronous loads too; vLLM does not."""
 
@@ -79,6 +83,7 @@ def host_info(vllm_config: Any, kv_cache_config: KVCacheConfig) -> HostInfo:
         total_kv_heads=_total_kv_heads(vllm_config, kv_cache_config),
         key_elements={name: int(spec.head_size) for name, spec in _attention_specs(kv_cache_config)},
         hidden_state_layers=_hidden_state_layers(vllm_config),
+        page_form=partial(_page_form, vllm_config),
         reads_failed_blocks=bool(getattr(vllm_config, "reads_failed_blocks", False)),
     )
 
@@ -114,6 +119,15 @@ def _hidden_state_layers(vllm_config: Any) -> tuple[int, ...]:
     if getattr(speculative, "method", None) == "extract_hidden_states":
         return tuple(sorted(set(speculative.draft_model_config.hf_config.eagle_aux_hidden_state_layer_ids)))
     return tuple(getattr(vllm_config, "hidden_state_layers", ()))
+
+
+def _page_form(vllm_config: Any, name: str) -> str:
+    """vLLM's attention on CPU takes the registered [H, N, C] for what its instruction set likes, and notes which."""
+    context = getattr(getattr(vllm_config, "compilation_config", None), "static_forward_context", {})
+    isa = getattr(context.get(name), "isa", None)
+    if isa is None:
+        return "content"
+    return "k by element" if isa in ("vec", "vec16") else f"of vLLM's {isa} kernels"
 
 
 def _numerics(vllm_config: Any) -> dict[str, str]:

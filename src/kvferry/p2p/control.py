@@ -61,6 +61,8 @@ class ControlSettings:
     advertised_host: str | None = None
     """What peers dial; the bound host, or for a wildcard this machine's name, unless given."""
     key: str | None = None
+    silence_s: float = 6.0
+    """A peer that answers no heartbeat for so long is lost; processes are starved for seconds on busy machines."""
     max_connections: int = 1024
     max_dialled: int = 1024
     max_inbox_bytes: int = 32 << 20
@@ -185,7 +187,7 @@ class ControlChannel(Generic[M]):
         made.set_hwm(_HIGH_WATER)
         for option, value in (
             (zmq.LINGER, 0), (zmq.MAXMSGSIZE, self._codec.max_bytes), (zmq.HANDSHAKE_IVL, _HANDSHAKE_MS), (zmq.IPV6, 1),
-            (zmq.HEARTBEAT_IVL, _HEARTBEAT_MS), (zmq.HEARTBEAT_TIMEOUT, 3 * _HEARTBEAT_MS),
+            (zmq.HEARTBEAT_IVL, _HEARTBEAT_MS), (zmq.HEARTBEAT_TIMEOUT, round(self._settings.silence_s * 1000)),
         ):  # fmt: skip
             made.setsockopt(option, value)
         return made

@@ -12,9 +12,10 @@ All checks are made when an object is made, thus also when one is decoded: after
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from enum import Enum
 from itertools import groupby
-from typing import Annotated
+from typing import Annotated, NamedTuple
 
 import msgspec
 from msgspec import Meta
@@ -44,6 +45,22 @@ class GroupGeometry(msgspec.Struct, frozen=True):
         _require(has_window == (self.window_tokens is not None), f"{self.kind} with window_tokens={self.window_tokens}")
 
 
+class PageForm(Enum):
+    """How a head's tokens and elements stand within a page of the layout's [H, N, C]."""
+
+    CONTENT = "content"  # as the dimensions say: each token's parts one after another
+    K_BY_ELEMENT = "k by element"  # all of K as [elements, tokens], then all of V as [tokens, elements]
+
+
+class PlacedPart(NamedTuple):
+    """Elements of a part, and in bytes: where it begins, from token to token, from element to element."""
+
+    width: int
+    offset: int
+    token_stride: int
+    element_stride: int
+
+
 class LayerGeometry(msgspec.Struct, frozen=True):
     """One layer's pages on one rank. Raises ValueError when the fields contradict each other."""
 
@@ -54,6 +71,7 @@ class LayerGeometry(msgspec.Struct, frozen=True):
     """The model's KV head that each local head is."""
     parts: tuple[tuple[_Text, _PageSize], ...]
     """What stands on the content dimension, in order: (name, number of elements)."""
+    form: PageForm = PageForm.CONTENT
 
     def __post_init__(self) -> None:
         y = self.layout
@@ -69,6 +87,24 @@ class LayerGeometry(msgspec.Struct, frozen=True):
         widths = dict(self.parts)
         is_whole = len(widths) == len(self.parts) <= 8 and sum(widths.values()) == y.shape[2]
         _require(is_whole and min(widths.values()) > 0, f"{where}parts {self.parts[:9]}, content {y.shape[2]} elements")
+        is_dense = y.strides[1:] == (y.shape[2] * y.element_bytes, y.element_bytes)
+        is_fit = self.form is PageForm.CONTENT or (is_dense and [*widths] == ["k", "v"])
+        _require(is_fit, f"{where}{self.form} with strides {y.strides}, parts {self.parts[:9]}")
+
+    def placed_parts(self) -> dict[str, PlacedPart]:
+        """Name -> where it stands within a page, from the head's first byte."""
+        y, out = self.layout, {}
+        begin = 0
+        for name, width in self.parts:
+            if self.form is PageForm.CONTENT:
+                place = begin, y.strides[1], y.element_bytes
+            elif name == "k":
+                place = 0, y.element_bytes, y.shape[1] * y.element_bytes
+            else:
+                place = begin * y.shape[1], width * y.element_bytes, y.element_bytes
+            out[name] = PlacedPart(width, *place)
+            begin += width * y.element_bytes
+        return out
 
     def comparable(self, group: GroupGeometry) -> dict[str, str]:
         """Field -> value, of what two layers must agree on for their KV to be exchangeable."""
@@ -150,14 +186,15 @@ def rank_geometry(
     *,
     total_kv_heads: int | Mapping[str, int],
     key_elements: int | Mapping[str, int],
+    page_form: Callable[[str], str] = lambda name: PageForm.CONTENT.value,
     tp_rank: int = 0,
     tp_size: int = 1,
 ) -> RankGeometry:
     """Describe this worker.
 
     `region_bytes`: size of each of the layout's storages. `total_kv_heads` (of the whole model) and `key_elements`
-    (width of K on the content dimension, the rest is V) may differ by layer name. Raises ConfigError when what was
-    registered does not fit.
+    (width of K on the content dimension, the rest is V) may differ by layer name; `page_form` answers a PageForm's
+    value for one. Raises ConfigError when what was registered does not fit, or a page's form is not known.
     """
     infos = {group.group_id: group for group in groups}
     try:
@@ -167,7 +204,8 @@ def rank_geometry(
                 key = _of_layer("key_elements", key_elements, y.name)
                 parts = tuple(part for part in (("k", key), ("v", y.shape[2] - key)) if part[1])
                 total = _of_layer("total_kv_heads", total_kv_heads, y.name)
-                layers.append(LayerGeometry(number, y, _heads_of_rank(y, total, tp_rank, tp_size), parts))
+                heads = _heads_of_rank(y, total, tp_rank, tp_size)
+                layers.append(LayerGeometry(number, y, heads, parts, PageForm(page_form(y.name))))
         described = [(g.block_tokens, infos[g.group_id].kind, infos[g.group_id].window_tokens) for g in layout.groups]
         group_geometries = tuple(GroupGeometry(*fields) for fields in described)
         return RankGeometry(layout.num_blocks, tuple(region_bytes), group_geometries, tuple(layers))

@@ -14,7 +14,6 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import accumulate
 from math import gcd
 from typing import NamedTuple
 
@@ -136,7 +135,7 @@ class _Grid(NamedTuple):
 
 
 class _LayerPair(NamedTuple):
-    """One layer on two workers: pairs of local heads, and per part (source offset, destination offset, bytes)."""
+    """Parts of a layer on two workers: pairs of local heads, and runs (source offset, destination offset, bytes)."""
 
     source: LayerGeometry
     destination: LayerGeometry
@@ -173,9 +172,8 @@ class _Planner:
         self._holders = sources = source.layer_holders()
         for name, holders in destination.layer_holders().items():
             for destination_rank, layer in holders:
-                for source_rank, pair in _layer_pairs(sources[name], layer, destination_rank):
-                    grids = self.pairs.setdefault((source_rank, destination_rank), {})
-                    grids.setdefault(_Grid(_steps(pair.source), _steps(layer)), []).append(pair)
+                for source_rank, grid, pair in _layer_pairs(sources[name], layer, destination_rank):
+                    self.pairs.setdefault((source_rank, destination_rank), {}).setdefault(grid, []).append(pair)
         self._template = lru_cache(maxsize=512)(self._build_template)
 
     def known_layers(self, names: Collection[str]) -> frozenset[str]:
@@ -225,7 +223,11 @@ class _Planner:
         for y in self.pairs[pair][grid]:
             source, destination = y.source.layout, y.destination.layout
             if layers is None or source.name in layers:
-                page = _page_copies(source.strides, destination.strides, y.heads, y.parts, tokens)
+                strides = [
+                    (side.strides[0], steps.token_stride)
+                    for side, steps in zip((source, destination), grid, strict=True)
+                ]
+                page = _page_copies(*strides, y.heads, y.parts, tokens)
                 at = [(side.storage << _REGION_SHIFT) + side.offset_bytes for side in (source, destination)]
                 copies.append(_Copies(page.source + at[0], page.destination + at[1], page.length))
         return _merged(_sorted(_joined(copies)))
@@ -255,14 +257,14 @@ _planner = lru_cache(maxsize=32)(_Planner)
 _NOTHING = _Copies(*(np.zeros(0, np.int64) for _ in range(3)))
 
 
-def _steps(layer: LayerGeometry) -> _Steps:
+def _steps(layer: LayerGeometry, token_stride: int) -> _Steps:
     y = layer.layout
-    return _Steps(layer.group, y.shape[1], y.ratio, y.kernel_block_stride_bytes, y.strides[1])
+    return _Steps(layer.group, y.shape[1], y.ratio, y.kernel_block_stride_bytes, token_stride)
 
 
 def _layer_pairs(
     holders: list[tuple[int, LayerGeometry]], layer: LayerGeometry, destination_rank: int
-) -> Iterator[tuple[int, _LayerPair]]:
+) -> Iterator[tuple[int, _Grid, _LayerPair]]:
     """From which worker each head comes. Of several that hold a head, destinations take turns."""
     chosen: dict[int, list[tuple[int, int]]] = {}
     by_rank = dict(holders)
@@ -271,23 +273,28 @@ def _layer_pairs(
         rank = candidates[destination_rank % len(candidates)]
         chosen.setdefault(rank, []).append((by_rank[rank].heads.index(head), local))
     for rank, heads in chosen.items():
-        yield rank, _LayerPair(by_rank[rank], layer, tuple(heads), _parts(by_rank[rank], layer))
+        for grid, runs in _runs_of_a_token(by_rank[rank], layer).items():
+            yield rank, grid, _LayerPair(by_rank[rank], layer, tuple(heads), tuple(runs))
 
 
-def _parts(source: LayerGeometry, destination: LayerGeometry) -> tuple[tuple[int, int, int], ...]:
-    ends = [accumulate(width for _, width in side.parts) for side in (source, destination)]
-    begins = {name: end - width for (name, width), end in zip(source.parts, ends[0], strict=True)}
+def _runs_of_a_token(source: LayerGeometry, destination: LayerGeometry) -> dict[_Grid, list[tuple[int, int, int]]]:
+    """Whole parts where elements are adjacent on both sides, else element by element; by how tokens step."""
     size = source.layout.element_bytes
-    return tuple(
-        (begins[name] * size, (end - width) * size, width * size)
-        for (name, width), end in zip(destination.parts, ends[1], strict=True)
-    )
+    sources = source.placed_parts()
+    out: dict[_Grid, list[tuple[int, int, int]]] = {}
+    for name, b in destination.placed_parts().items():
+        a = sources[name]
+        length = size * b.width if a.element_stride == b.element_stride == size else size
+        runs = out.setdefault(_Grid(_steps(source, a.token_stride), _steps(destination, b.token_stride)), [])
+        for i in range(size * b.width // length):
+            runs.append((a.offset + i * a.element_stride, b.offset + i * b.element_stride, length))
+    return out
 
 
 @lru_cache(maxsize=512)
 def _page_copies(
-    source_strides: tuple[int, int, int],
-    destination_strides: tuple[int, int, int],
+    source_strides: tuple[int, int],
+    destination_strides: tuple[int, int],
     heads: tuple[tuple[int, int], ...],
     parts: tuple[tuple[int, int, int], ...],
     tokens: tuple[int, int],

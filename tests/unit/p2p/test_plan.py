@@ -17,7 +17,7 @@ from kvferry.contract.kv_cache import FullAttentionSpec, make_kv_cache_config
 from kvferry.engine.kv_groups import KVBuffer
 from kvferry.errors import TransferError, TransferMismatch
 from kvferry.layout import KVLayout
-from kvferry.p2p.geometry import EngineGeometry, RankGeometry, rank_geometry
+from kvferry.p2p.geometry import EngineGeometry, PageForm, RankGeometry, rank_geometry
 from kvferry.p2p.plan import Pieces, RankTransfer, plan_transfer, unfilled_blocks
 from kvferry.types import AttentionKind, GroupInfo
 
@@ -58,6 +58,7 @@ class Engine:
     workers: list[Worker]
     groups: list[GroupInfo]
     parts: list[str]
+    k_by_element: bool = False
 
     def group_of(self, layer: str) -> GroupInfo:
         """The group that holds a layer."""
@@ -70,9 +71,18 @@ class Engine:
         within = token % group.block_tokens
         return block, block * (group.block_tokens // rows) + within // rows, within % rows
 
-    def content(self, model: Model, layer: str, token: int, head: int) -> list[int]:
-        """The content of one token and head, in this engine's packing."""
-        return [model.value(layer, token, head, p, e) for p in self.parts for e in range(model.widths[p])]
+    def put(
+        self, model: Model, layer: str, view: torch.Tensor, at: tuple[int, int, int], what: tuple[int, int]
+    ) -> None:
+        """Write (token, head) of a layer at (page, local head, row), in this engine's packing."""
+        page, local, row = at
+        values = {p: [model.value(layer, *what, p, e) for e in range(model.widths[p])] for p in self.parts}
+        if self.k_by_element:
+            flat, rows, k, v = view[page, local].view(-1), view.shape[2], model.widths["k"], model.widths["v"]
+            flat[row : k * rows : rows] = torch.tensor(values["k"], dtype=view.dtype)
+            flat[k * rows + row * v : k * rows + (row + 1) * v] = torch.tensor(values["v"], dtype=view.dtype)
+        else:
+            view[page, local, row] = torch.tensor([v for p in self.parts for v in values[p]], dtype=view.dtype)
 
 
 def make_views(
@@ -182,7 +192,17 @@ def make_engine(rng: random.Random, model: Model, dtype: torch.dtype, num_blocks
             geometry = describe(rng, model, worker, held, num_blocks, (tp_rank, tp_size))
             ranks.append(repack(geometry, worker, [(p, model.widths[p]) for p in parts if model.widths[p]]))
             workers.append(worker)
-    return Engine(EngineGeometry(tuple(ranks), (("weights", "abc"),)), workers, groups, parts)
+    can_turn = parts == ["k", "v"] and model.widths["v"] > 0
+    can_turn &= all(y.layout.strides[1:] == (4 * dtype.itemsize, dtype.itemsize) for r in ranks for y in r.layers)
+    k_by_element = can_turn and rng.random() < 0.7
+    if k_by_element:
+        ranks = [_with_form(rank, PageForm.K_BY_ELEMENT) for rank in ranks]
+    return Engine(EngineGeometry(tuple(ranks), (("weights", "abc"),)), workers, groups, parts, k_by_element)
+
+
+def _with_form(rank: RankGeometry, form: PageForm) -> RankGeometry:
+    layers = tuple(msgspec.structs.replace(layer, form=form) for layer in rank.layers)
+    return msgspec.structs.replace(rank, layers=layers)
 
 
 def repack(geometry: RankGeometry, worker: Worker, parts: list[tuple[str, int]]) -> RankGeometry:
@@ -218,8 +238,7 @@ def fill(model: Model, engine: Engine, tables: list[list[int]], num_tokens: int)
                 block, page, row = engine.place(layer, view, tables, token)
                 for local, head in enumerate(worker.heads[layer]):
                     if block:
-                        values = engine.content(model, layer, token, head)
-                        view[page, local, row] = torch.tensor(values, dtype=view.dtype)
+                        engine.put(model, layer, view, (page, local, row), (token, head))
 
 
 def expect(
@@ -239,8 +258,7 @@ def expect(
                     unfilled.add((group.group_id, token // group.block_tokens))
                 for local, head in enumerate(worker.heads[layer]):
                     if block and theirs:
-                        values = destination.content(model, layer, token, head)
-                        view[page, local, row] = torch.tensor(values, dtype=view.dtype)
+                        destination.put(model, layer, view, (page, local, row), (token, head))
     expected = [[b.numpy().tobytes() for b in worker.buffers] for worker in destination.workers]
     for worker, buffers in zip(destination.workers, kept, strict=True):
         for buffer, old in zip(worker.buffers, buffers, strict=True):
@@ -465,7 +483,7 @@ def test_a_plan_without_bound_is_refused(monkeypatch: pytest.MonkeyPatch) -> Non
     ("block_first_to_layer_first", "tp_sizes"), list(itertools.product([True, False], [(1, 1), (1, 2), (2, 1)]))
 )
 def test_between_the_embedded_engine_and_vllm_cpu(block_first_to_layer_first: bool, tp_sizes: tuple[int, int]) -> None:
-    """Embedded engine: BLNHC, blocks of 16. vLLM-CPU: LBHNC, blocks of 32. Tensors as each of them registers."""
+    """Embedded engine: BLNHC, blocks of 16. vLLM-CPU: LBHNC, blocks of 32, K by element. As each of them registers."""
     model = Model({f"model.layers.{i}.self_attn.attn": None for i in range(3)}, 2, {"k": 4, "v": 4})
     engines = [embedded_engine(model, tp_sizes[0]), vllm_cpu_engine(model, tp_sizes[1])]
     blocks = [[[5, 3, 9, 10, 11]], [[2, 7, 4]]]
@@ -484,7 +502,12 @@ def test_between_the_embedded_engine_and_vllm_cpu(block_first_to_layer_first: bo
 
 
 def host_engine(
-    model: Model, tp_size: int, block_tokens: int, num_blocks: int, views_of: Callable[[int], tuple[torch.Tensor, Any]]
+    model: Model,
+    tp_size: int,
+    block_tokens: int,
+    num_blocks: int,
+    views_of: Callable[[int], tuple[torch.Tensor, Any]],
+    form: PageForm = PageForm.CONTENT,
 ) -> Engine:
     """An engine of one full-attention group; `views_of(heads)` makes a rank's buffer and registered tensors."""
     groups = [GroupInfo(0, tuple(model.windows), block_tokens, AttentionKind.FULL)]
@@ -493,11 +516,12 @@ def host_engine(
         heads = model.total_heads // tp_size
         buffer, views = views_of(heads)
         layout, _ = KVLayout.from_tensors(views, groups, num_blocks)
-        facts = {"total_kv_heads": model.total_heads, "key_elements": model.widths["k"]}
+        facts: dict[str, Any] = {"total_kv_heads": model.total_heads, "key_elements": model.widths["k"]}
+        facts["page_form"] = lambda name: form.value
         ranks.append(rank_geometry(layout, groups, [buffer.nbytes], **facts, tp_rank=rank, tp_size=tp_size))
         held = list(range(rank * heads, rank * heads + heads))
         workers.append(Worker([buffer], views, dict.fromkeys(views, held)))
-    return Engine(EngineGeometry(tuple(ranks)), workers, groups, ["k", "v"])
+    return Engine(EngineGeometry(tuple(ranks)), workers, groups, ["k", "v"], form is PageForm.K_BY_ELEMENT)
 
 
 def embedded_engine(model: Model, tp_size: int) -> Engine:
@@ -518,7 +542,10 @@ def embedded_engine(model: Model, tp_size: int) -> Engine:
 
 
 def vllm_cpu_engine(model: Model, tp_size: int) -> Engine:
-    """As vLLM 0.32 on CPU was seen to register: one int8 buffer, layer l at l * layer size, [B, H, N, C] contiguous."""
+    """As vLLM 0.32 on CPU was seen to register: one int8 buffer, layer l at l * layer size, [B, H, N, C] contiguous.
+
+    Its attention keeps all of a page's K as [elements, tokens], and V behind that: tests/vllm/test_p2p.py.
+    """
 
     def views_of(heads: int) -> tuple[torch.Tensor, Any]:
         shape = (8, heads, 32, sum(model.widths.values()))
@@ -530,4 +557,4 @@ def vllm_cpu_engine(model: Model, tp_size: int) -> Engine:
             name: torch.as_strided(typed, shape, strides, i * layer_elements) for i, name in enumerate(model.windows)
         }
 
-    return host_engine(model, tp_size, 32, 8, views_of)
+    return host_engine(model, tp_size, 32, 8, views_of, PageForm.K_BY_ELEMENT)

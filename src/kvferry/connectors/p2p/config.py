@@ -11,6 +11,7 @@ from typing import Any, Literal
 from kvferry.config import parse_settings
 from kvferry.errors import ConfigError
 from kvferry.p2p.actions import P2PSettings
+from kvferry.p2p.choice import PREFERENCE
 from kvferry.p2p.control import ControlSettings
 from kvferry.p2p.wire import LOOPBACK
 
@@ -95,4 +96,4 @@ class P2PConfig:
 
     def control(self, key: str | None) -> ControlSettings:
         """Where to listen."""
-        return ControlSettings(self.host, self.port, self.advertised_host, key)
+        return ControlSettings(self.host, self.port, self.advertised_host, key, silence_s=self.liveness_s)

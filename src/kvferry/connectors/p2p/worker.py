@@ -56,7 +56,8 @@ class P2PWorkerSide(WorkerSide):
         regions = [Region(storage.data_ptr(), storage.nbytes(), str(device)) for storage, device in storages]
         rank = rank_geometry(
             layout, host.groups, [region.num_bytes for region in regions],
-            total_kv_heads=host.total_kv_heads, key_elements=host.key_elements, tp_rank=host.rank, tp_size=host.tp_size,
+            total_kv_heads=host.total_kv_heads, key_elements=host.key_elements, page_form=host.page_form,
+            tp_rank=host.rank, tp_size=host.tp_size,
         )  # fmt: skip
         self._geometry = encode_geometry(EngineGeometry((rank,)))
         made = create_transports(

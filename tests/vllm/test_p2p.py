@@ -1,0 +1,282 @@
+"""Real vLLM engines, one of which prefills while the other decodes with its KV: two alike, of one rank and of two, and
+one beside the embedded engine, whose KV lies otherwise.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from conftest import TINY, StartEngine
+from engine_process import EngineChild, assert_same_tokens, random_prompt
+
+from kvferry import LLM, SamplingParams
+from kvferry.engine.kv_groups import layer_name
+
+BLOCK_SIZE = 32
+NUM_LAYERS = 3
+TOKEN_BYTES = NUM_LAYERS * TINY["num_key_value_heads"] * 2 * TINY["head_dim"] * 4  # K and V in float32
+NUM_TOKENS = 203
+MAX_TOKENS = 12
+DECODE = {"do_remote_decode": True}
+DEADLINE_S = 20
+
+pytestmark = pytest.mark.timeout(400)
+
+
+def transfer_config(role: str, policy: str, name: str = "P2PConnector", **extra: Any) -> dict[str, Any]:
+    transport = {"transport": "shm"} if name == "P2PConnector" else {}
+    return {
+        "kv_connector": name,
+        "kv_role": role,
+        "kv_load_failure_policy": policy,
+        "kv_connector_extra_config": {**transport, "handshake_s": 3.0, **extra},
+    }
+
+
+def engine_args(model: str, transfer: dict[str, Any], **more: Any) -> dict[str, Any]:
+    return {
+        "model": model,
+        "skip_tokenizer_init": True,
+        "dtype": "float32",
+        "enforce_eager": True,
+        "block_size": BLOCK_SIZE,
+        "num_gpu_blocks_override": 64,
+        "max_model_len": 1024,
+        "max_num_batched_tokens": 256,
+        "disable_log_stats": False,
+        "worker_extension_cls": "engine_child.WorkerProbe",
+        "kv_transfer_config": {"kv_connector_module_path": "kvferry.vllm", **transfer},
+        **more,
+    }
+
+
+def moved(engine: EngineChild, op: str, transport: str = "shm") -> int:
+    """Bytes that the workers' only transport has seen land."""
+    counters = engine.ask(rpc="moved_bytes")["answers"]
+    assert all(set(counter) == {transport} for counter in counters)
+    return sum(counter[transport][op] for counter in counters)
+
+
+def tokens_of(engine: EngineChild, folder: Path, block_ids: list[int], num_tokens: int) -> np.ndarray[Any, Any]:
+    """What stands in these blocks: [layers, tokens, heads over all ranks, K then V]."""
+    folder.mkdir(exist_ok=True)
+    engine.ask(rpc="save_kv", args=[str(folder), block_ids])
+    ranks = [np.load(path)[:, :num_tokens] for path in sorted(folder.glob("rank*.npy"))]
+    return np.concatenate(ranks, axis=2)
+
+
+def prefill(engine: EngineChild, prompt: list[int]) -> dict[str, Any]:
+    """The parameters for a decode engine."""
+    reply = engine.ask(generate=prompt, max_tokens=1, transfer=DECODE)
+    params: dict[str, Any] = reply["kv_transfer_params"]
+    assert params["do_remote_prefill"]
+    assert params["remote_num_tokens"] == len(prompt)
+    assert params["remote_first_token_ids"] == reply["token_ids"]
+    return params
+
+
+def check_hand_over(
+    p: EngineChild,
+    d: EngineChild,
+    prompt: list[int],
+    reference: dict[str, Any],
+    folder: Path,
+    num_local: int = 0,
+    transport: str = "shm",
+) -> None:
+    """Tokens, counters and bytes of one hand-over of which D has `num_local` tokens already."""
+    params = prefill(p, prompt)
+    mover, op = (d, "read") if params["transfer_mode"] == "pull" else (p, "write")
+    source = tokens_of(p, folder / p.log.stem, params["remote_block_ids"][0], len(prompt))
+    before = moved(mover, op, transport)
+    got = d.ask(generate=prompt, max_tokens=MAX_TOKENS, transfer=params)
+    assert got["finish_reason"] == "length"
+    assert (got["local_hits"], got["external_hits"]) == (num_local, len(prompt) - num_local)
+    assert moved(mover, op, transport) - before == (len(prompt) - num_local) * TOKEN_BYTES
+    job = mover.ask(rpc="jobs")["answers"][0][-1]
+    assert (job["op"], job["tokens"]) == (op, [num_local, len(prompt)])
+    blocks = job["blocks" if mover is d else "to"][0]
+    destination = tokens_of(d, folder / d.log.stem, blocks, len(prompt))
+    assert np.abs(source).any(axis=3).all(), "there is something to compare in every token"
+    np.testing.assert_array_equal(source[:, :-1], destination[:, :-1])
+    np.testing.assert_allclose(source[:, -1], destination[:, -1], rtol=1e-3, atol=1e-4)  # vLLM computes it again
+    assert_same_tokens(got, reference)
+
+
+def reference_of(engine: EngineChild, prompt: list[int]) -> dict[str, Any]:
+    """What the engine says by itself; it has forgotten the prompt afterwards."""
+    alone = engine.ask(generate=prompt, max_tokens=MAX_TOKENS)
+    assert alone["external_hits"] == 0
+    engine.ask(reset=False)
+    return alone
+
+
+def kv_file(engine: EngineChild) -> Path:
+    """The shared file that all KV of the engine's only worker lies in."""
+    (files,) = engine.ask(rpc="kv_files")["answers"]
+    assert len(files) == 1
+    return Path(files[0])
+
+
+def test_either_role(start_engine: StartEngine, tiny_llama: str, tmp_path: Path) -> None:
+    args = engine_args(tiny_llama, transfer_config("kv_both", "fail"))
+    p, d = start_engine(**args), start_engine(**args)
+    files = [kv_file(p), kv_file(d)]
+    assert all(file.parent == Path("/dev/shm") for file in files)
+    for engine in (p, d):
+        engine.ask(rpc="watch_jobs")
+    long, short = random_prompt(50, NUM_TOKENS), random_prompt(51, 17)
+    references = {len(prompt): reference_of(p, prompt) for prompt in (long, short)}
+
+    check_hand_over(p, d, long, references[len(long)], tmp_path)
+    # D keeps whole blocks, and only asks for the rest.
+    check_hand_over(p, d, long, references[len(long)], tmp_path, num_local=NUM_TOKENS // BLOCK_SIZE * BLOCK_SIZE)
+    check_hand_over(p, d, short, references[len(short)], tmp_path)
+    check_hand_over(d, p, short, references[len(short)], tmp_path)  # the other way round
+
+    params = prefill(p, random_prompt(52, NUM_TOKENS))
+    p.kill()
+    failed = d.ask(generate=random_prompt(52, NUM_TOKENS), max_tokens=MAX_TOKENS, transfer=params)
+    assert failed["finish_reason"] == "error"
+    assert failed["seconds"] < DEADLINE_S
+    assert_same_tokens(d.ask(generate=short, max_tokens=MAX_TOKENS), references[len(short)])
+    d.ask(reset=False)  # no block is held
+    assert d.stop() == 0
+    assert not files[1].exists()
+    assert " ERROR " not in d.log.read_text()
+
+
+def test_producer_and_consumer(start_engine: StartEngine, tiny_llama: str, tmp_path: Path) -> None:
+    """P is killed, and comes again as one that pushes. D's core is in one process with its client."""
+    p = start_engine(**engine_args(tiny_llama, transfer_config("kv_producer", "fail")))
+    in_process = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
+    d = start_engine(in_process, **engine_args(tiny_llama, transfer_config("kv_consumer", "recompute")))
+    d.ask(rpc="watch_jobs")
+    prompt, other, third = (random_prompt(seed, NUM_TOKENS) for seed in (60, 61, 62))
+    references = [reference_of(p, tokens) for tokens in (prompt, other, third)]
+
+    check_hand_over(p, d, prompt, references[0], tmp_path)
+    params = prefill(p, other)
+    watched = d.ask(watched=other, max_tokens=MAX_TOKENS, transfer=params)
+    assert watched["as_seen"] == params
+    assert watched["external_hits"] == NUM_TOKENS
+    assert_same_tokens(watched, references[1])
+
+    params = prefill(p, third)
+    p.kill()
+    recomputed = d.ask(generate=third, max_tokens=MAX_TOKENS, transfer=params)
+    assert recomputed["seconds"] < DEADLINE_S
+    assert_same_tokens(recomputed, references[2])
+    d.ask(reset=False)
+
+    pushing = start_engine(**engine_args(tiny_llama, transfer_config("kv_producer", "fail", mode="push")))
+    pushing.ask(rpc="watch_jobs")
+    check_hand_over(pushing, d, prompt, references[0], tmp_path)
+    assert pushing.stop() == d.stop() == 0
+
+
+def test_one_rank_and_two(start_engine: StartEngine, tiny_llama: str, tmp_path: Path) -> None:
+    """Each rank's half of the heads, and back to one rank."""
+    patient = {"lease_s": 200.0, "handshake_s": 60.0, "liveness_s": 60.0, "claim_s": 60.0}  # ranks spin on few cores
+    args = engine_args(tiny_llama, transfer_config("kv_both", "fail", **patient))
+    one = start_engine(**args)
+    two = start_engine({"VLLM_CPU_OMP_THREADS_BIND": "0|1"}, **args, tensor_parallel_size=2)
+    for engine in (one, two):
+        engine.ask(rpc="watch_jobs")
+    first, second = random_prompt(70, NUM_TOKENS), random_prompt(71, NUM_TOKENS)
+    references = [reference_of(one, prompt) for prompt in (first, second)]
+    check_hand_over(one, two, first, references[0], tmp_path)
+    shards = [np.load(path) for path in sorted((tmp_path / two.log.stem).glob("rank*.npy"))]
+    assert [shard.shape[2] for shard in shards] == [1, 1], "one of the two heads on each rank"
+    check_hand_over(two, one, second, references[1], tmp_path)
+    assert one.stop() == two.stop() == 0
+
+
+@pytest.mark.skipif(importlib.util.find_spec("nixl") is None, reason="nixl is not installed")
+@pytest.mark.parametrize("name", ["NixlPullConnector", "NixlPushConnector"])
+def test_over_nixl(start_engine: StartEngine, tiny_llama: str, tmp_path: Path, name: str) -> None:
+    args = engine_args(tiny_llama, transfer_config("kv_both", "recompute", name))
+    p, d = start_engine(**args), start_engine(**args)
+    for engine in (p, d):
+        engine.ask(rpc="watch_jobs")
+    prompt, other = random_prompt(80, NUM_TOKENS), random_prompt(81, NUM_TOKENS)
+    references = [reference_of(p, tokens) for tokens in (prompt, other)]
+    check_hand_over(p, d, prompt, references[0], tmp_path, transport="nixl")
+    params = prefill(p, other)
+    p.kill()
+    recomputed = d.ask(generate=other, max_tokens=MAX_TOKENS, transfer=params)
+    assert recomputed["seconds"] < DEADLINE_S
+    assert_same_tokens(recomputed, references[1])
+    assert d.stop() == 0
+
+
+class Embedded:
+    """The embedded engine in this process: block-first KV in blocks of 16."""
+
+    def __init__(self, model: str, **extra: Any) -> None:
+        transfer = transfer_config("kv_both", "fail", **extra)
+        self.llm = LLM(model, dtype="float32", block_size=16, num_kv_blocks=64, kv_transfer_config=transfer)
+        assert self.llm.kv_caches[layer_name(0)].stride()[0] > NUM_LAYERS * 16 * 2 * 64 - 1, (
+            "all layers of a block together"
+        )
+
+    def run(self, name: str, prompt: list[int], max_tokens: int, transfer: dict[str, Any]) -> tuple[Any, list[int]]:
+        """The output, and the blocks that the request had at its first token."""
+        sampling = SamplingParams(
+            temperature=0.0, max_tokens=max_tokens, ignore_eos=True, extra_args={"kv_transfer_params": transfer}
+        )
+        self.llm.add_request(prompt, sampling, request_id=name)
+        blocks: list[int] = []
+        while True:
+            for output in self.llm.step():
+                if output.finished:
+                    return output, blocks
+                blocks = blocks or list(self.llm.scheduler.manager.get_block_ids(name)[0])
+
+    def tokens_of(self, block_ids: list[int], num_tokens: int) -> np.ndarray[Any, Any]:
+        """As the function of this name."""
+        layers = [self.llm.kv_caches[layer_name(layer)][block_ids].permute(0, 2, 1, 3) for layer in range(NUM_LAYERS)]
+        return np.stack([layer.flatten(0, 1)[:num_tokens].numpy().copy() for layer in layers])
+
+
+def test_beside_the_embedded_engine(
+    start_engine: StartEngine, tiny_llama: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    vllm = start_engine(**engine_args(tiny_llama, transfer_config("kv_both", "fail")))
+    vllm.ask(rpc="watch_jobs")
+    embedded = Embedded(tiny_llama)
+    here, there, third = (random_prompt(seed, NUM_TOKENS) for seed in (90, 91, 92))
+    references = [reference_of(vllm, prompt) for prompt in (here, there, third)]
+    num_bytes = NUM_TOKENS * TOKEN_BYTES
+
+    # prefill here, decode in vLLM
+    output, _ = embedded.run("p", here, 1, DECODE)
+    source = embedded.tokens_of(output.kv_transfer_params["remote_block_ids"][0], NUM_TOKENS)
+    got = vllm.ask(generate=here, max_tokens=MAX_TOKENS, transfer=output.kv_transfer_params)
+    assert (got["external_hits"], moved(vllm, "read")) == (NUM_TOKENS, num_bytes)
+    (job,) = vllm.ask(rpc="jobs")["answers"][0]
+    destination = tokens_of(vllm, tmp_path / "vllm", job["blocks"][0], NUM_TOKENS)
+    np.testing.assert_array_equal(source[:, :-1], destination[:, :-1])
+    assert_same_tokens(got, references[0])
+
+    # prefill in vLLM, decode here
+    params = prefill(vllm, there)
+    source = tokens_of(vllm, tmp_path / "vllm", params["remote_block_ids"][0], NUM_TOKENS)
+    output, blocks = embedded.run("d", there, MAX_TOKENS, params)
+    assert output.num_external_tokens == NUM_TOKENS
+    assert embedded.llm.connector_stats.media["shm"].loaded_bytes == num_bytes
+    np.testing.assert_array_equal(source, embedded.tokens_of(blocks, NUM_TOKENS))
+    assert_same_tokens({"token_ids": output.outputs[0].token_ids}, references[1])
+    embedded.llm.shutdown()
+
+    other = Embedded(tiny_llama, weights_version="of another training")
+    output, _ = other.run("d", third, MAX_TOKENS, prefill(vllm, third))
+    assert output.outputs[0].finish_reason == "error"
+    assert "weights: " in caplog.text
+    assert "version:of another training" in caplog.text
+    other.llm.shutdown()
+    assert vllm.stop() == 0
