@@ -11,7 +11,6 @@ from typing import Any, Literal
 from kvferry.config import parse_settings
 from kvferry.errors import ConfigError
 from kvferry.p2p.actions import P2PSettings
-from kvferry.p2p.choice import PREFERENCE
 from kvferry.p2p.control import ControlSettings
 from kvferry.p2p.wire import LOOPBACK
 
