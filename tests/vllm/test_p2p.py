@@ -179,23 +179,6 @@ def test_producer_and_consumer(start_engine: StartEngine, tiny_llama: str, tmp_p
     assert pushing.stop() == d.stop() == 0
 
 
-def test_one_rank_and_two(start_engine: StartEngine, tiny_llama: str, tmp_path: Path) -> None:
-    """Each rank's half of the heads, and back to one rank."""
-    patient = {"lease_s": 200.0, "handshake_s": 60.0, "liveness_s": 60.0, "claim_s": 60.0}  # ranks spin on few cores
-    args = engine_args(tiny_llama, transfer_config("kv_both", "fail", **patient))
-    one = start_engine(**args)
-    two = start_engine({"VLLM_CPU_OMP_THREADS_BIND": "0|1"}, **args, tensor_parallel_size=2)
-    for engine in (one, two):
-        engine.ask(rpc="watch_jobs")
-    first, second = random_prompt(70, NUM_TOKENS), random_prompt(71, NUM_TOKENS)
-    references = [reference_of(one, prompt) for prompt in (first, second)]
-    check_hand_over(one, two, first, references[0], tmp_path)
-    shards = [np.load(path) for path in sorted((tmp_path / two.log.stem).glob("rank*.npy"))]
-    assert [shard.shape[2] for shard in shards] == [1, 1], "one of the two heads on each rank"
-    check_hand_over(two, one, second, references[1], tmp_path)
-    assert one.stop() == two.stop() == 0
-
-
 @pytest.mark.skipif(importlib.util.find_spec("nixl") is None, reason="nixl is not installed")
 @pytest.mark.parametrize("name", ["NixlPullConnector", "NixlPushConnector"])
 def test_over_nixl(start_engine: StartEngine, tiny_llama: str, tmp_path: Path, name: str) -> None:
