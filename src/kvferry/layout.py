@@ -16,8 +16,8 @@ blocks, have the same payload, and share stored chunks; a different order within
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import groupby, product
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 
 PAYLOAD_FORMAT_VERSION = 1
 _DIMS = "HNC"
+CONTENT = "content"
 
 
 class ByteRange(NamedTuple):
@@ -56,6 +57,9 @@ class LayerLayout:
     shape: tuple[int, int, int]
     strides: tuple[int, int, int]
     element_bytes: int
+    form: str = CONTENT
+    """How kernels place tokens and elements within a page: as the shape says, or in a way of their own, which hosts
+    name (`HostInfo.page_form`); bytes of one form mean nothing in another."""
 
     @property
     def dim_order(self) -> str:
@@ -70,6 +74,8 @@ class LayerLayout:
     def payload_description(self) -> dict[str, Any]:
         """What a page's bytes depend on. Where tokens lie outermost, kernel blocks make one longer block."""
         order, (heads, tokens, content), ratio = self.dim_order, self.shape, self.ratio
+        if self.form != CONTENT:  # the kernels' own order within the page
+            return {"dtype": self.dtype, "form": self.form, "shape": [heads, tokens, content], "ratio": ratio}
         if order.startswith("N") or (order.startswith("HN") and heads == 1):
             tokens, ratio = tokens * ratio, 1
         return {"dtype": self.dtype, "order": order, "shape": [heads, tokens, content], "ratio": ratio}
@@ -151,9 +157,13 @@ class KVLayout:
 
     @classmethod
     def from_tensors(
-        cls, kv_caches: Mapping[str, torch.Tensor], groups: Sequence[GroupInfo], num_blocks: int
+        cls,
+        kv_caches: Mapping[str, torch.Tensor],
+        groups: Sequence[GroupInfo],
+        num_blocks: int,
+        page_form: Callable[[str], str] = lambda name: CONTENT,
     ) -> tuple[KVLayout, list[torch.Tensor]]:
-        """Normalise what the host registered.
+        """Normalise what the host registered. `page_form`: see `LayerLayout.form`, by layer name.
 
         Returns the layout and, per storage, one tensor that lives in it (its untyped storage is the backing buffer).
         Layers that no group lists (aliases of shared KV) are left out: their bytes belong to the layer they share.
@@ -170,7 +180,8 @@ class KVLayout:
                 if pointer not in storages:
                     storages[pointer] = len(anchors)
                     anchors.append(tensor)
-                layers.append(_layer_layout(name, tensor, storages[pointer], group.block_tokens, num_blocks))
+                layer = _layer_layout(name, tensor, storages[pointer], group.block_tokens, num_blocks)
+                layers.append(replace(layer, form=page_form(name)))
             out.append(GroupLayout(group.group_id, group.block_tokens, tuple(layers)))
         return cls(num_blocks, tuple(out)), anchors
 

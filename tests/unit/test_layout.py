@@ -154,3 +154,18 @@ def test_merge_adjacent_keeps_bytes_and_order() -> None:
         assert [(r.storage, r.offset + i) for r in merged for i in range(r.length)] == spread
         for first, second in itertools.pairwise(merged):
             assert (first.storage, first.offset + first.length) != (second.storage, second.offset)
+
+
+def test_pages_that_kernels_order_otherwise_are_other_payloads() -> None:
+    _, tensors = make_pool("BLNHC", {"B": 4, "L": 2, "H": 1, "N": 16, "C": 8}, torch.float32)
+    named = dict(zip(("a", "b"), tensors, strict=True))
+    groups = [GroupInfo(0, ("a", "b"), 16, AttentionKind.FULL, None)]
+    plain, told, other = (
+        KVLayout.from_tensors(named, groups, 4, *form)[0].payload_description()
+        for form in ((), (lambda name: "content",), (lambda name: "k by element" if name == "b" else "content",))
+    )
+    assert plain == told
+    (two_alike,), (first, second) = plain["groups"][0]["layers"], other["groups"][0]["layers"]
+    assert (two_alike[0], first[0], second[0]) == (2, 1, 1)
+    assert first[1] == two_alike[1]
+    assert "k by element" in second[1].values()

@@ -244,6 +244,10 @@ class ExampleWorkerSide(WorkerSide):
             tensor = kv_caches[name]
             self._layers[name] = tensor.view(num_blocks, -1, *tensor.shape[1:]).transpose(2, 3)
 
+    def _label(self, move: BlockMove, layer_name: str) -> str:
+        """What the bytes are proved to be: a page that another host's kernels order otherwise is none of ours."""
+        return f"{move.key}/{layer_name}.{self.host.rank}/{self.host.page_form(layer_name)}"
+
     def handle_preemptions(self, metadata: KVConnectorMetadata) -> None:
         """The first hook of a step: take its saves, since the layers' hooks do not see the metadata."""
         assert isinstance(metadata, ExampleMetadata)
@@ -257,9 +261,9 @@ class ExampleWorkerSide(WorkerSide):
     def wait_for_layer_load(self, layer_name: str) -> None:
         """Read this layer's part of each block."""
         for move in self._loads if layer_name in self._layers else ():
-            page, label = self._layers[layer_name][move.block_id], _file_name(layer_name, self.host.rank)
+            page, file_name = self._layers[layer_name][move.block_id], _file_name(layer_name, self.host.rank)
             try:
-                page.copy_(_read(Path(move.folder) / label, f"{move.key}/{label}", page))
+                page.copy_(_read(Path(move.folder) / file_name, self._label(move, layer_name), page))
                 self._done.add((move.block_id, layer_name))
             except (OSError, TierCorrupt) as err:
                 self._error = str(err)
@@ -267,10 +271,10 @@ class ExampleWorkerSide(WorkerSide):
     def save_kv_layer(self, layer_name: str, kv_layer: torch.Tensor, attn_metadata: Any) -> None:
         """Write this layer's part of each block."""
         for move in self._saves if layer_name in self._layers else ():
-            page, label = self._layers[layer_name][move.block_id], _file_name(layer_name, self.host.rank)
+            page, file_name = self._layers[layer_name][move.block_id], _file_name(layer_name, self.host.rank)
             try:
                 Path(move.folder).mkdir(mode=0o700, exist_ok=True)
-                _write(Path(move.folder) / label, f"{move.key}/{label}", page)
+                _write(Path(move.folder) / file_name, self._label(move, layer_name), page)
                 self._done.add((move.block_id, layer_name))
             except OSError as err:
                 self._error = str(err)

@@ -75,7 +75,7 @@ class LMCacheWorkerSide(WorkerSide):
     def register_kv_caches(self, kv_caches: dict[str, torch.Tensor]) -> None:
         """Find the server and register with it. Blocks for at most some 15 s. HostError when there is no fitting
         server, ConfigError when its chunks do not fit this engine; both say what to do."""
-        layout, anchors = KVLayout.from_tensors(kv_caches, (self._group,), self.host.num_blocks)
+        layout, anchors = KVLayout.from_tensors(kv_caches, (self._group,), self.host.num_blocks, self.host.page_form)
         group = layout.groups[0]
         chunk_tokens = self._connection.probe(http_port=self.config.http_port)
         geometry = ChunkGeometry.of(chunk_tokens, group.block_tokens, group.block_bytes, self.config.staging_bytes)

@@ -63,7 +63,8 @@ class OffloadingWorkerSide(WorkerSide):
 
     def register_kv_caches(self, kv_caches: dict[str, torch.Tensor]) -> None:
         """Normalise the layout and start the copy thread."""
-        self._layout, anchors = KVLayout.from_tensors(kv_caches, self.host.groups, self.host.num_blocks)
+        host = self.host
+        self._layout, anchors = KVLayout.from_tensors(kv_caches, host.groups, host.num_blocks, host.page_form)
         self._copier = make_copier(anchors)
         self._thread.start()
 
