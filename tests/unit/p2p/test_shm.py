@@ -157,6 +157,7 @@ def test_killed_in_mid_transfer_is_failed_not_half_a_success(owner: Owner, here:
     deadline_s = time.monotonic() + 30
     while not here.transport.bytes_moved[READ]:
         assert time.monotonic() < deadline_s
+        time.sleep(0.001)  # a loop that spins would keep the interpreter from the transport's thread
     owner.kill()
     ended = wait_for(here.transport, *tickets)
     assert ended[tickets[-1]].status is TransferStatus.FAILED
