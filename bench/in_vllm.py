@@ -38,6 +38,7 @@ VLLM_PYTHON = ROOT / ".venv-vllm" / "bin" / "python"
 SIZES = (1536, 4096)
 WARM_UP_TOKENS = 512
 DECODE_TOKENS = 16
+REPEATS = 3  # per prompt, of the cases that need no restart
 GOAL = 1.15
 HOOK_GOAL = 0.01
 Samples = dict[str, dict[int, list[float]]]
@@ -144,9 +145,9 @@ class Bench:
         return [rng.randrange(5, 40_000) for _ in range(num_tokens)]
 
     def run_round(self, number: int) -> None:
-        """Every case once per size (twice where a restart allows)."""
+        """Every case at least twice per size."""
         rng = random.Random(self._args.seed + number)
-        prompts = {size: [self._prompt(rng, size) for _ in range(2)] for size in SIZES}
+        prompts = {size: [self._prompt(rng, size) for _ in range(4)] for size in SIZES}
         first: dict[int, list[int]] = {}
         children = {kind: self._start(kind) for kind in ("plain", "kvferry", "sync", "example")}
         for size in SIZES:
@@ -157,7 +158,7 @@ class Bench:
             child.stop()
         children = {kind: self._start(kind) for kind in ("kvferry", "example")}
         for size in SIZES:
-            for i, suffix in enumerate(("", " cold")):
+            for i, suffix in enumerate(("", "", " cold", " cold")):
                 for kind, case in (("kvferry", "disk"), ("example", "example")):
                     if suffix:
                         drop_page_cache(self._folder / kind)
@@ -180,11 +181,8 @@ class Bench:
             children["example"].first_token(prompt, "none")  # stores it
             children["example"].ask(reset=True)
             sync.first_token(prompt, "none")
-            for child, case, source in (
-                (ours, "local", "local"),
-                (ours, "host", "external"),
-                (sync, "host sync", "external"),
-            ):
+            cases = (ours, "local", "local"), (ours, "host", "external"), (sync, "host sync", "external")
+            for child, case, source in cases * REPEATS:
                 if source == "external":
                     child.ask(reset=True)
                 got = self._sample(child, prompt, case, source)

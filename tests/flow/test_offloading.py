@@ -76,6 +76,25 @@ def test_host_hit_after_the_engine_forgot(make_llm: Any, load_async: bool, max_n
     assert run(llm, [*tokens[:200], 1, 2, 3]).num_external_tokens == 192
 
 
+def test_interrupted_forward_leaves_nothing_pinned(make_llm: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    llm = make_llm(max_num_batched_tokens=128)
+    forward, num_forwards = StubModel.forward, 0
+
+    def interrupted(*args: Any) -> Any:
+        nonlocal num_forwards
+        num_forwards += 1
+        if num_forwards == 2:
+            raise KeyboardInterrupt
+        return forward(*args)
+
+    monkeypatch.setattr(StubModel, "forward", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        llm.generate(prompt(300), greedy(5))
+    assert run(llm, prompt(300, seed=1)).num_external_tokens == 0
+    assert llm.reset_prefix_cache(), "no block is held"
+    output = run(llm, prompt(300))
+    assert output.num_external_tokens == 128, "what the first forward computed, and nothing of the second"
+
 def test_generated_tokens_are_stored_too(make_llm: Any) -> None:
     llm = make_llm()
     tokens = prompt(100)

@@ -52,6 +52,7 @@ class OffloadingWorkerSide(WorkerSide):
         self._arena: Arena | None = None
         self._arena_lock = threading.Lock()
         self._loads_started: StepMetadata | None = None
+        self._unsaved: StepMetadata | None = None
         self._wake = threading.Condition()
         self._loads: deque[_Order] = deque()
         self._stores: deque[_Order] = deque()
@@ -78,9 +79,16 @@ class OffloadingWorkerSide(WorkerSide):
         )
 
     def handle_preemptions(self, metadata: KVConnectorMetadata) -> None:
-        """Start asynchronous loads already now, so that they overlap this step's forward."""
+        """Start asynchronous loads already now, so that they overlap this step's forward.
+
+        When the step before ended in an exception (Ctrl-C), its stores are reported as failed: their KV was not computed.
+        """
         assert isinstance(metadata, StepMetadata)
-        self._loads_started = metadata
+        if self._unsaved is not None:
+            for job in self._unsaved.stores:
+                report = JobReport(job.job_id, self.host.rank, (None,) * len(job.parts), "HostError: the step failed")
+                self._reports.append(report)
+        self._loads_started = self._unsaved = metadata
         self._enqueue(metadata, [job for job in metadata.loads if job.is_async], is_load=True)
 
     def start_load_kv(self, metadata: KVConnectorMetadata) -> None:
@@ -97,6 +105,7 @@ class OffloadingWorkerSide(WorkerSide):
     def wait_for_save(self, metadata: KVConnectorMetadata) -> None:
         """Queue the stores; the scheduler side has pinned their blocks."""
         assert isinstance(metadata, StepMetadata)
+        self._unsaved = None
         self._enqueue(metadata, metadata.stores, is_load=False)
 
     def _enqueue(self, metadata: StepMetadata, jobs: list[CopyJob], *, is_load: bool) -> None:
