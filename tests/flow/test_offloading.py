@@ -95,6 +95,7 @@ def test_interrupted_forward_leaves_nothing_pinned(make_llm: Any, monkeypatch: p
     output = run(llm, prompt(300))
     assert output.num_external_tokens == 128, "what the first forward computed, and nothing of the second"
 
+
 def test_generated_tokens_are_stored_too(make_llm: Any) -> None:
     llm = make_llm()
     tokens = prompt(100)

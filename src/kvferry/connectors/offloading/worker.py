@@ -81,7 +81,7 @@ class OffloadingWorkerSide(WorkerSide):
     def handle_preemptions(self, metadata: KVConnectorMetadata) -> None:
         """Start asynchronous loads already now, so that they overlap this step's forward.
 
-        When the step before ended in an exception (Ctrl-C), its stores are reported as failed: their KV was not computed.
+        When the step before ended in an exception (Ctrl-C), its stores are reported as failed.
         """
         assert isinstance(metadata, StepMetadata)
         if self._unsaved is not None:
