@@ -668,6 +668,7 @@ def test_roles_are_kept_apart(cluster: Cluster, role: str) -> None:
         ({"host": "0.0.0.0"}, "can be reached from other machines"),
         ({"key_file": "/no/such"}, "key_file='/no/such' cannot be read"),
         ({"allowed_peers": [7]}, r"allowed_peers=\[7\] must be a list of texts"),
+        ({"ucx": {"num_threads": [4]}}, r"ucx\.num_threads=\[4\] must be a text or a whole number"),
     ],
 )
 def test_wrong_settings_name_the_key_and_the_remedy(cluster: Cluster, extra: dict[str, Any], text: str) -> None:
@@ -678,10 +679,17 @@ def test_wrong_settings_name_the_key_and_the_remedy(cluster: Cluster, extra: dic
 def test_names_say_the_mode(cluster: Cluster) -> None:
     with pytest.raises(ConfigError, match="the connector's name says 'push'"):
         cluster.start("NixlPushConnector", mode="pull")
-    with pytest.raises(ConfigError, match=r"pip install 'kvferry\[nixl\]'|NIXL"):
-        cluster.start("NixlConnector", transport="nixl", ucx={"NO_SUCH": 1})
     for name, mode in (("NixlPullConnector", "pull"), ("NixlPushConnector", "push"), ("NixlConnector", "pull")):
         assert scheduler_side(cluster.start(name)).config.mode == mode
+
+
+def test_ucx_settings_reach_nixl_as_texts(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
+    def nixl(engine_id: str, ucx_params: dict[str, str]) -> None:
+        raise ConfigError(f"NIXL with {ucx_params}")
+
+    monkeypatch.setattr(choice, "_nixl", nixl)
+    with pytest.raises(ConfigError, match=r"NIXL with \{'num_threads': '4', 'ucx_devices': 'lo'\}"):
+        cluster.start("NixlConnector", transport="nixl", ucx={"num_threads": 4, "ucx_devices": "lo"})
 
 
 def test_what_is_told(cluster: Cluster, faulty: type[FaultyShm], caplog: pytest.LogCaptureFixture) -> None:

@@ -188,6 +188,11 @@ def test_missing_library_names_the_command(monkeypatch: pytest.MonkeyPatch) -> N
         NixlTransport("test")
 
 
+def test_settings_that_nixl_refuses_are_a_config_error() -> None:
+    with pytest.raises(ConfigError, match="NIXL cannot register"):
+        NixlTransport("test", {"num_threads": "abc"}).register([Region(4096, 100)])
+
+
 def test_memory_that_cannot_be_registered_is_named() -> None:
     with pytest.raises(ConfigError, match="one kind"):
         NixlTransport("test").register([Region(4096, 100), Region(4096, 100, "cuda:0")])

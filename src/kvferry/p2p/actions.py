@@ -8,6 +8,7 @@ from enum import Enum
 
 from kvferry.errors import ConfigError
 from kvferry.p2p.messages import GroupBlocks, Hello, Message
+from kvferry.p2p.transport import TransferOp
 
 
 class FinishReason(Enum):
@@ -17,22 +18,6 @@ class FinishReason(Enum):
     STOP = "stop"
     ABORT = "abort"
     ERROR = "error"
-
-
-class TransferOp(Enum):
-    """Who moves the bytes of a one-sided transfer."""
-
-    READ = "read"  # remote blocks -> local blocks
-    WRITE = "write"  # local blocks -> remote blocks
-
-
-class TransferStatus(Enum):
-    """How one rank's part of a transfer ended. After all but UNKNOWN nothing of it lands or is read any more."""
-
-    OK = "ok"
-    REJECTED = "rejected"  # nothing was started; the connection is as good as before
-    FAILED = "failed"  # the connection is not used again
-    UNKNOWN = "unknown"  # may still be landing: only destroying the connection ends it
 
 
 @dataclass(frozen=True, slots=True)

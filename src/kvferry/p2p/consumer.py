@@ -27,9 +27,10 @@ from typing import Any
 
 from kvferry.errors import TransferError
 from kvferry.p2p import messages as m
-from kvferry.p2p.actions import BlocksSafe, LoadEnded, StartTransfer, TransferJob, TransferOp, TransferStatus
+from kvferry.p2p.actions import BlocksSafe, LoadEnded, StartTransfer, TransferJob
 from kvferry.p2p.calls import row
 from kvferry.p2p.peers import Peer, Role, same_life
+from kvferry.p2p.transport import TransferOp, TransferStatus
 
 _CALLS = ("claim", "register", "confirm")
 

@@ -12,9 +12,9 @@ from collections.abc import Iterator
 from itertools import pairwise
 
 import numpy as np
-import numpy.typing as npt
 
-Ints = npt.NDArray[np.int64]
+from kvferry.p2p.transport import Ints
+
 _STEP_BYTES = 8 << 20
 _MIN_ROWS = 12  # a `take` of fewer costs more than that many memmoves
 

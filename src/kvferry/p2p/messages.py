@@ -17,7 +17,7 @@
 
 Every message carries the sender's generation (its start nonce), every exchange its claim id. A request is repeated
 until it is answered; an answer may be repeated at any time. No message carries a moment in time, only time that is
-left. `decode` refuses what breaks a bound, so a hostile peer costs at most what the bounds below allow.
+left. `CODEC` refuses what breaks a bound, so a hostile peer costs at most what the bounds below allow.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ import msgspec
 from msgspec import Meta, Struct
 
 from kvferry.errors import TransferError
+from kvferry.p2p.wire import Codec
 
 PROTOCOL = 1
 MAX_GROUPS = 64
@@ -176,23 +177,7 @@ AnyMessage = (
     | Register | Pushed | PushedSeen | Withdraw | Withdrawn
 )  # fmt: skip
 
-_decoder: msgspec.msgpack.Decoder[AnyMessage] = msgspec.msgpack.Decoder(AnyMessage)
-_encoder = msgspec.msgpack.Encoder()
-
-
-def encode(message: Message) -> bytes:
-    """The message as msgpack."""
-    return _encoder.encode(message)
-
-
-def decode(data: bytes) -> AnyMessage:
-    """A message that keeps every bound; TransferError says what is wrong with `data`."""
-    try:
-        return _decoder.decode(data)
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise TransferError(
-            f"a peer sent {len(data)} bytes that are no message of protocol {PROTOCOL}: {error}"
-        ) from error
+CODEC: Codec[AnyMessage] = Codec(AnyMessage, max_bytes=2 << 20)
 
 
 class Handover(Struct, frozen=True, kw_only=True):

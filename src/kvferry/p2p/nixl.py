@@ -24,29 +24,27 @@ import secrets
 from collections.abc import Mapping
 from contextlib import suppress
 from itertools import pairwise
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import msgspec
 import numpy as np
 
 from kvferry.errors import ConfigError, TransferError
-from kvferry.p2p.threaded import Step, ThreadedTransport, Transfer
+from kvferry.p2p.threaded import Step, ThreadedTransport, Transfer, decode_blob
 from kvferry.p2p.transport import Capabilities, Ints, PeerHandle, TransferOp
 
-_VERSION = 1
 _POST_BYTES = 64 << 20
+_Number = Annotated[int, msgspec.Meta(ge=0, lt=1 << 62)]
 
 
 class _Region(msgspec.Struct, frozen=True):
-    address: int
-    num_bytes: int
-    device_id: int
+    address: _Number
+    num_bytes: _Number
+    device_id: _Number
 
 
-class _Blob(msgspec.Struct, frozen=True):
-    transport: str
-    version: int
-    memory: str
+class _Blob(msgspec.Struct, frozen=True, tag_field="transport", tag="nixl 1"):
+    memory: Literal["DRAM", "VRAM"]
     regions: tuple[_Region, ...]
     metadata: bytes
 
@@ -87,27 +85,14 @@ class NixlTransport(ThreadedTransport):
         self._disconnected = bindings.nixlRemoteDisconnectError
         self._engine_id = engine_id
         self._ucx_params = dict(ucx_params or {})
-        self._blob = b""
-
-    def local_blob(self) -> bytes:
-        """NIXL's metadata of the target agent, and where the regions lie."""
-        return self._blob
-
-    def why_unreachable(self, blob: bytes) -> str | None:
-        """Only whether the blob is one of ours: the rest shows with the first transfer."""
-        try:
-            _decode(blob)
-        except TransferError as error:
-            return str(error)
-        return None
 
     # ---- agents -----------------------------------------------------------------------------------------------
 
-    def _register(self) -> None:
+    def _register(self) -> bytes:
         kinds = {region.device.partition(":")[0] for region in self.regions}
         if len(kinds) != 1:
             raise ConfigError(f"NIXL moves memory of one kind, the KV pool has {', '.join(sorted(kinds))}")
-        self._memory = "DRAM" if kinds == {"cpu"} else "VRAM"
+        self._memory: Literal["DRAM", "VRAM"] = "DRAM" if kinds == {"cpu"} else "VRAM"
         places = tuple(
             _Region(region.address, region.num_bytes, int(region.device.partition(":")[2] or 0))
             for region in self.regions
@@ -121,7 +106,7 @@ class NixlTransport(ThreadedTransport):
             metadata = self._target.get_agent_metadata()
         except self._errors as error:
             raise ConfigError(f"NIXL cannot register the KV pool: {type(error).__name__}: {error}") from error
-        self._blob = msgspec.msgpack.encode(_Blob("nixl", _VERSION, self._memory, places, metadata))
+        return msgspec.msgpack.encode(_Blob(self._memory, places, metadata))
 
     def _make_agent(self) -> Any:
         name = f"{self._engine_id}-{secrets.token_hex(8)}"
@@ -132,7 +117,7 @@ class NixlTransport(ThreadedTransport):
         return agent
 
     def _parse(self, blob: bytes) -> PeerHandle:
-        return _NixlPeer(_decode(blob))
+        return _NixlPeer(decode_blob(blob, _Blob))
 
     def _open_peer(self, peer: PeerHandle) -> None:
         assert isinstance(peer, _NixlPeer)
@@ -248,15 +233,3 @@ def _spans(lengths: Ints) -> list[tuple[int, int]]:
     posts = np.cumsum(lengths) // _POST_BYTES
     cuts = [*np.flatnonzero(np.diff(posts, prepend=-1)).tolist(), len(lengths)]
     return list(pairwise(cuts))
-
-
-def _decode(blob: bytes) -> _Blob:
-    try:
-        decoded = msgspec.msgpack.decode(blob, type=_Blob)
-    except msgspec.DecodeError as error:
-        raise TransferError(f"the peer's NIXL blob cannot be read: {error}") from error
-    if (decoded.transport, decoded.version) != ("nixl", _VERSION) or decoded.memory not in ("DRAM", "VRAM"):
-        raise TransferError(f"the peer speaks {decoded.transport} {decoded.version}, this engine nixl {_VERSION}")
-    if any(not 0 <= value < 1 << 62 for r in decoded.regions for value in (r.address, r.num_bytes, r.device_id)):
-        raise TransferError("the peer's NIXL blob names memory outside the address space")
-    return decoded

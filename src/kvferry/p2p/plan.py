@@ -18,30 +18,18 @@ from math import gcd
 from typing import NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 
 from kvferry.errors import TransferError, TransferMismatch, did_you_mean
 from kvferry.p2p.geometry import REGION_BITS, EngineGeometry, GroupGeometry, LayerGeometry, differences
+from kvferry.p2p.transport import Ints, Pieces
 from kvferry.types import NULL_BLOCK_ID
 
-Ints = npt.NDArray[np.int64]
 BlockIds = Sequence[Sequence[int]]
 """Per group; position i of a group's list holds tokens [i * block_tokens, (i + 1) * block_tokens) of the request."""
 
 MAX_PIECES = 1 << 24
 _REGION_SHIFT = REGION_BITS + 2
 _SORTED_PIECES = 1 << 16  # up to here a last sort finds also those neighbours that layers and groups hide
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Pieces:
-    """Copies of `length` bytes; five arrays of one length. Destinations do not overlap."""
-
-    source_region: Ints
-    source_offset: Ints
-    destination_region: Ints
-    destination_offset: Ints
-    length: Ints
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -25,10 +25,11 @@ from math import inf
 from typing import Any
 
 from kvferry.p2p import messages as m
-from kvferry.p2p.actions import FinishReason, Release, StartTransfer, TransferJob, TransferOp, TransferStatus
+from kvferry.p2p.actions import FinishReason, Release, StartTransfer, TransferJob
 from kvferry.p2p.calls import Remembered, row
 from kvferry.p2p.messages import Why
 from kvferry.p2p.peers import Peer, Role, same_life
+from kvferry.p2p.transport import TransferOp, TransferStatus
 
 
 @dataclass(slots=True)

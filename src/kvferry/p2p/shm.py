@@ -24,7 +24,7 @@ import numpy as np
 
 from kvferry.errors import ConfigError, HostError, TransferError
 from kvferry.p2p.copying import copy_pieces
-from kvferry.p2p.threaded import Step, ThreadedTransport, Transfer
+from kvferry.p2p.threaded import Step, ThreadedTransport, Transfer, decode_blob
 from kvferry.p2p.transport import Capabilities, PeerHandle, TransferOp
 from kvferry.segment import PAGE_BYTES, SHM_DIRECTORY, Segment, is_segment_path
 
@@ -134,9 +134,7 @@ class _Part(msgspec.Struct, frozen=True):
     nonce: bytes
 
 
-class _Blob(msgspec.Struct, frozen=True):
-    transport: str
-    version: int
+class _Blob(msgspec.Struct, frozen=True, tag_field="transport", tag="shm 1"):
     boot_id: str
     parts: tuple[_Part, ...]
     regions: tuple[tuple[int, int, int], ...]
@@ -160,31 +158,14 @@ class ShmTransport(ThreadedTransport):
         super().__init__()
         self._pool = pool
         self._boot_id = _BOOT_ID.read_text().strip()
-        self._blob = b""
         self._bases = np.zeros(0, dtype=np.int64)
-
-    def local_blob(self) -> bytes:
-        """Paths, sizes and nonces of the pool's mappings."""
-        return self._blob
-
-    def why_unreachable(self, blob: bytes) -> str | None:
-        """Another boot, or a file that is not to be had."""
-        try:
-            peer = _decode(blob)
-            if peer.boot_id != self._boot_id:
-                return "the peer is on another machine"
-            for part in peer.parts:
-                _attach(part).close()
-        except (TransferError, HostError) as error:
-            return str(error)
-        return None
 
     def peer_has_ended(self, peer: PeerHandle) -> bool:
         """The lock on its memory is free."""
         assert isinstance(peer, _ShmPeer)
         return not peer.is_closing and _has_ended(peer)
 
-    def _register(self) -> None:
+    def _register(self) -> bytes:
         parts: list[_Part] = []
         places = []
         for number, region in enumerate(self.regions):
@@ -199,18 +180,20 @@ class ShmTransport(ThreadedTransport):
                 parts.append(part)
             places.append((parts.index(part), offset, region.num_bytes))
         self._bases = np.array([region.address for region in self.regions], dtype=np.int64)
-        self._blob = msgspec.msgpack.encode(_Blob("shm", _VERSION, self._boot_id, tuple(parts), tuple(places)))
+        return msgspec.msgpack.encode(_Blob(self._boot_id, tuple(parts), tuple(places)))
 
     def _parse(self, blob: bytes) -> PeerHandle:
-        return _ShmPeer(_decode(blob))
+        peer = _ShmPeer(_decode(blob))
+        if peer.blob.boot_id != self._boot_id:
+            raise TransferError("the peer is on another machine")
+        for part in peer.blob.parts:
+            _attach(part).close()
+        return peer
 
     def _open_peer(self, peer: PeerHandle) -> None:
         assert isinstance(peer, _ShmPeer)
-        try:
-            for part in peer.blob.parts:
-                peer.segments.append(_attach(part))
-        except HostError as error:
-            raise TransferError(str(error)) from error
+        for part in peer.blob.parts:
+            peer.segments.append(_attach(part))
         for segment, part in zip(peer.segments, peer.blob.parts, strict=True):
             # Not MAP_POPULATE: Python 3.11 maps with the GIL held. Old kernels refuse; then pages are touched late.
             _libc.madvise(segment.address, PAGE_BYTES + part.num_bytes, _MADV_POPULATE_WRITE)
@@ -263,20 +246,16 @@ def _has_ended(peer: _ShmPeer) -> bool:
 
 def _attach(part: _Part) -> Segment:
     header = _HEADER.pack(_MAGIC, _VERSION, part.num_bytes, part.nonce)
-    return Segment.attach(part.path, PAGE_BYTES + part.num_bytes, header, what="KV pool", populate=False)
+    try:
+        return Segment.attach(part.path, PAGE_BYTES + part.num_bytes, header, what="KV pool", populate=False)
+    except HostError as error:
+        raise TransferError(str(error)) from error
 
 
 def _decode(blob: bytes) -> _Blob:
     """TransferError unless it is a blob of ours whose regions lie in its parts."""
-    try:
-        decoded = msgspec.msgpack.decode(blob, type=_Blob)
-    except msgspec.DecodeError as error:
-        raise TransferError(f"the peer's shm blob cannot be read: {error}") from error
-    if (decoded.transport, decoded.version) != ("shm", _VERSION) or not decoded.parts:
-        raise TransferError(
-            f"the peer speaks {decoded.transport} version {decoded.version}, this engine shm {_VERSION}"
-        )
-    if not all(is_segment_path(part.path) for part in decoded.parts):
+    decoded = decode_blob(blob, _Blob)
+    if not decoded.parts or not all(is_segment_path(part.path) for part in decoded.parts):
         raise TransferError("the peer's shm blob names a file that is no KV pool")
     for part, offset, num_bytes in decoded.regions:
         if not 0 <= part < len(decoded.parts) or not 0 <= offset <= offset + num_bytes <= decoded.parts[part].num_bytes:

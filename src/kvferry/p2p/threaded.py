@@ -13,8 +13,9 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import Enum
-from typing import Any
+from typing import Any, TypeVar
 
+import msgspec
 import numpy as np
 
 from kvferry.errors import ConfigError, TransferError
@@ -31,8 +32,17 @@ from kvferry.p2p.transport import (
 
 logger = logging.getLogger(__name__)
 
+B = TypeVar("B", bound=msgspec.Struct)
 _IDLE_S = 0.0005
 _JOIN_S = 5.0
+
+
+def decode_blob(blob: bytes, kind: type[B]) -> B:
+    """A peer's blob, of a struct whose tag names transport and version. TransferError when it is another's."""
+    try:
+        return msgspec.msgpack.decode(blob, type=kind)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise TransferError(f"the peer's blob is none of {kind.__struct_config__.tag!r}: {error}") from error
 
 
 class Step(Enum):
@@ -67,6 +77,7 @@ class ThreadedTransport(ABC):
         self.bytes_moved = dict.fromkeys(TransferOp, 0)
         self.regions: tuple[Region, ...] = ()
         self._region_bytes = np.zeros(0, dtype=np.int64)
+        self._blob = b""
         self._lock = threading.Condition()
         self._commands: deque[Callable[[], None]] = deque()
         self._completions: list[Completion] = []
@@ -91,13 +102,23 @@ class ThreadedTransport(ABC):
                 )
         self.regions = tuple(regions)
         self._region_bytes = np.array([region.num_bytes for region in regions], dtype=np.int64)
-        self._register()
+        self._blob = self._register()
         self._thread.start()
+
+    def local_blob(self) -> bytes:
+        """As the leaf made it."""
+        return self._blob
+
+    def why_unreachable(self, blob: bytes) -> str | None:
+        """As the leaf says."""
+        try:
+            self._parse(blob)
+        except TransferError as error:
+            return str(error)
+        return None
 
     def connect(self, blob: bytes) -> PeerHandle:
         """A handle; the peer is opened on the thread."""
-        if (why := self.why_unreachable(blob)) is not None:
-            raise TransferError(f"{self.capabilities.name}: {why}")
         peer = self._parse(blob)
         self._command(lambda: self._open(peer))
         return peer
@@ -144,20 +165,12 @@ class ThreadedTransport(ABC):
     # ---- for leaves -------------------------------------------------------------------------------------------
 
     @abstractmethod
-    def local_blob(self) -> bytes:
-        """As in `Transport`."""
-
-    @abstractmethod
-    def why_unreachable(self, blob: bytes) -> str | None:
-        """As in `Transport`."""
-
-    @abstractmethod
-    def _register(self) -> None:
-        """Make `self.regions` reachable. Owner's thread, before the own one starts."""
+    def _register(self) -> bytes:
+        """Make `self.regions` reachable; returns the blob. Owner's thread, before the own one starts."""
 
     @abstractmethod
     def _parse(self, blob: bytes) -> PeerHandle:
-        """A handle; `why_unreachable` found nothing."""
+        """A handle, not yet open. TransferError: not a blob of ours, or out of reach as far as can be told at once."""
 
     @abstractmethod
     def _open_peer(self, peer: PeerHandle) -> None:

@@ -39,7 +39,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
-from typing import Protocol, runtime_checkable
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
@@ -57,7 +57,7 @@ class TransferOp(Enum):
 
 
 class TransferStatus(Enum):
-    """How a ticket ended; see above."""
+    """How a ticket, or one rank's part of a job, ended; see above."""
 
     OK = "ok"
     REJECTED = "rejected"
@@ -65,19 +65,14 @@ class TransferStatus(Enum):
     UNKNOWN = "unknown"
 
 
-class Pieces(Protocol):
-    """Copies of `length` bytes, as the planner makes them: five int64 arrays of one length."""
+class Pieces(NamedTuple):
+    """Copies of `length` bytes: five arrays of one length. Destinations do not overlap."""
 
-    @property
-    def source_region(self) -> Ints: ...
-    @property
-    def source_offset(self) -> Ints: ...
-    @property
-    def destination_region(self) -> Ints: ...
-    @property
-    def destination_offset(self) -> Ints: ...
-    @property
-    def length(self) -> Ints: ...
+    source_region: Ints
+    source_offset: Ints
+    destination_region: Ints
+    destination_offset: Ints
+    length: Ints
 
 
 @dataclass(frozen=True, slots=True)

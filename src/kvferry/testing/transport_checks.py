@@ -22,21 +22,11 @@ import numpy as np
 import numpy.typing as npt
 
 from kvferry.errors import ConfigError, TransferError
-from kvferry.p2p.transport import Completion, Ints, PeerHandle, Region, TransferOp, TransferStatus, Transport
+from kvferry.p2p.transport import Completion, PeerHandle, Pieces, Region, TransferOp, TransferStatus, Transport
 
 Bytes = npt.NDArray[np.uint8]
 READ, WRITE = TransferOp.READ, TransferOp.WRITE
 _WAIT_S = 60.0
-
-
-class Copies(NamedTuple):
-    """The smallest `Pieces`."""
-
-    source_region: Ints
-    source_offset: Ints
-    destination_region: Ints
-    destination_offset: Ints
-    length: Ints
 
 
 class End(NamedTuple):
@@ -46,9 +36,9 @@ class End(NamedTuple):
     memory: Sequence[Bytes]
 
 
-def copies(rows: Sequence[tuple[int, int, int, int, int]]) -> Copies:
+def copies(rows: Sequence[tuple[int, int, int, int, int]]) -> Pieces:
     """From rows of (source region, offset, destination region, offset, length)."""
-    return Copies(*np.array(rows, dtype=np.int64).reshape(-1, 5).T.copy())
+    return Pieces(*np.array(rows, dtype=np.int64).reshape(-1, 5).T.copy())
 
 
 def wait_for(transport: Transport, *tickets: int, timeout_s: float = _WAIT_S) -> dict[int, Completion]:
@@ -64,7 +54,7 @@ def wait_for(transport: Transport, *tickets: int, timeout_s: float = _WAIT_S) ->
     return ended
 
 
-def random_copies(rng: random.Random, source_bytes: Sequence[int], destination_bytes: Sequence[int]) -> Copies:
+def random_copies(rng: random.Random, source_bytes: Sequence[int], destination_bytes: Sequence[int]) -> Pieces:
     """Pieces of all sizes at any offset, whose destinations do not overlap, in random order."""
     rows = []
     for region, num_bytes in enumerate(destination_bytes):
@@ -78,7 +68,7 @@ def random_copies(rng: random.Random, source_bytes: Sequence[int], destination_b
     return copies(rows)
 
 
-def moved(pieces: Copies, source: Sequence[Bytes], destination: Sequence[Bytes]) -> list[Bytes]:
+def moved(pieces: Pieces, source: Sequence[Bytes], destination: Sequence[Bytes]) -> list[Bytes]:
     """What the destination must hold afterwards, by slices of numpy."""
     out = [memory.copy() for memory in destination]
     for from_, from_offset, to, to_offset, length in zip(*(array.tolist() for array in pieces), strict=True):
@@ -115,12 +105,12 @@ class TransportChecks(ABC):
         for end in (self.here, self.there, *self.extra):
             self.dispose(end)
 
-    def run(self, op: TransferOp, pieces: Copies, peer: PeerHandle | None = None) -> Completion:
+    def run(self, op: TransferOp, pieces: Pieces, peer: PeerHandle | None = None) -> Completion:
         """Submit and wait."""
         ticket = self.here.transport.submit(self.peer if peer is None else peer, op, pieces)
         return wait_for(self.here.transport, ticket)[ticket]
 
-    def _random(self, rng: random.Random, op: TransferOp) -> tuple[Copies, End, End]:
+    def _random(self, rng: random.Random, op: TransferOp) -> tuple[Pieces, End, End]:
         source, destination = (self.there, self.here) if op is READ else (self.here, self.there)
         sizes = [[memory.size for memory in end.memory] for end in (source, destination)]
         return random_copies(rng, *sizes), source, destination

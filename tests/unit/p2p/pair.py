@@ -9,6 +9,7 @@ from typing import Any
 from kvferry.p2p import actions as a
 from kvferry.p2p import messages as m
 from kvferry.p2p.core import P2PCore
+from kvferry.p2p.transport import TransferStatus
 
 P, D, E = "p:1", "d:2", "e:3"
 RULES = (a.GroupRule(4), a.GroupRule(4, window_tokens=8))
@@ -61,7 +62,7 @@ class Pair:
             case a.Send():
                 self.sent.append((name, action.peer, action.message))
                 if not self.lost(action.message):
-                    self.cores[action.peer].message(name, m.decode(m.encode(action.message)), self.now)
+                    self.cores[action.peer].message(name, m.CODEC.decode(m.CODEC.encode(action.message)), self.now)
             case a.Connect():
                 self.cores[name].peer_connected(action.peer, self.now)
             case _:
@@ -86,7 +87,7 @@ class Pair:
         self.done[name] = [x for x in self.done[name] if not isinstance(x, kind)]
         return found
 
-    def end_job(self, name: str, job: a.TransferJob, status: a.TransferStatus = a.TransferStatus.OK) -> None:
+    def end_job(self, name: str, job: a.TransferJob, status: TransferStatus = TransferStatus.OK) -> None:
         for rank in (0, 1):
             self.call(name, "transfer_ended", job.job_id, rank, status, "")
 

@@ -23,6 +23,7 @@ from typing import Any
 from kvferry.p2p import actions as a
 from kvferry.p2p import messages as m
 from kvferry.p2p.core import P2PCore
+from kvferry.p2p.transport import TransferOp, TransferStatus
 
 SETTINGS = a.P2PSettings(
     lease_s=3, claim_s=2, max_lease_s=15, announce_s=8, load_s=5, handshake_s=2, retry_s=0.2, liveness_s=2,
@@ -275,7 +276,7 @@ class World:
 
     def send(self, engine: Engine, send: a.Send) -> None:
         self.observe(engine, send)
-        data = m.encode(send.message)
+        data = m.CODEC.encode(send.message)
         copies = 0 if self.rng.random() < self.faults.loss else 1 + (self.rng.random() < self.faults.double)
         for _ in range(copies):
             delay_s = self.small()
@@ -285,7 +286,7 @@ class World:
 
     def deliver(self, sender: str, receiver: str, data: bytes) -> None:
         if (engine := self.engines[receiver]).is_alive:
-            message = m.decode(data)
+            message = m.CODEC.decode(data)
             self.awake(engine, lambda: self.call(engine, lambda core: core.message(sender, message, self.now)))
 
     def dialled(self, engine: Engine, peer: str) -> None:
@@ -344,7 +345,7 @@ class World:
         transfer = Transfer(engine, target, connection, job, rank)
         self.transfers.append(transfer)
         if connection.is_broken or not target.is_alive or (is_stale and self.rng.random() < 0.3):
-            self.at(self.small(), lambda: self.report(transfer, a.TransferStatus.FAILED))
+            self.at(self.small(), lambda: self.report(transfer, TransferStatus.FAILED))
             return
         spread_s = self.small() if self.rng.random() >= self.faults.slow else self.rng.random() * 5
         lands_s = self.small() if self.rng.random() >= self.faults.slow else self.rng.random() * 3
@@ -352,7 +353,7 @@ class World:
             # Metadata of an earlier life: addresses mean something else there.
             there = self.rng.randrange(1, NUM_BLOCKS) if is_stale else remote
             here_end, there_end = (engine, local, rank), (target, there, rank)
-            piece = Piece(there_end, here_end) if job.op is a.TransferOp.READ else Piece(here_end, there_end)
+            piece = Piece(there_end, here_end) if job.op is TransferOp.READ else Piece(here_end, there_end)
             transfer.pending.add(piece)
             self.at(
                 self.rng.random() * spread_s,
@@ -363,7 +364,7 @@ class World:
         if roll < self.faults.hang:
             transfer.is_reported = True
         elif roll < self.faults.hang + self.faults.unknown:
-            self.at(self.rng.random() * (spread_s + lands_s), lambda: self.report(transfer, a.TransferStatus.UNKNOWN))
+            self.at(self.rng.random() * (spread_s + lands_s), lambda: self.report(transfer, TransferStatus.UNKNOWN))
         elif roll < self.faults.hang + self.faults.unknown + self.faults.fail:
             self.at(self.rng.random() * (spread_s + lands_s), lambda: self.fail(transfer))
 
@@ -395,20 +396,20 @@ class World:
         if transfer.pending:
             self.at(0.01, lambda: self.finish_transfer(transfer))
         elif transfer.is_damaged:
-            self.report(transfer, self.rng.choice((a.TransferStatus.FAILED, a.TransferStatus.UNKNOWN)))
+            self.report(transfer, self.rng.choice((TransferStatus.FAILED, TransferStatus.UNKNOWN)))
         else:
-            self.report(transfer, a.TransferStatus.OK)
+            self.report(transfer, TransferStatus.OK)
 
     def fail(self, transfer: Transfer) -> None:
         if not transfer.is_reported:
             transfer.pending.clear()
-            self.report(transfer, a.TransferStatus.FAILED)
+            self.report(transfer, TransferStatus.FAILED)
 
-    def report(self, transfer: Transfer, status: a.TransferStatus) -> None:
+    def report(self, transfer: Transfer, status: TransferStatus) -> None:
         if transfer.is_reported:
             return
         transfer.is_reported = True
-        if status is a.TransferStatus.FAILED:
+        if status is TransferStatus.FAILED:
             transfer.connection.is_broken = True
         engine, job = transfer.owner, transfer.job
         for _ in range(1 + (self.rng.random() < self.faults.double)):
@@ -426,7 +427,7 @@ class World:
         for transfer in self.transfers:
             is_own = transfer.connection is connection
             is_theirs = transfer.owner.generation == connection.peer_generation and transfer.target is engine
-            if is_theirs and transfer.job.op is a.TransferOp.READ and self.rng.random() < 0.7:
+            if is_theirs and transfer.job.op is TransferOp.READ and self.rng.random() < 0.7:
                 continue  # nothing lands here; a shared mapping, say, can be read on
             if is_own or is_theirs:
                 transfer.pending.clear()

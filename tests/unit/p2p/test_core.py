@@ -12,6 +12,7 @@ from kvferry.errors import ConfigError, TransferError
 from kvferry.p2p import actions as a
 from kvferry.p2p import messages as m
 from kvferry.p2p.selection import select_blocks
+from kvferry.p2p.transport import TransferOp, TransferStatus
 
 PUSH = {"remote_host": "p", "remote_port": 1, "transfer_id": "t", "transfer_mode": "push", "do_remote_prefill": True}
 
@@ -31,11 +32,11 @@ def test_pull_ends_with_proved_blocks_and_freed_leases() -> None:
     pair.load(D, params)
     assert params == before
     (job,) = [start.job for start in pair.take(D, a.StartTransfer)]
-    assert (job.op, job.remote_blocks, job.token_range) == (a.TransferOp.READ, ((1, 2, 3), (0, 5, 6)), (0, 12))
-    pair.call(D, "transfer_ended", job.job_id, 0, a.TransferStatus.OK, "")
+    assert (job.op, job.remote_blocks, job.token_range) == (TransferOp.READ, ((1, 2, 3), (0, 5, 6)), (0, 12))
+    pair.call(D, "transfer_ended", job.job_id, 0, TransferStatus.OK, "")
     assert not pair.take(D, a.LoadEnded), "one rank is still reading"
     assert not pair.take(P, a.Release), "claimed"
-    pair.call(D, "transfer_ended", job.job_id, 1, a.TransferStatus.OK, "")
+    pair.call(D, "transfer_ended", job.job_id, 1, TransferStatus.OK, "")
     assert pair.take(D, a.LoadEnded) == [a.LoadEnded("x", True, "", False, 12, (7,))]
     assert pair.take(P, a.Release) == [a.Release("r", "done")]
 
@@ -51,7 +52,7 @@ def test_push_pairs_by_transfer_id_in_either_order(is_finished_first: bool) -> N
     for step in steps if is_finished_first else reversed(steps):
         step()
     (job,) = [start.job for start in pair.take(P, a.StartTransfer)]
-    assert (job.op, job.peer, job.remote_blocks) == (a.TransferOp.WRITE, D, ((11, 12, 13), (0, 15, 16)))
+    assert (job.op, job.peer, job.remote_blocks) == (TransferOp.WRITE, D, ((11, 12, 13), (0, 15, 16)))
     assert not pair.take(P, a.Release)
     pair.end_job(P, job)
     assert pair.take(D, a.LoadEnded) == [a.LoadEnded("x", True, "", False, 12, (7,))]
@@ -129,9 +130,9 @@ def test_blocks_of_a_read_that_was_given_up_are_quarantined_until_every_rank_end
         pair.advance(4)
     (ended,) = pair.take(D, a.LoadEnded)
     assert (ended.ok, ended.blocks_quarantined) == (False, True)
-    pair.call(D, "transfer_ended", job.job_id, 0, a.TransferStatus.OK, "")
+    pair.call(D, "transfer_ended", job.job_id, 0, TransferStatus.OK, "")
     assert not pair.take(D, a.BlocksSafe)
-    pair.call(D, "transfer_ended", job.job_id, 1, a.TransferStatus.OK, "")
+    pair.call(D, "transfer_ended", job.job_id, 1, TransferStatus.OK, "")
     assert pair.take(D, a.BlocksSafe) == [a.BlocksSafe("x")]
     assert pair.take(P, a.Release) == [a.Release("r", "done")], "the claim was withdrawn"
 
@@ -139,7 +140,7 @@ def test_blocks_of_a_read_that_was_given_up_are_quarantined_until_every_rank_end
 def test_unknown_is_no_end_only_destroying_the_connection_is() -> None:
     pair = Pair()
     job = started(pair)
-    pair.end_job(D, job, a.TransferStatus.UNKNOWN)
+    pair.end_job(D, job, TransferStatus.UNKNOWN)
     (ended,) = pair.take(D, a.LoadEnded)
     assert ended.blocks_quarantined
     (close,) = pair.take(D, a.ClosePeer)

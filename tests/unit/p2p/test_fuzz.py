@@ -13,6 +13,7 @@ from pair import D, P, Pair
 from kvferry.errors import TransferError
 from kvferry.p2p import actions as a
 from kvferry.p2p import messages as m
+from kvferry.p2p.transport import TransferStatus
 
 KINDS = m.AnyMessage.__args__
 
@@ -83,7 +84,7 @@ def host(rng: random.Random, pair: Pair, name: str, step: int) -> None:
         core.peer_connected(other, now)
     elif roll == 4:
         for job in [x.job for x in core.take_actions() if isinstance(x, a.StartTransfer)]:
-            core.transfer_ended(job.job_id, rng.randrange(3), rng.choice(list(a.TransferStatus)), "?", now)
+            core.transfer_ended(job.job_id, rng.randrange(3), rng.choice(list(TransferStatus)), "?", now)
     elif roll == 5:
         for row in core.snapshot()["peers"]:
             core.peer_closed(row["name"], row["closing"] or 0, now)
@@ -96,14 +97,14 @@ def test_random_bytes_raise_nothing_but_transfer_errors(seed: int) -> None:
     print(f"seed {seed}")
     rng = random.Random(seed)
     ids = {"generation": "0" * 32, "claim_id": "1" * 32, "to": "2" * 32}
-    good = m.encode(m.Register("t", ((1, 2), (3,)), 0, 8, 0, **ids))
+    good = m.CODEC.encode(m.Register("t", ((1, 2), (3,)), 0, 8, 0, **ids))
     for _ in range(500):
-        data = bytearray(good if rng.random() < 0.8 else rng.randbytes(rng.randrange(60)))
+        data = bytearray(good if rng.random() < 0.8 else good[:4] + rng.randbytes(rng.randrange(60)))
         for _ in range(rng.randrange(1, 4)):
             if data:
                 data[rng.randrange(len(data))] = rng.randrange(256)
         with contextlib.suppress(TransferError):
-            m.decode(bytes(data[: rng.randrange(len(data) + 1)] if rng.random() < 0.3 else data))
+            m.CODEC.decode(bytes(data[: rng.randrange(len(data) + 1)] if rng.random() < 0.3 else data))
 
 
 @pytest.mark.parametrize(
@@ -125,4 +126,4 @@ def test_random_bytes_raise_nothing_but_transfer_errors(seed: int) -> None:
 )  # fmt: skip
 def test_bounds_hold(message: Any) -> None:
     with pytest.raises(TransferError):
-        m.decode(msgspec.msgpack.encode(message))
+        m.CODEC.decode(b"KVF\x01" + msgspec.msgpack.encode(message))

@@ -115,14 +115,8 @@ class Broken(ThreadedTransport):
 
     capabilities = Capabilities("broken", devices=("cpu",))
 
-    def local_blob(self) -> bytes:
+    def _register(self) -> bytes:
         return b""
-
-    def why_unreachable(self, blob: bytes) -> str | None:
-        return None
-
-    def _register(self) -> None:
-        pass
 
     def _parse(self, blob: bytes) -> PeerHandle:
         return PeerHandle(blob.decode(), [100])

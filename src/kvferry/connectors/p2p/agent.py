@@ -20,13 +20,12 @@ from kvferry.errors import TransferError
 from kvferry.p2p.actions import Action, Connect, Send
 from kvferry.p2p.control import Connected, ControlChannel, ControlSettings, Lost
 from kvferry.p2p.core import P2PCore
-from kvferry.p2p.messages import AnyMessage
-from kvferry.p2p.wire import Address, Codec
+from kvferry.p2p.messages import CODEC, AnyMessage
+from kvferry.p2p.wire import Address
 
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
-_MAX_MESSAGE_BYTES = 2 << 20
 _LONGEST_WAIT_S = 1.0
 _JOIN_S = 5.0
 
@@ -41,8 +40,7 @@ class P2PAgent:
         self._events: list[Action] = []
         self._lost: set[str] = set()
         self._is_closing = False
-        codec: Codec[AnyMessage] = Codec(AnyMessage, _MAX_MESSAGE_BYTES)
-        self._channel = ControlChannel(settings, codec, self._news.set)
+        self._channel = ControlChannel(settings, CODEC, self._news.set)
         self.address = self._channel.address
         self._core = make_core(self.address)
         self._thread = threading.Thread(target=self._main, name="kvferry-p2p-agent", daemon=True)

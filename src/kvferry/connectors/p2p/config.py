@@ -41,7 +41,7 @@ class P2PConfig:
     shm_dir: str | None = None
     """Folder for the KV pool when shared memory is too small."""
     ucx: dict[str, Any] | None = None
-    """Settings of NIXL's UCX backend."""
+    """Settings of NIXL's UCX backend, texts or whole numbers, e.g. `num_threads`; it ignores keys it does not know."""
     lease_s: float = _WAITS.lease_s
     """Blocks of a finished prefill are kept for a decode engine that has not come."""
     claim_s: float = _WAITS.claim_s
@@ -70,6 +70,9 @@ class P2PConfig:
             )
         if not all(isinstance(peer, str) for peer in config.allowed_peers or ()):
             raise ConfigError(f"{EXTRA_CONFIG}.allowed_peers={config.allowed_peers!r} must be a list of texts")
+        for key, value in (config.ucx or {}).items():
+            if type(value) not in (str, int):
+                raise ConfigError(f"{EXTRA_CONFIG}.ucx.{key}={value!r} must be a text or a whole number")
         config.waits()
         return config
 

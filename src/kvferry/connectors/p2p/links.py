@@ -15,11 +15,11 @@ from dataclasses import dataclass, field
 
 from kvferry.connectors.p2p.messages import JobReport, OpenOrder, WorkerReport
 from kvferry.errors import TransferError
-from kvferry.p2p import transport as wire
-from kvferry.p2p.actions import TransferJob, TransferOp, TransferStatus
+from kvferry.p2p.actions import TransferJob
 from kvferry.p2p.choice import choose
 from kvferry.p2p.geometry import EngineGeometry, decode_geometry
 from kvferry.p2p.plan import RankTransfer, plan_transfer, unfilled_blocks
+from kvferry.p2p.transport import PeerHandle, TransferOp, TransferStatus, Transport
 
 logger = logging.getLogger(__name__)
 
@@ -32,7 +32,7 @@ class _Link:
     order: OpenOrder
     local: EngineGeometry
     remote: EngineGeometry
-    peers: dict[int, tuple[wire.Transport, wire.PeerHandle]] = field(default_factory=dict)
+    peers: dict[int, tuple[Transport, PeerHandle]] = field(default_factory=dict)
 
     def has_ended(self) -> bool:
         """Whether all the peer's workers are known, and known to have ended."""
@@ -61,7 +61,7 @@ class _Running:
 class Links:
     """All links of one worker. Single-threaded; never blocks: the transports have threads of their own."""
 
-    def __init__(self, rank: int, requested: str, transports: Mapping[str, wire.Transport]) -> None:
+    def __init__(self, rank: int, requested: str, transports: Mapping[str, Transport]) -> None:
         self._rank = rank
         self._requested = requested
         self._transports = transports
@@ -87,7 +87,7 @@ class Links:
         try:
             for peer_rank, transfer in self._plan(job):
                 transport, peer = self._reach(job.connection, peer_rank)
-                ticket = transport.submit(peer, wire.TransferOp(job.op.value), transfer.pieces)
+                ticket = transport.submit(peer, job.op, transfer.pieces)
                 self._add(running, transport, ticket)
         except TransferError as error:
             running.note(TransferStatus.REJECTED, str(error))
@@ -118,12 +118,12 @@ class Links:
                 running = self._tickets.pop((name, done.ticket))
                 running.tickets.discard((name, done.ticket))
                 running.num_bytes[name] += done.num_bytes
-                running.note(TransferStatus(done.status.value), done.reason)
+                running.note(done.status, done.reason)
                 self._end_if_over(running)
         report, self._report = self._report, WorkerReport()
         return report
 
-    def _add(self, running: _Running, transport: wire.Transport, ticket: int) -> None:
+    def _add(self, running: _Running, transport: Transport, ticket: int) -> None:
         key = transport.capabilities.name, ticket
         running.tickets.add(key)
         self._tickets[key] = running
@@ -161,7 +161,7 @@ class Links:
             return [(x.destination_rank, x) for x in plan_transfer(*what, job.token_range, source_rank=self._rank)]
         return [(x.source_rank, x) for x in plan_transfer(*what, job.token_range, destination_rank=self._rank)]
 
-    def _reach(self, connection: int, peer_rank: int) -> tuple[wire.Transport, wire.PeerHandle]:
+    def _reach(self, connection: int, peer_rank: int) -> tuple[Transport, PeerHandle]:
         link = self._links[connection]
         if peer_rank not in link.peers:
             blobs = {name: ranks[peer_rank] for name, ranks in link.order.blobs.items() if peer_rank < len(ranks)}

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from kvferry.contract.base import KVConnectorHandshakeMetadata, KVConnectorMetadata, KVConnectorWorkerMetadata
-from kvferry.p2p.actions import TransferJob, TransferStatus
+from kvferry.p2p.actions import TransferJob
+from kvferry.p2p.transport import TransferStatus
 
 
 @dataclass(frozen=True, slots=True)

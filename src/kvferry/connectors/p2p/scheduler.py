@@ -46,11 +46,11 @@ from kvferry.p2p.actions import (
     OpenPeer,
     Release,
     StartTransfer,
-    TransferOp,
 )
 from kvferry.p2p.core import P2PCore, random_id
 from kvferry.p2p.geometry import EngineGeometry, check_geometries, decode_geometry, encode_geometry
 from kvferry.p2p.messages import Handover
+from kvferry.p2p.transport import TransferOp
 from kvferry.p2p.wire import Address, check_peer
 from kvferry.types import NULL_BLOCK_ID
 

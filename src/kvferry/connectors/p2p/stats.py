@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from kvferry.connectors.p2p.messages import JobReport
 from kvferry.contract.stats import ConnectorStats, MediumStats
-from kvferry.p2p.actions import TransferOp, TransferStatus
+from kvferry.p2p.transport import TransferOp, TransferStatus
 
 MEDIUM = "p2p"
 

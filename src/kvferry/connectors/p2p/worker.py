@@ -60,8 +60,9 @@ class P2PWorkerSide(WorkerSide):
             tp_rank=host.rank, tp_size=host.tp_size,
         )  # fmt: skip
         self._geometry = encode_geometry(EngineGeometry((rank,)))
+        ucx = {key: str(value) for key, value in (self.config.ucx or {}).items()}
         made = create_transports(
-            self.config.transport, regions, engine_id=host.engine_id, pool=self._pool, ucx_params=self.config.ucx
+            self.config.transport, regions, engine_id=host.engine_id, pool=self._pool, ucx_params=ucx
         )
         self.transports.update(made)
 
