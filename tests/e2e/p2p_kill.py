@@ -26,12 +26,13 @@ from kvferry.testing.stub_model import StubModel
 PROMPT_TOKENS = 200
 BLOCKS = PROMPT_TOKENS // p2p_kill_child.BLOCK
 NUM_TOKENS = 8
+LONG = 60
 PATIENCE_S = 120.0
 MODES = ("pull", "push")
 DECODE = {"do_remote_decode": True}
 FAR: dict[str, float] = {"retry_s": 0.05, "quarantine_s": 0.2, "claim_s": 2.0, "lease_s": 30.0, "load_s": 40.0, "handshake_s": 20.0}
 """Deadlines of cases in which none should pass, but for claims of the dead."""
-NEAR: dict[str, float] = FAR | {"lease_s": 2.0, "load_s": 1.5, "handshake_s": 1.5, "claim_s": 1.0}
+NEAR: dict[str, float] = FAR | {"lease_s": 2.0, "load_s": 2.0, "handshake_s": 2.0, "claim_s": 1.0}
 """Deadlines of cases in which somebody is stopped until they have passed."""
 _LEFT_OVERS = ("lost_blocks", "pinned_blocks", "told_held_blocks", "num_loads", "producer", "consumer")
 _numbers = itertools.count()
@@ -75,8 +76,9 @@ class Engine:
         return self._wait("reply")
 
     def add(self, prompt: list[int], params: dict[str, Any] | None = None, max_tokens: int = NUM_TOKENS) -> str:
+        """Returns at once, also where the engine is stopped."""
         request_id = f"r{next(_numbers)}"
-        self.ask("add", request_id, prompt, max_tokens, params)
+        self._connection.send(("add", request_id, prompt, max_tokens, params))
         return request_id
 
     def result(self, request_id: str) -> dict[str, Any]:
@@ -104,10 +106,15 @@ class Engine:
         return dict(state)
 
     def settle(self, within_s: float = PATIENCE_S) -> None:
-        """All blocks come free, nothing is open with anybody, and the engine computes."""
+        """All blocks come free, nothing is open with anybody, and requests that take up every block go well."""
         self.until(lambda state: not any(state[name] for name in _LEFT_OVERS), within_s)
-        prompt = new_prompt()
-        assert self.result(self.add(prompt))["tokens"] == expected(prompt)
+        self.compute()
+
+    def compute(self) -> None:
+        """Fill all free blocks with others' KV, and be right."""
+        prompts = [new_prompt() for _ in range(p2p_kill_child.NUM_BLOCKS // BLOCKS + 1)]
+        for prompt, request_id in [(prompt, self.add(prompt)) for prompt in prompts]:
+            assert self.result(request_id)["tokens"] == expected(prompt)
 
     def kill(self) -> None:
         self.process.kill()
@@ -144,6 +151,8 @@ class Engine:
             kind, value = self._connection.recv()
         except (EOFError, OSError) as error:
             raise AssertionError("the engine has ended") from error
+        if kind == "reply" and value == "added":
+            return
         if kind == "output":
             self._outputs[value["request_id"]] = value
         else:
@@ -164,9 +173,11 @@ class Pair:
         self._transport, self._folder = transport, folder
         self._lives: list[Engine] = []
 
-    def start(self, mode: str, settings: dict[str, float], policy: str = "recompute") -> None:
-        self._policy, self._settings = policy, {"mode": mode, **settings}
+    def start(self, mode: str, policy: str = "recompute", num_tries: int = 1, **settings: Any) -> None:
+        """Both, until they know each other."""
+        self._policy, self._settings = policy, {"mode": mode} | settings
         self.prefill, self.decode = self._start(0), self._start(0)
+        self.hand_over(num_tries)
 
     def restart(self, victim: str) -> None:
         """Another engine at the same address; of the dead one no memory is left."""
@@ -217,8 +228,7 @@ class KillCases:
     @pytest.mark.parametrize("moment", ["before", "during", "after"])
     @pytest.mark.parametrize("mode", MODES)
     def test_killed(self, pair: Pair, mode: str, moment: str, victim: str) -> None:
-        pair.start(mode, FAR | ({"lease_s": 3.0} if moment != "after" else {}))
-        pair.hand_over()  # they know each other
+        pair.start(mode, **FAR | ({"lease_s": 3.0} if moment != "after" else {}))
         self.kill_at(pair, mode, moment, victim)
         if victim == "prefill":
             pair.decode.settle(within_s=10.0)
@@ -230,7 +240,7 @@ class KillCases:
         pair.decode.settle()
 
     def kill_at(self, pair: Pair, mode: str, moment: str, victim: str) -> None:
-        prompt, long = new_prompt(), 60
+        prompt = new_prompt()
         params = pair.prefill.prefill(prompt)
         mover, dying = (pair.decode if mode == "pull" else pair.prefill), getattr(pair, victim)
         if moment == "during":
@@ -240,7 +250,7 @@ class KillCases:
             if victim == "decode":
                 return
         started_s = time.monotonic()
-        request_id = pair.decode.add(prompt, params, long)
+        request_id = pair.decode.add(prompt, params, LONG)
         if moment == "during":
             mover.half()
             dying.kill()
@@ -252,5 +262,128 @@ class KillCases:
         if victim == "prefill":
             result = pair.decode.result(request_id)
             assert time.monotonic() - started_s < 10.0
-            assert result["tokens"] == expected(prompt, long)
+            assert result["tokens"] == expected(prompt, LONG)
             assert result["num_external"] == (PROMPT_TOKENS if moment == "after" else 0)
+
+    @pytest.mark.parametrize("moment", ["before", "during", "after"])
+    def test_prefill_engine_stopped_during_pulls(self, pair: Pair, moment: str) -> None:
+        pair.start("pull", num_tries=3, **NEAR)
+        prompt = new_prompt()
+        params = pair.prefill.prefill(prompt)
+        if moment == "before":
+            pair.prefill.stop()
+        pair.decode.ask("gate", "arm") if moment == "during" else None
+        request_id = pair.decode.add(prompt, params, LONG)
+        if moment == "during":
+            pair.decode.half()
+            pair.prefill.stop()
+            pair.decode.ask("gate", "open")
+        elif moment == "after":
+            pair.decode.until(lambda state: not state["consumer"])
+            pair.prefill.stop()
+        started_s = time.monotonic()
+        result = pair.decode.result(request_id)
+        assert time.monotonic() - started_s < 10.0
+        assert result["tokens"] == expected(prompt, LONG)
+        assert (result["num_external"] == 0) == (moment != "after")
+        pair.decode.settle()  # it does not need the other for that
+        pair.prefill.go_on()
+        pair.prefill.settle()
+        pair.hand_over(num_tries=3)
+
+    @pytest.mark.parametrize(("moment", "end"), [("before", "go on"), ("during", "go on"), ("during", "kill")])
+    def test_prefill_engine_stopped_during_pushes(self, pair: Pair, moment: str, end: str) -> None:
+        """What it may write to later stays out of use until it has said that it will not, or is dead."""
+        pair.start("push", num_tries=3, **NEAR)
+        prompt = new_prompt()
+        params = pair.prefill.prefill(prompt)
+        if moment == "before":
+            pair.prefill.stop()
+            request_id = pair.decode.add(prompt, params)
+        else:
+            pair.prefill.ask("gate", "arm")
+            request_id = pair.decode.add(prompt, params)
+            pair.prefill.half()
+            pair.prefill.stop()
+        started_s = time.monotonic()
+        result = pair.decode.result(request_id)
+        assert time.monotonic() - started_s < 10.0
+        assert (result["tokens"], result["num_external"]) == (expected(prompt), 0)
+        state = pair.decode.until(lambda state: state["pinned_blocks"])
+        assert state["pinned_blocks"] == state["lost_blocks"] == state["told_held_blocks"] == BLOCKS
+        pair.decode.compute()  # with what is left
+        if end == "kill":
+            pair.prefill.kill()
+        else:
+            pair.prefill.go_on()
+            pair.prefill.ask("gate", "open")
+            pair.prefill.settle()
+        pair.decode.settle()
+        if end == "kill":
+            pair.restart("prefill")
+        pair.hand_over(num_tries=3)
+
+    @pytest.mark.parametrize("moment", ["before", "during", "after"])
+    @pytest.mark.parametrize("mode", MODES)
+    def test_decode_engine_stopped(self, pair: Pair, mode: str, moment: str) -> None:
+        """Until all promises to it are over, and its blocks are others'; what it reads then does not count."""
+        pair.start(mode, num_tries=3, **NEAR | {"load_s": 40.0})
+        prompt = new_prompt()
+        params = pair.prefill.prefill(prompt)
+        mover = pair.decode if mode == "pull" else pair.prefill
+        if moment == "before":
+            pair.decode.stop()
+        elif moment == "during":
+            mover.ask("gate", "arm")
+        request_id = pair.decode.add(prompt, params, LONG)
+        if moment == "during":
+            mover.half()
+        elif moment == "after":
+            pair.decode.until(lambda state: not state["consumer"])
+        pair.decode.stop()
+        if moment == "during" and mode == "push":
+            mover.ask("gate", "open")
+        pair.prefill.settle()
+        pair.decode.go_on()
+        pair.decode.ask("gate", "open")
+        result = pair.decode.result(request_id)
+        assert result["tokens"] == expected(prompt, LONG)
+        if (mode, moment) != ("push", "during"):
+            assert (result["num_external"] == 0) == (moment != "after")
+        pair.decode.settle()
+        pair.hand_over(num_tries=3)
+
+    def test_a_slow_reader_that_lives_keeps_its_claim(self, pair: Pair) -> None:
+        pair.start("pull", num_tries=3, **NEAR | {"load_s": 40.0})
+        prompt = new_prompt()
+        params = pair.prefill.prefill(prompt)
+        pair.decode.ask("gate", "arm")
+        request_id = pair.decode.add(prompt, params)
+        pair.decode.half()
+        time.sleep(2.5)  # longer than lease and claim
+        pair.prefill.compute()
+        pair.decode.ask("gate", "open")
+        result = pair.decode.result(request_id)
+        assert (result["tokens"], result["num_external"]) == (expected(prompt), PROMPT_TOKENS)
+        pair.prefill.settle()
+        pair.decode.settle()
+
+    @pytest.mark.parametrize("mode", MODES)
+    @pytest.mark.parametrize("what", ["kill", "stop"])
+    def test_where_loads_must_not_fail_the_request_ends_with_an_error(self, pair: Pair, mode: str, what: str) -> None:
+        pair.start(mode, "fail", num_tries=1, **FAR | {"load_s": 5.0})
+        prompt = new_prompt()
+        params = pair.prefill.prefill(prompt)
+        mover = pair.decode if mode == "pull" else pair.prefill
+        mover.ask("gate", "arm")
+        request_id = pair.decode.add(prompt, params)
+        mover.half()
+        getattr(pair.prefill, what)()
+        if mode == "pull":
+            mover.ask("gate", "open")
+        result = pair.decode.result(request_id)
+        assert (result["tokens"], result["reason"]) == ([], "error")
+        assert result["error"]
+        if what == "stop":
+            pair.prefill.kill()
+        pair.decode.settle()

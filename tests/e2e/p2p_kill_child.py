@@ -137,10 +137,11 @@ class Child:
         self.llm.shutdown()
         self.llm.scheduler.check_integrity()
 
-    def add(self, request_id: str, prompt: list[int], max_tokens: int, params: dict[str, Any] | None) -> None:
+    def add(self, request_id: str, prompt: list[int], max_tokens: int, params: dict[str, Any] | None) -> str:
         extra = None if params is None else {"kv_transfer_params": params}
         sampling = SamplingParams(temperature=0.0, max_tokens=max_tokens, extra_args=extra)
         self.llm.add_request(prompt, sampling, request_id=request_id)
+        return "added"  # nobody waits for this
 
     def gate(self, what: str) -> None:
         if what == "arm":
