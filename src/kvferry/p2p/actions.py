@@ -41,6 +41,13 @@ class Connect:
 
 
 @dataclass(frozen=True, slots=True)
+class Disconnect:
+    """Hang up, also what was never reached. A link that breaks later is told again after the next `Connect` only."""
+
+    peer: str
+
+
+@dataclass(frozen=True, slots=True)
 class Send:
     """Hand a message to the control channel; it may be lost."""
 
@@ -104,7 +111,7 @@ class BlocksSafe:
     request_id: str
 
 
-Action = Connect | Send | OpenPeer | ClosePeer | StartTransfer | Release | LoadEnded | BlocksSafe
+Action = Connect | Disconnect | Send | OpenPeer | ClosePeer | StartTransfer | Release | LoadEnded | BlocksSafe
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,7 +151,7 @@ class P2PSettings:
     liveness_s: float = 15.0  # a peer that owes answers may be silent
     quarantine_s: float = 5.0  # a lost transfer may end by itself before its connection is destroyed
     idle_s: float = 600.0  # a peer without business is kept
-    backoff_s: float = 1.0  # after a failed connection; doubles with every failure
+    backoff_s: float = 1.0  # after a second failed connection; doubles with every further one
     max_backoff_s: float = 60.0
     memory_s: float = 300.0  # answers are remembered; no message of a control channel is ever later than this
     max_peers: int = 1024

@@ -131,7 +131,10 @@ class ControlChannel(Generic[M]):
     # ---- for the owner, any thread ----------------------------------------------------------------------------
 
     def connect(self, peer: str) -> None:
-        """Dial `host:port`, once; `Connected` or `Lost` follows in `poll`. TransferError: malformed, or too many."""
+        """Dial `host:port`, unless connected; `Connected` or `Lost` follows. TransferError: malformed, or too many.
+
+        A link that is lost is dialled again in silence, less and less often; another `connect` does it at once.
+        """
         Address.parse(peer)
         with self._lock:
             if peer not in self._names and len(self._names) >= self._settings.max_dialled:
@@ -232,6 +235,11 @@ class ControlChannel(Generic[M]):
         self._poller.register(monitor, zmq.POLLIN)
         return _Dialled(dealer, monitor)
 
+    def _redial(self, peer: str) -> None:
+        if (known := self._dialled.get(peer)) is None or known.is_connected is False:
+            self._hang_up(peer)
+            self._dialled[peer] = self._dial(peer)
+
     def _hang_up(self, peer: str) -> None:
         dialled = self._dialled.pop(peer, None)
         if dialled is not None:
@@ -300,8 +308,8 @@ class ControlChannel(Generic[M]):
         try:
             if peer.startswith("@"):
                 self._router.send_multipart((bytes.fromhex(peer[1:]), frame), zmq.NOBLOCK)
-            elif frame == b"" and peer not in self._dialled:
-                self._dialled[peer] = self._dial(peer)
+            elif frame == b"":
+                self._redial(peer)
             elif frame and peer in self._dialled:
                 self._dialled[peer].socket.send(frame, zmq.NOBLOCK)
             elif frame:

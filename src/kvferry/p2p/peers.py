@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from math import inf
 from typing import Any
 
-from kvferry.p2p.actions import Action, ClosePeer, Connect, LocalEngine, OpenPeer, P2PSettings, Send
+from kvferry.p2p.actions import Action, ClosePeer, Connect, Disconnect, LocalEngine, OpenPeer, P2PSettings, Send
 from kvferry.p2p.calls import Calls, row
 from kvferry.p2p.messages import PROTOCOL, ClaimMessage, Hello, HelloRefused
 
@@ -49,6 +49,7 @@ class Peer:
     is_dialling: bool = False
     hello: Hello | None = None  # of the life we talk to
     nonce: str = ""  # of our last question
+    owed_nonce: str = ""  # of its question, which is answered when our old end is destroyed
     is_asked: bool = False  # somebody wants a connection, as soon as this one is closed
     epoch: int = 0  # ours towards it, in our hello
     connection: int | None = None
@@ -130,10 +131,14 @@ class Peers:
     def lost(self, name: str, reason: str, now: float) -> None:
         """The control link is down, or could not be made."""
         if (peer := self._peers.get(name)) is not None:
-            peer.is_up = peer.is_dialling = False
+            was_dialling, peer.is_up, peer.is_dialling = peer.is_dialling, False, False
             self._calls.answered("hello", name)
             self.close(peer, reason, now)
-            self._back_off(peer, now)
+            if was_dialling:  # there is nobody: whoever waits need not wait longer, and the next one dials anew
+                self._emit(Disconnect(name))
+                self._tell_refused(name, f"{name}: {reason}", now)
+            else:
+                self._back_off(peer, now)
 
     def on_hello(self, name: str, hello: Hello, now: float) -> None:
         """A peer introduced itself: answer its question, or believe its answer to ours."""
@@ -199,6 +204,9 @@ class Peers:
                 listener.connection_closed(connection, now)
             if peer.is_asked and peer.is_up:
                 self._greet(peer, now)
+            if peer.owed_nonce:
+                self._emit(Send(peer.name, self._hello(peer, peer.owed_nonce, is_answer=True)))
+                peer.owed_nonce = ""
 
     def forgive(self, now: float) -> None:
         """We were frozen ourselves: nobody owes us answers since before."""
@@ -219,6 +227,7 @@ class Peers:
                 self.close(peer, f"{peer.name} was idle", now)
                 if peer.closing is None:
                     self._calls.answered("hello", peer.name)
+                    self._emit(Disconnect(peer.name))
                     del self._peers[peer.name]
 
     def next_deadline(self, wanted: Set[str], busy: Set[str]) -> float:
@@ -269,8 +278,10 @@ class Peers:
         is_current = is_known and peer.hello is not None and peer.hello.epoch == hello.epoch
         if peer.connection is None or not is_current:
             self._greet(peer, now)
-        if peer.closing is None and (peer.connection is None or is_current):  # else after our old end is destroyed too
+        if peer.closing is None and (peer.connection is None or is_current):
             self._emit(Send(peer.name, self._hello(peer, hello.nonce, is_answer=True)))
+        else:
+            peer.owed_nonce = hello.nonce
 
     def _differences(self, hello: Hello) -> list[str]:
         if hello.protocol != PROTOCOL:
@@ -292,12 +303,17 @@ class Peers:
     def _refuse(self, peer: Peer, reason: str, now: float) -> None:
         peer.refusal = f"{peer.name} and this engine cannot exchange KV: {reason}"
         self.close(peer, peer.refusal, now)
+        peer.num_failures += 1
         self._back_off(peer, now)
+        self._tell_refused(peer.name, peer.refusal, now)
+
+    def _tell_refused(self, name: str, reason: str, now: float) -> None:
         for listener in self._listeners:
-            listener.peer_refused(peer.name, peer.refusal, now)
+            listener.peer_refused(name, reason, now)
 
     def _back_off(self, peer: Peer, now: float) -> None:
-        wait_s = self._settings.backoff_s * 2 ** min(peer.num_failures, 16)
+        """One failure after a success costs no time: it may have restarted, and is there already."""
+        wait_s = self._settings.backoff_s * (2 ** min(peer.num_failures, 16) - 1)
         peer.num_failures += 1
         peer.retry_s = now + min(wait_s, self._settings.max_backoff_s)
 

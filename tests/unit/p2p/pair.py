@@ -27,6 +27,8 @@ class Pair:
         self.sent: list[tuple[str, str, m.Message]] = []
         self.lost: Callable[[m.Message], bool] = lambda message: False
         self.differences: list[str] = []
+        self.unreachable: set[str] = set()
+        self.num_dials = 0
         for name in names:
             self.restart(name)
 
@@ -63,7 +65,11 @@ class Pair:
                 self.sent.append((name, action.peer, action.message))
                 if not self.lost(action.message):
                     self.cores[action.peer].message(name, m.CODEC.decode(m.CODEC.encode(action.message)), self.now)
+            case a.Connect() if action.peer in self.unreachable:
+                self.num_dials += 1
+                self.cores[name].peer_lost(action.peer, "it cannot be reached", self.now)
             case a.Connect():
+                self.num_dials += 1
                 self.cores[name].peer_connected(action.peer, self.now)
             case _:
                 self.done[name].append(action)

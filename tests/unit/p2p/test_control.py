@@ -109,6 +109,32 @@ def test_a_restarted_listener_is_lost_and_connected_again(channel) -> None:
     assert wait_for(successor, bool)[0][1] == Note("again"), "nothing old may come late"
 
 
+def test_who_was_lost_is_dialled_at_once_when_asked(channel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The channel itself tries again, but after 10 s at the earliest here."""
+    server, client = channel(), channel()
+    dial = client._dial
+
+    def slowly_again(peer: str) -> Any:
+        made = dial(peer)
+        made.socket.setsockopt(zmq.RECONNECT_IVL_MAX, 100_000)
+        made.socket.setsockopt(zmq.RECONNECT_IVL, 100_000)
+        return made
+
+    monkeypatch.setattr(client, "_dial", slowly_again)
+    peer = connected(client, server)
+    server.close()
+    assert isinstance(wait_for(client, bool)[0][1], Lost)
+    client.connect(peer)
+    assert wait_for(client, bool) == [(peer, Lost("it cannot be reached"))]
+    successor = channel(port=server.address.port)
+    client.connect(peer)
+    assert wait_for(client, bool) == [(peer, Connected())]
+    client.connect(peer)  # changes nothing
+    client.send(peer, Note("again"))
+    assert wait_for(successor, bool)[0][1] == Note("again")
+    assert client.poll() == []
+
+
 def test_nobody_there_is_told_once(channel) -> None:
     client = channel()
     with socket.socket() as unused:

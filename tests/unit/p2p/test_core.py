@@ -366,6 +366,50 @@ def test_an_unreachable_peer_fails_the_load_by_the_deadline() -> None:
     assert not pair.call(D, "park", "x", [[11], [12]], (0, 4)), "over"
 
 
+def test_where_nobody_listens_loads_fail_at_once_and_the_next_one_dials_again() -> None:
+    pair = Pair()
+    params = pair.finish()
+    pair.unreachable = {P}
+    for number, request_id in enumerate("xyz", start=1):
+        pair.load(D, params, request_id)
+        (ended,) = pair.take(D, a.LoadEnded)
+        assert (ended.reason, ended.blocks_quarantined) == ("p:1: it cannot be reached", False)
+        assert pair.take(D, a.Disconnect) == [a.Disconnect(P)]
+        assert pair.num_dials == number, "one try per request"
+    pair.advance(100)
+    assert pair.num_dials == 3, "nobody waits"
+    pair.unreachable = set()
+    pair.load(D, pair.finish("r2"))
+    assert pair.take(D, a.StartTransfer)
+
+
+def test_after_a_lost_link_the_next_load_needs_a_handshake_and_no_patience() -> None:
+    pair = Pair()
+    pair.end_job(D, started(pair))
+    (opened,) = pair.take(D, a.OpenPeer)
+    pair.call(D, "peer_lost", P, "reset by peer")
+    pair.call(D, "peer_closed", P, opened.connection)
+    pair.take(D, a.StartTransfer)
+    pair.load(D, pair.finish("r2"), "y")
+    (closing,) = pair.take(P, a.ClosePeer)  # it learns from the handshake that its end is of no use any more
+    pair.call(P, "peer_closed", D, closing.connection)
+    assert pair.take(D, a.StartTransfer)
+
+
+def test_a_link_that_breaks_again_and_again_is_dialled_less_and_less_often() -> None:
+    pair = Pair(backoff_s=1, handshake_s=60, announce_s=60)
+    params = pair.finish()
+    pair.lost = lambda message: True
+    pair.call(D, "announce", "x", params)
+    num_losses = 0
+    for _ in range(1000):
+        if num_losses < pair.num_dials:
+            num_losses += 1
+            pair.call(D, "peer_lost", P, "reset by peer")
+        pair.advance(0.05)
+    assert 4 <= pair.num_dials <= 10
+
+
 def test_idle_peers_are_evicted() -> None:
     pair = Pair(idle_s=20)
     pair.end_job(D, started(pair))
@@ -375,6 +419,7 @@ def test_idle_peers_are_evicted() -> None:
             pair.call(name, "peer_closed", other, close.connection)
     pair.advance(30)
     assert [core.snapshot()["peers"] for core in pair.cores.values()] == [[], []]
+    assert pair.take(D, a.Disconnect) == [a.Disconnect(P)], "else its next link would not be told of"
     assert all(core.next_deadline() == float("inf") or core.next_deadline() > pair.now for core in pair.cores.values())
 
 

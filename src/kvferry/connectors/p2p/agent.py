@@ -17,7 +17,7 @@ from typing import TypeVar
 
 from kvferry.clock import Clock
 from kvferry.errors import TransferError
-from kvferry.p2p.actions import Action, Connect, Send
+from kvferry.p2p.actions import Action, Connect, Disconnect, Send
 from kvferry.p2p.control import Connected, ControlChannel, ControlSettings, Lost
 from kvferry.p2p.core import P2PCore
 from kvferry.p2p.messages import CODEC, AnyMessage
@@ -38,7 +38,6 @@ class P2PAgent:
         self._lock = threading.Lock()
         self._news = threading.Event()
         self._events: list[Action] = []
-        self._lost: set[str] = set()
         self._is_closing = False
         self._channel = ControlChannel(settings, CODEC, self._news.set)
         self.address = self._channel.address
@@ -98,11 +97,9 @@ class P2PAgent:
     def _hear(self, peer: str, item: AnyMessage | Connected | Lost, now: float) -> None:
         match item:
             case Connected():
-                self._lost.discard(peer)
                 self._core.peer_connected(peer, now)
             case Lost():
                 logger.info("the control link to %s is down: %s", peer, item.reason)
-                self._lost.add(peer)
                 self._core.peer_lost(peer, item.reason, now)
             case _:
                 self._core.message(peer, item, now)
@@ -113,6 +110,8 @@ class P2PAgent:
             for action in actions:
                 if isinstance(action, Connect):
                     self._connect(action.peer)
+                elif isinstance(action, Disconnect):
+                    self._channel.disconnect(action.peer)
                 elif isinstance(action, Send):
                     self._send(action)
                 else:
@@ -120,9 +119,6 @@ class P2PAgent:
 
     def _connect(self, peer: str) -> None:
         try:
-            if peer in self._lost:  # the channel tries again in silence; a new try has a new answer
-                self._lost.discard(peer)
-                self._channel.disconnect(peer)
             self._channel.connect(peer)
         except TransferError as error:
             self._core.peer_lost(peer, str(error), self._clock.now())
