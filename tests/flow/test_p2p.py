@@ -400,6 +400,7 @@ def test_bad_parameters_end_or_slow_down_one_request(cluster: Cluster, policy: s
     assert tokens(fine) == expected(OTHER, 8)
     if policy == "recompute":
         assert tokens(bad) == expected(PROMPT, 8)
+        assert bad.kv_transfer_params == {"num_recomputed_tokens": len(PROMPT) - 1}, "a strict proxy looks at this"
     else:
         assert (tokens(bad), bad.outputs[0].finish_reason) == ([], "error")
         assert bad.error is not None

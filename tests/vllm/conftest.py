@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 from engine_process import EngineChild
 
 StartEngine = Callable[..., EngineChild]
+StartEngines = Callable[..., list[EngineChild]]
 
 # Heads of 32: the smallest that vLLM's CPU attention takes; an even number of KV heads for two ranks.
 TINY = {
@@ -27,12 +29,19 @@ TINY = {
 }
 
 
-def _starter(folder: Path) -> Iterator[StartEngine]:
+@contextmanager
+def _engines(folder: Path) -> Iterator[StartEngines]:
     children: list[EngineChild] = []
 
-    def start(env: dict[str, str] | None = None, **llm: Any) -> EngineChild:
-        children.append(EngineChild(llm, folder / f"engine{len(children)}.log", env))
-        return children[-1]
+    def start(*wanted: dict[str, Any]) -> list[EngineChild]:
+        new = []
+        for arguments in wanted:
+            llm = {name: value for name, value in arguments.items() if name != "env"}
+            new.append(EngineChild(llm, folder / f"engine{len(children)}.log", arguments.get("env")))
+            children.append(new[-1])
+        for child in new:
+            child.wait_until_up()
+        return new
 
     yield start
     for child in children:
@@ -40,15 +49,23 @@ def _starter(folder: Path) -> Iterator[StartEngine]:
 
 
 @pytest.fixture
-def start_engine(tmp_path: Path) -> Iterator[StartEngine]:
-    """Start engines; what is left of them is killed when the test ends."""
-    yield from _starter(tmp_path)
+def start_engines(tmp_path: Path) -> Iterator[StartEngines]:
+    """Start several engines at once, which is faster; of each its arguments, and `env`. All end with the test."""
+    with _engines(tmp_path) as start:
+        yield start
+
+
+@pytest.fixture
+def start_engine(start_engines: StartEngines) -> StartEngine:
+    """Start one engine."""
+    return lambda env=None, **llm: start_engines({"env": env, **llm})[0]
 
 
 @pytest.fixture(scope="module")
 def start_shared_engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[StartEngine]:
     """Start engines that serve all tests of a module."""
-    yield from _starter(tmp_path_factory.mktemp("engines"))
+    with _engines(tmp_path_factory.mktemp("engines")) as start:
+        yield lambda env=None, **llm: start({"env": env, **llm})[0]
 
 
 @pytest.fixture(scope="session")

@@ -31,6 +31,7 @@ class WorkerProbe:
     _gate: threading.Event
     _num_held = 0
     _jobs: list[Any]
+    _num_computed: list[int]
 
     def block_digests(self, block_ids: list[int]) -> dict[str, str]:
         """SHA-256 of each block's bytes over all layers, read through the runner's own tensors."""
@@ -49,8 +50,8 @@ class WorkerProbe:
         kind = type(_worker_connector())
         return f"{kind.__module__}:{kind.__qualname__}"
 
-    def save_kv(self, folder: str, block_ids: list[int]) -> None:
-        """Write `rank<n>.npy` there: float32 [layers, blocks x tokens, heads, K then V].
+    def save_kv(self, folder: str, block_ids: list[int], group: int) -> None:
+        """Write `rank<n>.npy` there, of one KV cache group: float32 [layers, blocks x tokens, heads, K then V].
 
         As vLLM's attention on CPU keeps them (measured with its own store op): per block and head all of K as
         [elements, tokens], then all of V as [tokens, elements], whatever the tensor's shape says.
@@ -59,7 +60,7 @@ class WorkerProbe:
 
         layers = self.model_runner.compilation_config.static_forward_context
         kept = []
-        for name in sorted(layers):
+        for name in sorted(_worker_connector()._kv_cache_config.kv_cache_groups[group].layer_names):
             blocks = layers[name].kv_cache.numpy()[block_ids]
             num, heads, tokens, content = blocks.shape
             k, v = np.split(blocks.reshape(num, heads, -1), 2, axis=2)
@@ -69,15 +70,25 @@ class WorkerProbe:
         np.save(Path(folder) / f"rank{_worker_connector().side.host.rank}.npy", np.stack(kept))
 
     def watch_jobs(self) -> None:
-        """From now on note what this worker is told to transfer."""
-        links = _worker_connector().side._links
+        """From now on note what this worker is told to transfer, and how many tokens each step computes."""
+        links, runner = _worker_connector().side._links, self.model_runner
         start, self._jobs = links.start, []
+        execute, self._num_computed = runner.execute_model, []
 
         def noted(job: Any) -> None:
             self._jobs.append(job)
             start(job)
 
-        links.start = noted
+        def counted(scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
+            self._num_computed.append(scheduler_output.total_num_scheduled_tokens)
+            return execute(scheduler_output, *args, **kwargs)
+
+        links.start, runner.execute_model = noted, counted
+
+    def num_computed(self) -> list[int]:
+        """Of each step since `watch_jobs`, or since this was asked, that computed any tokens."""
+        counts, self._num_computed[:] = [num for num in self._num_computed if num], []
+        return counts
 
     def jobs(self) -> list[dict[str, Any]]:
         """The jobs since `watch_jobs`, oldest first."""

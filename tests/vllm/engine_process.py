@@ -32,15 +32,15 @@ def vllm_environment(**more: str) -> dict[str, str]:
 
 
 class EngineChild:
-    """A vLLM engine (with its spawned core) in a process group of its own."""
+    """A vLLM engine (with its spawned core) in a process group of its own; `wait_until_up` comes first."""
 
     def __init__(self, llm: dict[str, Any], log: Path, env: dict[str, str] | None = None) -> None:
         self.log = log
         self._command = [sys.executable, str(HERE / "engine_child.py"), json.dumps({"llm": llm})]
         self._env = vllm_environment(**(env or {}))
-        self._start()
+        self._launch()
 
-    def _start(self) -> None:
+    def _launch(self) -> None:
         with self.log.open("ab") as stderr:
             self._process = subprocess.Popen(
                 self._command,
@@ -51,6 +51,9 @@ class EngineChild:
                 start_new_session=True,
                 text=True,
             )
+
+    def wait_until_up(self) -> None:
+        """AssertionError, with the end of its log, when it ends."""
         self._read()
 
     def _read(self) -> dict[str, Any]:
@@ -82,7 +85,8 @@ class EngineChild:
     def restart(self) -> int:
         """Shut the engine down in good order and start another like it; the first one's exit status."""
         status = self.stop()
-        self._start()
+        self._launch()
+        self.wait_until_up()
         return status
 
     def kill(self) -> None:

@@ -4,19 +4,19 @@ one beside the embedded engine, whose KV lies otherwise.
 
 from __future__ import annotations
 
-import importlib.util
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from conftest import TINY, StartEngine
+from conftest import TINY, StartEngine, StartEngines
 from engine_process import EngineChild, assert_same_tokens, random_prompt
 
 from kvferry import LLM, SamplingParams
 from kvferry.engine.kv_groups import layer_name
 
 BLOCK_SIZE = 32
+WINDOW = 64
 NUM_LAYERS = 3
 TOKEN_BYTES = NUM_LAYERS * TINY["num_key_value_heads"] * 2 * TINY["head_dim"] * 4  # K and V in float32
 NUM_TOKENS = 203
@@ -61,10 +61,12 @@ def moved(engine: EngineChild, op: str, transport: str = "shm") -> int:
     return sum(counter[transport][op] for counter in counters)
 
 
-def tokens_of(engine: EngineChild, folder: Path, block_ids: list[int], num_tokens: int) -> np.ndarray[Any, Any]:
-    """What stands in these blocks: [layers, tokens, heads over all ranks, K then V]."""
+def tokens_of(
+    engine: EngineChild, folder: Path, block_ids: list[int], num_tokens: int, group: int = 0
+) -> np.ndarray[Any, Any]:
+    """What stands in these blocks of a group: [layers, tokens, heads over all ranks, K then V]."""
     folder.mkdir(exist_ok=True)
-    engine.ask(rpc="save_kv", args=[str(folder), block_ids])
+    engine.ask(rpc="save_kv", args=[str(folder), block_ids, group])
     ranks = [np.load(path)[:, :num_tokens] for path in sorted(folder.glob("rank*.npy"))]
     return np.concatenate(ranks, axis=2)
 
@@ -93,8 +95,11 @@ def check_hand_over(
     mover, op = (d, "read") if params["transfer_mode"] == "pull" else (p, "write")
     source = tokens_of(p, folder / p.log.stem, params["remote_block_ids"][0], len(prompt))
     before = moved(mover, op, transport)
+    d.ask(rpc="num_computed")
     got = d.ask(generate=prompt, max_tokens=MAX_TOKENS, transfer=params)
-    assert got["finish_reason"] == "length"
+    assert (got["finish_reason"], got["kv_transfer_params"]) == ("length", None)
+    # No first token is handed over to vLLM: it computes the prompt's last token again, and only that.
+    assert d.ask(rpc="num_computed")["answers"][0] == [1] * MAX_TOKENS
     assert (got["local_hits"], got["external_hits"]) == (num_local, len(prompt) - num_local)
     assert moved(mover, op, transport) - before == (len(prompt) - num_local) * TOKEN_BYTES
     job = mover.ask(rpc="jobs")["answers"][0][-1]
@@ -122,9 +127,9 @@ def kv_file(engine: EngineChild) -> Path:
     return Path(files[0])
 
 
-def test_either_role(start_engine: StartEngine, tiny_llama: str, tmp_path: Path) -> None:
+def test_either_role(start_engines: StartEngines, tiny_llama: str, tmp_path: Path) -> None:
     args = engine_args(tiny_llama, transfer_config("kv_both", "fail"))
-    p, d = start_engine(**args), start_engine(**args)
+    p, d = start_engines(args, args)
     files = [kv_file(p), kv_file(d)]
     assert all(file.parent == Path("/dev/shm") for file in files)
     for engine in (p, d):
@@ -150,11 +155,13 @@ def test_either_role(start_engine: StartEngine, tiny_llama: str, tmp_path: Path)
     assert " ERROR " not in d.log.read_text()
 
 
-def test_producer_and_consumer(start_engine: StartEngine, tiny_llama: str, tmp_path: Path) -> None:
+def test_producer_and_consumer(start_engines: StartEngines, tiny_llama: str, tmp_path: Path) -> None:
     """P is killed, and comes again as one that pushes. D's core is in one process with its client."""
-    p = start_engine(**engine_args(tiny_llama, transfer_config("kv_producer", "fail")))
     in_process = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
-    d = start_engine(in_process, **engine_args(tiny_llama, transfer_config("kv_consumer", "recompute")))
+    p, d = start_engines(
+        engine_args(tiny_llama, transfer_config("kv_producer", "fail")),
+        engine_args(tiny_llama, transfer_config("kv_consumer", "recompute"), env=in_process),
+    )
     d.ask(rpc="watch_jobs")
     prompt, other, third = (random_prompt(seed, NUM_TOKENS) for seed in (60, 61, 62))
     references = [reference_of(p, tokens) for tokens in (prompt, other, third)]
@@ -169,32 +176,93 @@ def test_producer_and_consumer(start_engine: StartEngine, tiny_llama: str, tmp_p
     params = prefill(p, third)
     p.kill()
     recomputed = d.ask(generate=third, max_tokens=MAX_TOKENS, transfer=params)
-    assert recomputed["seconds"] < DEADLINE_S
-    assert_same_tokens(recomputed, references[2])
+    check_recomputed(recomputed, references[2])
     d.ask(reset=False)
 
-    pushing = start_engine(**engine_args(tiny_llama, transfer_config("kv_producer", "fail", mode="push")))
+    (pushing,) = start_engines(engine_args(tiny_llama, transfer_config("kv_producer", "fail", mode="push")))
     pushing.ask(rpc="watch_jobs")
     check_hand_over(pushing, d, prompt, references[0], tmp_path)
     assert pushing.stop() == d.stop() == 0
 
 
-@pytest.mark.skipif(importlib.util.find_spec("nixl") is None, reason="nixl is not installed")
-@pytest.mark.parametrize("name", ["NixlPullConnector", "NixlPushConnector"])
-def test_over_nixl(start_engine: StartEngine, tiny_llama: str, tmp_path: Path, name: str) -> None:
-    args = engine_args(tiny_llama, transfer_config("kv_both", "recompute", name))
-    p, d = start_engine(**args), start_engine(**args)
+def check_recomputed(got: dict[str, Any], reference: dict[str, Any]) -> None:
+    """The load failed in time; the tokens are right, and a strict proxy is told, also of engines that recompute."""
+    assert got["seconds"] < DEADLINE_S
+    assert got["kv_transfer_params"] == {"num_recomputed_tokens": NUM_TOKENS - 1}
+    assert_same_tokens(got, reference)
+
+
+def test_over_nixl(start_engines: StartEngines, tiny_llama: str, tmp_path: Path) -> None:
+    """One engine pulls, the other pushes; both hand over and take."""
+    pushes, pulls = start_engines(
+        *(
+            engine_args(tiny_llama, transfer_config("kv_both", "recompute", name))
+            for name in ("NixlPushConnector", "NixlPullConnector")
+        )
+    )
+    for engine in (pushes, pulls):
+        engine.ask(rpc="watch_jobs")
+    prompts = [random_prompt(seed, NUM_TOKENS) for seed in (80, 81, 82)]
+    references = [reference_of(pushes, prompt) for prompt in prompts]
+    check_hand_over(pulls, pushes, prompts[0], references[0], tmp_path, transport="nixl")
+    check_hand_over(pushes, pulls, prompts[1], references[1], tmp_path, transport="nixl")
+    params = prefill(pushes, prompts[2])
+    pushes.kill()
+    check_recomputed(pulls.ask(generate=prompts[2], max_tokens=MAX_TOKENS, transfer=params), references[2])
+    assert pulls.stop() == 0
+
+
+def test_one_rank_and_two(start_engines: StartEngines, tiny_llama: str, tmp_path: Path) -> None:
+    """Each rank's half of the heads, and back."""
+    patient = {"lease_s": 200.0, "handshake_s": 60.0, "liveness_s": 60.0, "claim_s": 60.0, "load_s": 200.0}
+    args = engine_args(tiny_llama, transfer_config("kv_both", "fail", **patient))
+    one, two = start_engines(args, {**args, "tensor_parallel_size": 2, "env": {"OMP_NUM_THREADS": "1"}})
+    for engine in (one, two):
+        engine.ask(rpc="watch_jobs")
+    first, second = random_prompt(70, NUM_TOKENS), random_prompt(71, NUM_TOKENS)
+    references = [reference_of(one, prompt) for prompt in (first, second)]
+    check_hand_over(one, two, first, references[0], tmp_path)
+    shards = [np.load(path) for path in sorted((tmp_path / two.log.stem).glob("rank*.npy"))]
+    assert [shard.shape[2] for shard in shards] == [1, 1], "one of the two heads on each rank"
+    check_hand_over(two, one, second, references[1], tmp_path)
+    assert one.stop() == two.stop() == 0
+
+
+def test_hybrid_model(start_engines: StartEngines, tiny_gemma3: str, tmp_path: Path) -> None:
+    """Of two of the three groups only the window's blocks are handed over."""
+    args = engine_args(tiny_gemma3, transfer_config("kv_both", "fail"))
+    p, d = start_engines(args, args)
+    groups = p.ask(facts=True)["layers_by_group"]
+    assert [len(layers) for layers in groups] == [2, 2, 2]
+    assert groups[0][0] == groups[1][0] == groups[2][0], "the groups' tensors overlay each other"
     for engine in (p, d):
         engine.ask(rpc="watch_jobs")
-    prompt, other = random_prompt(80, NUM_TOKENS), random_prompt(81, NUM_TOKENS)
-    references = [reference_of(p, tokens) for tokens in (prompt, other)]
-    check_hand_over(p, d, prompt, references[0], tmp_path, transport="nixl")
-    params = prefill(p, other)
-    p.kill()
-    recomputed = d.ask(generate=other, max_tokens=MAX_TOKENS, transfer=params)
-    assert recomputed["seconds"] < DEADLINE_S
-    assert_same_tokens(recomputed, references[1])
-    assert d.stop() == 0
+    prompt = random_prompt(95, NUM_TOKENS)
+    reference = reference_of(p, prompt)
+    assert len(set(reference["token_ids"])) > 1
+
+    params = prefill(p, prompt)
+    first_block = (NUM_TOKENS - WINDOW) // BLOCK_SIZE
+    num_blocks = -(-NUM_TOKENS // BLOCK_SIZE)
+    assert [[block == 0 for block in table].index(False) for table in params["remote_block_ids"]] == [
+        first_block, first_block, 0,
+    ]  # fmt: skip
+    firsts = [first_block * BLOCK_SIZE, first_block * BLOCK_SIZE, 0]
+    sources = [
+        tokens_of(p, tmp_path / "p", table[first // BLOCK_SIZE :], NUM_TOKENS - first, group)
+        for group, (table, first) in enumerate(zip(params["remote_block_ids"], firsts, strict=True))
+    ]
+    got = d.ask(generate=prompt, max_tokens=MAX_TOKENS, transfer=params)
+    assert (got["finish_reason"], got["external_hits"]) == ("length", NUM_TOKENS)
+    assert moved(d, "read") == sum(NUM_TOKENS - first for first in firsts) * 2 * TOKEN_BYTES // NUM_LAYERS
+    (job,) = d.ask(rpc="jobs")["answers"][0]
+    for group, (source, first) in enumerate(zip(sources, firsts, strict=True)):
+        table = job["blocks"][group][first // BLOCK_SIZE : num_blocks]
+        destination = tokens_of(d, tmp_path / "d", table, NUM_TOKENS - first, group)
+        assert np.abs(source).any(axis=3).all()
+        np.testing.assert_array_equal(source[:, :-1], destination[:, :-1])
+    assert_same_tokens(got, reference)
+    assert p.stop() == d.stop() == 0
 
 
 class Embedded:

@@ -1,0 +1,201 @@
+"""`kvferry proxy` before two `vllm serve` with kvferry's NixlConnector, once over shared memory and once over NIXL."""
+
+from __future__ import annotations
+
+import json
+import re
+import select
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import httpx2
+import openai
+import pytest
+from engine_process import assert_same_tokens, vllm_environment, wait_until
+from vllm_server import START_S, Server, complete
+
+PROMPT = [(i * i * 31 + i * 7) % 40000 + 100 for i in range(203)]
+PAGE = "The ferry leaves the harbour at noon, and comes back before the sun goes down over the hills. " * 9
+KVFERRY = str(Path(sys.executable).parent / "kvferry")
+
+pytestmark = pytest.mark.timeout(400)
+
+
+def start(model: str, folder: Path, transport: str, policy: str) -> Server:
+    """One that prefills and decodes, and may use this transport."""
+    transfer = {
+        "kv_connector": "NixlConnector",
+        "kv_connector_module_path": "kvferry.vllm",
+        "kv_role": "kv_both",
+        "kv_load_failure_policy": policy,
+        "kv_connector_extra_config": {"transport": transport, "weights_version": "small"},
+    }
+    command = ["vllm", "serve", model, "--num-gpu-blocks-override", "128", "--kv-transfer-config", json.dumps(transfer)]
+    return Server(command, folder / f"{transport}.log")
+
+
+@pytest.fixture(scope="module")
+def prefill(model_folder: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """An engine with both transports; perhaps not up yet."""
+    server = start(model_folder, tmp_path_factory.mktemp("prefill"), "auto", "fail")
+    yield server
+    server.stop()
+
+
+@pytest.fixture(scope="module", params=["nixl", "shm"])
+def transport(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture(scope="module")
+def decode(
+    prefill: Server, transport: str, model_folder: str, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Server]:
+    """An engine with one transport."""
+    server = start(model_folder, tmp_path_factory.mktemp("decode"), transport, "recompute")
+    try:
+        prefill.wait_until_up()
+        server.wait_until_up()
+        yield server
+    finally:
+        server.stop()
+
+
+@contextmanager
+def proxying(prefill_url: str, decode_url: str, *options: str) -> Iterator[str]:
+    """URL of a proxy that has seen a transfer work, unless `options` keep it from looking."""
+    command = [KVFERRY, "proxy", "--port", "0", "--prefill", prefill_url, "--decode", decode_url, *options]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=vllm_environment()) as process:
+        try:
+            assert process.stdout is not None
+            assert select.select([process.stdout], [], [], 60)[0], "the proxy did not start"
+            found = re.search(r"on (http://\S+)$", process.stdout.readline())
+            assert found
+            wait_until("transfers work", lambda: httpx2.get(f"{found[1]}/ready").status_code == 200, START_S)
+            yield found[1]
+        finally:
+            process.kill()
+
+
+def client_of(url: str) -> openai.OpenAI:
+    return openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=120)
+
+
+def token_bytes(model: str) -> int:
+    """K and V of one token in float32."""
+    config = json.loads((Path(model) / "config.json").read_text())
+    head_dim = config["hidden_size"] // config["num_attention_heads"]
+    return int(config["num_hidden_layers"] * config["num_key_value_heads"] * head_dim * 2 * 4)
+
+
+def loaded_bytes(server: Server) -> dict[str, float]:
+    """By transport, what /metrics says."""
+    rows = server.connector_rows("NixlConnector")
+    return {name.split()[1]: value for name, value in rows.items() if name.startswith("loaded_bytes_total ") and value}
+
+
+def recomputed(proxy_url: str) -> dict[str, float]:
+    """Why prompts were computed again, and how many."""
+    text = httpx2.get(f"{proxy_url}/metrics").text
+    rows = re.findall(r'^kvferry:proxy_recomputed_total{reason="(\w+)"} (\S+)$', text, re.MULTILINE)
+    assert len(rows) >= 4, "every reason has a row"
+    return {reason: float(value) for reason, value in rows if float(value)}
+
+
+def streamed(client: openai.OpenAI, prompt: str) -> list[str]:
+    """The pieces of text of a stream, empty ones left out."""
+    with client.completions.create(
+        model="small", prompt=prompt, max_tokens=12, temperature=0, stream=True, extra_body={"ignore_eos": True}
+    ) as stream:
+        return [choice.text for chunk in stream for choice in chunk.choices if choice.text]
+
+
+def test_behind_the_proxy(prefill: Server, decode: Server, transport: str, model_folder: str) -> None:
+    local = complete(prefill.client, PROMPT)
+    words = prefill.client.completions.create(
+        model="small", prompt=PAGE, max_tokens=12, temperature=0, logprobs=2, extra_body={"ignore_eos": True}
+    )
+    assert words.usage is not None
+    num_bytes = token_bytes(model_folder)
+    # One probe of 64 tokens makes it ready, and no second one comes in between.
+    with proxying(prefill.url, decode.url, "--probe-interval-s", "3600", "--probe-timeout-s", "100") as url:
+        client, hits = client_of(url), decode.counter("external_prefix_cache_hits")
+        wait_until("the probe is counted", lambda: loaded_bytes(decode) == {transport: 64 * num_bytes})
+        assert hits == 64
+        routed = complete(client, PROMPT)
+        assert_same_tokens(routed, local)
+        assert routed["text"] == local["text"]
+        wait_until("the load is counted", lambda: loaded_bytes(decode) == {transport: (64 + 203) * num_bytes})
+        assert decode.counter("external_prefix_cache_hits") - hits == 203
+
+        pieces = streamed(client, PAGE)
+        assert len(pieces) > 6, "it comes piece by piece"
+        assert "".join(pieces) == words.choices[0].text
+        num_tokens = 64 + 203 + words.usage.prompt_tokens
+        wait_until("the load is counted", lambda: loaded_bytes(decode) == {transport: num_tokens * num_bytes})
+        assert recomputed(url) == {}
+    prefill.reset(external=False)  # no block is held
+    decode.reset(external=False)
+
+
+class StalePrefill(BaseHTTPRequestHandler):
+    """A prefill engine that has forgotten what it says it has."""
+
+    params: dict[str, Any]
+
+    def do_POST(self) -> None:
+        self.rfile.read(int(self.headers["Content-Length"]))
+        body = json.dumps({"choices": [{"text": "x"}], "kv_transfer_params": self.params}).encode()
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *_: Any) -> None:
+        pass
+
+
+@contextmanager
+def stale_prefill(params: dict[str, Any]) -> Iterator[str]:
+    handler = type("Handler", (StalePrefill,), {"params": params})
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        try:
+            yield f"http://127.0.0.1:{server.server_port}"
+        finally:
+            server.shutdown()
+            thread.join()
+
+
+def post(server: Server, body: dict[str, Any]) -> dict[str, Any]:
+    reply = httpx2.post(f"{server.url}/v1/completions", json=body, timeout=60)
+    assert reply.status_code == 200, reply.text
+    content: dict[str, Any] = reply.json()
+    return content
+
+
+def test_a_second_prefill_is_not_silent(prefill: Server, decode: Server) -> None:
+    """The decode engine computes what it could not load, and tells it: strict, the proxy answers an error."""
+    prompt = PROMPT[::-1]
+    request = {"model": "small", "prompt": prompt, "max_tokens": 1}
+    params = post(prefill, {**request, "kv_transfer_params": {"do_remote_decode": True}})["kv_transfer_params"]
+    assert post(decode, {**request, "kv_transfer_params": params})["kv_transfer_params"] is None
+    decode.reset(external=False)
+    with stale_prefill(params) as url:  # the hand-over is spent
+        with (
+            proxying(url, decode.url, "--probe-interval-s", "0", "--max-attempts", "1") as strict,
+            pytest.raises(openai.APIStatusError, match="computed 202 prompt tokens again") as caught,
+        ):
+            complete(client_of(strict), prompt)
+        assert caught.value.status_code == 502
+        decode.reset(external=False)
+        with proxying(url, decode.url, "--probe-interval-s", "0", "--no-strict") as lenient:
+            assert_same_tokens(complete(client_of(lenient), prompt), complete(prefill.client, prompt))
+            assert recomputed(lenient) == {"decode_engine": 1}
