@@ -1,14 +1,18 @@
-"""`make demo` for real: real model, real processes, SIGKILL, a flipped byte."""
+"""`make demo` for real: real model, real processes, SIGKILL, a flipped byte, KV from one process to another."""
 
 from __future__ import annotations
 
 import json
+import os
 import re
 import shlex
+import signal
 import subprocess
 import sys
+import time
 from importlib.resources import files
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -51,7 +55,43 @@ def test_demo_proves_every_act(tmp_path: Path) -> None:
     assert acts["cold"]["ttft_s"] > 2 * acts["host"]["ttft_s"], "a hit must be worth having"
     assert acts["cold"]["ttft_s"] > 2 * acts["disk"]["ttft_s"], "a hit must be worth having"
     assert re.search(r"refused by key [0-9a-f]{72}", done.stdout)
+    check_handover(report["handover"], done.stdout)
     assert (tmp_path / "demo.png").read_bytes().startswith(b"\x89PNG")
+
+
+def check_handover(act: dict[str, Any], said: str) -> None:
+    """The decode engine computed nothing, has the prefill engine's bytes, and is right."""
+    assert act["kv_bytes_equal"] is True
+    assert act["tokens_equal"] is True
+    assert 800 < act["tokens_from_peer"] == act["prompt_tokens"] < 1200, "a third of the document"
+    assert 0 < act["limit_s"] < act["ttft_s"]
+    assert act["recompute_ttft_s"] > 5 * act["ttft_s"], "a hand-over must be worth having"
+    moved = act["tokens_from_peer"] * act["kv_bytes_per_token"]
+    assert f"bytes moved, by transport: {{'shm': {moved}}}" in said
+    assert left_behind(re.findall(r"engine process (\d+) ", said)) == []
+
+
+def left_behind(pids: list[str]) -> list[str]:
+    """Processes that live, and shared memory that they made."""
+    assert pids
+    segments = [path.name for path in Path("/dev/shm").glob("kvferry-*") if path.name.split("-")[2] in pids]
+    return [pid for pid in pids if Path(f"/proc/{pid}").exists()] + segments
+
+
+@pytest.mark.timeout(120)
+def test_interrupted_demo_leaves_nothing_behind(tmp_path: Path) -> None:
+    """Ctrl-C goes to the whole process group; the engine has its host memory by then."""
+    command = ["env", "--default-signal=INT", str(KVFERRY), "demo"]  # pytest itself may run in the background
+    with subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, text=True, start_new_session=True) as demo:
+        assert demo.stdout is not None
+        pids = re.findall(r"engine process (\d+) ", demo.stdout.readline())
+        while not list(Path("/dev/shm").glob(f"kvferry-*-{pids[0]}-*")):
+            assert demo.poll() is None
+            time.sleep(0.01)
+        os.killpg(demo.pid, signal.SIGINT)
+        said = demo.stdout.read()
+    assert demo.returncode not in (0, 1), said
+    assert left_behind(pids) == []
 
 
 @pytest.mark.slow

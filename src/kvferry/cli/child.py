@@ -21,13 +21,17 @@ class ChildError(KVFerryError):
 
 
 class EngineProcess:
-    """Starts `python -m kvferry.cli.demo_child`. Its log goes to `log_path` (kept when the process is gone)."""
+    """Starts `python -m kvferry.cli.demo_child`. Its log goes to `log_path` (kept when the process is gone).
 
-    def __init__(self, log_path: Path) -> None:
+    `num_threads`: of torch; as many as there are cores, or as the environment says, unless given.
+    """
+
+    def __init__(self, log_path: Path, num_threads: int | None = None) -> None:
         self._log_path = log_path
         # Threads that spin at barriers take turns with other processes' instead of working beside them: a prefill
         # took three times as long on two shared cores. Must stand before torch is loaded, hence `env`.
-        command = ["env", "OMP_WAIT_POLICY=PASSIVE", sys.executable, "-m", "kvferry.cli.demo_child"]
+        threads = [] if num_threads is None else [f"OMP_NUM_THREADS={num_threads}"]
+        command = ["env", "OMP_WAIT_POLICY=PASSIVE", *threads, sys.executable, "-m", "kvferry.cli.demo_child"]
         with log_path.open("ab") as log:
             self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log)
         self._pending = b""
@@ -54,12 +58,20 @@ class EngineProcess:
 
         A mistake of the user's (ConfigError in the child) is raised as ConfigError, all else as ChildError.
         """
+        self.ask(op, **arguments)
+        return self.answer(op, timeout_s)
+
+    def ask(self, op: str, **arguments: Any) -> None:
+        """Have the child begin `op`; its `answer` must be fetched before the next. ChildError when it is gone."""
         assert self._process.stdin is not None
         try:
             self._process.stdin.write(json.dumps({"op": op, **arguments}).encode() + b"\n")
             self._process.stdin.flush()
         except BrokenPipeError:
             raise self._gone(op) from None
+
+    def answer(self, op: str, timeout_s: float = 600.0) -> dict[str, Any]:
+        """What the child says to the `op` it was asked for last; raises as `call` does."""
         answer: dict[str, Any] = json.loads(self._read_line(op, time.monotonic() + timeout_s))
         if (error := answer.get("error")) is not None:
             raise (ConfigError(error) if answer["is_config_error"] else ChildError(f"{error}\n{self.log_tail()}"))

@@ -5,7 +5,8 @@
     disk      the engine process was ended with SIGKILL; a new one finds the KV on disk
     corrupt   one byte of one stored chunk was flipped; that chunk is refused, the rest of the prompt computed
 
-Engines run in child processes. This process only asks, keeps the cold pool's digests, and looks at the files itself.
+and then two engine processes, one of which prefills for the other: see `demo_handover`. All engines run in child
+processes. This process only asks, keeps the cold pool's digests, and looks at the files itself.
 """
 
 from __future__ import annotations
@@ -21,9 +22,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kvferry.cli.child import ChildError, EngineProcess
-from kvferry.cli.demo_report import Act, Proof, Report
+from kvferry.cli.demo_answer import Answer, compare_tokens
+from kvferry.cli.demo_handover import HandoverAct
+from kvferry.cli.demo_report import Act, Handover, Proof, Report
 from kvferry.cli.demo_store import StoredChunks
 from kvferry.errors import ConfigError
+from kvferry.segment import SHM_DIRECTORY, sweep_dead_segments
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -53,11 +57,15 @@ class DemoOptions:
 def run_demo(options: DemoOptions, console: Console) -> Report:
     """Run all acts in a temporary folder that is removed afterwards. Blocks for one to three minutes.
 
+    However it ends, no process and no shared memory of the engines is left.
     Raises ConfigError for what the user can mend and ChildError when an engine breaks.
     """
     document = _read_document(options.document)
     with tempfile.TemporaryDirectory(prefix="kvferry-demo-") as folder:
-        return _Demo(options, document, Path(folder), console).run()
+        try:
+            return _Demo(options, document, Path(folder), console).run()
+        finally:
+            sweep_dead_segments(SHM_DIRECTORY)  # of engines that were killed
 
 
 def _read_document(path: Path | None) -> str:
@@ -70,40 +78,6 @@ def _read_document(path: Path | None) -> str:
         raise ConfigError(f"cannot read the document {str(path)!r}: {error}") from error
 
 
-_NEAR_TIE = 1e-4
-
-
-@dataclass(slots=True)
-class _Answer:
-    """A child's answer to one question."""
-
-    ttft_s: float
-    prompt_tokens: int
-    tokens_from_host: int
-    tokens_from_disk: int
-    tokens_computed: int
-    token_ids: list[int]
-    logit_gaps: list[float]
-    """Per token, how far the first choice was ahead of the second; of the reference only."""
-    text: str
-    block_digests: list[str]
-    """SHA-256 of every full block of the prompt, read from the pool right after the first token."""
-
-    @property
-    def tokens_loaded(self) -> int:
-        return self.tokens_from_host + self.tokens_from_disk
-
-
-def _compare_tokens(answer: _Answer, reference: _Answer) -> tuple[bool, str]:
-    """(equal?, remark). From the first near tie of the reference's two best logits on, either answer is right."""
-    for position, gap in enumerate(reference.logit_gaps):
-        if gap < _NEAR_TIE:
-            return True, f" (up to a near tie at token {position})"
-        if answer.token_ids[position] != reference.token_ids[position]:
-            return False, f" (token {position} differs)"
-    return len(answer.token_ids) == len(reference.logit_gaps), ""
-
-
 @dataclass(slots=True)
 class _Demo:
     options: DemoOptions
@@ -111,7 +85,7 @@ class _Demo:
     folder: Path
     console: Console
     proofs: list[Proof] = field(default_factory=list)
-    answers: dict[str, _Answer] = field(default_factory=dict)
+    answers: dict[str, Answer] = field(default_factory=dict)
     limits_s: dict[str, float] = field(default_factory=dict)
     facts: dict[str, Any] = field(default_factory=dict)
 
@@ -132,7 +106,9 @@ class _Demo:
             self._corrupt(engine, shape, stored)
             engine.stop()
         with self._engine("reference") as engine:
-            return self._verdict(engine, shape, stored)
+            acts = self._verdict(engine, shape)
+            engine.stop()
+        return Report(acts, self._hand_over(shape), self.proofs, self._context(shape, stored))
 
     # ---- the acts ---------------------------------------------------------------------------------------------
 
@@ -193,7 +169,7 @@ class _Demo:
         self.limits_s["corrupt"] = moved_s + self._measure_tail(engine, "corrupt")
         self.facts["corrupt_chunk"] = {"index": index, "key": key}
 
-    def _verdict(self, engine: EngineProcess, shape: dict[str, Any], stored: StoredChunks) -> Report:
+    def _verdict(self, engine: EngineProcess, shape: dict[str, Any]) -> list[Act]:
         """Ask an engine without connector and prefix cache, and compare."""
         self._open(engine, has_store=False)
         reference = [self._ask_about(engine, f"reference {i}", i) for i in range(len(QUESTIONS))]
@@ -201,12 +177,21 @@ class _Demo:
         acts = []
         for name, question in _QUESTION_OF.items():
             answer = self.answers[name]
-            tokens_equal, remark = _compare_tokens(answer, reference[question])
+            tokens_equal, remark = compare_tokens(answer, reference[question])
             kv_equal = self._kv_equal(name, answer, shape)
             self._prove(tokens_equal, f"{name}: answers as an engine without connector and prefix cache does{remark}")
             self._prove(kv_equal, f"{name}: the KV bytes are those the cold process computed")
             acts.append(self._act(name, answer, kv_equal, tokens_equal))
-        return Report(acts, self.proofs, self._context(shape, stored))
+        return acts
+
+    def _hand_over(self, shape: dict[str, Any]) -> Handover:
+        """With KV caches for a whole prompt and its answer; the act's is shorter."""
+        answer, question = self.answers["cold"], QUESTIONS[_QUESTION_OF["cold"]]
+        num_blocks = (answer.prompt_tokens + len(answer.token_ids)) // shape["block_tokens"] + 2
+        act = HandoverAct(
+            self.options.model, self.document, question, num_blocks, self.folder, self.console, self.proofs
+        )
+        return act.run()
 
     # ---- asking and measuring ---------------------------------------------------------------------------------
 
@@ -231,13 +216,13 @@ class _Demo:
                 host_bytes=self.options.host_bytes,
             )
 
-    def _ask(self, engine: EngineProcess, act: str) -> _Answer:
+    def _ask(self, engine: EngineProcess, act: str) -> Answer:
         self.answers[act] = self._ask_about(engine, act, _QUESTION_OF[act])
         return self.answers[act]
 
-    def _ask_about(self, engine: EngineProcess, title: str, question: int) -> _Answer:
+    def _ask_about(self, engine: EngineProcess, title: str, question: int) -> Answer:
         with self.console.status(f"{title}: {QUESTIONS[question]}"):
-            answer = _Answer(**engine.call("ask", question=question))
+            answer = Answer(**engine.call("ask", question=question))
         self.console.print(f"  {title:>11}  first token after {answer.ttft_s:.2f} s", highlight=False)
         return answer
 
@@ -251,12 +236,12 @@ class _Demo:
             )
         return float(answer["seconds"])
 
-    def _measure_copy(self, engine: EngineProcess, answer: _Answer, shape: dict[str, Any]) -> float:
+    def _measure_copy(self, engine: EngineProcess, answer: Answer, shape: dict[str, Any]) -> float:
         num_bytes = answer.tokens_loaded * shape["kv_bytes_per_token"]
         self.facts["copy_bytes_per_s"] = engine.call("copy_rate", num_bytes=num_bytes)["bytes_per_s"]
         return float(num_bytes / self.facts["copy_bytes_per_s"])
 
-    def _moved_from_disk_s(self, engine: EngineProcess, answer: _Answer, shape: dict[str, Any]) -> float:
+    def _moved_from_disk_s(self, engine: EngineProcess, answer: Answer, shape: dict[str, Any]) -> float:
         num_bytes = answer.tokens_loaded * shape["kv_bytes_per_token"]
         return float(num_bytes / self.facts["read_bytes_per_s"]) + self._measure_copy(engine, answer, shape)
 
@@ -273,7 +258,7 @@ class _Demo:
             f"({num_tokens / shared:.1%}, at least {MIN_SHARED_PART:.0%} are due)",
         )
 
-    def _kv_equal(self, name: str, answer: _Answer, shape: dict[str, Any]) -> bool:
+    def _kv_equal(self, name: str, answer: Answer, shape: dict[str, Any]) -> bool:
         """Loaded blocks against the cold process's; for the cold act, what was stored against its pool."""
         if name == "cold":
             return bool(self.facts["stored_equals_pool"])
@@ -281,7 +266,7 @@ class _Demo:
         cold = self.answers["cold"].block_digests
         return num_blocks > 0 and answer.block_digests[:num_blocks] == cold[:num_blocks]
 
-    def _act(self, name: str, answer: _Answer, kv_equal: bool, tokens_equal: bool) -> Act:
+    def _act(self, name: str, answer: Answer, kv_equal: bool, tokens_equal: bool) -> Act:
         return Act(
             name=name,
             ttft_s=answer.ttft_s,

@@ -37,6 +37,7 @@ _TAIL_BUDGET_S = 2.0
 _COPY_REPEATS = 5
 _SETTLE_TIMEOUT_S = 10.0
 _SETTLE_REST_S = 0.005
+_IDLE_REST_S = 0.001
 
 
 class DemoEngine:
@@ -50,12 +51,12 @@ class DemoEngine:
     ) -> None:
         self._chunk_tokens = chunk_tokens
         self._store = None if store is None else Path(store)
-        self._llm = LLM(
-            model,
-            dtype="float32",
-            enable_prefix_caching=store is not None,
-            kv_transfer_config=None if store is None else _transfer_config(store, chunk_tokens, host_bytes),
-        )
+        config = None if store is None else _offloading(store, chunk_tokens, host_bytes)
+        llm = LLM(model, dtype="float32", enable_prefix_caching=store is not None, kv_transfer_config=config)
+        self._start(llm, document, questions)
+
+    def _start(self, llm: LLM, document: str, questions: list[str]) -> None:
+        self._llm = llm
         texts = [f"{document}\n\nQuestion: {question}" for question in questions]
         self._prompts = [_chat_prompt(self._llm.tokenizer, text) for text in texts]
         self._block_tokens = self._llm.config.cache_config.block_size
@@ -74,17 +75,22 @@ class DemoEngine:
 
     def ask(self, question: int) -> dict[str, Any]:
         """Answer a question. Digests of the prompt's blocks are taken once the first token is there."""
-        prompt = self._prompts[question]
-        output, digests = self._run(prompt, MAX_TOKENS)
+        # Only the reference, which has no connector, tells how near other tokens were.
+        return self._answer(*self._run(self._prompts[question], MAX_TOKENS, logprobs=None if self._store else 2))
+
+    def _answer(self, output: RequestOutput, digests: list[str]) -> dict[str, Any]:
+        if output.error is not None:
+            raise KVFerryError(f"the request failed: {output.error}")
         sources = output.external_hit_sources
         if sum(sources.values()) != output.num_external_tokens:  # a load failed after it had been claimed
             raise KVFerryError(f"{sources} tokens were claimed, {output.num_external_tokens} loaded")
         return {
             "ttft_s": output.metrics.ttft_s,
-            "prompt_tokens": len(prompt),
+            "prompt_tokens": len(output.prompt_token_ids),
             "tokens_from_host": sources.get("host", 0),
             "tokens_from_disk": sources.get("disk", 0),
-            "tokens_computed": len(prompt) - output.num_cached_tokens,
+            "tokens_from_peer": sources.get("p2p", 0),
+            "tokens_computed": len(output.prompt_token_ids) - output.num_cached_tokens,
             "token_ids": output.outputs[0].token_ids,
             "logit_gaps": [_gap(at_token.values()) for at_token in output.outputs[0].logprobs or ()],
             "text": output.outputs[0].text,
@@ -145,10 +151,14 @@ class DemoEngine:
         self._llm.shutdown()
         return {}
 
-    def _run(self, prompt: list[int], max_tokens: int) -> tuple[RequestOutput, list[str]]:
-        """Generate greedily; also the digests of the prompt's full blocks, taken right after the first token."""
-        logprobs = 2 if self._store is None else None  # only of the reference, which nobody times
-        params = SamplingParams(max_tokens=max_tokens, temperature=0, ignore_eos=True, logprobs=logprobs)
+    def _run(
+        self, prompt: list[int], max_tokens: int, logprobs: int | None = None, **transfer_params: Any
+    ) -> tuple[RequestOutput, list[str]]:
+        """Generate greedily; also the digests of the prompt's blocks, taken once the first token is there."""
+        extra = {"kv_transfer_params": transfer_params} if transfer_params else None
+        params = SamplingParams(
+            max_tokens=max_tokens, temperature=0, ignore_eos=True, logprobs=logprobs, extra_args=extra
+        )
         request_id = self._llm.add_request(prompt, params)
         digests: list[str] = []
         while True:
@@ -158,11 +168,17 @@ class DemoEngine:
             running = self._llm.scheduler.running
             if not digests and running and running[0].num_output_tokens:
                 digests = self._digests(self._llm.scheduler.manager.get_block_ids(request_id)[0], len(prompt))
+            if not running:
+                time.sleep(_IDLE_REST_S)
 
     def _digests(self, block_ids: list[int], num_tokens: int) -> list[str]:
-        """SHA-256 (hex) of the pool's bytes of each full block."""
-        full = block_ids[: num_tokens // self._block_tokens]
-        return [hashlib.sha256(self._pool[block_id]).hexdigest() for block_id in full]
+        """SHA-256 (hex) of the pool's bytes of each full block, and of the tokens in the last one if it is not full."""
+        num_full, num_rest = divmod(num_tokens, self._block_tokens)
+        digests = [hashlib.sha256(self._pool[block_id]).hexdigest() for block_id in block_ids[:num_full]]
+        if num_rest:
+            layers = [kv[block_ids[num_full], :, :num_rest] for kv in self._llm.kv_caches.values()]
+            digests.append(hashlib.sha256(torch.stack(layers).numpy().tobytes()).hexdigest())
+        return digests
 
     def _keys(self, prompt: list[int]) -> list[bytes]:
         """Keys of the prompt's whole chunks, as docs/keys.md defines them."""
@@ -172,7 +188,54 @@ class DemoEngine:
         return [store_key(chain.value_at(end), group_id=0, rank=0) for end in ends]
 
 
-def _transfer_config(store: str, chunk_tokens: int, host_bytes: int) -> dict[str, Any]:
+class PeerEngine(DemoEngine):
+    """One of the two engines of the disaggregated act; its KV pool lies in shared memory, or else under `folder`."""
+
+    def __init__(self, model: str, document: str, questions: list[str], num_kv_blocks: int, folder: str) -> None:
+        self._store = None
+        config = {
+            "kv_connector": "P2PConnector",
+            "kv_role": "kv_both",
+            "kv_load_failure_policy": "fail",
+            "kv_connector_extra_config": {"transport": "shm", "shm_dir": folder},
+        }
+        llm = LLM(model, dtype="float32", num_kv_blocks=num_kv_blocks, kv_transfer_config=config)
+        self._start(llm, document, questions)
+
+    def shape(self) -> dict[str, Any]:
+        """What the parent must know of the engine."""
+        return {"kv_bytes_per_token": self._pool.shape[1] // self._block_tokens}
+
+    def compute(self) -> dict[str, Any]:
+        """Answer without any other engine, and tell how near other tokens were."""
+        return self._answer(*self._run(self._prompts[0], MAX_TOKENS, logprobs=2))
+
+    def prefill(self) -> dict[str, Any]:
+        """Compute the prompt and its first token, for another engine: digests of the blocks that are kept for it."""
+        output, _ = self._run(self._prompts[0], max_tokens=1, do_remote_decode=True)
+        params = output.kv_transfer_params
+        if params is None:
+            raise KVFerryError("the prefill engine did not say where its KV is")
+        blocks = params["remote_block_ids"][0]
+        return self._answer(output, self._digests(blocks, len(self._prompts[0]))) | {"params": params}
+
+    def decode(self, params: dict[str, Any]) -> dict[str, Any]:
+        """Answer with KV and first token of the engine that `params` names; also the bytes that came, by transport."""
+        answer = self._answer(*self._run(self._prompts[0], MAX_TOKENS, **params))
+        stats = self._llm.connector_stats
+        assert stats is not None
+        return answer | {"num_bytes": {name: medium.loaded_bytes for name, medium in stats.media.items()}}
+
+    def take_back(self) -> dict[str, Any]:
+        """Step until no block is kept for another engine, or for too long."""
+        deadline_s = time.monotonic() + _SETTLE_TIMEOUT_S
+        while self._llm.has_requests() and time.monotonic() < deadline_s:
+            self._llm.step()
+            time.sleep(_IDLE_REST_S)
+        return {"num_held_blocks": sum(self._llm.scheduler.stats().num_held_blocks.values())}
+
+
+def _offloading(store: str, chunk_tokens: int, host_bytes: int) -> dict[str, Any]:
     return {
         "kv_connector": "OffloadingConnector",
         "kv_role": "kv_both",
@@ -214,8 +277,8 @@ def _gap(candidates: Iterable[Logprob]) -> float:
 
 def _answer(engine: DemoEngine | None, command: dict[str, Any]) -> tuple[DemoEngine | None, dict[str, Any]]:
     op = command.pop("op")
-    if op == "open":
-        engine = DemoEngine(**command)
+    if op in ("open", "open_peer"):
+        engine = (DemoEngine if op == "open" else PeerEngine)(**command)
         return engine, engine.shape()
     assert engine is not None, "open comes first"
     return engine, getattr(engine, op)(**command)
@@ -237,6 +300,8 @@ def main() -> None:
         answers.write(json.dumps(answer) + "\n")
         if is_last:
             return
+    if engine is not None:  # whoever asked is gone
+        engine.stop()
 
 
 if __name__ == "__main__":

@@ -17,7 +17,10 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 _BAR_CELLS = 40
-_COLOURS = {"cold": "blue", "host": "green", "disk": "yellow", "corrupt": "red"}
+_COLOURS = {
+    "cold": "blue", "host": "green", "disk": "yellow", "corrupt": "red", "recomputed": "blue", "handed over": "magenta",
+}  # fmt: skip
+_PLOT_COLOURS = ("#3b6ea8", "#4a9a5b", "#c9a227", "#b5483a", "#3b6ea8", "#8a5aa3")
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +43,27 @@ class Act:
 
 
 @dataclass(frozen=True, slots=True)
+class Handover:
+    """One prompt, prefilled by one engine process and decoded by another. Times are to the first token."""
+
+    ttft_s: float
+    """In the decode engine, from the arrival of the request; the engines' first meeting included."""
+    limit_s: float
+    """Bytes moved / measured copy rate."""
+    recompute_ttft_s: float
+    """In the same engine, which computes the prompt itself."""
+    prefill_s: float
+    """In the prefill engine."""
+    prompt_tokens: int
+    tokens_from_peer: int
+    kv_bytes_per_token: int
+    kv_bytes_equal: bool
+    """All of the prompt's KV is equal in both engines' pools."""
+    tokens_equal: bool
+    """Equal to what the decode engine makes of the prompt alone."""
+
+
+@dataclass(frozen=True, slots=True)
 class Proof:
     """A claim the demo makes, and whether it held."""
 
@@ -52,6 +76,7 @@ class Report:
     """Everything a run found."""
 
     acts: list[Act]
+    handover: Handover
     proofs: list[Proof]
     context: dict[str, Any]
     """Versions, model, sizes and rates the limits were computed from."""
@@ -62,9 +87,10 @@ class Report:
         return all(proof.held for proof in self.proofs)
 
     def write_json(self, path: Path) -> None:
-        """`{"acts": [...], "proofs": [...], "context": {...}}`."""
+        """`{"acts": [...], "handover": {...}, "proofs": [...], "context": {...}}`."""
         content = {
             "acts": [asdict(act) for act in self.acts],
+            "handover": asdict(self.handover),
             "proofs": [asdict(proof) for proof in self.proofs],
             "context": self.context,
         }
@@ -76,10 +102,27 @@ class Report:
             verdict = ("held  ", "green") if proof.held else ("FAILED", "bold red")
             console.print(Text.assemble("  ", verdict, "  ", proof.claim), soft_wrap=True)
         console.print(self._table())
-        longest_s = max(act.ttft_s for act in self.acts)
-        for act in self.acts:
-            console.print(Text.assemble(f"  {act.name:>7}  ", _bar(act, longest_s), f"  {act.ttft_s:.2f} s"))
-        console.print("           time to first token; | is the limit it is held against", style="dim", highlight=False)
+        bars = self._bars()
+        longest_s = max(ttft_s for _, ttft_s, _ in bars)
+        for name, ttft_s, limit_s in bars:
+            bar = _bar(ttft_s, limit_s, longest_s, _COLOURS[name])
+            console.print(Text.assemble(f"  {name:>11}  ", bar, f"  {ttft_s:.2f} s"))
+        console.print("  time to first token; | is the limit it is held against.", style="dim", highlight=False)
+        handed = self.handover
+        console.print(
+            f"  recomputed, handed over: {handed.prompt_tokens} tokens in a second engine, one thread; "
+            f"{handed.recompute_ttft_s / handed.ttft_s:.0f}x",
+            style="dim", highlight=False,
+        )  # fmt: skip
+
+    def _bars(self) -> list[tuple[str, float, float | None]]:
+        """(name, time, limit if it has one)."""
+        handed = self.handover
+        return [
+            *((act.name, act.ttft_s, act.limit_s) for act in self.acts),
+            ("recomputed", handed.recompute_ttft_s, None),
+            ("handed over", handed.ttft_s, handed.limit_s),
+        ]
 
     def _table(self) -> Table:
         table = Table(box=SIMPLE_HEAD, collapse_padding=True, pad_edge=False)
@@ -103,13 +146,15 @@ class Report:
 
     def write_plot(self, path: Path) -> None:
         """The bars and their limits as a PNG. ConfigError when matplotlib is missing."""
-        figure = new_figure((8, 2.8))
+        figure = new_figure((8, 3.4))
         axes = figure.subplots()
-        names = [act.name for act in self.acts]
-        axes.barh(names, [act.ttft_s for act in self.acts], color=["#3b6ea8", "#4a9a5b", "#c9a227", "#b5483a"])
-        for row, act in enumerate(self.acts):
-            axes.plot([act.limit_s] * 2, [row - 0.42, row + 0.42], color="black", label=None if row else "limit")
-            axes.text(max(act.ttft_s, act.limit_s), row, f"  {act.ttft_s:.2f} s", verticalalignment="center")
+        handed = self.handover
+        for row, (name, ttft_s, limit_s) in enumerate(self._bars()):
+            label = name if row < len(self.acts) else f"{name}\n({handed.prompt_tokens} tokens)"
+            axes.barh(label, ttft_s, color=_PLOT_COLOURS[row])
+            if limit_s is not None:
+                axes.plot([limit_s] * 2, [row - 0.42, row + 0.42], color="black", label=None if row else "limit")
+            axes.text(max(ttft_s, limit_s or 0.0), row, f"  {ttft_s:.2f} s", verticalalignment="center")
         axes.invert_yaxis()
         axes.margins(x=0.12)
         axes.set_xlabel(f"seconds to first token, {self.acts[0].prompt_tokens}-token prompt")
@@ -127,10 +172,11 @@ def new_figure(inches: tuple[float, float]) -> Any:
     return Figure(figsize=inches, layout="constrained")
 
 
-def _bar(act: Act, longest_s: float) -> Text:
-    """A bar of `_BAR_CELLS` cells for `longest_s` (longer times are cut), with the limit marked."""
-    filled = max(1, min(_BAR_CELLS, round(act.ttft_s / longest_s * _BAR_CELLS)))
-    cells = list("█" * filled + " " * (_BAR_CELLS - filled))
-    text = Text("".join(cells), style=_COLOURS[act.name])
-    mark = min(_BAR_CELLS - 1, round(act.limit_s / longest_s * _BAR_CELLS))
+def _bar(ttft_s: float, limit_s: float | None, longest_s: float, colour: str) -> Text:
+    """A bar of `_BAR_CELLS` cells for `longest_s` (longer times are cut), with the limit marked if there is one."""
+    filled = max(1, min(_BAR_CELLS, round(ttft_s / longest_s * _BAR_CELLS)))
+    text = Text("█" * filled + " " * (_BAR_CELLS - filled), style=colour)
+    if limit_s is None:
+        return text
+    mark = min(_BAR_CELLS - 1, round(limit_s / longest_s * _BAR_CELLS))
     return Text.assemble(text[:mark], ("|", "bold reverse"), text[mark + 1 :])

@@ -10,14 +10,15 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from kvferry.cli.demo_report import Act, Proof, Report
+from kvferry.cli.demo_report import Act, Handover, Proof, Report
 
 COLD = Act("cold", 8.0, 7.5, 3000, 0, 0, 3000, kv_bytes_equal=True, tokens_equal=True)
 HOST = Act("host", 0.5, 0.4, 3000, 2880, 0, 120, kv_bytes_equal=True, tokens_equal=True)
+HANDED = Handover(0.8, 0.2, 4.0, 3.9, 1000, 1000, 46080, kv_bytes_equal=True, tokens_equal=True)
 
 
 def report(*proofs: Proof, acts: tuple[Act, ...] = (COLD, HOST)) -> Report:
-    return Report(list(acts), list(proofs), {"model": "stub"})
+    return Report(list(acts), HANDED, list(proofs), {"model": "stub"})
 
 
 def printed(subject: Report) -> str:
@@ -44,7 +45,13 @@ def test_print_says_what_differs() -> None:
 
 def test_bars_are_in_proportion_and_carry_the_limit() -> None:
     rows = [line for line in printed(report()).splitlines() if line.endswith(" s")]
-    assert [row.count("█") + row.count("|") for row in rows] == [40, 3]
+    assert [row.count("█") + row.count("|") for row in rows] == [40, 3, 20, 4]
+    assert ["|" in row for row in rows] == [True, True, False, True], "what is recomputed is held against nothing"
+
+
+def test_print_says_what_handing_over_gains() -> None:
+    assert "1000 tokens" in printed(report())
+    assert "5x" in printed(report())
 
 
 @pytest.mark.parametrize("limit_s", [0.0, 100.0])
@@ -54,8 +61,10 @@ def test_a_limit_outside_the_bar_is_drawn_at_its_end(limit_s: float) -> None:
 
 def test_json_has_the_documented_keys(tmp_path: Path) -> None:
     report(Proof(True, "fine")).write_json(tmp_path / "r.json")
-    act = json.loads((tmp_path / "r.json").read_text())["acts"][1]
+    content = json.loads((tmp_path / "r.json").read_text())
+    act = content["acts"][1]
     assert act["name"] == "host"
+    assert (content["handover"]["ttft_s"], content["handover"]["recompute_ttft_s"]) == (0.8, 4.0)
     wanted = "ttft_s prompt_tokens tokens_from_host tokens_from_disk tokens_computed kv_bytes_equal tokens_equal"
     assert set(wanted.split()) < set(act)
 
