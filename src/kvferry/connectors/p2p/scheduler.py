@@ -268,9 +268,13 @@ class P2PSchedulerSide(SchedulerSide):
             self.agent.use(lambda core, now: core.park(request_id, block_ids, tokens, now))
 
     def request_finished(self, request: RequestView, block_ids: BlockIds) -> tuple[bool, dict[str, Any] | None]:
-        """Lease the blocks of a request that is to be handed over; give up the load of one that still loads."""
+        """Lease the blocks of a request that is to be handed over; give up the load of one that still loads.
+
+        Of a load that failed the answer says why, as `load_error`.
+        """
         request_id = request.request_id
         load = self._loads.get(request_id)
+        why = {"load_error": load.reason} if load is not None and load.reason else None
         if load is not None:
             load.is_gone = True
             if load.state in (LoadState.ANNOUNCED, LoadState.LOADING):
@@ -278,11 +282,11 @@ class P2PSchedulerSide(SchedulerSide):
             if load.state is not LoadState.LOADING:
                 del self._loads[request_id]
         if request_id not in self._senders:
-            return False, None
+            return False, why
         self._senders.discard(request_id)
         params = self._lease(request, block_ids)
         if params is None:
-            return False, None
+            return False, why
         num_blocks = sum(block != NULL_BLOCK_ID for group in block_ids for block in group)
         self._held[request_id] = num_blocks, self._clock.now()
         return True, params
