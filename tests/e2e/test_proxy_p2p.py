@@ -201,8 +201,14 @@ def words_of(reply: Any, *, is_stream: bool) -> str:
 @pytest.mark.parametrize("is_stream", [False, True])
 @pytest.mark.parametrize(
     "ask",
-    [{"prompt": prompt_of(3)}, {"prompt": prompt_of(4), "logprobs": 2}, chat("Tell me of the ferry. " * 9)],
-    ids=["completion", "logprobs", "chat"],
+    [
+        {"prompt": prompt_of(3)},
+        {"prompt": prompt_of(4), "logprobs": 2},
+        {"prompt": prompt_of(5), "temperature": 0.9, "seed": 7},
+        {"prompt": prompt_of(6), "max_tokens": 1},
+        chat("Tell me of the ferry. " * 9),
+    ],
+    ids=["completion", "logprobs", "seeded", "one token", "chat"],
 )
 def test_answer_is_that_of_one_engine_and_the_kv_was_moved_not_computed(
     cluster: Cluster, proxy: Engine, ask: dict[str, Any], is_stream: bool
