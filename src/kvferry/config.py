@@ -6,6 +6,7 @@ This is the only module that reads `os.environ`.
 from __future__ import annotations
 
 import json
+import logging
 import math
 import os
 import sys
@@ -17,6 +18,8 @@ from types import NoneType, UnionType
 from typing import Any, Literal, TypeVar, Union, cast, get_args, get_origin, get_type_hints
 
 from kvferry.errors import ConfigError, did_you_mean
+
+logger = logging.getLogger(__name__)
 
 GIB = 1 << 30
 KVRole = Literal["kv_producer", "kv_consumer", "kv_both"]
@@ -60,6 +63,23 @@ def lmcache_upstream_environment() -> bool:
         known = ", ".join(filter(None, _UPSTREAM_TRUTH))
         raise ConfigError(f"environment variable LMCACHE_USE_UPSTREAM_MP={text!r} is not one of {known}, or empty")
     return _UPSTREAM_TRUTH[text.lower()]
+
+
+def read_secret(path: str | Path, setting: str) -> str:
+    """The one line of text in a file with a key. ConfigError, naming `setting`, when it cannot be read or is none.
+
+    Logs a warning when every user of this machine may read it.
+    """
+    file, named = Path(path), f"{setting}={str(path)!r}"
+    try:
+        secret, mode = file.read_text().strip(), file.stat().st_mode
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{named} cannot be read: {error}") from error
+    if not secret or len(secret.splitlines()) > 1:
+        raise ConfigError(f"{named} is {'more than one line' if secret else 'empty'}: put the key there, and only that")
+    if mode & 0o004:
+        logger.warning("%s can be read by every user of this machine: chmod 600 it", named)
+    return secret
 
 
 def _default_buffer_device() -> str:

@@ -105,6 +105,7 @@ def test_guides_command_and_program_run(engines: list[openai.OpenAI], tmp_path: 
         (["--prefill", "http://a:1", "--decode", "http://a:1"], "is named twice"),
         (["--prefill", "http://a:1", "--decode", "http://b:1", "--max-attempts", "0"], "proxy.max_attempts=0"),
         (["--prefill", "http://a:1", "--decode", "http://b:1", "--probe-key-file", "/none"], "probe_key_file='/none'"),
+        (["--prefill", "http://a:1", "--decode", "http://b:1", "--shared-key-file", "/dev/null"], "is empty"),
     ],
 )
 def test_wrong_options_are_one_line_and_status_2(arguments: list[str], message: str) -> None:

@@ -668,6 +668,7 @@ def test_roles_are_kept_apart(cluster: Cluster, role: str) -> None:
         ({"lease_s": 0.0}, "lease_s=0.0 must be above 0"),
         ({"host": "0.0.0.0"}, "can be reached from other machines"),
         ({"key_file": "/no/such"}, "key_file='/no/such' cannot be read"),
+        ({"key_file": "/dev/null"}, "key_file='/dev/null' is empty"),
         ({"allowed_peers": [7]}, r"allowed_peers=\[7\] must be a list of texts"),
         ({"ucx": {"num_threads": [4]}}, r"ucx\.num_threads=\[4\] must be a text or a whole number"),
     ],

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import logging
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from kvferry.config import KVTransferConfig
+from kvferry.config import KVTransferConfig, read_secret
 from kvferry.errors import ConfigError
 
 
@@ -62,3 +64,33 @@ def test_bad_values_are_named(value: Any, texts: list[str]) -> None:
         KVTransferConfig.parse(value)
     for text in texts:
         assert text in str(caught.value)
+
+
+def test_secret_is_the_only_line(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    file = tmp_path / "key"
+    file.write_text("  the secret \n\n")
+    file.chmod(0o640)
+    assert read_secret(file, "key_file") == "the secret"
+    assert not caplog.records
+    file.chmod(0o644)
+    with caplog.at_level(logging.WARNING):
+        assert read_secret(str(file), "key_file") == "the secret"
+    assert f"key_file='{file}' can be read by every user of this machine: chmod 600 it" in caplog.text
+    assert "the secret" not in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("content", "text"),
+    [
+        (b"", "is empty"), (b" \n", "is empty"), (b"one\ntwo", "is more than one line"), (b"\xff\xfe", "cannot be"),
+        (None, "cannot be read"),
+    ],
+)  # fmt: skip
+def test_file_that_holds_no_secret(tmp_path: Path, content: bytes | None, text: str) -> None:
+    file = tmp_path / "key"
+    if content is not None:
+        file.write_bytes(content)
+    for path in (file, tmp_path):  # a folder is no file
+        with pytest.raises(ConfigError, match=f"shared_key_file='{path}' (cannot be read|{text})") as caught:
+            read_secret(path, "shared_key_file")
+    assert "two" not in str(caught.value)

@@ -5,19 +5,21 @@ from __future__ import annotations
 import logging
 from dataclasses import fields
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from kvferry.config import read_secret
 from kvferry.errors import ConfigError
 
-_Url = typer.Option(metavar="URL", help="An engine; may be given several times.")
+if TYPE_CHECKING:
+    from kvferry.proxy.bodies import SignPeer
 
 
 def proxy(
     context: typer.Context,
-    prefill: Annotated[list[str], _Url],
-    decode: Annotated[list[str], _Url],
+    prefill: Annotated[list[str], typer.Option(metavar="URL", help="An engine that prefills; may be repeated.")],
+    decode: Annotated[list[str], typer.Option(metavar="URL", help="An engine that decodes; may be repeated.")],
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="0: any free one.")] = 8100,
     strict: Annotated[
@@ -35,6 +37,12 @@ def proxy(
     probe_timeout_s: Annotated[float, typer.Option(help="Longest time for each leg of them.")] = 10.0,
     probe_key_file: Annotated[
         Path | None, typer.Option(help="File with the API key for them; clients' own keys are passed on.")
+    ] = None,
+    shared_key_file: Annotated[
+        Path | None,
+        typer.Option(
+            help="File with the key of the engines' key_file: decode engines then trust whom the proxy names."
+        ),
     ] = None,
     failure_threshold: Annotated[int, typer.Option(help="Failures in a row that take an engine out.")] = 3,
     min_backoff_s: Annotated[float, typer.Option(help="How long for, the first time; doubled each time.")] = 0.5,
@@ -61,7 +69,7 @@ def proxy(
     except ModuleNotFoundError as err:
         raise ConfigError(f"{err.name} is not installed: pip install 'kvferry[proxy]'") from err
     config = ProxyConfig.parse({f.name: context.params[f.name] for f in fields(ProxyConfig)})
-    router = Proxy(config, probe_headers=_authorization(probe_key_file))
+    router = Proxy(config, sign_peer=_signer(shared_key_file), probe_headers=_authorization(probe_key_file))
     with bind_socket(config.host, config.port) as bound:
         names = f"{len(config.prefill)} prefill and {len(config.decode)} decode engines"
         server = make_server(router, lambda: typer.echo(f"kvferry proxies {names} on {url_of(bound)}"))
@@ -69,9 +77,15 @@ def proxy(
 
 
 def _authorization(key_file: Path | None) -> dict[str, str]:
+    return {} if key_file is None else {"Authorization": f"Bearer {read_secret(key_file, 'probe_key_file')}"}
+
+
+def _signer(key_file: Path | None) -> SignPeer | None:
     if key_file is None:
-        return {}
+        return None
+    key = read_secret(key_file, "shared_key_file")
     try:
-        return {"Authorization": f"Bearer {key_file.read_text().strip()}"}
-    except OSError as err:
-        raise ConfigError(f"probe_key_file={str(key_file)!r} cannot be read: {err}") from err
+        from kvferry.proxy.tokens import peer_signer
+    except ModuleNotFoundError as err:
+        raise ConfigError(f"{err.name} is not installed: pip install 'kvferry[p2p,proxy]'") from err
+    return peer_signer(key)

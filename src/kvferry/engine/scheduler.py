@@ -387,6 +387,8 @@ class Scheduler:
         keep, params = self._connector.request_finished(request, block_ids)
         if status in (RequestStatus.FINISHED_STOPPED, RequestStatus.FINISHED_LENGTH_CAPPED):
             request.output_kv_transfer_params = params
+        elif error and params and "load_error" in params:
+            request.error = f"{error}: {params['load_error']}"
         self.transfers.release(request.request_id, self.manager.detach(request.request_id), keep, was_loading)
         self.transfers.remember(request.request_id)
         self._repairs.forget(request.request_id)

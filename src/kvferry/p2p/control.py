@@ -47,8 +47,8 @@ _LOST = {
     zmq.EVENT_DISCONNECTED: "the connection broke",
     zmq.EVENT_CONNECT_RETRIED: "it cannot be reached",
     zmq.EVENT_HANDSHAKE_FAILED_AUTH: "it refused our key",
-    zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL: "one side has a p2p.key, the other has none, or it is no kvferry engine",
-    zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL: "it closed during the handshake, or has another p2p.key",
+    zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL: "one side has a key_file, the other has none, or it is no kvferry engine",
+    zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL: "it closed during the handshake, or has another key in its key_file",
 }
 
 
@@ -100,7 +100,7 @@ class ControlChannel(Generic[M]):
         if settings.key is None and not is_loopback:
             raise ConfigError(
                 f"p2p.host={settings.host!r} can be reached from other machines, which could then read and write KV "
-                "memory: set p2p.key (the same in all engines and the proxy), or bind 127.0.0.1"
+                "memory: set key_file (the same key in all engines and the proxy), or bind 127.0.0.1"
             )
         self.num_dropped = 0
         """Messages given up: not connected, queue or inbox full, not understood."""

@@ -29,6 +29,7 @@ LOOPBACK = ("127.0.0.0/8", "::1/128", "localhost")
 _MIN_KEY_BYTES = 16
 _MAGIC = b"KVF"
 _HOST = re.compile(r"(?!-)[A-Za-z0-9_.-]{1,253}")
+_WHY_NO_TOKEN = ("carries no token of the proxy", "this engine has no key_file to check the proxy's token with")
 _TOKEN = re.compile(r"v1\.(\d{1,12})\.([A-Za-z0-9_-]{43})")
 
 
@@ -101,7 +102,7 @@ def is_allowed(host: str, patterns: Sequence[str]) -> bool:
             try:
                 network = ip_network(pattern)
             except ValueError as error:
-                raise ConfigError(f"p2p.allowed_peers: {pattern!r} is no network: {error}") from error
+                raise ConfigError(f"allowed_peers: {pattern!r} is no network: {error}") from error
             if is_ip(host) and ip_address(host) in network:
                 return True
         elif fnmatchcase(host.lower(), pattern.lower()):
@@ -112,7 +113,7 @@ def is_allowed(host: str, patterns: Sequence[str]) -> bool:
 def derive_key(key: str, purpose: str) -> bytes:
     """32 bytes for one purpose. ConfigError when the shared key is too short to be one."""
     if len(key.encode()) < _MIN_KEY_BYTES:
-        raise ConfigError(f"p2p.key has fewer than {_MIN_KEY_BYTES} bytes; make one with: openssl rand -hex 32")
+        raise ConfigError(f"the shared key has fewer than {_MIN_KEY_BYTES} bytes; make one with: openssl rand -hex 32")
     return hmac.digest(key.encode(), f"kvferry p2p {purpose}".encode(), "sha256")
 
 
@@ -130,9 +131,15 @@ def verify_peer(key: str, token: str, address: Address, transfer_id: str, now_s:
         raise TransferError("the peer token is malformed")
     expected = sign_peer(key, address, transfer_id, int(parts[1]))
     if not hmac.compare_digest(expected, token):
-        raise TransferError(f"the peer token was not signed with this engine's key for {address}, {transfer_id!r}")
+        raise TransferError(
+            f"the peer token was not signed with this engine's key for {address}, {transfer_id!r}: give "
+            "`kvferry proxy --shared-key-file` the key that stands in this engine's key_file"
+        )
     if now_s >= int(parts[1]):
-        raise TransferError(f"the peer token for {address} expired {now_s - int(parts[1]):.0f} s ago")
+        raise TransferError(
+            f"the peer token for {address} expired {now_s - int(parts[1]):.0f} s ago: it serves one request, and the "
+            "clocks of proxy and engines must agree"
+        )
 
 
 def check_peer(
@@ -149,7 +156,8 @@ def check_peer(
         return
     if token is None or transfer_id is None or key is None:
         raise TransferError(
-            f"the request names peer {address}, which is not in p2p.allowed_peers ({', '.join(allowed)}), and carries "
-            "no token of the proxy: add its host or network there, or set the same p2p.key here and in `kvferry proxy`"
+            f"the request names peer {address}, which is not in allowed_peers ({', '.join(allowed) or 'nobody'}), and "
+            f"{_WHY_NO_TOKEN[key is None]}: add its host or network to allowed_peers of kv_connector_extra_config, or "
+            "give one key to all engines (key_file) and to the proxy (--shared-key-file)"
         )
     verify_peer(key, token, address, transfer_id, now_s)

@@ -89,7 +89,7 @@ def decode_body(call: Call, params: Params | None, transfer_id: str, sign_peer: 
     """The client's own body, with what the prefill engine answered."""
     if params is None:
         return _json(call.body)
-    params = {"transfer_id": transfer_id, **params}
+    params = {**params, "transfer_id": params.get("transfer_id") or transfer_id}
     logprobs = call.body.get("logprobs")
     if logprobs is not None and logprobs is not False:  # 0 asks for them in completions
         params.pop("remote_first_token_ids", None)
@@ -112,6 +112,8 @@ class Verdict:
     has_content: bool = True
     """False for an event that only opens a stream."""
     params: Params | None = None
+    load_error: str = ""
+    """Why KV was not loaded, where the engine says so."""
 
 
 def judge(content: Any) -> Verdict:
@@ -131,6 +133,7 @@ def judge(content: Any) -> Verdict:
         num_recomputed_tokens=num_recomputed if isinstance(num_recomputed, int) else 0,
         has_content=not choices or any(_says_something(choice) for choice in choices),
         params=params,
+        load_error=str((params or {}).get("load_error", "")),
     )
 
 

@@ -45,6 +45,7 @@ class Pair:
     breaker: Breaker
     transfers: bool | None = None
     """Whether the last transfer worked; None: there was none."""
+    last_failure: str = "not tried yet"
 
 
 @dataclass(slots=True)
@@ -126,10 +127,11 @@ class Fleet:
         pair.transfers = True
         pair.breaker.succeeded()
 
-    def not_transferred(self, pair: Pair) -> None:
-        """It did not."""
-        pair.transfers = False
-        pair.breaker.failed()
+    def not_transferred(self, pair: Pair, why: str, *, is_fault: bool = True) -> None:
+        """It did not; `is_fault`: that counts towards taking the pair out of rotation."""
+        pair.transfers, pair.last_failure = False, why
+        if is_fault:
+            pair.breaker.failed()
 
     # ---- how it stands ----------------------------------------------------------------------------------------
 
@@ -165,6 +167,7 @@ class Fleet:
             ],
             "pairs": [
                 {"prefill": p.url, "decode": d.url, "state": pair.breaker.state.value, "transfers": pair.transfers}
+                | ({} if pair.transfers else {"last_failure": pair.last_failure})
                 for (p, d), pair in self.pairs.items()
             ],
         }

@@ -207,7 +207,7 @@ class Relay:
             stack.enter_context(self._fleet.using(engine, 1, pair))
             begun_s = self._clock.now()
             async with self._deadline(engine, timeout_s):
-                response = await self._send(engine, call, content, timeout_s, stack)
+                response = await self._send(engine, call, content, timeout_s, stack, pair)
                 if response.headers.get("content-type", "").startswith("text/event-stream"):
                     reply = await self._begin_stream(leg, response, stack)
                 else:
@@ -274,9 +274,18 @@ class Relay:
             raise self._failed(engine, f"no answer within {timeout_s:g} s", 504) from err
 
     async def _send(
-        self, engine: Engine, call: Call, content: bytes, timeout_s: float, stack: AsyncExitStack
+        self,
+        engine: Engine,
+        call: Call,
+        content: bytes,
+        timeout_s: float,
+        stack: AsyncExitStack,
+        pair: Pair | None = None,
     ) -> httpx2.Response:
-        """The engine's reply, its status good and its body to be read; `stack` closes it."""
+        """The engine's reply, its status good and its body to be read; `stack` closes it.
+
+        `pair`: KV is to be transferred between these. An engine tells by status 500 that it was not.
+        """
         timeout = httpx2.Timeout(timeout_s, connect=self._config.connect_timeout_s, pool=None)
         headers = {"Content-Type": "application/json", "Accept-Encoding": "identity", **call.headers}
         try:
@@ -298,8 +307,11 @@ class Relay:
             self._fleet.worked(engine)
             kind = response.headers.get("content-type", "application/json")
             raise _Refused(Reply(response.status_code, kind, data, outcome="refused"))
-        status = 503 if response.status_code in (429, 503) else 502
-        raise self._failed(engine, f"status {response.status_code}: {data[:500].decode(errors='replace')}", status)
+        why = f"status {response.status_code}: {_message(data)}"
+        if pair is not None and response.status_code == 500:
+            self._fleet.not_transferred(pair, why)
+            raise LegFailed(engine, why)
+        raise self._failed(engine, why, 503 if response.status_code in (429, 503) else 502)
 
     async def _content(self, engine: Engine, response: httpx2.Response) -> bytes:
         try:
@@ -318,18 +330,19 @@ class Relay:
         if verdict.error is not None:
             if leg.pair is None:
                 raise self._failed(leg.engine, verdict.error)
-            self._fleet.not_transferred(leg.pair)  # most probably; the engine did answer
+            self._fleet.not_transferred(leg.pair, verdict.error)  # most probably; the engine did answer
             raise LegFailed(leg.engine, verdict.error)
         if verdict.num_recomputed_tokens <= 0 or leg.pair is None or leg.has_recomputed:
             return
-        leg.has_recomputed, leg.pair.transfers = True, False
+        leg.has_recomputed = True
         self._recomputed("decode_engine")
+        why = verdict.load_error or "look at its log for why the transfer failed"
+        again = f"computed {verdict.num_recomputed_tokens} prompt tokens again that the prefill engine had"
+        self._fleet.not_transferred(leg.pair, f"{again}: {why}", is_fault=self._config.strict)
         if self._config.strict:
-            self._fleet.not_transferred(leg.pair)
             raise ApiError(
-                502, f"decode engine {leg.engine.url} computed {verdict.num_recomputed_tokens} prompt tokens again "
-                "that the prefill engine had: look at its log for why the transfer failed, or start the proxy with "
-                "--no-strict", code="recomputed",
+                502, f"decode engine {leg.engine.url} {again}: {why}; or start the proxy with --no-strict",
+                code="recomputed",
             )  # fmt: skip
 
     def _failed(self, engine: Engine, why: str, status: int = 502, *, was_sent: bool = True) -> LegFailed:
@@ -354,6 +367,15 @@ class Relay:
                 return refused.reply
             except LegFailed as failure:
                 raise _gave_up(failure, 1) from failure
+
+
+def _message(data: bytes) -> str:
+    """What an error reply says, as JSON of OpenAI's or as it is."""
+    try:
+        error = judge(json.loads(data)).error
+    except ValueError:
+        error = None
+    return (error or data.decode(errors="replace"))[:1000]
 
 
 def _text(error: Exception) -> str:

@@ -59,6 +59,7 @@ def test_decode_gets_the_clients_body_and_what_was_handed_over() -> None:
     body = {"prompt": "a", "max_tokens": 7, "stream": True, "stop": ["x"], "min_tokens": 3}
     assert decode(body) == body | {"kv_transfer_params": HANDED | {"transfer_id": "t1"}}
     assert decode(body, HANDED | {"transfer_id": "theirs"})["kv_transfer_params"]["transfer_id"] == "theirs"
+    assert decode(body, HANDED | {"transfer_id": None})["kv_transfer_params"]["transfer_id"] == "t1"
     assert decode(body, None) == body
 
 

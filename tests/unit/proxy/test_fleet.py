@@ -103,9 +103,12 @@ def test_pair_that_does_not_transfer_is_not_used_but_its_engines_are() -> None:
     fleet, _ = make()
     (p1, p2), (d1, d2) = fleet.prefill, fleet.decode
     for _ in range(3):
-        fleet.not_transferred(fleet.pairs[p1, d1])
+        fleet.not_transferred(fleet.pairs[p1, d1], "no link")
     assert fleet.pick_decode(p1) is d2
     assert fleet.pick_decode(p2) is d1
+    told = {(pair["prefill"], pair["decode"]): pair["last_failure"] for pair in fleet.describe()["pairs"]}
+    assert told[p1.url, d1.url] == "no link"
+    assert told[p1.url, d2.url] == "not tried yet"
     take_out(fleet, d2)
     assert fleet.pick_prefill([]) is p2, "the other one has nobody to hand over to"
 
@@ -130,8 +133,20 @@ def test_ready_means_that_kv_was_seen_to_move(strict: bool) -> None:
 def test_ready_without_probes_is_until_something_fails() -> None:
     fleet, _ = make(1, 1, probe_interval_s=0)
     assert fleet.is_ready
-    fleet.not_transferred(next(iter(fleet.pairs.values())))
+    pair = next(iter(fleet.pairs.values()))
+    fleet.not_transferred(pair, "lost")
     assert not fleet.is_ready
+
+
+def test_recompute_that_is_no_fault_is_told_but_takes_nobody_out() -> None:
+    fleet, _ = make(1, 1, strict=False)
+    ((prefill, decode), pair) = next(iter(fleet.pairs.items()))
+    for _ in range(9):
+        fleet.not_transferred(pair, "computed again", is_fault=False)
+    assert fleet.pick_decode(prefill) is decode
+    assert fleet.describe()["pairs"][0]["last_failure"] == "computed again"
+    fleet.transferred(pair)
+    assert "last_failure" not in fleet.describe()["pairs"][0]
 
 
 def test_retry_after_is_the_shortest_wait() -> None:

@@ -5,10 +5,9 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Literal
 
-from kvferry.config import parse_settings
+from kvferry.config import parse_settings, read_secret
 from kvferry.errors import ConfigError
 from kvferry.p2p.actions import P2PSettings
 from kvferry.p2p.control import ControlSettings
@@ -83,12 +82,7 @@ class P2PConfig:
 
     def key(self) -> str | None:
         """The shared secret; reads the file. ConfigError when that cannot be read."""
-        if self.key_file is None:
-            return None
-        try:
-            return Path(self.key_file).read_text().strip()
-        except (OSError, UnicodeDecodeError) as error:
-            raise ConfigError(f"{EXTRA_CONFIG}.key_file={self.key_file!r} cannot be read: {error}") from error
+        return None if self.key_file is None else read_secret(self.key_file, f"{EXTRA_CONFIG}.key_file")
 
     def waits(self) -> P2PSettings:
         """The core's deadlines. ConfigError when one is not above 0."""

@@ -94,11 +94,11 @@ class Load:
     """The request ended while it was loading."""
 
 
-def _recomputed(request: RequestView, load: Load) -> dict[str, int]:
+def _recomputed(request: RequestView, load: Load) -> dict[str, Any]:
     """For routers, of a load that failed: what the peer had and was computed here, the prompt's last token apart."""
     num_last = request.num_prompt_tokens - 1
     num_promised = min(load.num_remote_tokens or num_last, num_last)
-    return {"num_recomputed_tokens": max(0, num_promised - load.num_local_tokens)}
+    return {"num_recomputed_tokens": max(0, num_promised - load.num_local_tokens), "load_error": load.reason}
 
 
 class P2PSchedulerSide(SchedulerSide):
@@ -278,7 +278,7 @@ class P2PSchedulerSide(SchedulerSide):
     def request_finished(self, request: RequestView, block_ids: BlockIds) -> tuple[bool, dict[str, Any] | None]:
         """Lease the blocks of a request that is to be handed over; give up the load of one that still loads.
 
-        Of a load that failed, routers are told how many tokens were computed again.
+        Of a load that failed, routers are told how many tokens were computed again, and why.
         """
         request_id = request.request_id
         load = self._loads.get(request_id)

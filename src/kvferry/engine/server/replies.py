@@ -157,10 +157,11 @@ class Reply:
         """Take a delta in; what the client is to hear of it, or None when there is nothing to say yet."""
         offset, is_first = len(choice.text), not choice.token_ids
         delta = choice.add(output)
-        if not (delta.text or output.finished or self.returns_token_ids or delta.logprobs):
+        news = self._news(is_first, output.finished)
+        if not (delta.text or output.finished or self.returns_token_ids or delta.logprobs or news):
             return None
         shown = self._choice(choice, delta.text, delta.token_ids, delta.logprobs or [], offset, is_delta=True)
-        return self._object(self.dialect.chunk, [shown]) | self._news(is_first, output.finished)
+        return self._object(self.dialect.chunk, [shown]) | news
 
     def usage_chunk(self) -> dict[str, Any]:
         """The last chunk, for clients that asked for usage."""
