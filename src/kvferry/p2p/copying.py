@@ -10,14 +10,13 @@ scatter from it were measured to be slower than the single calls, as was asking 
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import pairwise
 
 import numpy as np
 
 from kvferry.p2p.transport import Ints
 
-_STEP_BYTES = 8 << 20  # about a millisecond
 _MIN_ROWS = 12  # one numpy call costs more than fewer memmoves
 
 
@@ -30,10 +29,10 @@ class _Rows:
         }  # fmt: skip
 
 
-def copy_pieces(sources: Ints, destinations: Ints, lengths: Ints) -> Iterator[int]:
+def copy_pieces(sources: Ints, destinations: Ints, lengths: Ints, step_bytes: Callable[[], int]) -> Iterator[int]:
     """Copy `lengths` bytes each from addresses to addresses; destinations do not overlap each other or any source.
 
-    Pauses every few MiB, and at the end, with the number of bytes copied since.
+    Pauses about every `step_bytes()`, and at the end, with the number of bytes copied since.
     """
     order, bounds = _runs(destinations, sources, lengths)
     if is_scatter := len(bounds) > len(lengths) // 4:
@@ -45,9 +44,10 @@ def copy_pieces(sources: Ints, destinations: Ints, lengths: Ints) -> Iterator[in
     copied = 0
     for start, stop in pairwise(bounds):
         length = int(lengths[start])
-        rows_per_step = max(1, _STEP_BYTES // length)
-        for first in range(start, stop, rows_per_step):
-            last = min(first + rows_per_step, stop)
+        first = start
+        while first < stop:
+            step = step_bytes()
+            last = min(first + max(1, step // length), stop)
             if last - first < _MIN_ROWS:
                 for i in range(first, last):
                     ctypes.memmove(to[i], from_[i], length)
@@ -56,7 +56,8 @@ def copy_pieces(sources: Ints, destinations: Ints, lengths: Ints) -> Iterator[in
             else:
                 _gather(sources[first:last], to[first], length)
             copied += length * (last - first)
-            if copied >= _STEP_BYTES:
+            first = last
+            if copied >= step:
                 yield copied
                 copied = 0
     if copied:

@@ -11,9 +11,9 @@ from kvferry.p2p import copying
 from kvferry.p2p.copying import copy_pieces
 
 
-def run(source: np.ndarray, destination: np.ndarray, rows: list[tuple[int, int, int]]) -> list[int]:
-    table = np.array(rows, dtype=np.int64).reshape(-1, 3)
-    return list(copy_pieces(table[:, 0] + source.ctypes.data, table[:, 1] + destination.ctypes.data, table[:, 2]))
+def run(source: np.ndarray, destination: np.ndarray, rows: list[tuple[int, int, int]], step_bytes: int) -> list[int]:
+    from_, to, lengths = np.array(rows, dtype=np.int64).reshape(-1, 3).T
+    return list(copy_pieces(from_ + source.ctypes.data, to + destination.ctypes.data, lengths, lambda: step_bytes))
 
 
 def gathered(rng: random.Random, page: int) -> list[tuple[int, int, int]]:
@@ -39,8 +39,7 @@ def scattered(rng: random.Random, page: int) -> list[tuple[int, int, int]]:
     return rows
 
 
-def test_random_pieces_equal_slices(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(copying, "_STEP_BYTES", 5000)
+def test_random_pieces_equal_slices() -> None:
     for seed in range(200):
         rng = random.Random(seed)
         source = np.random.default_rng(seed).integers(0, 256, 40_000, dtype=np.uint8)
@@ -50,7 +49,7 @@ def test_random_pieces_equal_slices(monkeypatch: pytest.MonkeyPatch) -> None:
         expected = destination.copy()
         for from_, to, length in rows:
             expected[to : to + length] = source[from_ : from_ + length]
-        steps = run(source, destination, rows)
+        steps = run(source, destination, rows, 5000)
         assert np.array_equal(destination, expected), f"seed {seed}"
         assert sum(steps) == sum(length for *_, length in rows)
         assert all(step < 10_000 + max(length for *_, length in rows) for step in steps)
@@ -68,7 +67,8 @@ def test_pages_that_fill_one_side_are_one_call(monkeypatch: pytest.MonkeyPatch, 
     pages, filled_pages = 3 * np.random.default_rng(1).permutation(64), np.arange(64)
     from_, to = (pages, filled_pages) if filled == "destination" else (filled_pages, pages)
     source, destination = np.arange(192 * 64, dtype=np.uint16).view(np.uint8), np.zeros(192 * 128, np.uint8)
-    run(source, destination, [(128 * f, 128 * t, 128) for f, t in zip(from_.tolist(), to.tolist(), strict=True)])
+    rows = [(128 * f, 128 * t, 128) for f, t in zip(from_.tolist(), to.tolist(), strict=True)]
+    run(source, destination, rows, 1 << 20)
     assert calls == [64]
     expected = np.zeros((192, 128), np.uint8)
     for f, t in zip(from_, to, strict=True):
@@ -77,4 +77,4 @@ def test_pages_that_fill_one_side_are_one_call(monkeypatch: pytest.MonkeyPatch, 
 
 
 def test_nothing_is_nothing() -> None:
-    assert run(np.zeros(1, np.uint8), np.zeros(1, np.uint8), []) == []
+    assert run(np.zeros(1, np.uint8), np.zeros(1, np.uint8), [], 1) == []
