@@ -1,16 +1,17 @@
 """Transports between two processes on one host, against what bounds them; part "transports" of the P2P benchmark.
 
-shm             our shared-memory transport, READ
-shm, scattered  the same with destinations all over a pool of twice the size, as in a pool long in use
-nixl            our NIXL transport, READ
-nixl, merged    the same with pieces of 8 MiB: what the planner makes of blocks that are adjacent on both sides
-raw nixl        the library itself, as it comes: its Python API, default settings, READ, one request
-gather bound    torch `index_select` of pages into one buffer, one thread, all in this process
+gather bound     torch `index_select` of pages into one buffer, one thread, all in this process
+shm, gather      our shared-memory transport, READ: as the bound, from pages all over a pool to one half of another
+shm, scatter     from one half of a pool to pages all over another, as into a pool long in use
+shm, both        from all over to all over
+shm, busy host   as "gather", beside a thread of this process that spins in Python
+raw nixl         the library itself, as it comes: its Python API, default settings, READ, one request; as "gather"
+nixl             our NIXL transport, READ, as "gather"
+nixl, merged     the same in pieces of 8 MiB: what the planner makes of blocks that are adjacent on both sides
 
-All move as many bytes, from pieces all over a pool of twice that size, to places in another order, which fill half of
-the other pool (the bound: in order). Every round
-measures all in turn, so that other work on the machine hits all alike. Rates are in GB/s (1e9) of wall time, from
-submit to the completion seen by polling. NIXL lives in an environment of its own: `--native-python`.
+All move as many bytes, in another order on either side (the bound: in order on its far side). Every round measures all
+in turn, so that other work on the machine hits all alike. Rates are in GB/s (1e9) of wall time, from submit to the
+completion seen by polling. NIXL lives in an environment of its own: `--native-python`; without it the exit status is 2.
 """
 
 from __future__ import annotations
@@ -21,8 +22,10 @@ import os
 import statistics
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -31,31 +34,54 @@ import torch
 
 from kvferry.p2p.choice import create_transports
 from kvferry.p2p.shm import SharedPool
-from kvferry.p2p.transport import Region, TransferOp, TransferStatus, Transport
+from kvferry.p2p.transport import Pieces, Region, TransferOp, TransferStatus, Transport
 
 ROOT = Path(__file__).parent.parent
 PIECE_BYTES = (16 << 10, 64 << 10, 256 << 10, 2 << 20)
 MERGED_BYTES = 8 << 20
+SHM_GOAL = 0.8
+SHM_TO_NIXL_GOAL = 3.0
+NIXL_GOAL = 0.95
+Samples = dict[str, dict[int, list[float]]]
 COLOURS = {
-    "shm": "#4a9a5b",
-    "shm, scattered": "#97cba3",
     "gather bound": "#b0b0b0",
+    "shm, gather": "#4a9a5b",
+    "shm, scatter": "#6fb57e",
+    "shm, both": "#97cba3",
+    "shm, busy host": "#c3e2ca",
+    "raw nixl": "#d08a3c",
     "nixl": "#3d6fb4",
     "nixl, merged": "#8fb1de",
-    "raw nixl": "#d08a3c",
 }
 
 
-class Pieces:
-    """Half of a pool in pieces of one size, shuffled on both sides."""
+def some_pieces(num_bytes: int, piece_bytes: int, seed: int, shape: str = "gather") -> Pieces:
+    """Half of a pool in pieces of one size, shuffled on both sides; `shape` as above."""
+    order = np.random.default_rng(seed)
+    count = num_bytes // piece_bytes
+    region, length = np.zeros(count, dtype=np.int64), np.full(count, piece_bytes, dtype=np.int64)
+    from_, to = (
+        order.permutation((1 + (shape != half)) * count)[:count] * piece_bytes for half in ("scatter", "gather")
+    )
+    return Pieces(region, from_, region, to, length)
 
-    def __init__(self, num_bytes: int, piece_bytes: int, seed: int, *, is_scattered: bool = False) -> None:
-        order = np.random.default_rng(seed)
-        count = num_bytes // piece_bytes
-        self.source_region = self.destination_region = np.zeros(count, dtype=np.int64)
-        self.source_offset = order.permutation(2 * count)[:count] * piece_bytes
-        self.destination_offset = order.permutation((1 + is_scattered) * count)[:count] * piece_bytes
-        self.length = np.full(count, piece_bytes, dtype=np.int64)
+
+@contextmanager
+def spinning() -> Iterator[None]:
+    """A thread that wants the GIL all the time."""
+    end = threading.Event()
+
+    def spin() -> None:
+        while not end.is_set():
+            pass
+
+    thread = threading.Thread(target=spin, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        end.set()
+        thread.join()
 
 
 class End:
@@ -115,7 +141,7 @@ class Subject:
         transport = self.end.transports[name]
         ticket = transport.submit(self.peers[name], TransferOp.READ, pieces)
         while not (ended := transport.poll()):
-            time.sleep(0.0005)
+            time.sleep(0.0002)
         assert (ended[0].ticket, ended[0].status) == (ticket, TransferStatus.OK), ended
 
     def gather(self, pieces: Pieces) -> None:
@@ -148,7 +174,7 @@ class Subject:
             assert state == "DONE", state
             agent.release_xfer_handle(handle)
 
-        read(Pieces(self.num_bytes, self.num_bytes, 0))  # connects
+        read(some_pieces(self.num_bytes, self.num_bytes, 0))  # connects
         return agent, read
 
     def check(self, pieces: Pieces, what: str) -> None:
@@ -159,32 +185,42 @@ class Subject:
         assert torch.equal(got, want), f"{what}: bytes differ"
         self.end.memory.fill_(0)
 
-    def round(self, seed: int, samples: dict[str, dict[int, list[float]]]) -> None:
+    def round(self, seed: int, samples: Samples) -> None:
         """One sample of everything."""
         agent, raw = self.raw()
         for piece_bytes in PIECE_BYTES:
-            pieces = Pieces(self.num_bytes, piece_bytes, seed)
-            self._time(samples["raw nixl"], piece_bytes, lambda p=pieces: raw(p))
-            self.check(pieces, "raw nixl")
+            self._sample(samples, "raw nixl", piece_bytes, raw, some_pieces(self.num_bytes, piece_bytes, seed))
         agent.agent = None
-        for piece_bytes in PIECE_BYTES:
-            pieces, merged = (Pieces(self.num_bytes, size, seed) for size in (piece_bytes, MERGED_BYTES))
-            scattered = Pieces(self.num_bytes, piece_bytes, seed, is_scattered=True)
-            for name, action, moved in (
-                ("nixl", lambda p=pieces: self.ours("nixl", p), pieces),
-                ("nixl, merged", lambda p=merged: self.ours("nixl", p), merged),
-                ("shm", lambda p=pieces: self.ours("shm", p), pieces),
-                ("shm, scattered", lambda p=scattered: self.ours("shm", p), scattered),
-                ("gather bound", lambda p=pieces: self.gather(p), None),
-            ):
-                self._time(samples[name], piece_bytes, action)
-                if moved is not None:
-                    self.check(moved, name)
+        for size in PIECE_BYTES:
+            gathered, scattered, both = (
+                some_pieces(self.num_bytes, size, seed, shape) for shape in ("gather", "scatter", "both")
+            )
+            merged = some_pieces(self.num_bytes, MERGED_BYTES, seed)
+            self._time(samples["gather bound"][size], lambda p=gathered: self.gather(p))
+            for name, pieces in (("shm, gather", gathered), ("shm, scatter", scattered), ("shm, both", both)):
+                self._sample(samples, name, size, self.shm, pieces)
+            with spinning():
+                self._time(samples["shm, busy host"][size], lambda p=gathered: self.shm(p))
+            self.check(gathered, "shm, busy host")
+            self._sample(samples, "nixl", size, self.nixl, gathered)
+            self._sample(samples, "nixl, merged", size, self.nixl, merged)
 
-    def _time(self, samples: dict[int, list[float]], piece_bytes: int, action: Callable[[], None]) -> None:
+    def shm(self, pieces: Pieces) -> None:
+        """Ours."""
+        self.ours("shm", pieces)
+
+    def nixl(self, pieces: Pieces) -> None:
+        """Ours."""
+        self.ours("nixl", pieces)
+
+    def _sample(self, samples: Samples, name: str, size: int, move: Callable[[Pieces], None], pieces: Pieces) -> None:
+        self._time(samples[name][size], lambda: move(pieces))
+        self.check(pieces, name)
+
+    def _time(self, samples: list[float], action: Callable[[], None]) -> None:
         started = time.perf_counter()
         action()
-        samples[piece_bytes].append(self.num_bytes / (time.perf_counter() - started) / 1e9)
+        samples.append(self.num_bytes / (time.perf_counter() - started) / 1e9)
 
     def close(self) -> None:
         """End both processes' part."""
@@ -196,7 +232,7 @@ def measure(num_bytes: int, rounds: int) -> dict[str, Any]:
     """Samples of all rounds; the first round warms up and is not counted."""
     torch.set_num_threads(1)
     subject = Subject(num_bytes)
-    samples: dict[str, dict[int, list[float]]] = {name: {size: [] for size in PIECE_BYTES} for name in COLOURS}
+    samples: Samples = {name: {size: [] for size in PIECE_BYTES} for name in COLOURS}
     try:
         for seed in range(rounds + 1):
             subject.round(seed, samples)
@@ -206,49 +242,59 @@ def measure(num_bytes: int, rounds: int) -> dict[str, Any]:
 
 
 def summary(samples: dict[str, dict[str, list[float]]]) -> dict[str, Any]:
-    """Medians, and the ratios that are promised; ratios are medians of ratios per round."""
+    """Medians, all ratios of interest, and the goals; ratios are medians of ratios per round."""
 
     def ratio(name: str, size: int, bound: str, bound_size: int) -> float:
         pairs = zip(samples[name][str(size)], samples[bound][str(bound_size)], strict=True)
-        return statistics.median(a / b for a, b in pairs)
+        return round(statistics.median(a / b for a, b in pairs), 3)
 
     medians = {name: {size: statistics.median(values) for size, values in by.items()} for name, by in samples.items()}
     best = int(max(medians["raw nixl"], key=lambda size: medians["raw nixl"][size]))
+    shm = [name for name in samples if name.startswith("shm")]
+    to_bound = {name: {str(size): ratio(name, size, "gather bound", size) for size in PIECE_BYTES} for name in shm}
+    first = PIECE_BYTES[0]
+    goals = {
+        **{f"shm, gather / gather bound, {_name(int(size))}": (value, SHM_GOAL)
+           for size, value in to_bound["shm, gather"].items()},
+        f"shm, gather / raw nixl, {_name(first)}": (ratio("shm, gather", first, "raw nixl", first), SHM_TO_NIXL_GOAL),
+        "nixl, merged / raw nixl, its best piece size": (ratio("nixl, merged", best, "raw nixl", best), NIXL_GOAL),
+    }  # fmt: skip
     return {
         "median_gb_per_s": medians,
         "raw_nixl_best_piece_bytes": best,
-        "shm_to_gather_bound": {str(size): ratio("shm", size, "gather bound", size) for size in PIECE_BYTES},
-        "shm_scattered_to_gather_bound": {
-            str(size): ratio("shm, scattered", size, "gather bound", size) for size in PIECE_BYTES
-        },
-        "shm_to_raw_nixl_16_KiB": ratio("shm", PIECE_BYTES[0], "raw nixl", PIECE_BYTES[0]),
+        "to_gather_bound": to_bound,
         "nixl_to_raw_same_pieces": {str(size): ratio("nixl", size, "raw nixl", size) for size in PIECE_BYTES},
-        "nixl_merged_to_raw_best": ratio("nixl, merged", best, "raw nixl", best),
+        "goals": {name: {"value": value, "goal": goal, "met": value >= goal} for name, (value, goal) in goals.items()},
     }
+
+
+def _name(size: int) -> str:
+    return f"{size >> 10} KiB" if size < 1 << 20 else f"{size >> 20} MiB"
 
 
 def plot(medians: dict[str, dict[str, float]], path: Path) -> None:
     """Rates by piece size."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(8, 3.2), layout="constrained")
+    figure = Figure(figsize=(10, 3.6), layout="constrained")
     axes = figure.subplots()
     for i, (name, colour) in enumerate(COLOURS.items()):
-        places = [x + 0.14 * i for x in range(len(PIECE_BYTES))]
-        bars = axes.bar(places, [medians[name][str(size)] for size in PIECE_BYTES], 0.13, label=name, color=colour)
+        places = [x + 0.11 * i for x in range(len(PIECE_BYTES))]
+        bars = axes.bar(places, [medians[name][str(size)] for size in PIECE_BYTES], 0.1, label=name, color=colour)
         axes.bar_label(bars, fmt="%.1f", fontsize=6)
-    labels = [f"{size >> 10} KiB" if size < 1 << 20 else f"{size >> 20} MiB" for size in PIECE_BYTES]
-    axes.set_xticks([x + 0.35 for x in range(len(PIECE_BYTES))], labels)
+    axes.set_xticks([x + 0.385 for x in range(len(PIECE_BYTES))], [_name(size) for size in PIECE_BYTES])
     axes.set_xlabel("piece size")
     axes.set_ylabel("GB/s, median")
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False, fontsize=7)
+    axes.legend(frameon=False, fontsize=7, ncols=3, loc="upper left")
+    axes.set_ylim(top=1.25 * axes.get_ylim()[1])
     figure.savefig(path, dpi=130)
 
 
 def _transports(native_python: Path, num_bytes: int, rounds: int) -> None:
     import record
 
+    machine = record.machine()
     command = [native_python, __file__, "--measure", "--bytes", str(num_bytes), "--rounds", str(rounds)]
     environment = {**os.environ, "PYTHONPATH": str(ROOT / "src")}
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, env=environment)
@@ -257,10 +303,11 @@ def _transports(native_python: Path, num_bytes: int, rounds: int) -> None:
     said = summary(samples)
     for name, by_size in said["median_gb_per_s"].items():
         print(f"{name:15}", "  ".join(f"{int(size) >> 10:5} KiB {rate:6.2f}" for size, rate in by_size.items()), "GB/s")
-    for name, value in said.items():
-        if name != "median_gb_per_s":
-            print(f"{name}: {value}")
-    machine = record.machine()
+    for name in ("to_gather_bound", "nixl_to_raw_same_pieces"):
+        print(f"{name}: {said[name]}")
+    for name, goal in said["goals"].items():
+        print(f"{name}: {goal['value']} (goal {goal['goal']}) {'met' if goal['met'] else 'MISSED'}")
+    machine["load_average_at_end"] = list(os.getloadavg())
     machine["versions"] |= result["versions"]
     content = {"machine": machine, "bytes_per_sample": num_bytes, **said, "samples_gb_per_s": samples}
     plot(said["median_gb_per_s"], record.write("p2p_transports", content).with_suffix(".png"))
@@ -284,6 +331,9 @@ def main() -> None:
         samples = measure(options.bytes, options.rounds)
         print(json.dumps({"samples": samples, "versions": {"nixl": version("nixl"), "torch (nixl)": version("torch")}}))
     else:
+        if not options.native_python.exists():
+            print(f"{options.native_python} is missing: make venv-native, or --native-python", file=sys.stderr)
+            sys.exit(2)
         _transports(options.native_python, options.bytes, options.rounds)
 
 

@@ -1,22 +1,23 @@
 """Many small copies in one process, at memory speed, with the GIL free for long stretches.
 
-One `memmove` per piece asks for the GIL after every piece, which costs a sixth of the speed at 16 KiB on a quiet
-machine and far more beside busy threads. So pieces are sorted by destination, and runs of equal pieces that lie behind
-each other there become one `numpy.take` of rows, which copies them all without the GIL.
+One `memmove` per piece asks for the GIL after every piece; between copies of 16 KiB that and the call cost a third of
+the speed on a quiet machine, and more beside busy threads. So runs of equal pieces that lie behind each other on one
+side become one numpy call without the GIL: a gather (`take`) where that is the destination, a scatter where it is the
+source. No installed library copies from scattered to scattered places in one call: a gather into a buffer and a
+scatter from it were measured to be slower than the single calls, as was asking the kernel (`io_submit` on the file).
 """
 
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import pairwise
 
 import numpy as np
 
 from kvferry.p2p.transport import Ints
 
-_STEP_BYTES = 8 << 20
-_MIN_ROWS = 12  # a `take` of fewer costs more than that many memmoves
+_MIN_ROWS = 12  # one numpy call costs more than fewer memmoves
 
 
 class _Rows:
@@ -28,46 +29,69 @@ class _Rows:
         }  # fmt: skip
 
 
-def copy_pieces(sources: Ints, destinations: Ints, lengths: Ints) -> Iterator[int]:
+def copy_pieces(sources: Ints, destinations: Ints, lengths: Ints, step_bytes: Callable[[], int]) -> Iterator[int]:
     """Copy `lengths` bytes each from addresses to addresses; destinations do not overlap each other or any source.
 
-    Pauses every few MiB, and at the end, with the number of bytes copied since.
+    Pauses about every `step_bytes()`, and at the end, with the number of bytes copied since.
     """
-    order = np.argsort(destinations, kind="stable")
+    order, bounds = _runs(destinations, sources, lengths)
+    if is_scatter := len(bounds) > len(lengths) // 4:
+        by_source, source_bounds = _runs(sources, destinations, lengths)
+        if is_scatter := len(source_bounds) < len(bounds):
+            order, bounds = by_source, source_bounds
     sources, destinations, lengths = sources[order], destinations[order], lengths[order]
     from_, to = sources.tolist(), destinations.tolist()
     copied = 0
-    for start, stop in pairwise(_run_bounds(sources, destinations, lengths)):
+    for start, stop in pairwise(bounds):
         length = int(lengths[start])
-        rows_per_step = max(1, _STEP_BYTES // length)
-        for first in range(start, stop, rows_per_step):
-            last = min(first + rows_per_step, stop)
-            if last - first >= _MIN_ROWS:
-                _take(sources[first:last], to[first], length)
-            else:
+        first = start
+        while first < stop:
+            step = step_bytes()
+            last = min(first + max(1, step // length), stop)
+            if last - first < _MIN_ROWS:
                 for i in range(first, last):
                     ctypes.memmove(to[i], from_[i], length)
+            elif is_scatter:
+                _scatter(from_[first], destinations[first:last], length)
+            else:
+                _gather(sources[first:last], to[first], length)
             copied += length * (last - first)
-            if copied >= _STEP_BYTES:
+            first = last
+            if copied >= step:
                 yield copied
                 copied = 0
     if copied:
         yield copied
 
 
-def _run_bounds(sources: Ints, destinations: Ints, lengths: Ints) -> list[int]:
-    """Where runs start, and the end: equal lengths, destinations adjacent, sources whole lengths apart."""
+def _runs(adjacent: Ints, anywhere: Ints, lengths: Ints) -> tuple[Ints, list[int]]:
+    """Pieces in the order of their `adjacent` addresses, and where runs start, and the end.
+
+    A run is of equal lengths, adjacent on the one side and whole lengths apart on the other.
+    """
+    order = np.argsort(adjacent, kind="stable")
+    adjacent, anywhere, lengths = adjacent[order], anywhere[order], lengths[order]
     is_next = (
         (lengths[1:] == lengths[:-1])
-        & (destinations[1:] == destinations[:-1] + lengths[:-1])
-        & ((sources[1:] - sources[:-1]) % lengths[1:] == 0)
+        & (adjacent[1:] == adjacent[:-1] + lengths[:-1])
+        & ((anywhere[1:] - anywhere[:-1]) % lengths[1:] == 0)
     )
-    return [*([0] if len(lengths) else []), *(np.flatnonzero(~is_next) + 1).tolist(), len(lengths)]
+    return order, [*([0] if len(lengths) else []), *(np.flatnonzero(~is_next) + 1).tolist(), len(lengths)]
 
 
-def _take(sources: Ints, destination: int, length: int) -> None:
-    lowest = int(sources.min())
-    rows = (sources - lowest) // length
-    pages = np.asarray(_Rows(lowest, int(rows.max()) + 1, length))
+def _gather(sources: Ints, destination: int, length: int) -> None:
+    pages, rows = _pages(sources, length)
     # mode="clip" writes straight into `out`; the default would go through a buffer.
     np.take(pages, rows, axis=0, out=np.asarray(_Rows(destination, len(rows), length)), mode="clip")
+
+
+def _scatter(source: int, destinations: Ints, length: int) -> None:
+    pages, rows = _pages(destinations, length)
+    pages[rows] = np.asarray(_Rows(source, len(rows), length))
+
+
+def _pages(addresses: Ints, length: int) -> tuple[np.ndarray, Ints]:
+    """Memory as rows, and which of them these addresses, whole lengths apart, are."""
+    lowest = int(addresses.min())
+    rows = (addresses - lowest) // length
+    return np.asarray(_Rows(lowest, int(rows.max()) + 1, length)), rows

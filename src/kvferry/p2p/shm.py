@@ -37,6 +37,8 @@ _HEADER = struct.Struct("<8sQQ16s")  # magic, version, bytes of the pool, nonce
 _MAGIC = b"KVFPOOL\0"
 _VERSION = 1
 _MADV_POPULATE_WRITE = 23
+_SHORT_STEP_BYTES = 8 << 20  # about a millisecond
+_LONG_STEP_BYTES = 32 << 20
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
 
@@ -219,7 +221,11 @@ class ShmTransport(ThreadedTransport):
         from_, to = (peer.bases, self._bases) if transfer.op is TransferOp.READ else (self._bases, peer.bases)
         sources = from_[pieces.source_region] + pieces.source_offset
         destinations = to[pieces.destination_region] + pieces.destination_offset
-        return copy_pieces(sources, destinations, pieces.length)
+        return copy_pieces(sources, destinations, pieces.length, self._step_bytes)
+
+    def _step_bytes(self) -> int:
+        """Short turns for those who wait; a long one asks a busy host for the GIL less often."""
+        return _SHORT_STEP_BYTES if len(self._active) > 1 else _LONG_STEP_BYTES
 
     def _check_alive(self, peer: _ShmPeer) -> None:
         if _has_ended(peer):
