@@ -12,6 +12,9 @@ What shapes this file (measured with nixl 1.5.1 on UCX tcp and cma, see docs of 
   agent does: nothing of a read landed. Of a write, what the network held already landed still: no fence.
 - Its progress thread spins: an idle agent takes a whole core. So there is none; the own thread makes progress.
 - A peer that is stopped leaves requests in progress for ever.
+- No call tells whether a peer that wrote to us is dead. On one machine the lock on its life sign (a page in /dev/shm)
+  does; what it had put into sockets is then taken in by our own progress within `_DRAIN_S`, if that had
+  `_DRAIN_TURNS`. Of a writer on another machine that vanished nothing is known: blocks it may write to stay out of use.
 
 Metadata of peers is native code's input: it is used only when the envelope around it is ours, and blobs come through
 the control channel, which is authenticated when a key is set.
@@ -21,6 +24,7 @@ from __future__ import annotations
 
 import importlib
 import secrets
+import time
 from collections.abc import Mapping
 from contextlib import suppress
 from itertools import pairwise
@@ -29,11 +33,14 @@ from typing import Annotated, Any, Literal
 import msgspec
 import numpy as np
 
-from kvferry.errors import ConfigError, TransferError
+from kvferry.errors import ConfigError, HostError, TransferError
 from kvferry.p2p.threaded import Step, ThreadedTransport, Transfer, decode_blob
 from kvferry.p2p.transport import Capabilities, Ints, PeerHandle, TransferOp
+from kvferry.segment import PAGE_BYTES, SHM_DIRECTORY, Segment, is_segment_path
 
 _POST_BYTES = 64 << 20
+_DRAIN_S = 1.0
+_DRAIN_TURNS = 200
 _Number = Annotated[int, msgspec.Meta(ge=0, lt=1 << 62)]
 
 
@@ -47,6 +54,9 @@ class _Blob(msgspec.Struct, frozen=True, tag_field="transport", tag="nixl 1"):
     memory: Literal["DRAM", "VRAM"]
     regions: tuple[_Region, ...]
     metadata: bytes
+    life: str = ""
+    """Path of the life sign; empty: there is none."""
+    nonce: bytes = b""
 
 
 class _NixlPeer(PeerHandle):
@@ -54,6 +64,8 @@ class _NixlPeer(PeerHandle):
         super().__init__("nixl", [region.num_bytes for region in blob.regions])
         self.blob = blob
         self.agent_name: str | None = None  # as known to the initiator; None: not connected to it
+        self.life: Segment | None = None
+        self.ended: tuple[float, int] | None = None  # when it was first seen dead: time, turn of `_serve`
         self.addresses = np.array([region.address for region in blob.regions], dtype=np.int64)
         self.device_ids = np.array([region.device_id for region in blob.regions], dtype=np.int64)
 
@@ -84,7 +96,19 @@ class NixlTransport(ThreadedTransport):
         self._errors = tuple(getattr(bindings, name) for name in names)
         self._disconnected = bindings.nixlRemoteDisconnectError
         self._engine_id = engine_id
+        self._life: Segment | None = None
+        self._num_turns = 0
         self._ucx_params = dict(ucx_params or {})
+
+    def peer_has_ended(self, peer: PeerHandle) -> bool:
+        """The lock on its life sign is free, and has been long enough for what it sent to have landed."""
+        assert isinstance(peer, _NixlPeer)
+        if peer.is_closing or peer.life is None or peer.life.is_owner_alive():
+            return False
+        if peer.ended is None:
+            peer.ended = time.monotonic(), self._num_turns
+        seen_s, seen_turn = peer.ended
+        return time.monotonic() - seen_s >= _DRAIN_S and self._num_turns - seen_turn >= _DRAIN_TURNS
 
     # ---- agents -----------------------------------------------------------------------------------------------
 
@@ -106,7 +130,13 @@ class NixlTransport(ThreadedTransport):
             metadata = self._target.get_agent_metadata()
         except self._errors as error:
             raise ConfigError(f"NIXL cannot register the KV pool: {type(error).__name__}: {error}") from error
-        return msgspec.msgpack.encode(_Blob(self._memory, places, metadata))
+        nonce, path = secrets.token_bytes(16), ""
+        with suppress(OSError):  # no room: then nobody can tell whether we live
+            self._life = Segment.create(
+                engine_id=self._engine_id, num_bytes=PAGE_BYTES, header=nonce, folder=SHM_DIRECTORY
+            )
+            path = self._life.path
+        return msgspec.msgpack.encode(_Blob(self._memory, places, metadata, path, nonce))
 
     def _make_agent(self) -> Any:
         name = f"{self._engine_id}-{secrets.token_hex(8)}"
@@ -121,6 +151,11 @@ class NixlTransport(ThreadedTransport):
 
     def _open_peer(self, peer: PeerHandle) -> None:
         assert isinstance(peer, _NixlPeer)
+        if peer.life is None and is_segment_path(peer.blob.life):
+            with suppress(HostError):  # on another machine, or in a container of its own
+                peer.life = Segment.attach(
+                    peer.blob.life, PAGE_BYTES, peer.blob.nonce, what="life sign", populate=False
+                )
         try:
             name = self._initiator.add_remote_agent(peer.blob.metadata)
         except self._errors as error:
@@ -129,6 +164,8 @@ class NixlTransport(ThreadedTransport):
 
     def _close_peer(self, peer: PeerHandle, open_ops: set[TransferOp]) -> set[TransferOp]:
         assert isinstance(peer, _NixlPeer)
+        if peer.life is not None:
+            peer.life.close()
         is_hung = bool(peer.unknown_ops) or any(t.peer is peer and t.state and t.state.open for t in self._active)
         if is_hung:
             self._replace_initiator()
@@ -154,9 +191,12 @@ class NixlTransport(ThreadedTransport):
     def _serve(self) -> None:
         """Answer peers: connections, and over TCP also their reads and writes."""
         self._target.get_new_notifs()
+        self._num_turns += 1
 
     def _shut_down(self) -> None:
         self._initiator = self._target = None
+        if self._life is not None:
+            self._life.close()
 
     def _release(self, handle: Any) -> None:
         with suppress(*self._errors):  # still running: it ends with the agent
