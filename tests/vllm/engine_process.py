@@ -16,6 +16,9 @@ from typing import Any
 HERE = Path(__file__).parent
 ANSWER = "kvferry-answer "
 TIE = 1e-4
+# vLLM's ranks spin while they wait for each other. Bound to cores, they starve the other's processes there: loads were
+# seen to fail, and prefills of 203 tokens to take 20 s. vllm_environment binds none; more threads would spin as well.
+TWO_RANKS = {"OMP_NUM_THREADS": "1"}
 
 
 def vllm_environment(**more: str) -> dict[str, str]:

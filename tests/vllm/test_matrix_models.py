@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 from conftest import StartEngine
-from engine_process import assert_same_tokens, offloading, random_prompt, wait_until
+from engine_process import TWO_RANKS, assert_same_tokens, offloading, random_prompt, wait_until
 
 BLOCK_SIZE = 32
 CHUNK_TOKENS = 64
@@ -94,10 +94,9 @@ def test_two_ranks(start_engine: StartEngine, tiny_llama: str, tmp_path: Path) -
     folder = tmp_path / "kv"
     extra = {"weights_version": "tiny 1", "secondary_tiers": [{"type": "fs", "path": str(folder)}]}
     args = engine_args(tiny_llama, "recompute", extra, tensor_parallel_size=2)
-    env = {"VLLM_CPU_OMP_THREADS_BIND": "0|1"}
     whole, broken = random_prompt(33, 400), random_prompt(34, 400)
 
-    first = start_engine(env, **args)
+    first = start_engine(TWO_RANKS, **args)
     cold_whole = first.ask(generate=whole, max_tokens=MAX_TOKENS)
     wait_until("both ranks' shards are on disk", lambda: list(shards(folder).values()) == [{0, 1}] * 6)
     chunks_of_whole = set(shards(folder))
@@ -109,7 +108,7 @@ def test_two_ranks(start_engine: StartEngine, tiny_llama: str, tmp_path: Path) -
         (file,) = folder.rglob(f"{chunk}0100.kv")  # rank 1's
         file.unlink()
 
-    second = start_engine(env, **args)
+    second = start_engine(TWO_RANKS, **args)
     warm = second.ask(generate=whole, max_tokens=MAX_TOKENS)
     assert warm["external_hits"] == 384
     assert_same_tokens(warm, cold_whole)

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from engine_process import EngineChild
+from conftest import StartEngine, StartEngines
 
 BLOCK_SIZE = 32
 CHUNK_TOKENS = 64
@@ -39,7 +38,7 @@ def assert_same_tokens(got: dict[str, Any], reference: dict[str, Any]) -> None:
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("load_async", [True, False])
 def test_killed_engine_is_continued_from_disk(
-    start_engine: Callable[..., EngineChild], model_folder: str, tmp_path: Path, load_async: bool
+    start_engine: StartEngine, start_engines: StartEngines, model_folder: str, tmp_path: Path, load_async: bool
 ) -> None:
     engine_args = {
         "model": model_folder,
@@ -64,7 +63,7 @@ def test_killed_engine_is_continued_from_disk(
     num_chunks = len(PROMPT) // CHUNK_TOKENS
     loaded_blocks = list(range(1, 1 + num_chunks * CHUNK_TOKENS // BLOCK_SIZE))
 
-    cold = start_engine(**engine_args, kv_transfer_config=transfer)
+    cold, plain = start_engines({**engine_args, "kv_transfer_config": transfer}, engine_args)
     assert cold.ask(connector=True) == {"origin": "kvferry.vllm:OffloadingConnector"}
     first = cold.ask(generate=PROMPT, max_tokens=MAX_TOKENS)
     assert first["external_hits"] == 0
@@ -79,7 +78,4 @@ def test_killed_engine_is_continued_from_disk(
     # Block ids are handed out in order by a fresh pool, so the prompt lies in the same blocks in both engines.
     assert warm.ask(digests=loaded_blocks) == digests
     assert_same_tokens(second, first)
-    warm.kill()
-
-    plain = start_engine(**engine_args)
     assert_same_tokens(second, plain.ask(generate=PROMPT, max_tokens=MAX_TOKENS))

@@ -94,11 +94,11 @@ class Load:
     """The request ended while it was loading."""
 
 
-def _recomputed(request: RequestView, load: Load) -> dict[str, Any]:
-    """For routers, of a load that failed: what the peer had and was computed here, the prompt's last token apart."""
+def _told(request: RequestView, load: Load) -> dict[str, Any]:
+    """For routers, of a load that failed: why, and how much was computed here, the prompt's last token apart."""
     num_last = request.num_prompt_tokens - 1
     num_promised = min(load.num_remote_tokens or num_last, num_last)
-    return {"num_recomputed_tokens": max(0, num_promised - load.num_local_tokens), "load_error": load.reason}
+    return {"load_error": load.reason, "num_recomputed_tokens": max(0, num_promised - load.num_local_tokens)}
 
 
 class P2PSchedulerSide(SchedulerSide):
@@ -278,7 +278,7 @@ class P2PSchedulerSide(SchedulerSide):
     def request_finished(self, request: RequestView, block_ids: BlockIds) -> tuple[bool, dict[str, Any] | None]:
         """Lease the blocks of a request that is to be handed over; give up the load of one that still loads.
 
-        Of a load that failed, routers are told how many tokens were computed again, and why.
+        Of a load that failed, the answer says why, and how many tokens were computed again.
         """
         request_id = request.request_id
         load = self._loads.get(request_id)
@@ -288,7 +288,7 @@ class P2PSchedulerSide(SchedulerSide):
                 self.agent.use(lambda core, now: core.abort(request_id, now))
             if load.state is not LoadState.LOADING:
                 del self._loads[request_id]
-        told = _recomputed(request, load) if load is not None and load.reason else {}
+        told = _told(request, load) if load is not None and load.reason else {}
         params = self._lease(request, block_ids) if request_id in self._senders else None
         self._senders.discard(request_id)
         if params is None:
