@@ -11,19 +11,22 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from kvferry import LLM, SamplingParams
+from kvferry.connectors.p2p import links
 from kvferry.connectors.p2p.scheduler import P2PSchedulerSide
 from kvferry.engine.kv_groups import layer_name
 from kvferry.engine.outputs import RequestOutput
 from kvferry.errors import ConfigError, TransferError
-from kvferry.p2p import choice
+from kvferry.p2p import choice, threaded
 from kvferry.p2p.shm import ShmTransport
 from kvferry.p2p.threaded import Step, Transfer
-from kvferry.p2p.transport import TransferOp
+from kvferry.p2p.transport import Completion, TransferOp
 from kvferry.testing.stub_model import StubModel
 from kvferry.testing.transports import FakeNetwork, FakeTransport, Faults
 
@@ -283,6 +286,45 @@ def test_tokens_are_those_of_a_single_engine(cluster: Cluster, sampling: dict[st
     cluster.add(decode, "d", params, **options)
     assert tokens(cluster.finish("d")[0]) == tokens(alone)
     cluster.check_idle()
+
+
+def test_a_step_that_takes_a_token_over_has_moved_and_one_that_waits_has_not(cluster: Cluster) -> None:
+    prefill, decode = cluster.start(), cluster.start()
+    cluster.add(decode, "d", cluster.prefill(prefill, "p"))
+    moved: list[bool] = []
+    while not decode.scheduler.loaded:
+        decode.step()
+        moved.append(decode.has_moved)
+    assert moved[-1]
+    assert not any(moved[:-1])
+    decode.step()
+    assert decode.has_moved
+    cluster.finish("d")
+    cluster.check_idle()
+
+
+def test_the_seconds_of_a_transfer_are_those_of_the_transport(
+    cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not those until a step has looked, which would make every link look as slow as the model."""
+    monkeypatch.setattr(links, "time", SimpleNamespace(perf_counter=lambda: 100.0))
+    monkeypatch.setattr(threaded, "Completion", partial(Completion, ended_s=103.5))
+    prefill, decode = cluster.start(), cluster.start()
+    cluster.add(decode, "d", cluster.prefill(prefill, "p"))
+    cluster.finish("d")
+    cluster.check_idle()
+    stats = decode.connector_stats
+    assert stats is not None
+    assert stats.media["shm"].load_s == 3.5
+
+
+def test_tokens_are_taken_only_from_a_prefill_engine(cluster: Cluster) -> None:
+    llm = cluster.start()
+    for params in ({}, {"do_remote_prefill": False}, {"do_remote_decode": True}):
+        request = llm._make_request(
+            PROMPT, SamplingParams(extra_args={"kv_transfer_params": params | {"remote_first_token_ids": [7]}}), None
+        )
+        assert request.handed_over_token_ids == ()
 
 
 def test_log_probabilities_are_computed_where_they_are_asked_for(cluster: Cluster) -> None:

@@ -168,7 +168,7 @@ class DemoEngine:
             running = self._llm.scheduler.running
             if not digests and running and running[0].num_output_tokens:
                 digests = self._digests(self._llm.scheduler.manager.get_block_ids(request_id)[0], len(prompt))
-            if not running:
+            if not self._llm.has_moved:
                 time.sleep(_IDLE_REST_S)
 
     def _digests(self, block_ids: list[int], num_tokens: int) -> list[str]:

@@ -8,9 +8,14 @@ from kvferry.engine.request import Request, SampledToken
 
 
 def handed_over_tokens(request: Request, vocab_size: int) -> tuple[int, ...]:
-    """What a prefill engine says it chose; nothing when it is no list of tokens, or more than the ids is asked for."""
+    """What the prefill engine that the request names chose; nothing when that is no list of token ids of this model.
+
+    Nothing as well when log probabilities are asked for: only who computes the token knows them.
+    """
     params = request.kv_transfer_params
-    tokens = params.get("remote_first_token_ids") if isinstance(params, dict) else None
+    if not isinstance(params, dict) or not params.get("do_remote_prefill"):
+        return ()
+    tokens = params.get("remote_first_token_ids")
     if not isinstance(tokens, list | tuple) or request.sampling_params.logprobs is not None:
         return ()
     is_valid = all(type(token) is int and 0 <= token < vocab_size for token in tokens)

@@ -115,6 +115,8 @@ class LLM:
             self._explainer.enable()
         self._num_added = 0
         self._next_check_s = self._clock.now() + _CHECK_EVERY_S
+        self.has_moved = True
+        """Whether the last step computed or told something; after one that did not, others must move first: rest."""
         self._unclaimed: list[RequestOutput] = []  # came while `generate` waited for others
         self._is_shut_down = False
 
@@ -185,6 +187,7 @@ class LLM:
         plan = self.scheduler.schedule()
         result = self.runner.execute(plan)
         news = self.scheduler.update(plan, result)
+        self.has_moved = bool(plan.batch or news)
         self._explainer.take_ends(news)
         self._publish_events()
         reports = [report(request, self.tokenizer) for request in news]
@@ -275,10 +278,9 @@ class LLM:
         return requests
 
     def _step_or_rest(self) -> list[RequestOutput]:
-        """A step; after one without a forward, a short rest, since others must move first."""
-        num_forwards = self.runner.num_forwards
+        """A step, and a short rest when it did nothing."""
         finished = self.step()
-        if self.runner.num_forwards == num_forwards:
+        if not self.has_moved:
             time.sleep(_IDLE_SLEEP_S)
         return finished
 

@@ -36,8 +36,9 @@ To write a transport: subclass `ThreadedTransport` (`kvferry.p2p.threaded`) and 
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 from typing import NamedTuple, Protocol, runtime_checkable
 
@@ -86,12 +87,16 @@ class Region:
 
 @dataclass(frozen=True, slots=True)
 class Completion:
-    """How a ticket of `submit` or `close_peer` ended. `num_bytes` of it are known to have landed."""
+    """How a ticket of `submit` or `close_peer` ended, and when (of `time.perf_counter`).
+
+    `num_bytes` of it are known to have landed.
+    """
 
     ticket: int
     status: TransferStatus
     reason: str = ""
     num_bytes: int = 0
+    ended_s: float = field(default_factory=time.perf_counter)
 
 
 @dataclass(frozen=True, slots=True)

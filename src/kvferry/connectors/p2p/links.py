@@ -45,7 +45,8 @@ class _Running:
     """A job, or the closing of a link."""
 
     name: str | int
-    started_s: float
+    started_s: float = 0.0
+    ended_s: float = 0.0
     tickets: set[_Ticket] = field(default_factory=set)
     status: TransferStatus = TransferStatus.OK
     reason: str = ""
@@ -83,9 +84,11 @@ class Links:
 
     def start(self, job: TransferJob) -> None:
         """Plan and submit this rank's part; a part without bytes ends at once, an impossible one is rejected."""
-        running = _Running(job.job_id, time.perf_counter())
+        running = _Running(job.job_id)
         try:
-            for peer_rank, transfer in self._plan(job):
+            transfers = self._plan(job)
+            running.started_s = running.ended_s = time.perf_counter()
+            for peer_rank, transfer in transfers:
                 transport, peer = self._reach(job.connection, peer_rank)
                 ticket = transport.submit(peer, job.op, transfer.pieces)
                 self._add(running, transport, ticket)
@@ -103,7 +106,7 @@ class Links:
         if (link := self._links.pop(connection, None)) is None:
             return  # its fence came first
         self._fenced.discard(connection)
-        running = _Running(connection, time.perf_counter())
+        running = _Running(connection)
         for transport, peer in link.peers.values():
             self._add(running, transport, transport.close_peer(peer))
         self._end_if_over(running)
@@ -117,6 +120,7 @@ class Links:
             for done in transport.poll():
                 running = self._tickets.pop((name, done.ticket))
                 running.tickets.discard((name, done.ticket))
+                running.ended_s = max(running.ended_s, done.ended_s)
                 running.num_bytes[name] += done.num_bytes
                 running.note(done.status, done.reason)
                 self._end_if_over(running)
@@ -132,7 +136,7 @@ class Links:
         if running.tickets:
             return
         if isinstance(running.name, str):
-            seconds = time.perf_counter() - running.started_s
+            seconds = running.ended_s - running.started_s
             job = JobReport(running.name, self._rank, running.status, running.reason, dict(running.num_bytes), seconds)
             self._report.jobs.append(job)
         elif running.status is TransferStatus.OK:

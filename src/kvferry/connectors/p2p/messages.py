@@ -65,6 +65,7 @@ class JobReport:
     num_bytes: dict[str, int] = field(default_factory=dict)
     """By transport."""
     seconds: float = 0.0
+    """From the submission of the transfers to the end of the last; neither planning nor the wait for a step."""
 
 
 @dataclass(slots=True)

@@ -75,6 +75,9 @@ class P2PWorkerSide(WorkerSide):
         """Carry out the step's orders, first thing in it, so that transfers overlap the forward."""
         assert isinstance(metadata, StepMetadata)
         self._done = metadata
+        self._results.finished_recving.update(metadata.received)
+        self._results.failed_recving.update(metadata.failed)
+        self._results.finished_sending.update(metadata.sent)
         for order in metadata.opens:
             self._links.open(order)
         for job in metadata.jobs:
@@ -83,9 +86,6 @@ class P2PWorkerSide(WorkerSide):
             self._links.fence(connection)
         for connection in metadata.closes:
             self._links.close(connection)
-        self._results.finished_recving.update(metadata.received)
-        self._results.failed_recving.update(metadata.failed)
-        self._results.finished_sending.update(metadata.sent)
 
     def start_load_kv(self, metadata: KVConnectorMetadata) -> None:
         """Loads have begun already, unless the host does not call `handle_preemptions`."""

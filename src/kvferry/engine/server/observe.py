@@ -16,8 +16,6 @@ class EngineObserver:
     """Looks at each step's outputs, which must be deltas, and at the engine's own totals."""
 
     def __init__(self, llm: LLM, metrics: Metrics, clock: Clock | None = None) -> None:
-        self.had_forward = False
-        """Whether the last step computed anything."""
         self._llm = llm
         self._metrics = metrics
         self._clock = clock or SystemClock()
@@ -31,8 +29,7 @@ class EngineObserver:
 
     def step_done(self, outputs: Sequence[RequestOutput]) -> None:
         """Enter one step."""
-        self.had_forward = self._llm.runner.num_forwards > self._num_forwards
-        self._num_forwards = self._llm.runner.num_forwards
+        num_forwards, self._num_forwards = self._num_forwards, self._llm.runner.num_forwards
         self._metrics.add("kvferry:engine_steps")
         now_s = self._clock.now()
         self._num_step_tokens = 0
@@ -40,7 +37,7 @@ class EngineObserver:
             self._tokens(output, now_s)
             if output.finished:
                 self._end(output)
-        if self.had_forward:
+        if self._num_forwards > num_forwards:
             self._metrics.observe("vllm:iteration_tokens_total", self._num_step_tokens)
         self._engine_state()
         self._connector.enter(self._llm.connector_stats)

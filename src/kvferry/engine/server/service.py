@@ -28,7 +28,7 @@ from kvferry.metrics import Metrics
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
-_REST_S = 0.001  # after a step without a forward: others must move first
+_REST_S = 0.001  # after a step that did nothing: others must move first
 _IDLE_STEP_S = 0.05  # an idle engine steps now and then, for its connector writes, reads and checks meanwhile
 
 
@@ -235,7 +235,7 @@ class EngineService:
         """How long to wait for an order before the next step; None: for ever."""
         llm = self._llm
         if llm.scheduler.running or llm.scheduler.waiting or llm.scheduler.loaded:
-            return 0 if self._observer.had_forward else _REST_S
+            return 0 if llm.has_moved else _REST_S
         if llm.has_requests():
             return _REST_S
         llm.check_when_idle()
