@@ -157,6 +157,15 @@ class Fleet:
         breakers += [pair.breaker for pair in self.pairs.values()]
         return max(1, math.ceil(min((b.wait_s for b in breakers if b.wait_s), default=1)))
 
+    def problems(self) -> list[str]:
+        """Who is not in rotation, and why."""
+        engines = [e for e in (*self.prefill, *self.decode) if e.breaker.state is not State.CLOSED]
+        pairs = [(p, d, pair) for (p, d), pair in self.pairs.items() if pair.breaker.state is not State.CLOSED]
+        return [f"{e.role} engine {e.url} is {e.breaker.state.value}: {e.last_failure}" for e in engines] + [
+            f"transfers from {p.url} to {d.url} are {pair.breaker.state.value}: {pair.last_failure}"
+            for p, d, pair in pairs
+        ]
+
     def describe(self) -> dict[str, Any]:
         """The state of all of them, for people."""
         return {
