@@ -1,7 +1,8 @@
 """`kvferry proxy` before real `kvferry serve` engines that hand KV over through shared memory, all real processes.
 
-Two prefill and two decode engines share a key. `open_decode` takes KV from any engine of this machine, and computes a
-prompt when that fails; `closed_decode` takes it only from whom the proxy has signed, and fails.
+Two prefill and two decode engines share a key. KV of the first one is pulled, the second one pushes it. `open_decode`
+takes KV from any engine of this machine, and computes a prompt when that fails; `closed_decode` takes it only from whom
+the proxy has signed, and fails.
 """
 
 from __future__ import annotations
@@ -73,9 +74,9 @@ class Engine:
         return self.figures(name, **labels)[0]
 
     def prefilled_and_moved(self) -> tuple[float, float]:
-        """Prompt tokens that were computed here, and bytes that came from another engine."""
-        computed = self.figure("vllm:prompt_tokens_by_source_total", source="local_compute")
-        return computed, self.figure("kvferry:connector_loaded_bytes_total", medium="shm")
+        """Prompt tokens that were computed here, and bytes that this engine moved to another or from there."""
+        moved = self.figures(*(f"kvferry:connector_{name}_bytes_total" for name in ("loaded", "stored")), medium="shm")
+        return self.figure("vllm:prompt_tokens_by_source_total", source="local_compute"), sum(moved)
 
     def is_idle(self) -> bool:
         """No request, no block in use, by whom ever."""
@@ -164,7 +165,7 @@ def cluster(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Ite
     assert key_file.stat().st_mode & 0o777 == 0o600
     first, closed = two_machines(key_file, model_folder)
     key = {"key_file": str(key_file)}
-    second = (str(model_folder), *transfer("kv_producer", **key), *NAMED)
+    second = (str(model_folder), *transfer("kv_producer", **key, mode="push"), *NAMED)
     opened = (str(model_folder), *transfer("kv_consumer", "recompute", **key), *NAMED)
     with started(first, second, opened, closed) as engines:
         yield Cluster(engines[:2], *engines[2:], key_file)
@@ -272,8 +273,12 @@ def test_answer_is_that_of_one_engine_and_the_kv_was_moved_not_computed(
     num_tokens = sum(computed for computed, _ in grown[:2])
     if "prompt" in ask:
         assert num_tokens == len(ask["prompt"])
-    assert sorted(grown[:2]) == [(0, 0), (num_tokens, 0)], "one engine prefilled, once"
-    assert sorted(grown[2:]) == [(0, 0), (0, num_tokens * TOKEN_BYTES)], "one engine took all of it, and decoded"
+    assert sorted(computed for computed, _ in grown) == [0, 0, 0, num_tokens], "one engine prefilled, once"
+    pulled, pushed = sorted(moved for _, moved in grown[2:]), [moved for _, moved in grown[:2]]
+    assert (pulled, pushed) in (
+        ([0, num_tokens * TOKEN_BYTES], [0, 0]),
+        ([0, 0], [0, num_tokens * TOKEN_BYTES]),
+    ), "all of it was moved, once, by the decode engine or by the prefill engine that pushes"
 
 
 def test_conversations_stay_with_the_engine_that_knows_them(cluster: Cluster, proxy: Engine) -> None:
@@ -290,6 +295,7 @@ def test_conversations_stay_with_the_engine_that_knows_them(cluster: Cluster, pr
     known = [(400 + 120 * turn) // BLOCK_TOKENS * BLOCK_TOKENS for turn in range(num_turns - 1)]
     assert sum(grown) == num_conversations * sum(known), "each turn found all whole blocks of the turn before"
     assert min(grown) == 2 * sum(known), "and the engines share the conversations"
+    assert cluster.prefill[1].prefilled_and_moved()[1], "the second one pushes"
     assert sum(proxy.figure("kvferry:proxy_leg_seconds_count", leg=leg) for leg in ("prefill", "decode")) >= 24
     assert proxy.figure("kvferry:proxy_recomputed_total") == 0
     assert proxy.figure("kvferry:proxy_requests_total", outcome="ok") >= num_turns * num_conversations
