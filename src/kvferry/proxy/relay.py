@@ -374,7 +374,7 @@ def _message(data: bytes) -> str:
         error = judge(json.loads(data)).error
     except ValueError:
         error = None
-    return (error or data.decode(errors="replace"))[:1000]
+    return " ".join((error or data.decode(errors="replace")).split())[:1000]
 
 
 def _text(error: Exception) -> str:
