@@ -400,6 +400,8 @@ def test_ready_means_transfers_work() -> None:
             assert r.http("GET", "/health")[0] == 200
             one.mode = "ok"
             wait_until(lambda: r.http("GET", "/ready")[0] == 200)
+        assert r.metric('kvferry:proxy_leg_seconds_count{leg="prefill"}') == 0, "probes are nobody's requests"
+        assert r.metric('kvferry:proxy_recomputed_total{reason="decode_engine"}') == 0
 
 
 def test_nobody_in_rotation_is_told_at_once() -> None:
@@ -416,6 +418,22 @@ def test_nobody_in_rotation_is_told_at_once() -> None:
         assert r.prefill[0].url in error["message"]
         assert "it is 500" in error["message"]
         assert 25 <= int(headers["retry-after"]) <= 30
+
+
+def test_pair_that_does_not_transfer_is_named_with_the_reason() -> None:
+    with running(num_prefill=2, min_backoff_s=30, max_backoff_s=30, failure_threshold=1, retry_deadline_s=0) as r:
+        r.decode[0].mode = "500"  # as an engine answers whose load failed
+        for _ in range(2):
+            with pytest.raises(openai.InternalServerError, match="it is 500"):
+                r.client.completions.create(**ASK)
+        assert r.metric(f'kvferry:proxy_engine_up{{role="decode",url="{r.decode[0].url}"}}') == 1, "it did answer"
+        with pytest.raises(openai.InternalServerError) as caught:
+            r.client.completions.create(**ASK)
+        assert caught.value.status_code == 503
+        for p in r.prefill:
+            told = f"transfers from {p.url} to {r.decode[0].url} are out of rotation: status 500: it is 500"
+            assert told in caught.value.message
+        assert r.num_asked() == ([1, 1], [2])
 
 
 def test_stopping_proxy_takes_nothing_new_and_is_not_ready() -> None:

@@ -1,7 +1,8 @@
 """`kvferry proxy` before real `kvferry serve` engines that hand KV over through shared memory, all real processes.
 
-Two prefill and two decode engines share a key. `open_decode` takes KV from any engine of this machine, and computes a
-prompt when that fails; `closed_decode` takes it only from whom the proxy has signed, and fails.
+Two prefill and two decode engines share a key. KV of the first one is pulled, the second one pushes it. `open_decode`
+takes KV from any engine of this machine, and computes a prompt when that fails; `closed_decode` takes it only from whom
+the proxy has signed, and fails.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import http.client
 import json
 import re
 import select
+import shlex
 import subprocess
 import time
 from collections.abc import Callable, Iterator
@@ -26,13 +28,15 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from tests.e2e.fake_engine import FakeEngine
 from tests.e2e.fake_engine import serving as serving_app
-from tests.e2e.test_serve import KVFERRY, NAMED, model_folder, serving
+from tests.e2e.test_serve import KVFERRY, NAMED, ROOT, model_folder, run_python, serving
 
 from kvferry.http import bind_socket, url_of
 from kvferry.p2p.wire import Address, sign_peer
 
 __all__ = ["model_folder"]  # a fixture
-KEY = "6b7666657272792074657374206b6579"
+GUIDE = ROOT / "docs" / "guides" / "disaggregation.md"
+TRANSFER = "--kv-transfer-config"
+HANDSHAKE_S = 2.0
 TOKEN_BYTES = 2 * 2 * 2 * 8 * 4  # K and V, layers, KV heads, head size, float32
 BLOCK_TOKENS = 16
 GREEDY: dict[str, Any] = {"model": "tiny", "temperature": 0, "max_tokens": 24}
@@ -70,9 +74,9 @@ class Engine:
         return self.figures(name, **labels)[0]
 
     def prefilled_and_moved(self) -> tuple[float, float]:
-        """Prompt tokens that were computed here, and bytes that came from another engine."""
-        computed = self.figure("vllm:prompt_tokens_by_source_total", source="local_compute")
-        return computed, self.figure("kvferry:connector_loaded_bytes_total", medium="shm")
+        """Prompt tokens that were computed here, and bytes that this engine moved to another or from there."""
+        moved = self.figures(*(f"kvferry:connector_{name}_bytes_total" for name in ("loaded", "stored")), medium="shm")
+        return self.figure("vllm:prompt_tokens_by_source_total", source="local_compute"), sum(moved)
 
     def is_idle(self) -> bool:
         """No request, no block in use, by whom ever."""
@@ -89,6 +93,10 @@ class Cluster:
     key_file: Path
 
     @property
+    def key(self) -> str:
+        return self.key_file.read_text().strip()
+
+    @property
     def engines(self) -> list[Engine]:
         return [*self.prefill, self.open_decode, self.closed_decode]
 
@@ -103,30 +111,63 @@ def wait_until(what: str, holds: Callable[[], bool], timeout_s: float = 30) -> N
 def transfer(role: str, policy: str = "fail", **extra: Any) -> tuple[str, str]:
     config = {
         "kv_connector": "P2PConnector", "kv_role": role, "kv_load_failure_policy": policy,
-        "kv_connector_extra_config": {"transport": "shm", "handshake_s": 3.0, **extra},
+        "kv_connector_extra_config": {"transport": "shm", "handshake_s": HANDSHAKE_S, **extra},
     }  # fmt: skip
-    return "--kv-transfer-config", json.dumps(config)
+    return TRANSFER, json.dumps(config)
+
+
+# ---- what the guide says ---------------------------------------------------------------------------------------------
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", GUIDE.read_text(), re.MULTILINE | re.DOTALL)
+
+
+def commands(start: str) -> list[str]:
+    """The guide's commands that begin so."""
+    return [block.strip() for block in blocks("console") if block.startswith(start)]
+
+
+def two_machines(key_file: Path, model: Path) -> list[tuple[str, ...]]:
+    """Arguments of the guide's engines on two machines; both are this one, and shared memory serves for NIXL."""
+    files = dict(zip(("prefill.json", "decode.json"), blocks("json"), strict=False))
+    arguments = []
+    for command in commands("kvferry serve MODEL"):
+        _, _, _, _, host, _, port, name, value = shlex.split(command)
+        assert (host, port, name) in (("10.0.0.1", "8001", TRANSFER), ("10.0.0.2", "8002", TRANSFER))
+        found = re.fullmatch(r"\$\(cat (\S+)\)", value)
+        assert found
+        config = json.loads(files[found[1]].replace("10.0.0.1", "127.0.0.1"))
+        assert config["kv_connector_extra_config"]["key_file"] == key_file.name
+        config["kv_connector_extra_config"] |= {"key_file": str(key_file), "handshake_s": HANDSHAKE_S}
+        arguments.append((str(model), TRANSFER, json.dumps(config), *NAMED))
+    return arguments
+
+
+@contextmanager
+def started(*arguments: tuple[str, ...]) -> Iterator[list[Engine]]:
+    """Several `kvferry serve`, started at the same time."""
+    managers = [serving(model, *rest) for model, *rest in arguments]
+    with ExitStack() as stack, ThreadPoolExecutor(len(managers)) as pool:
+        for manager in managers:
+            stack.push(manager)
+        clients = [client for _, client in pool.map(lambda manager: manager.__enter__(), managers)]
+        for client in clients:
+            stack.callback(client.close)
+        yield [Engine(client) for client in clients]
 
 
 @pytest.fixture(scope="module")
 def cluster(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    key_file = tmp_path_factory.mktemp("key") / "key"
-    key_file.write_text(KEY + "\n")
-    key_file.chmod(0o600)
+    folder = tmp_path_factory.mktemp("key")
+    subprocess.run(["bash", "-c", *commands("openssl rand")], cwd=folder, check=True)
+    key_file = folder / "kvferry.key"
+    assert key_file.stat().st_mode & 0o777 == 0o600
+    first, closed = two_machines(key_file, model_folder)
     key = {"key_file": str(key_file)}
-    anywhere = {"host": "0.0.0.0", "advertised_host": "127.0.0.1"}
-    configs = [
-        transfer("kv_producer", **key, **anywhere),
-        transfer("kv_producer", **key),
-        transfer("kv_consumer", "recompute", **key),
-        transfer("kv_consumer", **key, allowed_peers=[]),
-    ]
-    managers = [serving(model_folder, *config, *NAMED) for config in configs]
-    with ExitStack() as stack, ThreadPoolExecutor(len(managers)) as pool:
-        for manager in managers:
-            stack.push(manager)
-        started = list(pool.map(lambda manager: manager.__enter__(), managers))
-        engines = [Engine(client) for _, client in started]
+    second = (str(model_folder), *transfer("kv_producer", **key, mode="push"), *NAMED)
+    opened = (str(model_folder), *transfer("kv_consumer", "recompute", **key), *NAMED)
+    with started(first, second, opened, closed) as engines:
         yield Cluster(engines[:2], *engines[2:], key_file)
 
 
@@ -141,8 +182,8 @@ def proxying(prefill: list[str], decode: list[Engine], *options: str) -> Iterato
         assert process.stdout is not None
         assert select.select([process.stdout], [], [], 60)[0], "the proxy did not start"
         url = process.stdout.readline().split()[-1]
-        client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=60)
-        yield Engine(client)
+        with openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=60) as client:
+            yield Engine(client)
     finally:
         process.kill()
         process.wait()
@@ -152,8 +193,11 @@ def proxying(prefill: list[str], decode: list[Engine], *options: str) -> Iterato
 
 @pytest.fixture(scope="module")
 def proxy(cluster: Cluster) -> Iterator[Engine]:
-    """Before all four, ready; then without probes in between."""
-    options = ("--shared-key-file", str(cluster.key_file), "--probe-interval-s", "0")
+    """Before all four, with the guide's options for two machines, and without probes in between."""
+    (command,) = commands("kvferry proxy --prefill http://10.0.0.1")
+    (key_option, key_name) = shlex.split(command)[-2:]
+    assert key_name == cluster.key_file.name
+    options = (key_option, str(cluster.key_file), "--probe-interval-s", "0")
     decode = [cluster.open_decode, cluster.closed_decode]
     with proxying([p.url for p in cluster.prefill], decode, *options) as proxy:
         yield proxy
@@ -229,8 +273,12 @@ def test_answer_is_that_of_one_engine_and_the_kv_was_moved_not_computed(
     num_tokens = sum(computed for computed, _ in grown[:2])
     if "prompt" in ask:
         assert num_tokens == len(ask["prompt"])
-    assert sorted(grown[:2]) == [(0, 0), (num_tokens, 0)], "one engine prefilled, once"
-    assert sorted(grown[2:]) == [(0, 0), (0, num_tokens * TOKEN_BYTES)], "one engine took all of it, and decoded"
+    assert sorted(computed for computed, _ in grown) == [0, 0, 0, num_tokens], "one engine prefilled, once"
+    pulled, pushed = sorted(moved for _, moved in grown[2:]), [moved for _, moved in grown[:2]]
+    assert (pulled, pushed) in (
+        ([0, num_tokens * TOKEN_BYTES], [0, 0]),
+        ([0, 0], [0, num_tokens * TOKEN_BYTES]),
+    ), "all of it was moved, once, by the decode engine or by the prefill engine that pushes"
 
 
 def test_conversations_stay_with_the_engine_that_knows_them(cluster: Cluster, proxy: Engine) -> None:
@@ -247,6 +295,7 @@ def test_conversations_stay_with_the_engine_that_knows_them(cluster: Cluster, pr
     known = [(400 + 120 * turn) // BLOCK_TOKENS * BLOCK_TOKENS for turn in range(num_turns - 1)]
     assert sum(grown) == num_conversations * sum(known), "each turn found all whole blocks of the turn before"
     assert min(grown) == 2 * sum(known), "and the engines share the conversations"
+    assert cluster.prefill[1].prefilled_and_moved()[1], "the second one pushes"
     assert sum(proxy.figure("kvferry:proxy_leg_seconds_count", leg=leg) for leg in ("prefill", "decode")) >= 24
     assert proxy.figure("kvferry:proxy_recomputed_total") == 0
     assert proxy.figure("kvferry:proxy_requests_total", outcome="ok") >= num_turns * num_conversations
@@ -315,15 +364,15 @@ def test_ready_when_transfers_work_between_two_engines(cluster: Cluster) -> None
             status, text = state_of(proxy)
             assert status == 503
             # Engines that answer are not taken for broken: what is broken is what is between them.
-            assert text.count('"state":"closed"') >= 3, text
+            assert all(engine["state"] == "in rotation" for engine in json.loads(text)["engines"]), text
             assert all(f"127.0.0.1:{port}" in pair["last_failure"] for pair in json.loads(text)["pairs"])
             assert httpx2.get(f"{proxy.url}/health").status_code == 200
-        with proxying([dead_end, cluster.prefill[1].url], decode, *quick) as proxy:
+        with proxying([dead_end, cluster.prefill[1].url], decode[:1], *quick) as proxy:
             wait_until("transfers work", lambda: state_of(proxy)[0] == 200)
             wait_until("all is known", lambda: '"transfers":null' not in state_of(proxy)[1])
             pairs = [(pair["prefill"], pair["transfers"]) for pair in json.loads(state_of(proxy)[1])["pairs"]]
-            assert sorted(pairs) == sorted([(dead_end, False), (cluster.prefill[1].url, True)] * 2)
-            assert proxy.figure("kvferry:proxy_pair_transfers") == 2
+            assert dict(pairs) == {dead_end: False, cluster.prefill[1].url: True}
+            assert proxy.figure("kvferry:proxy_pair_transfers") == 1
 
 
 @pytest.mark.parametrize("is_stream", [False, True])
@@ -357,7 +406,7 @@ def test_lost_hand_over_is_an_error_and_is_recomputed_only_when_that_is_wanted(
 
 def test_proxy_must_have_the_engines_key(cluster: Cluster, tmp_path: Path) -> None:
     other = tmp_path / "other"
-    other.write_text(KEY[::-1])
+    other.write_text(cluster.key[::-1])
     for options, message in (
         ((), r"allowed_peers \(nobody\), and carries no token of the proxy.*--shared-key-file"),
         (("--shared-key-file", str(other)), r"not signed with this engine's key.*--shared-key-file"),
@@ -386,7 +435,7 @@ def test_token_is_for_one_transfer_and_a_while(cluster: Cluster) -> None:
 
     def token_of(params: dict[str, Any], expires_s: float) -> str:
         address = Address(params["remote_host"], params["remote_port"])
-        return sign_peer(KEY, address, params["transfer_id"], int(expires_s))
+        return sign_peer(cluster.key, address, params["transfer_id"], int(expires_s))
 
     first, second = hand_over("first"), hand_over("second")
     with pytest.raises(openai.APIStatusError, match="expired"):
@@ -398,3 +447,42 @@ def test_token_is_for_one_transfer_and_a_while(cluster: Cluster) -> None:
     with pytest.raises(openai.APIStatusError, match=r"failed to load: .*done"):
         take(first, token)
     assert take(second, token_of(second, time.time() + 60)).usage.completion_tokens == GREEDY["max_tokens"]
+
+
+# ---- the guide's first half -----------------------------------------------------------------------------------------
+
+
+def test_five_minutes_on_one_machine(tmp_path: Path) -> None:
+    places = {}
+    serve = [shlex.split(command) for command in commands("kvferry serve smollm2")]
+    assert [words[3:5] for words in serve] == [["--port", "8001"], ["--port", "8002"]]
+    with started(*((words[2], *words[5:]) for words in serve)) as engines:
+        for words, engine in zip(serve, engines, strict=True):
+            places[f"http://127.0.0.1:{words[4]}"] = engine.url
+        (command,) = commands("kvferry proxy --prefill http://127.0.0.1")
+        name, subcommand, prefill_option, prefill, decode_option, decode = shlex.split(command)
+        assert (name, subcommand, prefill_option, decode_option) == ("kvferry", "proxy", "--prefill", "--decode")
+        prefill_engine, decode_engine = (places[url] for url in (prefill, decode))
+        with proxying([prefill_engine], [Engine(engines[1].client)]) as proxy:
+            assert decode_engine == engines[1].url
+            places["http://127.0.0.1:8100"] = proxy.url
+
+            def here(text: str) -> str:
+                assert any(place in text for place in places), text
+                return re.sub(r"http://127\.0\.0\.1:\d+", lambda found: places[found[0]], text)
+
+            ready, bytes_moved = (here(command) for command in commands("curl"))
+            assert json.loads(run_bash(ready))["ready"] is True
+            (program,) = blocks("python")
+            said = run_python(here(program), tmp_path).splitlines()
+            assert re.search(r"nine|9", said[0])
+            found = re.fullmatch(r"(\d+) of (\d+) prompt tokens came from the prefill engine", said[-1])
+            assert found
+            assert found[1] == found[2]
+            assert float(run_bash(bytes_moved).split()[-1]) > 0
+            assert 'medium="shm"' in run_bash(bytes_moved)
+
+
+def run_bash(command: str) -> str:
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=120, check=True)
+    return done.stdout

@@ -25,6 +25,11 @@ EXECUTED_BY = {
         "tests/e2e/test_demo.py",
         "kvferry demo --json demo.json --plot demo.png",
     ),
+    "kvferry serve smollm2 --port 800": ("tests/e2e/test_proxy_p2p.py", 'commands("kvferry serve smollm2")'),
+    "kvferry serve MODEL --host 10.0.0.": ("tests/e2e/test_proxy_p2p.py", 'commands("kvferry serve MODEL")'),
+    "kvferry proxy --prefill http://10": ("tests/e2e/test_proxy_p2p.py", 'commands("kvferry proxy --prefill http://10'),
+    "openssl rand": ("tests/e2e/test_proxy_p2p.py", 'commands("openssl rand")'),
+    "curl -s": ("tests/e2e/test_proxy_p2p.py", 'commands("curl")'),
     "kvferry serve": ("tests/e2e/test_serve.py", '"--kv-offloading-size"'),
     "kvferry proxy": ("tests/e2e/test_proxy_process.py", 'fenced("proxy.md", "console")'),
     "kvferry connectors": ("tests/unit/cli/test_connectors.py", '"connectors"'),
@@ -56,11 +61,14 @@ def test_console_command_is_executed_by_ci(page: str, command: str) -> None:
 
 
 @pytest.mark.parametrize(("page", "command"), [c for c in COMMANDS if "--kv-transfer-config '" in c[1]])
-def test_vllm_line_is_a_valid_configuration(page: str, command: str) -> None:
+def test_configuration_in_a_command_is_valid(page: str, command: str) -> None:
     words = shlex.split(command)
     config = KVTransferConfig.parse(words[words.index("--kv-transfer-config") + 1])
-    assert config.kv_connector_module_path == "kvferry.vllm"
-    assert OffloadingConfig.parse(config.kv_connector_extra_config).secondary_tiers
+    if words[0] == "vllm":
+        assert config.kv_connector_module_path == "kvferry.vllm"
+        assert OffloadingConfig.parse(config.kv_connector_extra_config).secondary_tiers
+    else:
+        assert KVConnectorFactory.resolve(config).name == config.kv_connector
 
 
 NO_CONFIGURATIONS = ("docs/keys.md", "docs/guides/vllm.md")  # vectors; vLLM's, which tests/vllm/test_exports.py starts

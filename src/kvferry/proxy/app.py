@@ -44,11 +44,16 @@ class Proxy:
     metrics: ProxyMetrics = field(init=False, default_factory=ProxyMetrics)
     fleet: Fleet = field(init=False)
     relay: Relay = field(init=False)
+    prober: Relay = field(init=False)
+    """Carries probes, which are not counted as clients' requests."""
     refusal: str | None = field(init=False, default=None)
 
     def __post_init__(self) -> None:
         self.fleet = Fleet(self.config, self.clock, self.metrics)
-        self.relay = Relay(self.config, self.fleet, self.metrics, self.clock, self.sign_peer)
+        self.relay, self.prober = (
+            Relay(self.config, self.fleet, metrics, self.clock, self.sign_peer)
+            for metrics in (self.metrics, ProxyMetrics())
+        )
 
     def refuse_new(self, reason: str) -> None:
         """From now on new requests get 503; those under way go on."""
@@ -71,7 +76,7 @@ class Proxy:
     async def _lifespan(self, app: Starlette) -> AsyncIterator[None]:
         probing = None
         if self.config.probe_interval_s:
-            probing = asyncio.ensure_future(probe_for_ever(self.config, self.fleet, self.relay, self.probe_headers))
+            probing = asyncio.ensure_future(probe_for_ever(self.config, self.fleet, self.prober, self.probe_headers))
         try:
             yield
         finally:
@@ -80,6 +85,7 @@ class Proxy:
                 with suppress(asyncio.CancelledError):
                     await probing
             await self.relay.aclose()
+            await self.prober.aclose()
 
     # ---- routes -----------------------------------------------------------------------------------------------
 

@@ -10,9 +10,9 @@ from kvferry.clock import Clock
 class State(enum.Enum):
     """Of a breaker."""
 
-    CLOSED = "closed"  # requests go through
-    OPEN = "open"  # none do
-    TRIAL = "trial"  # one does, to find out
+    CLOSED = "in rotation"  # requests go through
+    OPEN = "out of rotation"  # none do
+    TRIAL = "on trial"  # one does, to find out
 
 
 class Breaker:

@@ -32,6 +32,7 @@ class Engine:
     num_begun: int = 0
     has_worked: bool = False
     last_failure: str = "not tried yet"
+    """Of the last time it was tried; empty when that worked."""
 
     def cost(self, hashes: Sequence[int]) -> int:
         """Pieces it would have to compute; at least 1."""
@@ -46,6 +47,7 @@ class Pair:
     transfers: bool | None = None
     """Whether the last transfer worked; None: there was none."""
     last_failure: str = "not tried yet"
+    """As of an engine."""
 
 
 @dataclass(slots=True)
@@ -112,7 +114,7 @@ class Fleet:
         if engine.breaker.state is not State.CLOSED:
             logger.info("%s engine %s is back in rotation", engine.role, engine.url)
         engine.breaker.succeeded()
-        engine.has_worked = True
+        engine.has_worked, engine.last_failure = True, ""
 
     def failed(self, engine: Engine, why: str, *, is_gone: bool = False) -> None:
         """It did not, or not as it should; `is_gone`: it could not even be reached."""
@@ -124,7 +126,7 @@ class Fleet:
 
     def transferred(self, pair: Pair) -> None:
         """KV came over from one engine to the other."""
-        pair.transfers = True
+        pair.transfers, pair.last_failure = True, ""
         pair.breaker.succeeded()
 
     def not_transferred(self, pair: Pair, why: str, *, is_fault: bool = True) -> None:
@@ -157,17 +159,26 @@ class Fleet:
         breakers += [pair.breaker for pair in self.pairs.values()]
         return max(1, math.ceil(min((b.wait_s for b in breakers if b.wait_s), default=1)))
 
+    def problems(self) -> list[str]:
+        """Who is not in rotation, and why."""
+        engines = [e for e in (*self.prefill, *self.decode) if e.breaker.state is not State.CLOSED]
+        pairs = [(p, d, pair) for (p, d), pair in self.pairs.items() if pair.breaker.state is not State.CLOSED]
+        return [f"{e.role} engine {e.url} is {e.breaker.state.value}: {e.last_failure}" for e in engines] + [
+            f"transfers from {p.url} to {d.url} are {pair.breaker.state.value}: {pair.last_failure}"
+            for p, d, pair in pairs
+        ]
+
     def describe(self) -> dict[str, Any]:
         """The state of all of them, for people."""
         return {
             "engines": [
                 {"url": engine.url, "role": engine.role, "state": engine.breaker.state.value}
-                | ({} if engine.breaker.state is State.CLOSED else {"last_failure": engine.last_failure})
+                | ({"last_failure": engine.last_failure} if engine.last_failure else {})
                 for engine in (*self.prefill, *self.decode)
             ],
             "pairs": [
                 {"prefill": p.url, "decode": d.url, "state": pair.breaker.state.value, "transfers": pair.transfers}
-                | ({} if pair.transfers else {"last_failure": pair.last_failure})
+                | ({"last_failure": pair.last_failure} if pair.last_failure else {})
                 for (p, d), pair in self.pairs.items()
             ],
         }

@@ -164,11 +164,10 @@ class Relay:
         return await self.decode(call, decode, attempts.hand_over, timeout_s)
 
     def _none_available(self, role: str) -> ApiError:
-        engines = self._fleet.prefill if role == "prefill" else self._fleet.decode
-        states = "; ".join(f"{e.url}: {e.breaker.state.value}, {e.last_failure}" for e in engines)
+        problems = "; ".join(self._fleet.problems())
         return ApiError(
-            503, f"no {role} engine is in rotation that works with one of the other role ({states}). /ready shows the "
-            "state of all; they are tried again by themselves",
+            503, f"no {role} engine is in rotation that works with one of the other role ({problems}). They are tried "
+            "again by themselves; /ready shows the state of all",
             code="no_engine", headers={"Retry-After": str(self._fleet.wait_s)},
         )  # fmt: skip
 
@@ -375,7 +374,7 @@ def _message(data: bytes) -> str:
         error = judge(json.loads(data)).error
     except ValueError:
         error = None
-    return (error or data.decode(errors="replace"))[:1000]
+    return " ".join((error or data.decode(errors="replace")).split())[:1000]
 
 
 def _text(error: Exception) -> str:

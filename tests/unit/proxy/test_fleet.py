@@ -138,6 +138,23 @@ def test_ready_without_probes_is_until_something_fails() -> None:
     assert not fleet.is_ready
 
 
+def test_last_failure_is_told_from_the_first_one_until_it_works() -> None:
+    fleet, _ = make(1, 1)
+    (engine,) = fleet.prefill
+
+    def told() -> object:
+        return fleet.describe()["engines"][0].get("last_failure")
+
+    assert told() == "not tried yet"
+    fleet.failed(engine, "status 501")
+    assert (told(), fleet.problems()) == ("status 501", []), "it is in rotation still"
+    fleet.worked(engine)
+    assert told() is None
+    take_out(fleet, engine)
+    (problem,) = fleet.problems()
+    assert problem.startswith(f"prefill engine {engine.url} is out of rotation: ")
+
+
 def test_recompute_that_is_no_fault_is_told_but_takes_nobody_out() -> None:
     fleet, _ = make(1, 1, strict=False)
     ((prefill, decode), pair) = next(iter(fleet.pairs.items()))
