@@ -378,9 +378,7 @@ class Scheduler:
         self._unqueue(request)
         if request.detokenizer is not None:
             request.detokenizer.flush()
-        request.status = status
-        request.error = error
-        request.finished_s = self._clock.now()
+        request.status, request.error, request.finished_s = status, error, self._clock.now()
         num_blocks = -(-request.num_computed_tokens // self.manager.block_size)
         self.manager.free_unneeded(request.request_id, request.num_computed_tokens)
         block_ids = tuple(table[:num_blocks] for table in self.manager.get_block_ids(request.request_id))
