@@ -46,7 +46,7 @@ venv-vllm-031: .venv-vllm-031/.stamp
 	@test -x $(NATIVE_BIN)/python || $(PYTHON) -m venv .venv-native
 	@echo "installing NIXL into .venv-native (about 1 GB the first time)"
 	@$(NATIVE_BIN)/python $(PIP_INSTALL) "$(TORCH)"
-	@$(NATIVE_BIN)/python $(PIP_INSTALL) --editable ".[nixl,test]"
+	@$(NATIVE_BIN)/python $(PIP_INSTALL) --editable ".[engine,nixl,test]"
 	@touch $@
 
 # What `lmcache server` needs to run on CPU; all it asks for would bring CUDA.
