@@ -12,6 +12,9 @@ What shapes this file (measured with nixl 1.5.1 on UCX tcp and cma, see docs of 
   agent does: nothing of a read landed. Of a write, what the network held already landed still: no fence.
 - Its progress thread spins: an idle agent takes a whole core. So there is none; the own thread makes progress.
 - A peer that is stopped leaves requests in progress for ever.
+- No call tells whether a peer that wrote to us is dead. On one machine the lock on its life sign (a page in /dev/shm)
+  does; what it had put into sockets is then taken in by our own progress within `_DRAIN_S`. Of a writer on another
+  machine that vanished nothing is known: blocks it may write to stay out of use.
 
 Metadata of peers is native code's input: it is used only when the envelope around it is ours, and blobs come through
 the control channel, which is authenticated when a key is set.
@@ -21,6 +24,7 @@ from __future__ import annotations
 
 import importlib
 import secrets
+import time
 from collections.abc import Mapping
 from contextlib import suppress
 from itertools import pairwise
@@ -29,11 +33,13 @@ from typing import Annotated, Any, Literal
 import msgspec
 import numpy as np
 
-from kvferry.errors import ConfigError, TransferError
+from kvferry.errors import ConfigError, HostError, TransferError
 from kvferry.p2p.threaded import Step, ThreadedTransport, Transfer, decode_blob
 from kvferry.p2p.transport import Capabilities, Ints, PeerHandle, TransferOp
+from kvferry.segment import PAGE_BYTES, SHM_DIRECTORY, Segment, is_segment_path
 
 _POST_BYTES = 64 << 20
+_DRAIN_S = 1.0
 _Number = Annotated[int, msgspec.Meta(ge=0, lt=1 << 62)]
 
 
@@ -47,6 +53,9 @@ class _Blob(msgspec.Struct, frozen=True, tag_field="transport", tag="nixl 1"):
     memory: Literal["DRAM", "VRAM"]
     regions: tuple[_Region, ...]
     metadata: bytes
+    life: str = ""
+    """Path of the life sign; empty: there is none."""
+    nonce: bytes = b""
 
 
 class _NixlPeer(PeerHandle):
@@ -54,8 +63,14 @@ class _NixlPeer(PeerHandle):
         super().__init__("nixl", [region.num_bytes for region in blob.regions])
         self.blob = blob
         self.agent_name: str | None = None  # as known to the initiator; None: not connected to it
+        self.life: Segment | None = None
+        self.ended_s: float | None = None  # since when it is known to be dead
         self.addresses = np.array([region.address for region in blob.regions], dtype=np.int64)
         self.device_ids = np.array([region.device_id for region in blob.regions], dtype=np.int64)
+
+    def is_dead(self) -> bool:
+        """For certain; nobody waits on its memory, nothing lands in it."""
+        return self.life is not None and not self.life.is_owner_alive()
 
 
 class _Posts:
@@ -84,7 +99,16 @@ class NixlTransport(ThreadedTransport):
         self._errors = tuple(getattr(bindings, name) for name in names)
         self._disconnected = bindings.nixlRemoteDisconnectError
         self._engine_id = engine_id
+        self._life: Segment | None = None
         self._ucx_params = dict(ucx_params or {})
+
+    def peer_has_ended(self, peer: PeerHandle) -> bool:
+        """The lock on its life sign is free, and has been long enough for what it sent to have landed."""
+        assert isinstance(peer, _NixlPeer)
+        if (peer.is_closing and peer.unknown_ops != {TransferOp.WRITE}) or not peer.is_dead():
+            return False
+        peer.ended_s = time.monotonic() if peer.ended_s is None else peer.ended_s
+        return time.monotonic() - peer.ended_s >= _DRAIN_S
 
     # ---- agents -----------------------------------------------------------------------------------------------
 
@@ -106,7 +130,13 @@ class NixlTransport(ThreadedTransport):
             metadata = self._target.get_agent_metadata()
         except self._errors as error:
             raise ConfigError(f"NIXL cannot register the KV pool: {type(error).__name__}: {error}") from error
-        return msgspec.msgpack.encode(_Blob(self._memory, places, metadata))
+        nonce, path = secrets.token_bytes(16), ""
+        with suppress(OSError):  # no room: then nobody can tell whether we live
+            self._life = Segment.create(
+                engine_id=self._engine_id, num_bytes=PAGE_BYTES, header=nonce, folder=SHM_DIRECTORY
+            )
+            path = self._life.path
+        return msgspec.msgpack.encode(_Blob(self._memory, places, metadata, path, nonce))
 
     def _make_agent(self) -> Any:
         name = f"{self._engine_id}-{secrets.token_hex(8)}"
@@ -121,6 +151,11 @@ class NixlTransport(ThreadedTransport):
 
     def _open_peer(self, peer: PeerHandle) -> None:
         assert isinstance(peer, _NixlPeer)
+        if peer.life is None and is_segment_path(peer.blob.life):
+            with suppress(HostError):  # on another machine, or in a container of its own
+                peer.life = Segment.attach(
+                    peer.blob.life, PAGE_BYTES, peer.blob.nonce, what="life sign", populate=False
+                )
         try:
             name = self._initiator.add_remote_agent(peer.blob.metadata)
         except self._errors as error:
@@ -134,7 +169,10 @@ class NixlTransport(ThreadedTransport):
             self._replace_initiator()
         elif peer.agent_name is not None:
             self._initiator.remove_remote_agent(peer.agent_name)
-        return open_ops & {TransferOp.WRITE} if is_hung else set()
+        landing = open_ops & {TransferOp.WRITE} if is_hung and not peer.is_dead() else set()
+        if peer.life is not None and not landing:
+            peer.life.close()
+        return landing
 
     def _replace_initiator(self) -> None:
         """Destroy it, the only fence there is. Other peers' transfers go on with the new one, from their last post."""
@@ -157,6 +195,8 @@ class NixlTransport(ThreadedTransport):
 
     def _shut_down(self) -> None:
         self._initiator = self._target = None
+        if self._life is not None:
+            self._life.close()
 
     def _release(self, handle: Any) -> None:
         with suppress(*self._errors):  # still running: it ends with the agent
