@@ -8,8 +8,10 @@ What shapes this file (measured with nixl 1.5.1 on UCX tcp and cma, see docs of 
 - On one host the copy runs inside the post call, with the GIL free: hence the own thread, and posts of bounded size.
 - Making descriptors for each transfer takes under 1 % of its time, even for 16 KiB pieces, so none are prepared.
 - Failures arrive as exceptions, wrong descriptors as None.
-- Neither releasing a request nor removing the peer stops it: all of a read was seen landing after both. Destroying the
-  agent does: nothing of a read landed. Of a write, what the network held already landed still: no fence.
+- Neither releasing a request nor removing the peer stops it: all of a read was seen landing after both, and a write to
+  a peer that hung went on taking its bytes from our memory (59 of 67 MB) once that woke up. Destroying the agent stops
+  both: nothing of a read landed, nothing more was taken for a write. What the network held of that (2 MB) landed in the
+  peer still: no fence for its memory, until its process has ended.
 - Its progress thread spins: an idle agent takes a whole core. So there is none; the own thread makes progress.
 - A peer that is stopped leaves requests in progress for ever.
 - No call tells whether a peer that wrote to us is dead. On one machine the lock on its life sign (a page in /dev/shm)
