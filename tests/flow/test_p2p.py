@@ -629,6 +629,25 @@ def test_where_closing_is_no_fence_blocks_are_lost_rather_than_handed_out(
     decode.scheduler.check_integrity()
 
 
+def test_where_closing_is_no_fence_the_end_of_the_peer_is(
+    cluster: Cluster, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    network = FakeNetwork()
+    monkeypatch.setattr(choice, "ShmTransport", lambda pool: FenceLess(network))
+    waits: dict[str, Any] = {"mode": "push", "load_s": 0.2, "quarantine_s": 0.1, "claim_s": 0.3}
+    prefill, decode = cluster.start(**waits), cluster.start(**waits)
+    cluster.add(decode, "d", cluster.prefill(prefill, "p"))
+    (output,) = cluster.finish("d")
+    assert tokens(output) == expected(PROMPT, 8)
+    cluster.until(lambda: "could not be destroyed" in caplog.text)
+    cluster.until(lambda: network.ends[0].bytes_moved[TransferOp.WRITE])  # late, into blocks that nobody has
+    for _ in range(50):
+        cluster.step()
+    assert prefill.connector_stats.held_blocks == 13  # type: ignore[union-attr]
+    cluster.stop(decode)
+    cluster.check_idle()
+
+
 # ---- aborts ---------------------------------------------------------------------------------------------------
 
 

@@ -171,8 +171,40 @@ def test_a_hung_peer_is_closed_and_others_go_on(start_owner, monkeypatch: pytest
         ticket = here.transport.submit(peers[1], READ, copies(WHOLE))
         assert wait_for(here.transport, ticket)[ticket].status is TransferStatus.OK
         assert np.array_equal(here.memory[0], EXPECTED)
+        if not is_read:
+            assert not here.transport.peer_has_ended(peers[0])
+            hung.kill()
+            _until(lambda: here.transport.peer_has_ended(peers[0]))
     finally:
         here.transport.close()
+
+
+def test_a_peer_whose_end_is_known_before_the_library_knows_is_closed_for_certain(
+    start_owner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("UCX_TLS", "tcp")
+    monkeypatch.setattr(NixlTransport, "_is_done", lambda *_: False)
+    here = nixl_end([SIZE])
+    try:
+        owner = start_owner()
+        peer = here.transport.connect(owner.blob)
+        ticket = here.transport.submit(peer, WRITE, copies(WHOLE))
+        time.sleep(0.5)
+        owner.kill()
+        close = here.transport.close_peer(peer)
+        ended = wait_for(here.transport, ticket, close)
+        assert (ended[ticket].status, ended[close].status) == (TransferStatus.FAILED, TransferStatus.OK)
+        monkeypatch.undo()
+        _read_all(start_owner(), here)
+    finally:
+        here.transport.close()
+
+
+def _until(holds: Callable[[], bool]) -> None:
+    deadline_s = time.monotonic() + 20
+    while not holds():
+        assert time.monotonic() < deadline_s
+        time.sleep(0.01)
 
 
 def _read_all(owner: Owner, here: End) -> None:

@@ -282,6 +282,7 @@ class ThreadedTransport(ABC):
             logger.exception("%s: closing %r", self.capabilities.name, peer)
             landing, reason = ops, f"may still land: {type(error).__name__}: {error}"
         self._peers.remove(peer)
+        peer.unknown_ops = landing
         for transfer in transfers:
             status = TransferStatus.UNKNOWN if transfer.op in landing else TransferStatus.FAILED
             self._end(transfer, status, "the connection was closed")

@@ -25,8 +25,8 @@ How a ticket ends, and what that says about the memory that is written to (local
 
 A ticket whose peer hangs may never end: deadlines are the core's. It then closes the peer, which first ends all its
 open tickets (FAILED, or UNKNOWN where that is no fence), then the close ticket itself: OK means that nothing of it
-can land any more, UNKNOWN that it can. Cancelling single tickets is not offered: no library has a real abort
-(docs: a "successful" release was seen followed by 979 of 1,074 MB), so the fence is the connection.
+can land any more, UNKNOWN that it can, until `peer_has_ended`. Cancelling single tickets is not offered: no library has
+a real abort (docs: a "successful" release was seen followed by 979 of 1,074 MB), so the fence is the connection.
 
 `bytes_moved` counts what the transport itself has seen land, per operation; pieces of failed tickets included.
 
@@ -158,9 +158,9 @@ class Transport(Protocol):
         ...
 
     def peer_has_ended(self, peer: PeerHandle) -> bool:
-        """True when it is certain that the peer's process has ended: nothing it wrote can land any more.
+        """True when it is certain that the peer's process has ended, and nothing it or we moved can land any more.
 
-        False when that cannot be told, as after `close_peer`.
+        False when that cannot be told. May also be asked of a peer that `close_peer` left UNKNOWN.
         """
         ...
 

@@ -159,9 +159,9 @@ class FakeTransport:
         return self._last_ticket
 
     def peer_has_ended(self, peer: PeerHandle) -> bool:
-        """After `kill` or `close` of the other end."""
+        """After `kill` or `close` of the other end, once nothing lands late any more."""
         assert isinstance(peer, _FakePeer)
-        return peer.end.is_dead and not peer.is_closing
+        return peer.end.is_dead and not any(one.peer is peer for one in self._late)
 
     def kill(self) -> None:
         """The process has died: nothing of its own goes on, and whoever talks to it is told."""

@@ -35,9 +35,8 @@ class _Link:
     peers: dict[int, tuple[Transport, PeerHandle]] = field(default_factory=dict)
 
     def has_ended(self) -> bool:
-        """Whether all the peer's workers are known, and known to have ended."""
-        ended = [transport.peer_has_ended(peer) for transport, peer in self.peers.values()]
-        return len(ended) == len(self.remote.ranks) and all(ended)
+        """Whether all the peer's workers that we have to do with are known to have ended."""
+        return all(transport.peer_has_ended(peer) for transport, peer in self.peers.values())
 
 
 @dataclass(slots=True, eq=False)
@@ -47,6 +46,7 @@ class _Running:
     name: str | int
     started_s: float = 0.0
     ended_s: float = 0.0
+    link: _Link | None = None
     tickets: set[_Ticket] = field(default_factory=set)
     status: TransferStatus = TransferStatus.OK
     reason: str = ""
@@ -68,6 +68,7 @@ class Links:
         self._transports = transports
         self._links: dict[int, _Link] = {}
         self._fenced: set[int] = set()
+        self._unfenced: dict[int, _Link] = {}
         self._tickets: dict[_Ticket, _Running] = {}
         self._report = WorkerReport()
 
@@ -106,7 +107,7 @@ class Links:
         if (link := self._links.pop(connection, None)) is None:
             return  # its fence came first
         self._fenced.discard(connection)
-        running = _Running(connection)
+        running = _Running(connection, link=link)
         for transport, peer in link.peers.values():
             self._add(running, transport, transport.close_peer(peer))
         self._end_if_over(running)
@@ -114,8 +115,12 @@ class Links:
     def poll(self) -> WorkerReport:
         """What ended since the last call."""
         for connection in list(self._fenced):
-            if self._links[connection].has_ended():
+            link = self._links[connection]
+            if len(link.peers) == len(link.remote.ranks) and link.has_ended():
                 self.close(connection)
+        for connection in [number for number, link in self._unfenced.items() if link.has_ended()]:
+            del self._unfenced[connection]
+            self._report.closed.append((connection, self._rank))
         for name, transport in self._transports.items():
             for done in transport.poll():
                 running = self._tickets.pop((name, done.ticket))
@@ -141,10 +146,11 @@ class Links:
             self._report.jobs.append(job)
         elif running.status is TransferStatus.OK:
             self._report.closed.append((running.name, self._rank))
-        else:
+        elif running.link is not None:
+            self._unfenced[running.name] = running.link
             logger.error(
-                "connection %d could not be destroyed (%s): blocks that may be written through it stay out of use",
-                running.name, running.reason,
+                "connection %d to %s could not be destroyed (%s): its blocks stay out of use until that engine ends",
+                running.name, running.link.order.peer, running.reason,
             )  # fmt: skip
 
     def _plan(self, job: TransferJob) -> list[tuple[int, RankTransfer]]:
