@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -789,3 +790,26 @@ def test_engines_with_a_key_talk_only_to_each_other(cluster: Cluster, tmp_path: 
     assert (tokens(ours), ours.num_external_tokens) == (expected(PROMPT, 8), 50)
     assert (tokens(theirs), theirs.num_external_tokens) == (expected(OTHER, 8), 0)
     cluster.check_idle()
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_whole_batches_do_not_wait_for_consumers_and_an_interrupt_ends_at_once(cluster: Cluster, mode: str) -> None:
+    prefill, decode = (cluster.start(mode=mode, lease_s=60.0) for _ in range(2))
+    started_s = time.monotonic()
+    sampling = SamplingParams(temperature=0.0, max_tokens=1, extra_args={"kv_transfer_params": DECODE})
+    (output,) = prefill.generate(PROMPT, sampling)
+    assert time.monotonic() - started_s < 20.0
+    assert prefill.has_requests(), "its blocks are held"
+    cluster.add(decode, "d", output.kv_transfer_params)
+    assert tokens(cluster.finish("d")[0]) == expected(PROMPT, 8)
+    cluster.check_idle()
+    prefill.generate(OTHER, sampling)
+    threading.Timer(0.3, signal.raise_signal, (signal.SIGINT,)).start()
+    started_s = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        decode.generate(PROMPT, SamplingParams(max_tokens=200))
+        while True:
+            prefill.step()
+    cluster.stop(prefill)
+    cluster.stop(decode)
+    assert time.monotonic() - started_s < 20.0

@@ -49,6 +49,8 @@ class HostInfo:
     The host knows it when the KV cache is registered."""
     reads_failed_blocks: bool = False
     """True when the host reads `LoadFailure` records, of synchronous loads too; vLLM does not."""
+    steps_for_held_blocks: bool = False
+    """True when the host steps while blocks of ended requests are held, without being told to; vLLM does not."""
 
     @property
     def world_size(self) -> int:
@@ -85,6 +87,7 @@ def host_info(vllm_config: Any, kv_cache_config: KVCacheConfig) -> HostInfo:
         hidden_state_layers=_hidden_state_layers(vllm_config),
         page_form=partial(_page_form, vllm_config),
         reads_failed_blocks=bool(getattr(vllm_config, "reads_failed_blocks", False)),
+        steps_for_held_blocks=bool(getattr(vllm_config, "steps_for_held_blocks", False)),
     )
 
 

@@ -221,6 +221,8 @@ class EngineConfig:
 
     reads_failed_blocks: ClassVar[bool] = True
     """Failed loads may be reported by request, group and position (`LoadFailure`), synchronous ones too."""
+    steps_for_held_blocks: ClassVar[bool] = True
+    """`LLM.has_requests` is true while a connector holds blocks of a request that has ended."""
 
     cache_config: CacheConfig
     model_config: ModelConfig

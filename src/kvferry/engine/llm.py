@@ -234,6 +234,9 @@ class LLM:
 
         Prompts are checked first: with one of them wrong (ConfigError) none is started. Requests of different
         `cache_salt` never share KV. On an exception (Ctrl-C) what is unfinished is aborted.
+
+        A connector's copies under way are waited for (30 s at most), consumers that have yet to come are not: where
+        this engine shall write to them (P2P, mode push), call `step` while `has_requests()`.
         """
         many = [prompts] if _is_single(prompts) else list(prompts)
         requests = self._make_requests(many, sampling_params, cache_salt)

@@ -346,12 +346,17 @@ class P2PSchedulerSide(SchedulerSide):
                 self._peer_closed(peer, connection)
 
     def has_pending_push_work(self) -> bool:
-        """True while an order waits for a step, a worker for one to report in, or a push for its consumer; bounded."""
+        """True while an order waits for a step, or a worker for one to report in; bounded.
+
+        While a push waits for its consumer too, in hosts that would not step otherwise.
+        """
         now = self._clock.now()
         waits = (*(deadline for *_, deadline in self._jobs.values()), *(due for *_, due in self._closing.values()))
         if self.agent.has_events or not self._orders.is_empty() or any(now < deadline for deadline in waits):
             return True
-        return self.config.mode == "push" and any(now < at + self.config.lease_s for _, at in self._held.values())
+        if self.config.mode == "pull" or self.host.steps_for_held_blocks:
+            return False
+        return any(now < at + self.config.lease_s for _, at in self._held.values())
 
     def _take_events(self) -> None:
         while events := self.agent.take_events():
