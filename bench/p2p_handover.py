@@ -15,6 +15,12 @@ transfer             what the transport needed, from the submission of the job t
 overhead = first decode token - prefill finished - transfer - decode step. The goal is at most 10 ms where the decode
 engine has nothing else to do. Beside other requests (reported) a hand-over also waits for the ends of their steps.
 
+Through the proxy (reported): two `kvferry serve` processes behind `kvferry proxy`, one client that streams.
+
+overhead = second token at the client - request sent - prefill alone - transfer - decode step, where `prefill alone` is
+a request for one token that the client sends to the prefill engine itself, just before: what HTTP costs twice (the
+proxy's hops, the decode engine's request) is in the overhead.
+
 Each round hands over every prompt length in every mode, so that other work on the machine hits all alike. The prefill
 engine has the prompts in its prefix cache after the first round, which is not counted; the decode engine forgets its
 own before each hand-over, and loads all tokens. Writes bench/results/p2p_handover.{json,png}.
@@ -24,19 +30,34 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import json
 import multiprocessing
 import random
+import re
 import statistics
+import subprocess
+import sys
 import time
+from contextlib import ExitStack
 from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import Any
+
+import httpx2
 
 LENGTHS = (512, 1500, 3000)
 MODES = ("pull", "push")
 GOAL_S = 0.010
 NUM_TOKENS = 8
+NUM_BLOCKS = sum(LENGTHS) // 16 + 100
 NUM_OTHERS = 4
 _REST_S = 0.001  # as in `LLM.generate`
+
+
+def prompt_of(length: int) -> list[int]:
+    """Token ids."""
+    chance = random.Random(length)
+    return [chance.randrange(1000, 40000) for _ in range(length)]
 
 
 def start_engine(mode: str) -> Any:
@@ -52,8 +73,7 @@ def start_engine(mode: str) -> Any:
         "kv_load_failure_policy": "fail",
         "kv_connector_extra_config": {"transport": "shm", "mode": mode},
     }
-    blocks = sum(-(-length // 16) for length in LENGTHS) + 100
-    return LLM("smollm2", dtype="float32", num_kv_blocks=blocks, kv_transfer_config=config)
+    return LLM("smollm2", dtype="float32", num_kv_blocks=NUM_BLOCKS, kv_transfer_config=config)
 
 
 def sampling(max_tokens: int, **transfer_params: Any) -> Any:
@@ -184,7 +204,7 @@ class Pair:
         sample = self.hear(decode)
         stored = self.hear(prefill)
         sample["transfer_s"] = sample["transfer_s"] or stored
-        sample["overhead_s"] = sample["first_decode_token_s"] - sample["transfer_s"] - sample["decode_step_s"]
+        sample["overhead_s"] = overhead(sample)
         return sample
 
     def close(self) -> None:
@@ -195,6 +215,92 @@ class Pair:
             process.join(30)
 
 
+class Served:
+    """Two servers and a proxy, as users start them."""
+
+    def __init__(self, stack: ExitStack) -> None:
+        self.client = stack.enter_context(httpx2.Client(timeout=120))
+        config = {
+            "kv_connector": "P2PConnector", "kv_role": "kv_both", "kv_load_failure_policy": "fail",
+            "kv_connector_extra_config": {"transport": "shm"},
+        }  # fmt: skip
+        serve = [
+            "serve", "smollm2", "--port", "0", "--num-threads", "1", "--dtype", "float32", "--num-kv-blocks",
+            str(NUM_BLOCKS), "--kv-transfer-config", json.dumps(config),
+        ]  # fmt: skip
+        self.prefill, self.decode = (self._start(stack, serve) for _ in range(2))
+        proxy = ["proxy", "--port", "0", "--probe-interval-s", "0", "--prefill", self.prefill, "--decode", self.decode]
+        self.proxy = self._start(stack, proxy)
+
+    def _start(self, stack: ExitStack, arguments: list[str]) -> str:
+        """The URL it listens on."""
+        command = [str(Path(sys.executable).parent / "kvferry"), *arguments]
+        process = stack.enter_context(
+            subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+        )
+        stack.callback(process.terminate)
+        assert process.stdout is not None
+        found = re.search(r"http://\S+", process.stdout.readline())
+        if found is None:
+            raise SystemExit(f"kvferry {arguments[0]} did not start")
+        return found[0]
+
+    def sample(self, prompt: list[int]) -> dict[str, Any]:
+        """One hand-over."""
+        assert self.client.post(f"{self.decode}/reset_prefix_cache").status_code == 200
+        alone_s = self._stream(self.prefill, prompt, 1)[-1]
+        before_s = self._loaded_s()
+        times_s = self._stream(self.proxy, prompt, NUM_TOKENS)
+        steps_s = [after - before for before, after in itertools.pairwise(times_s[1:])]
+        sample = {
+            "first_token_s": times_s[0] - alone_s,
+            "first_decode_token_s": times_s[1] - alone_s,
+            "transfer_s": self._loaded_s() - before_s,
+            "decode_step_s": statistics.median(steps_s),
+            "decode_steps_s": steps_s,
+            "prefill_alone_s": alone_s,
+        }
+        return sample | {"overhead_s": overhead(sample)}
+
+    def _stream(self, url: str, prompt: list[int], num_tokens: int) -> list[float]:
+        """When each token came, in seconds since the request was sent."""
+        body = {
+            "model": "smollm2", "prompt": prompt, "max_tokens": num_tokens, "temperature": 0, "ignore_eos": True,
+            "stream": True, "return_token_ids": True,
+        }  # fmt: skip
+        times_s: list[float] = []
+        sent_s = time.monotonic()
+        with self.client.stream("POST", f"{url}/v1/completions", json=body) as reply:
+            for line in reply.iter_lines():
+                if line.startswith("data: {"):
+                    choices = json.loads(line[6:])["choices"]
+                    times_s += [time.monotonic() - sent_s] * sum(len(one.get("token_ids") or ()) for one in choices)
+        assert len(times_s) == num_tokens, (reply.status_code, times_s)
+        return times_s
+
+    def _loaded_s(self) -> float:
+        lines = self.client.get(f"{self.decode}/metrics").text.splitlines()
+        return sum(float(line.split()[-1]) for line in lines if line.startswith("kvferry:connector_load_seconds_total"))
+
+
+def overhead(sample: dict[str, Any]) -> float:
+    """See the module."""
+    return float(sample["first_decode_token_s"] - sample["transfer_s"] - sample["decode_step_s"])
+
+
+def measure_proxy(rounds: int, lengths: tuple[int, ...]) -> dict[str, list[dict[str, Any]]]:
+    """Samples by case."""
+    samples: dict[str, list[dict[str, Any]]] = {f"proxy {length}": [] for length in lengths}
+    with ExitStack() as stack:
+        served = Served(stack)
+        for number in range(rounds + 1):
+            for length in lengths:
+                sample = served.sample(prompt_of(length))
+                if number:
+                    samples[f"proxy {length}"].append(sample)
+    return samples
+
+
 def name_of(mode: str, length: int, num_others: int) -> str:
     """Key of a case in the results."""
     return f"{mode} {length}" + (f" beside {num_others}" if num_others else "")
@@ -202,7 +308,6 @@ def name_of(mode: str, length: int, num_others: int) -> str:
 
 def measure(rounds: int, lengths: tuple[int, ...]) -> tuple[dict[str, list[dict[str, Any]]], dict[str, Any]]:
     """(samples by case, the first hand-over of each mode, in which the engines meet)."""
-    prompts = {length: [random.Random(length).randrange(1000, 40000) for _ in range(length)] for length in lengths}
     cases = [(mode, length, others) for length in lengths for others in (0, NUM_OTHERS) for mode in MODES]
     samples: dict[str, list[dict[str, Any]]] = {name_of(*case): [] for case in cases}
     first: dict[str, Any] = {}
@@ -210,7 +315,7 @@ def measure(rounds: int, lengths: tuple[int, ...]) -> tuple[dict[str, list[dict[
     try:
         for number in range(rounds + 1):
             for mode, length, others in cases:
-                sample = pair.sample(prompts[length], mode, others)
+                sample = pair.sample(prompt_of(length), mode, others)
                 first.setdefault(mode, sample)
                 if number:
                     samples[name_of(mode, length, others)].append(sample)
@@ -226,7 +331,7 @@ def summary(samples: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
         name: {f"{key[:-2]}_ms": 1000 * statistics.median(sample[key] for sample in each) for key in keys}
         for name, each in samples.items()
     }
-    goal_cases = [name for name in medians if "beside" not in name]
+    goal_cases = [name for name in medians if name.startswith(MODES) and "beside" not in name]
     worst_ms = max(medians[name]["overhead_ms"] for name in goal_cases)
     return {
         "median_ms": medians,
@@ -265,6 +370,7 @@ def main() -> None:
     options = parser.parse_args()
     machine = record.machine()
     samples, first = measure(options.rounds, tuple(options.lengths))
+    samples |= measure_proxy(options.rounds, tuple(options.lengths))
     said = summary(samples)
     for name, medians in said["median_ms"].items():
         print(

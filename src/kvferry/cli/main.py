@@ -47,6 +47,8 @@ def demo(
 ) -> None:
     """Prefill once; find the KV again in host memory, on disk after a SIGKILL, and with one byte of it flipped.
 
+    Then prefill in one engine process and decode in another.
+
     The exit status is 0 when every proof held, 1 when one failed, 2 when the demo could not run.
     """
     console = Console()

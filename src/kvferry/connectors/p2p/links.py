@@ -44,13 +44,13 @@ class _Running:
     """A job, or the closing of a link."""
 
     name: str | int
-    started_s: float = 0.0
-    ended_s: float = 0.0
+    started_s: float
     link: _Link | None = None
     tickets: set[_Ticket] = field(default_factory=set)
     status: TransferStatus = TransferStatus.OK
     reason: str = ""
     num_bytes: Counter[str] = field(default_factory=Counter)
+    ended_s: float = 0.0
 
     def note(self, status: TransferStatus, reason: str) -> None:
         """The worst end counts; the first reason is kept."""
@@ -85,10 +85,10 @@ class Links:
 
     def start(self, job: TransferJob) -> None:
         """Plan and submit this rank's part; a part without bytes ends at once, an impossible one is rejected."""
-        running = _Running(job.job_id)
+        running = _Running(job.job_id, time.perf_counter())
         try:
             transfers = self._plan(job)
-            running.started_s = running.ended_s = time.perf_counter()
+            running.started_s = time.perf_counter()
             for peer_rank, transfer in transfers:
                 transport, peer = self._reach(job.connection, peer_rank)
                 ticket = transport.submit(peer, job.op, transfer.pieces)
@@ -107,7 +107,7 @@ class Links:
         if (link := self._links.pop(connection, None)) is None:
             return  # its fence came first
         self._fenced.discard(connection)
-        running = _Running(connection, link=link)
+        running = _Running(connection, time.perf_counter(), link)
         for transport, peer in link.peers.values():
             self._add(running, transport, transport.close_peer(peer))
         self._end_if_over(running)
@@ -141,7 +141,7 @@ class Links:
         if running.tickets:
             return
         if isinstance(running.name, str):
-            seconds = running.ended_s - running.started_s
+            seconds = max(0.0, running.ended_s - running.started_s)
             job = JobReport(running.name, self._rank, running.status, running.reason, dict(running.num_bytes), seconds)
             self._report.jobs.append(job)
         elif running.status is TransferStatus.OK:
