@@ -405,6 +405,19 @@ def test_ready_means_transfers_work() -> None:
         assert r.metric('kvferry:proxy_recomputed_total{reason="decode_engine"}') == 0
 
 
+def test_engine_that_is_only_busy_stays_in_rotation() -> None:
+    with running(probe_interval_s=0.05, probe_timeout_s=0.15) as r:
+        wait_until(lambda: r.http("GET", "/ready")[0] == 200)
+        r.prefill[0].mode = "hang"
+        connection = http.client.HTTPConnection("127.0.0.1", r.port, timeout=30)
+        connection.request("POST", "/v1/completions", json.dumps(ASK))
+        busy = f'kvferry:proxy_engine_in_flight{{role="prefill",url="{r.prefill[0].url}"}}'
+        wait_until(lambda: r.metric(busy) == 1)
+        time.sleep(1.2)  # time for several probes that would have to wait
+        assert r.http("GET", "/ready")[0] == 200
+        connection.close()
+
+
 def test_nobody_in_rotation_is_told_at_once() -> None:
     with running(min_backoff_s=30, max_backoff_s=30) as r:
         r.prefill[0].mode = "500"
