@@ -61,7 +61,7 @@ class FakeEngine:
             "do_remote_prefill": True, "do_remote_decode": False, "remote_engine_id": self.url,
             "transfer_id": body["kv_transfer_params"]["transfer_id"], "remote_first_token_ids": [11],
         }  # fmt: skip
-        told = None if self.mode == "no_params" else params
+        told = {"no_params": None, "other_params": {"hidden_states_path": "/x"}}.get(self.mode, params)
         return {"choices": [{"index": 0, "text": WORDS[0]}], "usage": USAGE, "kv_transfer_params": told}
 
     def _whole(self, body: dict[str, Any], is_chat: bool) -> dict[str, Any]:

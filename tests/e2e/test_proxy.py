@@ -152,7 +152,7 @@ def test_models_come_from_an_engine() -> None:
 # ---- engines that fail before anything was sent ---------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("mode", ["500", "503", "429", "hang", "no_params"])
+@pytest.mark.parametrize("mode", ["500", "503", "429", "hang", "no_params", "other_params"])
 @pytest.mark.parametrize("stream", [False, True])
 def test_failed_prefill_goes_to_another_engine(mode: str, stream: bool) -> None:
     with running(num_prefill=2, prefill_timeout_s=1 if mode == "hang" else 30) as r:
@@ -195,7 +195,8 @@ def test_dead_decode_engine_never_saw_the_hand_over_so_it_is_used_again() -> Non
         ("prefill", "500", 502, "it is 500"),
         ("prefill", "429", 503, "it is 429"),
         ("prefill", "hang", 504, "no answer within 0.75 s"),
-        ("prefill", "no_params", 502, "without kv_transfer_params: start it with a P2P connector"),
+        ("prefill", "no_params", 502, "without kv_transfer_params that hand KV over: start it with a P2P connector"),
+        ("prefill", "other_params", 502, "that hand KV over"),
         ("decode", "500", 502, "it is 500"),
         ("decode", "hang", 504, "no answer within 0.75 s"),
         ("decode", "error", 502, 'finish_reason="error"'),
@@ -402,6 +403,19 @@ def test_ready_means_transfers_work() -> None:
             wait_until(lambda: r.http("GET", "/ready")[0] == 200)
         assert r.metric('kvferry:proxy_leg_seconds_count{leg="prefill"}') == 0, "probes are nobody's requests"
         assert r.metric('kvferry:proxy_recomputed_total{reason="decode_engine"}') == 0
+
+
+def test_engine_that_is_only_busy_stays_in_rotation() -> None:
+    with running(probe_interval_s=0.05, probe_timeout_s=0.15) as r:
+        wait_until(lambda: r.http("GET", "/ready")[0] == 200)
+        r.prefill[0].mode = "hang"
+        connection = http.client.HTTPConnection("127.0.0.1", r.port, timeout=30)
+        connection.request("POST", "/v1/completions", json.dumps(ASK))
+        busy = f'kvferry:proxy_engine_in_flight{{role="prefill",url="{r.prefill[0].url}"}}'
+        wait_until(lambda: r.metric(busy) == 1)
+        time.sleep(1.2)  # time for several probes that would have to wait
+        assert r.http("GET", "/ready")[0] == 200
+        connection.close()
 
 
 def test_nobody_in_rotation_is_told_at_once() -> None:

@@ -302,7 +302,8 @@ class KVConnectorBase_V1(ABC):
     def request_finished(self, request: Any, block_ids: list[int]) -> tuple[bool, dict[str, Any] | None]:
         """(keep the blocks until this id is reported as sent, kv_transfer_params for the response).
 
-        Called once per request however it ends, before its blocks are freed. False for a request still loading.
+        Called once per request however it ends, before its blocks are freed. False for a request still loading. Of one
+        that ended with an error, `load_error` in the parameters is told with it.
         """
         return False, None
 

@@ -111,7 +111,8 @@ class Verdict:
     num_recomputed_tokens: int = 0
     has_content: bool = True
     """False for an event that only opens a stream."""
-    params: Params | None = None
+    hand_over: Params | None = None
+    """Where the KV is, of a prefill engine's reply."""
     load_error: str = ""
     """Why KV was not loaded, where the engine says so."""
 
@@ -132,7 +133,7 @@ def judge(content: Any) -> Verdict:
         error=None if message is None else str(message),
         num_recomputed_tokens=num_recomputed if isinstance(num_recomputed, int) else 0,
         has_content=not choices or any(_says_something(choice) for choice in choices),
-        params=params,
+        hand_over=params if params and params.get("do_remote_prefill") else None,
         load_error=str((params or {}).get("load_error", "")),
     )
 

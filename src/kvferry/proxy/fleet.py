@@ -145,6 +145,14 @@ class Fleet:
         """
         return any(self._is_ready(*engines, pair) for engines, pair in self.pairs.items())
 
+    def pairs_to_probe(self) -> list[tuple[Engine, Engine]]:
+        """All but those that are ready and busy: the requests there tell, and a probe would wait behind them."""
+        return [
+            (p, d)
+            for (p, d), pair in self.pairs.items()
+            if not (p.num_in_flight or d.num_in_flight) or not self._is_ready(p, d, pair)
+        ]
+
     def _is_ready(self, prefill: Engine, decode: Engine, pair: Pair) -> bool:
         if any(breaker.state is not State.CLOSED for breaker in (prefill.breaker, decode.breaker, pair.breaker)):
             return False

@@ -20,9 +20,9 @@ _TOKENS = range(16, 256)  # in any vocabulary, and seldom special
 
 
 async def probe_for_ever(config: ProxyConfig, fleet: Fleet, relay: Relay, headers: Mapping[str, str]) -> None:
-    """All pairs, again and again, until cancelled."""
+    """All pairs that need it, again and again, until cancelled."""
     while True:
-        await asyncio.gather(*(probe(config, relay, *engines, headers) for engines in fleet.pairs))
+        await asyncio.gather(*(probe(config, relay, *engines, headers) for engines in fleet.pairs_to_probe()))
         await asyncio.sleep(config.probe_interval_s)
 
 

@@ -186,15 +186,15 @@ class Relay:
             self._metrics.leg_seconds.labels("prefill").observe(self._clock.now() - begun_s)
         if verdict.error is not None:
             raise self._failed(engine, verdict.error)
-        if verdict.params is None:
+        if verdict.hand_over is None:
             if self._config.strict:
                 raise self._failed(
-                    engine, "it answered without kv_transfer_params: start it with a P2P connector (kv_role "
-                    "kv_producer or kv_both), or the proxy with --no-strict",
+                    engine, "it answered without kv_transfer_params that hand KV over: start it with a P2P connector "
+                    "(kv_role kv_producer or kv_both), or the proxy with --no-strict",
                 )  # fmt: skip
             self._recomputed("no_params")
         self._fleet.worked(engine)
-        return HandOver(engine, transfer_id, verdict.params)
+        return HandOver(engine, transfer_id, verdict.hand_over)
 
     async def decode(self, call: Call, engine: Engine, hand_over: HandOver | None, timeout_s: float) -> Reply:
         """Let one engine decode, up to the first token of a stream. Raises LegFailed; ApiError for a recompute."""

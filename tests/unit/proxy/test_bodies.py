@@ -144,5 +144,8 @@ def test_errors_and_recomputes_are_seen() -> None:
     assert judge([1]).error == "what it sent is no JSON object"
     good = judge({**chunk(text="a"), "kv_transfer_params": {"num_recomputed_tokens": 5}})
     assert (good.error, good.num_recomputed_tokens) == (None, 5)
-    for params in (None, {}, [1], "x"):
-        assert judge({**chunk(text="a"), "kv_transfer_params": params}).params is None
+    for params in (None, {}, [1], "x", {"hidden_states_path": "/x"}, {"do_remote_prefill": False}):
+        assert judge({**chunk(text="a"), "kv_transfer_params": params}).hand_over is None
+    assert judge({**chunk(text="a"), "kv_transfer_params": HANDED}).hand_over == HANDED
+    why = {"load_error": "gone", "num_recomputed_tokens": 5}
+    assert judge({**chunk(text="a"), "kv_transfer_params": why}).load_error == "gone"
