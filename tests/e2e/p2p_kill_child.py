@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import os
 import threading
+from collections import Counter
 from collections.abc import Callable
 from multiprocessing.connection import Connection
 from typing import Any
@@ -39,11 +40,11 @@ class Gate:
     is_armed = False
     is_open = threading.Event()
     tell: Callable[[TransferOp], None]
-    steps: dict[int, int] = {}
+    steps: Counter[int] = Counter()
 
     @classmethod
     def lets_pass(cls, transfer: Transfer) -> bool:
-        cls.steps[transfer.ticket] = cls.steps.get(transfer.ticket, 0) + 1
+        cls.steps[transfer.ticket] += 1
         if cls.is_armed and cls.steps[transfer.ticket] > PARTS_MOVED:
             cls.is_armed = False
             cls.is_open.clear()

@@ -40,7 +40,12 @@ def figure(engine: openai.OpenAI, name: str) -> float:
 
 def wait_until_idle(engine: openai.OpenAI) -> None:
     """No request runs or waits, and no block is in use."""
-    names = ("vllm:num_requests_running", "vllm:num_requests_waiting", "vllm:kv_cache_usage_perc", "kvferry:held_blocks")
+    names = (
+        "vllm:num_requests_running",
+        "vllm:num_requests_waiting",
+        "vllm:kv_cache_usage_perc",
+        "kvferry:held_blocks",
+    )
     deadline_s = time.monotonic() + 60
     while any(figures := {name: figure(engine, name) for name in names}.values()):
         assert time.monotonic() < deadline_s, dict(zip(names, figures, strict=True))

@@ -260,7 +260,10 @@ class Consumer(Role):
         ids, handover = self._ids(load.claim_id, load.generation), load.handover
         if load.is_push:
             load.state, load.may_be_written = LoadState.TRANSFERRING, True
-            register = m.Register(handover.transfer_id or "", load.blocks, *load.token_range, peer.epoch, **ids)
+            told_by = handover.remote_generation
+            register = m.Register(
+                handover.transfer_id or "", load.blocks, *load.token_range, peer.epoch, told_by, **ids
+            )
             self._call("register", load, register, now, load.deadline_s)
         else:
             claim = m.Claim(handover.remote_lease_id or "", handover.remote_generation or "", **ids)

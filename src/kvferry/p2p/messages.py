@@ -145,6 +145,8 @@ class Register(ClaimMessage, frozen=True, tag="register"):
     first_token: TokenCount
     end_token: TokenCount
     epoch: Epoch
+    lease_generation: Nonce | None = None
+    """Your life that told of it; None: it may be a request that you have yet to hear of."""
 
     def __post_init__(self) -> None:
         if self.end_token < self.first_token:

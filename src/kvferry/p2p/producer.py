@@ -315,6 +315,8 @@ class Producer(Role):
         if claim is None:
             lease = self._transfers.get(message.transfer_id)
             over = lease.ended if lease else self._ended_leases.get(message.transfer_id)
+            if message.lease_generation and not same_life(message.lease_generation, self._local.generation):
+                over = over or Why.UNKNOWN
             if over is not None:
                 self._answer_for_good(peer, self._refused(message.claim_id, message.generation, over), now)
                 return

@@ -296,6 +296,19 @@ def test_a_restarted_producer_is_met_with_a_new_handshake_and_old_params_are_ref
     assert pair.take(D, a.StartTransfer)[-1].job.connection > job.connection
 
 
+@pytest.mark.parametrize("mode", ["pull", "push"])
+def test_what_an_earlier_life_promised_is_not_waited_for(mode: str) -> None:
+    """A new life knows no lease of the old one, and would wait for a request with that transfer id for ever."""
+    pair = Pair()
+    pair.call(P, "request_started", "r", "t", 1)
+    params = pair.finish(mode=mode)
+    pair.restart(P)
+    pair.load(D, params)
+    (ended,) = pair.take(D, a.LoadEnded)
+    assert (ended.ok, ended.reason) == (False, "the producer refused the claim: unknown")
+    assert pair.take(D, a.BlocksSafe) or not ended.blocks_quarantined
+
+
 def test_a_late_hello_of_a_life_that_is_over_changes_nothing() -> None:
     pair = Pair()
     pair.load(D, pair.finish("first"), "first")
