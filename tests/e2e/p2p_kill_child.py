@@ -25,7 +25,6 @@ from kvferry.p2p.shm import ShmTransport
 from kvferry.p2p.threaded import Step, ThreadedTransport, Transfer
 from kvferry.p2p.transport import PeerHandle, Pieces, TransferOp
 from kvferry.testing.stub_model import StubModel
-from kvferry.testing.transport_checks import Copies
 
 BLOCK = 4
 NUM_BLOCKS = 161
@@ -52,7 +51,7 @@ class Gate:
         return cls.is_open.is_set()
 
 
-def in_parts(pieces: Pieces) -> Copies:
+def in_parts(pieces: Pieces) -> Pieces:
     """The same copies, none of more than `PART_BYTES`."""
     counts = -(-pieces.length // PART_BYTES)
     number = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
@@ -62,7 +61,7 @@ def in_parts(pieces: Pieces) -> Copies:
     regions = (np.repeat(region, counts) for region in (pieces.source_region, pieces.destination_region))
     source_region, destination_region = regions
     offsets = np.repeat(source, counts) + start, np.repeat(destination, counts) + start
-    return Copies(source_region, offsets[0], destination_region, offsets[1], length)
+    return Pieces(source_region, offsets[0], destination_region, offsets[1], length)
 
 
 def gated(transport: type[ThreadedTransport]) -> type[ThreadedTransport]:
