@@ -501,6 +501,7 @@ def test_a_peer_that_goes_during_a_push(cluster: Cluster, faulty: type[FaultyShm
     (output,) = cluster.finish("p")
     cluster.add(decode, "d", output.kv_transfer_params)
     cluster.until(lambda: any(x["claims"] for x in books(prefill)["producer"]))
+    cluster.step(decode)  # its worker looks at the writer's life sign
     cluster.stop(prefill)
     assert tokens(cluster.finish("d")[0]) == expected(PROMPT, 8)
     cluster.check_idle()
