@@ -13,7 +13,7 @@ import threading
 from collections import Counter
 from collections.abc import Callable
 from multiprocessing.connection import Connection
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -39,7 +39,7 @@ class Gate:
     is_armed = False
     is_open = threading.Event()
     tell: Callable[[TransferOp], None]
-    steps: Counter[int] = Counter()
+    steps: ClassVar[Counter[int]] = Counter()
 
     @classmethod
     def lets_pass(cls, transfer: Transfer) -> bool:
