@@ -494,14 +494,17 @@ def test_a_peer_that_goes_during_a_pull(cluster: Cluster, faulty: type[FaultyShm
     cluster.check_idle()
 
 
-def test_a_peer_that_goes_during_a_push(cluster: Cluster, faulty: type[FaultyShm]) -> None:
+@pytest.mark.parametrize("is_reached", [True, False], ids=["reached", "not reached"])
+def test_a_peer_that_goes_during_a_push(cluster: Cluster, faulty: type[FaultyShm], is_reached: bool) -> None:
     prefill, decode = cluster.start(mode="push"), cluster.start(mode="push")
     faulty.is_held.set()
     cluster.add(prefill, "p", DECODE, max_tokens=1)
     (output,) = cluster.finish("p")
     cluster.add(decode, "d", output.kv_transfer_params)
-    cluster.until(lambda: any(x["claims"] for x in books(prefill)["producer"]))
-    cluster.step(decode)  # its worker looks at the writer's life sign
+    cluster.step(decode)
+    cluster.until(lambda: any(x["claims"] for x in books(prefill)["producer"]), prefill)
+    if is_reached:
+        cluster.step(decode)  # its worker looks at the writer's life sign
     cluster.stop(prefill)
     assert tokens(cluster.finish("d")[0]) == expected(PROMPT, 8)
     cluster.check_idle()

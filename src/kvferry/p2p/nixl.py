@@ -170,8 +170,6 @@ class NixlTransport(ThreadedTransport):
 
     def _close_peer(self, peer: PeerHandle, open_ops: set[TransferOp]) -> set[TransferOp]:
         assert isinstance(peer, _NixlPeer)
-        if peer.life is not None:
-            peer.life.close()
         is_hung = bool(peer.unknown_ops) or any(t.peer is peer and t.state and t.state.open for t in self._active)
         if is_hung:
             self._replace_initiator()

@@ -91,6 +91,11 @@ class SharedPool:
                 return part, offset
         return None
 
+    @property
+    def folders(self) -> set[Path]:
+        """Where the files lie."""
+        return {Path(segment.path).parent for segment, _ in self._parts}
+
     def close(self) -> None:
         """Unlink the files. Tensors stay usable; peers that have mapped them see that the owner is gone."""
         for segment, _ in self._parts:
@@ -163,9 +168,22 @@ class ShmTransport(ThreadedTransport):
         self._bases = np.zeros(0, dtype=np.int64)
 
     def peer_has_ended(self, peer: PeerHandle) -> bool:
-        """The lock on its memory is free."""
+        """The lock on its memory is free, or it has gone."""
         assert isinstance(peer, _ShmPeer)
-        return not peer.is_closing and _has_ended(peer)
+        return not peer.is_closing and (_has_ended(peer) if peer.segments else self._has_gone(peer.blob))
+
+    def maker_has_ended(self, blob: bytes) -> bool:
+        """Its memory has gone: closed, or swept after its death."""
+        try:
+            return self._has_gone(_decode(blob))
+        except TransferError:
+            return False
+
+    def _has_gone(self, blob: _Blob) -> bool:
+        """Only of folders where ours lies too: who writes to us shares these, whatever else containers hide."""
+        paths = [Path(part.path) for part in blob.parts]
+        is_here = blob.boot_id == self._boot_id
+        return is_here and any(path.parent in self._pool.folders and not path.exists() for path in paths)
 
     def _register(self) -> bytes:
         parts: list[_Part] = []

@@ -152,6 +152,10 @@ class ThreadedTransport(ABC):
         """Cannot be told, unless the leaf knows better."""
         return False
 
+    def maker_has_ended(self, blob: bytes) -> bool:
+        """Cannot be told, unless the leaf knows better."""
+        return False
+
     def close(self) -> None:
         """Waits (bounded) for the step that runs."""
         with self._lock:

@@ -164,6 +164,10 @@ class Transport(Protocol):
         """
         ...
 
+    def maker_has_ended(self, blob: bytes) -> bool:
+        """`peer_has_ended` for the process that made this blob, where it could not be connected to. Opens files."""
+        ...
+
     def close(self) -> None:
         """Close all peers, stop the thread, give the memory back. Open tickets get no completion. Idempotent."""
         ...

@@ -163,6 +163,10 @@ class FakeTransport:
         assert isinstance(peer, _FakePeer)
         return peer.end.is_dead and not any(one.peer is peer for one in self._late)
 
+    def maker_has_ended(self, blob: bytes) -> bool:
+        """After `kill` or `close` of that end."""
+        return self.why_unreachable(blob) is None and self._network.ends[int(blob.removeprefix(_PREFIX))].is_dead
+
     def kill(self) -> None:
         """The process has died: nothing of its own goes on, and whoever talks to it is told."""
         self.is_dead = True

@@ -33,6 +33,8 @@ class _Link:
     local: EngineGeometry
     remote: EngineGeometry
     peers: dict[int, tuple[Transport, PeerHandle]] = field(default_factory=dict)
+    num_gone: int = 0
+    """Workers of the peer that had ended before they were reached."""
 
     def has_ended(self) -> bool:
         """Whether all the peer's workers that we have to do with are known to have ended."""
@@ -77,11 +79,18 @@ class Links:
         local, remote = decode_geometry(order.local_geometry), decode_geometry(order.remote_geometry)
         self._links[order.connection] = _Link(order, local, remote)
         if order.is_writer:
-            try:
-                for rank in range(len(remote.ranks)):
-                    self._reach(order.connection, rank)
-            except TransferError as error:
-                logger.warning("%s writes to this engine, which cannot see whether it lives: %s", order.peer, error)
+            for rank in range(len(remote.ranks)):
+                self._reach_writer(order, rank)
+
+    def _reach_writer(self, order: OpenOrder, rank: int) -> None:
+        blobs = _blobs(order, rank)
+        try:
+            self._reach(order.connection, rank)
+        except TransferError as error:
+            if any(self._transports[name].maker_has_ended(blobs[name]) for name in self._transports.keys() & blobs):
+                self._links[order.connection].num_gone += 1
+                return
+            logger.warning("%s writes to this engine, which cannot see whether it lives: %s", order.peer, error)
 
     def start(self, job: TransferJob) -> None:
         """Plan and submit this rank's part; a part without bytes ends at once, an impossible one is rejected."""
@@ -116,7 +125,7 @@ class Links:
         """What ended since the last call."""
         for connection in list(self._fenced):
             link = self._links[connection]
-            if len(link.peers) == len(link.remote.ranks) and link.has_ended():
+            if len(link.peers) + link.num_gone == len(link.remote.ranks) and link.has_ended():
                 self.close(connection)
         for connection in [number for number, link in self._unfenced.items() if link.has_ended()]:
             del self._unfenced[connection]
@@ -174,7 +183,7 @@ class Links:
     def _reach(self, connection: int, peer_rank: int) -> tuple[Transport, PeerHandle]:
         link = self._links[connection]
         if peer_rank not in link.peers:
-            blobs = {name: ranks[peer_rank] for name, ranks in link.order.blobs.items() if peer_rank < len(ranks)}
+            blobs = _blobs(link.order, peer_rank)
             transport = choose(self._requested, self._transports, blobs)
             link.peers[peer_rank] = transport, transport.connect(blobs[transport.capabilities.name])
             logger.info(
@@ -182,3 +191,7 @@ class Links:
                 link.order.peer, peer_rank, self._rank, transport.capabilities.name,
             )  # fmt: skip
         return link.peers[peer_rank]
+
+
+def _blobs(order: OpenOrder, rank: int) -> dict[str, bytes]:
+    return {name: ranks[rank] for name, ranks in order.blobs.items() if rank < len(ranks)}
