@@ -77,6 +77,7 @@ class Engine:
     is_alive: bool = True
     frozen_until: float = 0.0
     tick_s: float = float("inf")
+    links: set[str] = field(default_factory=set)  # control links that are up
     connections: dict[int, Connection] = field(default_factory=dict)
     sources: dict[str, tuple[Request, list[list[int]]]] = field(default_factory=dict)
     loads: dict[str, LoadTruth] = field(default_factory=dict)
@@ -245,8 +246,10 @@ class World:
         match action:
             case a.Send():
                 self.send(engine, action)
-            case a.Connect():
+            case a.Connect() if action.peer not in engine.links:  # else there is nothing new to tell
                 self.at(self.small(), lambda: self.dialled(engine, action.peer))
+            case a.Disconnect():
+                engine.links.discard(action.peer)
             case a.OpenPeer():
                 blob = action.hello.transports["fake"][0].decode()
                 engine.connections[action.connection] = Connection(action.peer, blob)
@@ -291,6 +294,7 @@ class World:
 
     def dialled(self, engine: Engine, peer: str) -> None:
         if self.engines[peer].is_alive:
+            engine.links.add(peer)
             self.awake(engine, lambda: self.call(engine, lambda core: core.peer_connected(peer, self.now)))
         else:
             self.awake(engine, lambda: self.call(engine, lambda core: core.peer_lost(peer, "refused", self.now)))
@@ -607,6 +611,8 @@ class World:
                 f"r{number}", mode, source, self.rng.sample(others, count), self.rng.choice((0, 1, 7, 12, 21))
             )
             start_s = self.rng.random() * (2 if self.is_calm else 8)
+            if self.is_calm and self.rng.random() < 0.4:
+                start_s += 2 * SETTINGS.idle_s  # the others have forgotten us meanwhile
             self.at(
                 start_s, lambda request=request: self.awake(self.engines[request.source], lambda: self.begin(request))
             )
@@ -647,6 +653,7 @@ class World:
 
     def lose(self, name: str, other: str) -> None:
         engine = self.engines[name]
+        engine.links.discard(other)
         self.awake(engine, lambda: self.call(engine, lambda core: core.peer_lost(other, "link lost", self.now)))
 
     def freeze(self, name: str) -> None:

@@ -2,7 +2,7 @@
 
     hooks (scheduler's thread) ── use(...) ──► core ◄── messages, deadlines ── agent's thread ◄── control channel
               ▲                                  │
-              └──────── take_events() ◄──────────┴──► Connect, Send: carried out at once
+              └──────── take_events() ◄──────────┴──► Connect, Disconnect, Send: carried out
 
 One lock around the core; everything done under it takes microseconds.
 """
