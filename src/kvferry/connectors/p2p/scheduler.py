@@ -94,6 +94,13 @@ class Load:
     """The request ended while it was loading."""
 
 
+def _told(request: RequestView, load: Load) -> dict[str, Any]:
+    """For routers, of a load that failed: why, and how much was computed here, the prompt's last token apart."""
+    num_last = request.num_prompt_tokens - 1
+    num_promised = min(load.num_remote_tokens or num_last, num_last)
+    return {"load_error": load.reason, "num_recomputed_tokens": max(0, num_promised - load.num_local_tokens)}
+
+
 class P2PSchedulerSide(SchedulerSide):
     """One per engine, in the scheduler's thread. No hook waits for a peer."""
 
@@ -240,12 +247,13 @@ class P2PSchedulerSide(SchedulerSide):
         load = self._loads.get(request.request_id)
         if load is None or load.state not in (LoadState.ANNOUNCED, LoadState.FAILED):
             return 0, False
+        load.num_local_tokens = num_computed_tokens
         if load.state is LoadState.FAILED and self.host.load_failure_policy == "recompute":
             return 0, False
         end = request.num_tokens
         if load.num_remote_tokens is not None and load.num_remote_tokens < end:
             end = load.num_remote_tokens // self._alignment * self._alignment
-        load.num_local_tokens, load.end_token = num_computed_tokens, end
+        load.end_token = end
         return (end - num_computed_tokens, True) if end > num_computed_tokens else (0, False)
 
     def update_state_after_alloc(self, request: RequestView, block_ids: BlockIds, num_external_tokens: int) -> None:
@@ -270,26 +278,24 @@ class P2PSchedulerSide(SchedulerSide):
     def request_finished(self, request: RequestView, block_ids: BlockIds) -> tuple[bool, dict[str, Any] | None]:
         """Lease the blocks of a request that is to be handed over; give up the load of one that still loads.
 
-        Of a load that failed the answer says why, as `load_error`.
+        Of a load that failed, the answer says why, and how many tokens were computed again.
         """
         request_id = request.request_id
         load = self._loads.get(request_id)
-        why = {"load_error": load.reason} if load is not None and load.reason else None
         if load is not None:
             load.is_gone = True
             if load.state in (LoadState.ANNOUNCED, LoadState.LOADING):
                 self.agent.use(lambda core, now: core.abort(request_id, now))
             if load.state is not LoadState.LOADING:
                 del self._loads[request_id]
-        if request_id not in self._senders:
-            return False, why
+        told = _told(request, load) if load is not None and load.reason else {}
+        params = self._lease(request, block_ids) if request_id in self._senders else None
         self._senders.discard(request_id)
-        params = self._lease(request, block_ids)
         if params is None:
-            return False, why
+            return False, told or None
         num_blocks = sum(block != NULL_BLOCK_ID for group in block_ids for block in group)
         self._held[request_id] = num_blocks, self._clock.now()
-        return True, params
+        return True, {**told, **params}
 
     def _lease(self, request: RequestView, block_ids: BlockIds) -> dict[str, Any] | None:
         request_id = request.request_id
