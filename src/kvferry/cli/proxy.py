@@ -87,5 +87,5 @@ def _signer(key_file: Path | None) -> SignPeer | None:
     try:
         from kvferry.proxy.tokens import peer_signer
     except ModuleNotFoundError as err:
-        raise ConfigError(f"{err.name} is not installed: pip install 'kvferry[p2p,proxy]'") from err
+        raise ConfigError(f"{err.name} is not installed: pip install 'kvferry[proxy]'") from err
     return peer_signer(key)
