@@ -9,7 +9,7 @@
               │ consumer (loads)             calls (repeat until answered)     │
               └───────────────────────────────┬────────────────────────────────┘
                                               ▼
-              take_actions(): Connect, Disconnect, Send, OpenPeer, ClosePeer, StartTransfer, Release, LoadEnded, BlocksSafe
+              take_actions(): Connect, Disconnect, Send, OpenPeer, ClosePeer, StartTransfer, Release, ...
 
 The state drawings, and what is true after a failure, stand in `producer`, `consumer` and `peers`; the messages in
 `messages`. Every input takes `now` (seconds of one monotonic clock, which never goes back), none blocks, and none
