@@ -5,7 +5,7 @@
 # make test-vllm   the connector inside real vLLM, in a virtual environment of its own
 # make test-vllm-031  its smoke test with the oldest vLLM that is supported, in another one
 # make lint        ruff, mypy --strict, import-linter
-# make bench       demo, host tier and engine against their peers and bounds; writes bench/results
+# make bench       demo, tiers, engine and transports against their peers and bounds; writes bench/results
 # make clean       removes caches and build outputs, keeps the virtual environments
 
 PYTHON ?= python3
@@ -118,6 +118,7 @@ bench: venv venv-native venv-vllm
 	@$(BIN)/python bench/runners.py
 	@$(BIN)/python bench/p2p_plan.py
 	@$(BIN)/python bench/p2p.py transports
+	@$(BIN)/python bench/p2p_handover.py
 	@$(BIN)/python bench/in_vllm.py
 
 clean:

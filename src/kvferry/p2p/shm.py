@@ -21,11 +21,12 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 import numpy as np
+import numpy.typing as npt
 
 from kvferry.errors import ConfigError, HostError, TransferError
 from kvferry.p2p.copying import copy_pieces
 from kvferry.p2p.threaded import Step, ThreadedTransport, Transfer, decode_blob
-from kvferry.p2p.transport import Capabilities, PeerHandle, TransferOp
+from kvferry.p2p.transport import Capabilities, Ints, PeerHandle, TransferOp
 from kvferry.segment import PAGE_BYTES, SHM_DIRECTORY, Segment, is_segment_path
 
 if TYPE_CHECKING:
@@ -37,6 +38,7 @@ _HEADER = struct.Struct("<8sQQ16s")  # magic, version, bytes of the pool, nonce
 _MAGIC = b"KVFPOOL\0"
 _VERSION = 1
 _MADV_POPULATE_WRITE = 23
+_AREA_BYTES = 2 << 20  # of one huge page
 _SHORT_STEP_BYTES = 8 << 20  # about a millisecond
 _LONG_STEP_BYTES = 32 << 20
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
@@ -154,6 +156,24 @@ class _ShmPeer(PeerHandle):
         self.blob = blob
         self.segments: list[Segment] = []
         self.bases = np.zeros(0, dtype=np.int64)
+        self.mapped: list[npt.NDArray[np.bool_]] = []
+        """Per segment and area of _AREA_BYTES, whether its pages are in our page table."""
+
+    def map_pages(self, starts: Ints, lengths: Ints) -> None:
+        """Map in few calls what is to be copied at these addresses: page by page, faults cost more than the copy."""
+        for segment, part, mapped in zip(self.segments, self.blob.parts, self.mapped, strict=True):
+            size = PAGE_BYTES + part.num_bytes
+            is_here = (starts >= segment.address) & (starts < segment.address + size)
+            first = starts[is_here] - segment.address
+            edges = np.zeros(len(mapped) + 1, dtype=np.int64)
+            np.add.at(edges, first // _AREA_BYTES, 1)
+            np.add.at(edges, (first + lengths[is_here] - 1) // _AREA_BYTES + 1, -1)
+            missing = (np.cumsum(edges[:-1]) > 0) & ~mapped
+            mapped |= missing
+            for start, end in np.flatnonzero(np.diff(missing, prepend=False, append=False)).reshape(-1, 2).tolist():
+                at, stop = start * _AREA_BYTES, min(end * _AREA_BYTES, size)
+                # Not MAP_POPULATE: Python 3.11 maps with the GIL held. Old kernels refuse; then pages are touched late.
+                _libc.madvise(segment.address + at, stop - at, _MADV_POPULATE_WRITE)
 
 
 class ShmTransport(ThreadedTransport):
@@ -214,9 +234,7 @@ class ShmTransport(ThreadedTransport):
         assert isinstance(peer, _ShmPeer)
         for part in peer.blob.parts:
             peer.segments.append(_attach(part))
-        for segment, part in zip(peer.segments, peer.blob.parts, strict=True):
-            # Not MAP_POPULATE: Python 3.11 maps with the GIL held. Old kernels refuse; then pages are touched late.
-            _libc.madvise(segment.address, PAGE_BYTES + part.num_bytes, _MADV_POPULATE_WRITE)
+            peer.mapped.append(np.zeros(-(-(PAGE_BYTES + part.num_bytes) // _AREA_BYTES), dtype=np.bool_))
         starts = [peer.segments[part].address + PAGE_BYTES + offset for part, offset, _ in peer.blob.regions]
         peer.bases = np.array(starts, dtype=np.int64)
 
@@ -239,6 +257,7 @@ class ShmTransport(ThreadedTransport):
         from_, to = (peer.bases, self._bases) if transfer.op is TransferOp.READ else (self._bases, peer.bases)
         sources = from_[pieces.source_region] + pieces.source_offset
         destinations = to[pieces.destination_region] + pieces.destination_offset
+        peer.map_pages(sources if transfer.op is TransferOp.READ else destinations, pieces.length)
         return copy_pieces(sources, destinations, pieces.length, self._step_bytes)
 
     def _step_bytes(self) -> int:

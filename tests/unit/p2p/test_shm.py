@@ -240,3 +240,35 @@ def test_another_boot_is_another_machine(here: End) -> None:
     assert here.transport.why_unreachable(other) == "the peer is on another machine"
     with pytest.raises(TransferError, match="another machine"):
         here.transport.connect(other)
+
+
+def test_only_what_is_copied_is_mapped() -> None:
+    (here, own), (there, pool) = shm_end([64 << 20]), shm_end([64 << 20])
+    there.memory[0][:] = np.arange(64 << 20, dtype=np.int64) % 251
+    blob = there.transport.local_blob()
+    path = msgspec.msgpack.decode(blob)["parts"][0]["path"]
+    peer = here.transport.connect(blob)
+    pieces = [(0, 40 << 20, 0, 7, 100), (0, 10 << 20, 0, 1 << 20, 5 << 20)]
+    try:
+        ticket = here.transport.submit(peer, READ, copies(pieces))
+        assert wait_for(here.transport, ticket)[ticket].status is TransferStatus.OK
+        for _, source, _, destination, length in pieces:
+            assert np.array_equal(here.memory[0][destination:][:length], there.memory[0][source:][:length])
+        peers, owners = sorted(_resident_bytes(path))
+        assert 5 << 20 <= peers <= 8 << 20, "areas 5, 6, 7 and 20 of 2 MiB; the last one only where the kernel can"
+        assert owners >= 64 << 20
+    finally:
+        for end, memory in ((here, own), (there, pool)):
+            end.transport.close()
+            memory.close()
+
+
+def _resident_bytes(path: str) -> list[int]:
+    """Of each of our mappings of this file (proc_pid_smaps(5))."""
+    found, is_it = [], False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        if line.startswith("Rss:") and is_it:
+            found.append(int(line.split()[1]) << 10)
+        elif "-" in line.split()[0]:
+            is_it = line.endswith(path)
+    return found
