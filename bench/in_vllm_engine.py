@@ -60,6 +60,8 @@ class Engine:
             max_num_batched_tokens=8192, disable_log_stats=False, kv_transfer_config=transfer,
         )  # fmt: skip
         torch.set_num_threads(threads)
+        for cache in self.core.model_executor.driver_worker.worker.model_runner.kv_caches:
+            cache.zero_()  # as after a while of serving: no page of it is new
         self._clock = HookClock()
         if transfer is not None:
             from vllm.distributed.kv_transfer import get_kv_transfer_group
