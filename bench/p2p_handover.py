@@ -51,7 +51,7 @@ GOAL_S = 0.010
 NUM_TOKENS = 8
 NUM_BLOCKS = sum(LENGTHS) // 16 + 100
 NUM_OTHERS = 4
-_REST_S = 0.001  # as in `LLM.generate`
+_REST_S = 0.0005  # as in `LLM.generate`
 
 
 def prompt_of(length: int) -> list[int]:

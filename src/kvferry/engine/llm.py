@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     import torch
 
 Prompt = str | Sequence[int]
-_IDLE_SLEEP_S = 0.001
+_IDLE_SLEEP_S = 0.0005
 _DRAIN_LIMIT_S = 30.0
 _CHECK_EVERY_S = 10.0
 

@@ -28,7 +28,7 @@ from kvferry.metrics import Metrics
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
-_REST_S = 0.001  # after a step that did nothing: others must move first
+_REST_S = 0.0005  # after a step that did nothing: others must move first
 _IDLE_STEP_S = 0.05  # an idle engine steps now and then, for its connector writes, reads and checks meanwhile
 
 
