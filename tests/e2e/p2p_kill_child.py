@@ -20,8 +20,7 @@ import torch
 
 from kvferry import LLM, SamplingParams
 from kvferry.connectors.p2p.scheduler import P2PSchedulerSide
-from kvferry.p2p import choice, copying
-from kvferry.p2p.shm import ShmTransport
+from kvferry.p2p import choice, shm
 from kvferry.p2p.threaded import Step, ThreadedTransport, Transfer
 from kvferry.p2p.transport import PeerHandle, Pieces, TransferOp
 from kvferry.testing.stub_model import StubModel
@@ -86,8 +85,8 @@ def install_gate(transport: str) -> None:
         nixl._POST_BYTES = PART_BYTES
         nixl.NixlTransport = gated(nixl.NixlTransport)  # type: ignore[misc]
     else:
-        copying._STEP_BYTES = PART_BYTES
-        choice.ShmTransport = gated(ShmTransport)  # type: ignore[misc,attr-defined]
+        shm._SHORT_STEP_BYTES = shm._LONG_STEP_BYTES = PART_BYTES
+        choice.ShmTransport = gated(shm.ShmTransport)  # type: ignore[misc,attr-defined]
 
 
 class Child:
