@@ -309,7 +309,7 @@ def main() -> None:
         return
     content = {
         "machine": machine,
-        "settings": vars(args),
+        "settings": {name: value for name, value in vars(args).items() if name != "vllm_python"},
         "summary": summary,
         "samples_s": bench.seconds,
         "samples_rates_s": bench.rates,
