@@ -213,11 +213,13 @@ def test_over_nixl(start_engines: StartEngines, tiny_llama: str, tmp_path: Path)
     assert pulls.stop() == 0
 
 
+@pytest.mark.timeout(400)
 def test_one_rank_and_two(start_engines: StartEngines, tiny_llama: str, tmp_path: Path) -> None:
     """Each rank's half of the heads, and back."""
-    patient = {"lease_s": 120.0, "handshake_s": 30.0, "liveness_s": 30.0}  # three processes want the cores
-    args = engine_args(tiny_llama, transfer_config("kv_both", "fail", **patient))
-    one, two = start_engines(args, {**args, "tensor_parallel_size": 2, "env": TWO_RANKS})
+    # Three workers want the cores: with more than one thread each, all of them stand still for tens of seconds.
+    patient = {"lease_s": 240.0, "claim_s": 120.0, "load_s": 150.0, "handshake_s": 120.0, "liveness_s": 120.0}
+    args = {**engine_args(tiny_llama, transfer_config("kv_both", "fail", **patient)), "env": TWO_RANKS}
+    one, two = start_engines(args, {**args, "tensor_parallel_size": 2})
     for engine in (one, two):
         engine.ask(rpc="watch_jobs")
     first, second = random_prompt(70, NUM_TOKENS), random_prompt(71, NUM_TOKENS)
