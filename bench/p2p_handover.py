@@ -8,7 +8,9 @@ prefill finished     `LLM.step` of the prefill engine has returned the request's
 first token          `LLM.step` of the decode engine has returned the first token. It is prefill's: the decode engine
                      takes it over with the KV, and computes nothing for it
 first decode token   the next one: the first that the decode engine computed, in one decode step
-decode step          median time between the later tokens of the same request, hence with the same batch
+decode step          median time of the later steps of the same request, hence with the same batch; before each of
+                     them the engine rests as long as it waited for the first token, for a step after a rest takes up
+                     to 50 ms longer on this machine (without connector too). Beside others nobody rests.
 transfer             what the transport needed, from the submission of the job to its last byte, as the engine that
                      moves the bytes counts it (pull: the decode engine; push: the prefill engine)
 
@@ -21,9 +23,11 @@ overhead = second token at the client - request sent - prefill alone - transfer 
 a request for one token that the client sends to the prefill engine itself, just before: what HTTP costs twice (the
 proxy's hops, the decode engine's request) is in the overhead.
 
-Each round hands over every prompt length in every mode, so that other work on the machine hits all alike. The prefill
-engine has the prompts in its prefix cache after the first round, which is not counted; the decode engine forgets its
-own before each hand-over, and loads all tokens. Writes bench/results/p2p_handover.{json,png}.
+Each round hands over every prompt length in every mode, so that other work on the machine hits all alike. A decode
+step of 100 ms is 20 ms longer or shorter at times, so it takes many rounds to see a few ms beside it; cases without a
+goal are in every third. The prefill engine has the prompts in its prefix cache after the first round, which is not
+counted; the decode engine forgets its own before each hand-over, and loads all tokens. Writes
+bench/results/p2p_handover.{json,png}.
 """
 
 from __future__ import annotations
@@ -51,6 +55,8 @@ GOAL_S = 0.010
 NUM_TOKENS = 8
 NUM_BLOCKS = sum(LENGTHS) // 16 + 100
 NUM_OTHERS = 4
+REPORTED_EVERY = 3
+"""Rounds from one to the next in which cases without a goal are measured."""
 _REST_S = 0.0005  # as in `LLM.generate`
 
 
@@ -134,7 +140,7 @@ def decode_engine(orders: Connection, sources: dict[str, Connection]) -> None:
         orders.send("go")
         while others and not sources[mode].poll():
             llm.step()
-        sample = take_over(llm, prompt, *sources[mode].recv())
+        sample = take_over(llm, prompt, *sources[mode].recv(), rests=not others)
         for request_id in others:
             llm.abort_request(request_id)
         while llm.has_requests():
@@ -143,27 +149,38 @@ def decode_engine(orders: Connection, sources: dict[str, Connection]) -> None:
     llm.shutdown()
 
 
-def take_over(llm: Any, prompt: list[int], finished_s: float, params: dict[str, Any]) -> dict[str, Any]:
+def take_over(llm: Any, prompt: list[int], finished_s: float, params: dict[str, Any], *, rests: bool) -> dict[str, Any]:
     """One sample, all times in seconds; without the transfer's if the other engine makes it."""
     before_s = loaded_s(llm)
     request_id = llm.add_request(prompt, sampling(NUM_TOKENS, **params))
     times_s: list[float] = []
+    steps_s: list[float] = []
     is_over = False
     while not is_over:
+        if rests and len(times_s) > 1:
+            rest(times_s[0] - finished_s)
+        begun_s = time.monotonic()
         for output in step(llm):
             if output.request_id == request_id:
                 assert output.num_external_tokens == len(prompt), output
                 times_s += [time.monotonic()] * len(output.outputs[0].token_ids)
+                steps_s.append(times_s[-1] - begun_s)
                 is_over = output.finished
-    assert len(times_s) == NUM_TOKENS
-    steps_s = [after - before for before, after in itertools.pairwise(times_s[1:])]
+    assert len(times_s) == len(steps_s) == NUM_TOKENS
     return {
         "first_token_s": times_s[0] - finished_s,
         "first_decode_token_s": times_s[1] - finished_s,
         "transfer_s": loaded_s(llm) - before_s,
-        "decode_step_s": statistics.median(steps_s),
-        "decode_steps_s": steps_s,
+        "decode_step_s": statistics.median(steps_s[2:]),
+        "decode_steps_s": steps_s[2:],
     }
+
+
+def rest(seconds: float) -> None:
+    """As an engine does that waits for others."""
+    until_s = time.monotonic() + seconds
+    while time.monotonic() < until_s:
+        time.sleep(_REST_S)
 
 
 class Pair:
@@ -315,6 +332,8 @@ def measure(rounds: int, lengths: tuple[int, ...]) -> tuple[dict[str, list[dict[
     try:
         for number in range(rounds + 1):
             for mode, length, others in cases:
+                if others and number % REPORTED_EVERY:
+                    continue
                 sample = pair.sample(prompt_of(length), mode, others)
                 first.setdefault(mode, sample)
                 if number:
@@ -364,13 +383,13 @@ def main() -> None:
     import record
 
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--rounds", type=int, default=27)
     parser.add_argument("--lengths", type=int, nargs="+", default=LENGTHS)
     parser.add_argument("--dry", action="store_true", help="write no results")
     options = parser.parse_args()
     machine = record.machine()
     samples, first = measure(options.rounds, tuple(options.lengths))
-    samples |= measure_proxy(options.rounds, tuple(options.lengths))
+    samples |= measure_proxy(options.rounds // REPORTED_EVERY, tuple(options.lengths))
     said = summary(samples)
     for name, medians in said["median_ms"].items():
         print(

@@ -115,10 +115,10 @@ class Child:
             self._connection.send((kind, value))
 
     def run(self) -> None:
-        """Step, until told to close or the test is gone."""
+        """Step, until told to close or the test is gone; rest after a step that did nothing, as our hosts do."""
         self.send("port", self.side.agent.address.port)
         while not self._is_closing:
-            while self._connection.poll(0 if self.llm.has_unfinished_requests() else REST_S):
+            while self._connection.poll(0 if self.llm.has_moved else REST_S):
                 name, *arguments = self._connection.recv()
                 self.send("reply", getattr(self, name)(*arguments))
             for output in self.llm.step():

@@ -385,8 +385,8 @@ class OffloadingSchedulerSide(SchedulerSide):
         """This step's loads, and stores of the chunks that this step completes."""
         assert self._arena is not None, "set_xfer_handshake_metadata comes first"
         self.store.poll()
-        if not step.scheduled:
-            if self.store.is_loading or self._jobs:
+        if not step.scheduled and not self._new_loads:  # those go out at once
+            if self.store.is_loading or self.has_pending_push_work():
                 time.sleep(_IDLE_YIELD_S)
             else:
                 self.store.scrub(_SCRUB_SLOTS)
