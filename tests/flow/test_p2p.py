@@ -403,7 +403,7 @@ def test_block_sizes_may_differ(cluster: Cluster, mode: str, sizes: tuple[int, i
 
 
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("sizes", [(4, 4), (4, 8), (8, 4)])
+@pytest.mark.parametrize("sizes", [(4, 4), (8, 4)])
 @pytest.mark.parametrize("logprobs", [None, 1])
 def test_groups_with_windows(cluster: Cluster, mode: str, sizes: tuple[int, int], logprobs: int | None) -> None:
     model = StubModel(windows=[None, 6, 10])
@@ -413,10 +413,22 @@ def test_groups_with_windows(cluster: Cluster, mode: str, sizes: tuple[int, int]
         cluster.add(decode, f"d{number}", cluster.prefill(prefill, f"p{number}", prompt), prompt, logprobs=logprobs)
         (output,) = cluster.finish(f"d{number}")
         assert tokens(output) == model.expected_tokens(prompt, 8)
-        if sizes == (4, 4) and logprobs is None:
-            assert output.num_external_tokens == len(prompt)
+        assert output.num_external_tokens == len(prompt)
         cluster.add(decode, f"again{number}", None, prompt)  # what is found in the prefix cache is right, too
         assert tokens(cluster.finish(f"again{number}")[0]) == model.expected_tokens(prompt, 8)
+    cluster.check_idle()
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_groups_whose_windows_may_begin_within_a_block_are_refused(cluster: Cluster, mode: str) -> None:
+    model = StubModel(windows=[None, 6, 10])
+    prefill, decode = (
+        cluster.start(mode=mode, block_size=size, model=model, num_kv_blocks=150, lease_s=1.0) for size in (4, 8)
+    )
+    cluster.add(decode, "d", cluster.prefill(prefill, "p"))
+    (output,) = cluster.finish("d")
+    assert (tokens(output), output.num_external_tokens) == (model.expected_tokens(PROMPT, 8), 0)
+    assert "block size of layers with a window" in output.kv_transfer_params["load_error"]
     cluster.check_idle()
 
 

@@ -248,12 +248,20 @@ def decode_geometry(data: bytes) -> EngineGeometry:
         raise TransferError(f"the peer's geometry is malformed: {err}") from err
 
 
-def check_geometries(local: bytes, remote: bytes, sides: tuple[str, str] = ("here", "peer")) -> list[str]:
-    """`differences` of two encoded geometries; one that cannot be read is a difference too."""
+def check_geometries(
+    local: bytes, remote: bytes, is_from_remote: bool, sides: tuple[str, str] = ("here", "peer")
+) -> list[str]:
+    """`differences` and `misfits` of two encoded geometries, the source's first unless KV comes from the remote one.
+
+    One that cannot be read is a difference too. `sides`: what to call the local and the remote engine.
+    """
     try:
-        return differences(decode_geometry(local), decode_geometry(remote), sides)
+        engines = decode_geometry(local), decode_geometry(remote)
     except TransferError as err:
         return [str(err)]
+    if is_from_remote:
+        engines, sides = engines[::-1], sides[::-1]
+    return differences(*engines, sides) or misfits(*engines, sides)
 
 
 def differences(
@@ -279,6 +287,25 @@ def differences(
     out += [f"{text} ({_some(name for _, name in run)})" for text, run in groupby(sorted(found), lambda item: item[0])]
     has_other = any(group.kind is AttentionKind.OTHER for group in source.ranks[0].groups)
     return out + [f"attention: {a} has layers that do not keep KV by tokens (kind 'other')"] * has_other
+
+
+def misfits(source: EngineGeometry, destination: EngineGeometry, sides: tuple[str, str]) -> list[str]:
+    """Why KV of `source` could be put into `destination` for some requests only; of two without `differences`.
+
+    The source drops whole blocks behind a window. Where its blocks are not made of whole blocks of the destination's,
+    one of those would be filled in part, and found again as a whole in the prefix cache.
+    """
+    theirs = destination.layer_holders()
+    found = []
+    for name, [(_, layer), *_] in source.layer_holders().items():
+        group, other = source.ranks[0].groups[layer.group], destination.ranks[0].groups[theirs[name][0][1].group]
+        if group.window_tokens is not None and group.block_tokens % other.block_tokens:
+            found.append((group.block_tokens, other.block_tokens, name))
+    return [
+        f"block size of layers with a window: {sides[0]} {ours}, {sides[1]} {others}; the first, which prefills, must "
+        f"have a multiple of the other's ({_some(name for *_, name in run)})"
+        for (ours, others), run in groupby(sorted(found), lambda item: item[:2])
+    ]
 
 
 def _engine_layers(engine: EngineGeometry) -> dict[str, dict[str, str]]:

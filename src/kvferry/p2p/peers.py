@@ -28,8 +28,11 @@ from kvferry.p2p.actions import Action, ClosePeer, Connect, Disconnect, LocalEng
 from kvferry.p2p.calls import Calls, row
 from kvferry.p2p.messages import PROTOCOL, ClaimMessage, Hello, HelloRefused
 
-GeometryCheck = Callable[[bytes, bytes], list[str]]
-"""(local geometry, remote geometry) -> one line per difference; an unreadable geometry is a difference too."""
+
+GeometryCheck = Callable[[bytes, bytes, bool], list[str]]
+"""(local geometry, remote geometry, whether KV comes from the remote engine) -> one line per reason why it cannot.
+
+That a geometry cannot be read is such a reason."""
 Emit = Callable[[Action], None]
 
 
@@ -47,6 +50,7 @@ class Peer:
     owes_s: float = inf  # since when it owes us answers
     is_up: bool = False  # the control link
     is_dialling: bool = False
+    is_source: bool = False  # we want KV from it
     hello: Hello | None = None  # of the life we talk to
     nonce: str = ""  # of our last question
     owed_nonce: str = ""  # of its question, which is answered when our old end is destroyed
@@ -111,9 +115,11 @@ class Peers:
         return peer.refusal if peer and now < peer.retry_s else ""
 
     def want(self, name: str, now: float) -> None:
-        """See to it that there will be an open connection."""
-        peer = self._record(name, now)
-        if peer is None or peer.connection is not None or peer.closing is not None or now < peer.retry_s:
+        """See to it that there will be an open connection with a peer whose KV we want."""
+        if (peer := self._record(name, now)) is None:
+            return
+        peer.is_source = True
+        if peer.connection is not None or peer.closing is not None or now < peer.retry_s:
             return
         if peer.is_up:
             self._greet(peer, now)
@@ -145,7 +151,7 @@ class Peers:
         if (peer := self._record(name, now)) is None:
             return
         peer.is_up, peer.is_dialling, peer.heard_s = True, False, now
-        differences = self._differences(hello)
+        differences = self._differences(peer, hello)
         if not hello.is_answer:
             self._answer(peer, hello, differences, now)
         elif hello.nonce == peer.nonce and self._calls.answered("hello", name):
@@ -283,14 +289,15 @@ class Peers:
         else:
             peer.owed_nonce = hello.nonce
 
-    def _differences(self, hello: Hello) -> list[str]:
+    def _differences(self, peer: Peer, hello: Hello) -> list[str]:
         if hello.protocol != PROTOCOL:
             return [f"protocol: {PROTOCOL} here, {hello.protocol} at {hello.engine_id}"]
         if not set(hello.transports) & set(self._local.transports):
             return [
                 f"transports: {sorted(self._local.transports)} here, {sorted(hello.transports)} at {hello.engine_id}"
             ]
-        return [line[:2048] for line in self._check(self._local.geometry, hello.geometry)[:256]]
+        found = self._check(self._local.geometry, hello.geometry, peer.is_source)
+        return [line[:2048] for line in found[:256]]
 
     def _open(self, peer: Peer, now: float) -> None:
         if peer.connection is None and peer.closing is None and peer.hello is not None:

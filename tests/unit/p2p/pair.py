@@ -36,7 +36,7 @@ class Pair:
         host, port = name.split(":")
         blobs = {"fake": (name.encode(),)}
         local = a.LocalEngine(f"id-{host}", self.new_id(), host, int(port), 2, b"geometry", blobs, RULES)
-        self.cores[name] = P2PCore(local, lambda mine, theirs: self.differences, self.settings, self.new_id)
+        self.cores[name] = P2PCore(local, lambda *_: self.differences, self.settings, self.new_id)
         self.done[name] = []
 
     def new_id(self) -> str:

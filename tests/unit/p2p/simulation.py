@@ -207,7 +207,7 @@ class World:
             {"fake": (generation.encode(),) * NUM_RANKS},
             RULES,
         )
-        core = P2PCore(local, lambda mine, theirs: [], self.settings, lambda: f"{self.rng.getrandbits(128):032x}")
+        core = P2PCore(local, lambda *_: [], self.settings, lambda: f"{self.rng.getrandbits(128):032x}")
         cells = [[("junk", next(self.junk)) for _ in range(NUM_RANKS)] for _ in range(NUM_BLOCKS)]
         free = list(range(1, NUM_BLOCKS))
         self.rng.shuffle(free)

@@ -24,13 +24,15 @@ from kvferry.p2p.geometry import (
 from kvferry.types import AttentionKind, GroupInfo
 
 
-def make_rank(*, num_layers: int = 3, heads: int = 2, window: int | None = None, **facts: Any) -> RankGeometry:
-    """A worker with one group of blocks of 4 tokens, content of 4 + 4 float32."""
+def make_rank(
+    *, num_layers: int = 3, heads: int = 2, window: int | None = None, block_tokens: int = 4, **facts: Any
+) -> RankGeometry:
+    """A worker with one group of blocks, content of 4 + 4 float32."""
     names = tuple(f"layer{i}" for i in range(num_layers))
     kind = AttentionKind.FULL if window is None else AttentionKind.SLIDING_WINDOW
-    group = GroupInfo(0, names, 4, facts.pop("kind", kind), window)
+    group = GroupInfo(0, names, block_tokens, facts.pop("kind", kind), window)
     dtype = facts.pop("dtype", torch.float32)
-    pool = torch.zeros((num_layers, 6, heads, 4, facts.pop("content", 8)), dtype=dtype)
+    pool = torch.zeros((num_layers, 6, heads, block_tokens, facts.pop("content", 8)), dtype=dtype)
     layout, _ = KVLayout.from_tensors(dict(zip(names, pool, strict=True)), [group], 6)
     defaults = {"total_kv_heads": heads, "key_elements": 4}
     return rank_geometry(layout, [group], [pool.nbytes], **{**defaults, **facts})
@@ -213,7 +215,21 @@ def test_bytes_that_are_no_geometry_are_refused() -> None:
 
 def test_the_handshake_compares_encoded_geometries() -> None:
     ours = encode_geometry(make())
-    assert check_geometries(ours, ours) == []
-    assert check_geometries(ours, encode_geometry(make(heads=4)))[0].startswith("KV heads: here 0-1, peer 0-3")
-    (line,) = check_geometries(ours, ours[:-3])
+    assert check_geometries(ours, ours, False) == check_geometries(ours, ours, True) == []
+    heads = encode_geometry(make(heads=4))
+    assert check_geometries(ours, heads, False)[0].startswith("KV heads: here 0-1, peer 0-3")
+    assert check_geometries(ours, heads, True)[0].startswith("KV heads: peer 0-3, here 0-1")
+    (line,) = check_geometries(ours, ours[:-3], False)
     assert line.startswith("the peer's geometry is malformed")
+
+
+def test_blocks_that_the_prefill_engine_drops_are_whole_blocks_of_the_other() -> None:
+    short, long = (encode_geometry(make(window=9, block_tokens=tokens)) for tokens in (4, 8))
+    assert check_geometries(long, short, False) == check_geometries(short, long, True) == []
+    assert check_geometries(short, long, False) == [
+        "block size of layers with a window: here 4, peer 8; the first, which prefills, must have a multiple of the "
+        "other's ('layer0' and 2 more)"
+    ]
+    assert check_geometries(long, short, True)[0].startswith("block size of layers with a window: peer 4, here 8")
+    short, long = (encode_geometry(make(block_tokens=tokens)) for tokens in (4, 8))
+    assert check_geometries(short, long, False) == [], "without a window nothing is dropped"
