@@ -28,7 +28,6 @@ from kvferry.p2p.actions import Action, ClosePeer, Connect, Disconnect, LocalEng
 from kvferry.p2p.calls import Calls, row
 from kvferry.p2p.messages import PROTOCOL, ClaimMessage, Hello, HelloRefused
 
-
 GeometryCheck = Callable[[bytes, bytes, bool], list[str]]
 """(local geometry, remote geometry, whether KV comes from the remote engine) -> one line per reason why it cannot.
 
