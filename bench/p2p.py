@@ -5,7 +5,8 @@ shm, gather      our shared-memory transport, READ: as the bound, from pages all
 shm, scatter     from one half of a pool to pages all over another, as into a pool long in use
 shm, both        from all over to all over
 shm, busy host   as "gather", beside a thread of this process that spins in Python
-raw nixl         the library itself, as it comes: its Python API, default settings, READ, one request; as "gather"
+raw nixl         the library itself, as it comes: its Python API, default settings, READ, one request; as "gather",
+                 and in pieces of 8 and 32 MiB too
 nixl             our NIXL transport, READ, as "gather"
 nixl, merged     the same in pieces of 8 MiB: what the planner makes of blocks that are adjacent on both sides
 
@@ -39,6 +40,7 @@ from kvferry.p2p.transport import Pieces, Region, TransferOp, TransferStatus, Tr
 ROOT = Path(__file__).parent.parent
 PIECE_BYTES = (16 << 10, 64 << 10, 256 << 10, 2 << 20)
 MERGED_BYTES = 8 << 20
+RAW_BYTES = (*PIECE_BYTES, MERGED_BYTES, 32 << 20)
 SHM_GOAL = 0.8
 SHM_TO_NIXL_GOAL = 3.0
 NIXL_GOAL = 0.95
@@ -188,7 +190,7 @@ class Subject:
     def round(self, seed: int, samples: Samples) -> None:
         """One sample of everything."""
         agent, raw = self.raw()
-        for piece_bytes in PIECE_BYTES:
+        for piece_bytes in RAW_BYTES:
             self._sample(samples, "raw nixl", piece_bytes, raw, some_pieces(self.num_bytes, piece_bytes, seed))
         agent.agent = None
         for size in PIECE_BYTES:
@@ -232,7 +234,9 @@ def measure(num_bytes: int, rounds: int) -> dict[str, Any]:
     """Samples of all rounds; the first round warms up and is not counted."""
     torch.set_num_threads(1)
     subject = Subject(num_bytes)
-    samples: Samples = {name: {size: [] for size in PIECE_BYTES} for name in COLOURS}
+    samples: Samples = {
+        name: {size: [] for size in (RAW_BYTES if name == "raw nixl" else PIECE_BYTES)} for name in COLOURS
+    }
     try:
         for seed in range(rounds + 1):
             subject.round(seed, samples)
@@ -257,7 +261,7 @@ def summary(samples: dict[str, dict[str, list[float]]]) -> dict[str, Any]:
         **{f"shm, gather / gather bound, {_name(int(size))}": (value, SHM_GOAL)
            for size, value in to_bound["shm, gather"].items()},
         f"shm, gather / raw nixl, {_name(first)}": (ratio("shm, gather", first, "raw nixl", first), SHM_TO_NIXL_GOAL),
-        "nixl, merged / raw nixl, its best piece size": (ratio("nixl, merged", best, "raw nixl", best), NIXL_GOAL),
+        "nixl, merged / raw nixl, its best piece size": (ratio("nixl, merged", PIECE_BYTES[-1], "raw nixl", best), NIXL_GOAL),
     }  # fmt: skip
     return {
         "median_gb_per_s": medians,
@@ -319,7 +323,7 @@ def main() -> None:
     parser.add_argument("part", nargs="?", choices=["transports"], default="transports")
     parser.add_argument("--native-python", type=Path, default=ROOT / ".venv-native" / "bin" / "python")
     parser.add_argument("--bytes", type=int, default=256 << 20)
-    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--own", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--measure", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()

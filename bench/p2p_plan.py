@@ -1,4 +1,4 @@
-"""Time to plan a transfer, over 256 to 4096 blocks of 32 layers: it must be linear, and 2048 blocks take under 5 ms.
+"""Time to plan a transfer, over 256 to 16384 blocks of 32 layers: it must be linear, and 2048 blocks take under 5 ms.
 
     OMP_NUM_THREADS=1 .venv/bin/python bench/p2p_plan.py
 
@@ -6,7 +6,10 @@ Block ids are shuffled on both sides, so that next to nothing can be merged (the
 so. A round measures every case and size in turn, so that what else the machine does hits all alike; all samples are
 kept. The goal is judged by CPU time: the machine is shared. The first plan of a pair of engines also compares them and
 makes templates; it is reported by itself. From some megabytes on, malloc gives memory back to the kernel after every
-plan, so that each plan pays for fresh pages: the page faults show where.
+plan, so that each plan pays for fresh pages: a step in the curve, and the page faults show where. So a straight line is
+what is judged: from 2048 blocks on, no size may take longer than its share of 5 ms per 2048.
+
+Writes bench/results/p2p_plan.{json,png}.
 """
 
 from __future__ import annotations
@@ -30,8 +33,8 @@ from kvferry.p2p.plan import _planner, plan_transfer
 from kvferry.types import AttentionKind, GroupInfo
 
 NUM_LAYERS, KV_HEADS, HEAD_SIZE, ELEMENT_BYTES = 32, 8, 128, 2
-POOL_TOKENS = 4200 * 16
-SIZES = (256, 512, 1024, 2048, 4096)
+POOL_TOKENS = 16400 * 16
+SIZES = (256, 512, 1024, 2048, 4096, 8192, 16384)
 GOAL_BLOCKS, GOAL_MS = 2048, 5.0
 BLOCKS = 16
 Readings = dict[str, float]
@@ -132,7 +135,9 @@ def summarise(cases_out: dict[str, Any]) -> bool:
                 entry[f"median_{name_of}"] = statistics.median(sample[name_of] for sample in entry["samples"])
         medians = [entry["median_cpu_ms"] for entry in case["sizes"].values()]
         case["cpu_growth_per_doubling"] = [b / a for a, b in pairwise(medians)]
-        case["goal_met"] = case["sizes"][GOAL_BLOCKS]["median_cpu_ms"] < GOAL_MS
+        case["goal_met"] = all(
+            entry["median_cpu_ms"] < line_ms(size) for size, entry in case["sizes"].items() if size >= GOAL_BLOCKS
+        )
         met &= case["goal_met"]
         print(f"{name}: first plan {case['first_plan']['cpu_ms']:.2f} ms CPU")
         for num_blocks, entry in case["sizes"].items():
@@ -143,8 +148,36 @@ def summarise(cases_out: dict[str, Any]) -> bool:
     return met
 
 
+def line_ms(num_blocks: int) -> float:
+    """What a plan of so many blocks may take."""
+    return GOAL_MS * num_blocks / GOAL_BLOCKS
+
+
+def plot(cases_out: dict[str, Any], path: Any) -> None:
+    """CPU time over blocks, and the line through the goal."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    axes = figure.subplots()
+    for name, case in cases_out.items():
+        times_ms = [entry["median_cpu_ms"] for entry in case["sizes"].values()]
+        axes.plot(list(case["sizes"]), times_ms, marker="o", markersize=3, label=name)
+    axes.plot(
+        SIZES,
+        [line_ms(size) for size in SIZES],
+        color="black",
+        linestyle="--",
+        label=f"linear, {GOAL_MS:.0f} ms at {GOAL_BLOCKS}",
+    )
+    axes.set(xscale="log", yscale="log", xlabel=f"blocks of {NUM_LAYERS} layers", ylabel="ms of CPU, medians")
+    axes.set_xticks(SIZES, [str(size) for size in SIZES])
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False, fontsize=7)
+    figure.savefig(path, dpi=130)
+
+
 def main() -> None:
-    """Measure, print, write bench/results/p2p_plan.json. Exit status 1 when the goal is missed."""
+    """Measure, print, write the results. Exit status 1 when the goal is missed."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--seed", type=int, default=0)
@@ -154,8 +187,14 @@ def main() -> None:
     result = measure(args.rounds, args.seed)
     met = summarise(result)
     machine["load_average_at_end"] = list(os.getloadavg())
-    goal = {"blocks": GOAL_BLOCKS, "layers": NUM_LAYERS, "median_cpu_ms_below": GOAL_MS, "met": met}
-    record.write("p2p_plan", {"machine": machine, "settings": vars(args), "goal": goal, "cases": result})
+    goal = {
+        "blocks": GOAL_BLOCKS,
+        "layers": NUM_LAYERS,
+        "median_cpu_ms_below": GOAL_MS,
+        "and_its_share_from_there_on": True,
+    }
+    content = {"machine": machine, "settings": vars(args), "goal": goal | {"met": met}, "cases": result}
+    plot(result, record.write("p2p_plan", content).with_suffix(".png"))
     sys.exit(0 if met else 1)
 
 
