@@ -261,7 +261,9 @@ def summary(samples: dict[str, dict[str, list[float]]]) -> dict[str, Any]:
         **{f"shm, gather / gather bound, {_name(int(size))}": (value, SHM_GOAL)
            for size, value in to_bound["shm, gather"].items()},
         f"shm, gather / raw nixl, {_name(first)}": (ratio("shm, gather", first, "raw nixl", first), SHM_TO_NIXL_GOAL),
-        "nixl, merged / raw nixl, its best piece size": (ratio("nixl, merged", PIECE_BYTES[-1], "raw nixl", best), NIXL_GOAL),
+        "nixl, merged / raw nixl, its best piece size": (
+            ratio("nixl, merged", PIECE_BYTES[-1], "raw nixl", best), NIXL_GOAL
+        ),
     }  # fmt: skip
     return {
         "median_gb_per_s": medians,

@@ -268,6 +268,23 @@ def test_hybrid_model(start_engines: StartEngines, tiny_gemma3: str, tmp_path: P
     assert p.stop() == d.stop() == 0
 
 
+def test_a_window_that_begins_with_a_block(start_engines: StartEngines, tiny_gemma3: str) -> None:
+    """vLLM computes the last prompt token again, which sees one token more: that token's block is loaded, too."""
+    args = engine_args(tiny_gemma3, transfer_config("kv_both", "fail"))
+    p, d = start_engines(args, args)
+    d.ask(rpc="watch_jobs")
+    num_tokens = WINDOW + 4 * BLOCK_SIZE - 1
+    prompt = random_prompt(96, num_tokens)
+    reference = reference_of(p, prompt)
+    got = d.ask(generate=prompt, max_tokens=MAX_TOKENS, transfer=prefill(p, prompt))
+    assert (got["finish_reason"], got["external_hits"]) == ("length", num_tokens - 1)
+    (job,) = d.ask(rpc="jobs")["answers"][0]
+    first_seen = (num_tokens - WINDOW) // BLOCK_SIZE
+    assert [table.index(next(filter(None, table))) for table in job["blocks"]] == [first_seen, first_seen, 0]
+    assert_same_tokens(got, reference)
+    assert p.stop() == d.stop() == 0
+
+
 class Embedded:
     """The embedded engine in this process: block-first KV in blocks of 16."""
 

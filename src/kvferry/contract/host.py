@@ -49,6 +49,8 @@ class HostInfo:
     The host knows it when the KV cache is registered."""
     reads_failed_blocks: bool = False
     """True when the host reads `LoadFailure` records, of synchronous loads too; vLLM does not."""
+    takes_first_tokens: bool = False
+    """True when the host takes a prefill engine's first tokens over; vLLM computes the last prompt token again."""
     steps_for_held_blocks: bool = False
     """True when the host steps while blocks of ended requests are held, without being told to; vLLM does not."""
 
@@ -87,6 +89,7 @@ def host_info(vllm_config: Any, kv_cache_config: KVCacheConfig) -> HostInfo:
         hidden_state_layers=_hidden_state_layers(vllm_config),
         page_form=partial(_page_form, vllm_config),
         reads_failed_blocks=bool(getattr(vllm_config, "reads_failed_blocks", False)),
+        takes_first_tokens=bool(getattr(vllm_config, "takes_first_tokens", False)),
         steps_for_held_blocks=bool(getattr(vllm_config, "steps_for_held_blocks", False)),
     )
 

@@ -221,6 +221,8 @@ class EngineConfig:
 
     reads_failed_blocks: ClassVar[bool] = True
     """Failed loads may be reported by request, group and position (`LoadFailure`), synchronous ones too."""
+    takes_first_tokens: ClassVar[bool] = True
+    """`remote_first_token_ids` of `kv_transfer_params` are the request's first tokens, once all its KV is loaded."""
     steps_for_held_blocks: ClassVar[bool] = True
     """`LLM.has_requests` is true while a connector holds blocks of a request that has ended."""
 

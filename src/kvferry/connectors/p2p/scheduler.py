@@ -27,6 +27,7 @@ from kvferry.connectors.p2p.agent import P2PAgent
 from kvferry.connectors.p2p.config import P2PConfig
 from kvferry.connectors.p2p.messages import OpenOrder, StepMetadata, WorkerHandshake, WorkerReport
 from kvferry.connectors.p2p.stats import P2PCounters
+from kvferry.connectors.p2p.windows import LastTables, begins_with_block
 from kvferry.contract.base import CacheHitSource, KVConnectorHandshakeMetadata
 from kvferry.contract.explain import PrefixRange
 from kvferry.contract.host import HostInfo
@@ -123,6 +124,8 @@ class P2PSchedulerSide(SchedulerSide):
         self._senders: set[str] = set()
         self._held: dict[str, tuple[int, float]] = {}  # released later: number of blocks, since when
         self._pins: dict[str, list[Any]] = {}
+        self._tables = LastTables(host.groups)
+        self._kept: dict[str, list[Any]] = {}  # blocks of held requests that the host has dropped already
         self._written: dict[str, str] = {}  # request -> the peer that may write to its blocks
         self._fenced: dict[int, str] = {}  # connection that is closed when nobody writes to us through it -> its peer
         self._orders = StepMetadata()
@@ -253,6 +256,8 @@ class P2PSchedulerSide(SchedulerSide):
         end = request.num_tokens
         if load.num_remote_tokens is not None and load.num_remote_tokens < end:
             end = load.num_remote_tokens // self._alignment * self._alignment
+        elif not self.host.takes_first_tokens and begins_with_block(self.host.groups, end):
+            end -= 1
         load.end_token = end
         return (end - num_computed_tokens, True) if end > num_computed_tokens else (0, False)
 
@@ -289,13 +294,30 @@ class P2PSchedulerSide(SchedulerSide):
             if load.state is not LoadState.LOADING:
                 del self._loads[request_id]
         told = _told(request, load) if load is not None and load.reason else {}
-        params = self._lease(request, block_ids) if request_id in self._senders else None
+        params = None
+        if request_id in self._senders:
+            block_ids = self._with_kept(request, block_ids)
+            params = self._lease(request, block_ids)
         self._senders.discard(request_id)
         if params is None:
+            self._let_go(request_id)
             return False, told or None
         num_blocks = sum(block != NULL_BLOCK_ID for group in block_ids for block in group)
         self._held[request_id] = num_blocks, self._clock.now()
         return True, {**told, **params}
+
+    def _with_kept(self, request: RequestView, block_ids: BlockIds) -> BlockIds:
+        """The request's table, with what a decode engine sees that computes the last prompt token again."""
+        restored_ids, ids = self._tables.restore(request.request_id, block_ids, request.num_prompt_tokens)
+        if not ids or request.num_computed_tokens > request.num_prompt_tokens:
+            return block_ids
+        blocks = self._kept[request.request_id] = [self._pool.blocks[block] for block in ids]
+        self._pool.touch(blocks)
+        return restored_ids
+
+    def _let_go(self, request_id: str) -> None:
+        if (blocks := self._kept.pop(request_id, None)) is not None:
+            self._pool.free_blocks(blocks)
 
     def _lease(self, request: RequestView, block_ids: BlockIds) -> dict[str, Any] | None:
         request_id = request.request_id
@@ -318,6 +340,7 @@ class P2PSchedulerSide(SchedulerSide):
     def build_connector_meta(self, step: StepView) -> StepMetadata:
         """All orders that have come up since the last step."""
         self._take_events()
+        self._tables.note(step, self._senders)
         for opened in list(self._unopened.values()):
             if opened.peer in self._written.values():
                 self._open(opened.connection)
@@ -370,6 +393,7 @@ class P2PSchedulerSide(SchedulerSide):
                         self._start(event)
                     case Release():
                         self._held.pop(event.request_id, None)
+                        self._let_go(event.request_id)
                         self._orders.sent.append(event.request_id)
                     case LoadEnded():
                         self._load_ended(event)
@@ -491,6 +515,7 @@ class P2PSchedulerSide(SchedulerSide):
         """AssertionError when books contradict each other; for tests and idle moments."""
         self.agent.use(lambda core, now: core.check_integrity())
         assert not self._senders & self._held.keys(), "a request is running and leased"
+        assert self._kept.keys() <= self._held.keys(), "blocks are kept for nobody"
         assert all(
             load.state is LoadState.LOADING or not load.blocks for load in self._loads.values() if not load.is_gone
         )
