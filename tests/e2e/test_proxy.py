@@ -405,6 +405,32 @@ def test_ready_means_transfers_work() -> None:
         assert r.metric('kvferry:proxy_recomputed_total{reason="decode_engine"}') == 0
 
 
+@pytest.mark.parametrize(
+    ("status", "remedy"),
+    [(401, "give its API key with --probe-key-file"), (400, "--probe-interval-s 0 switches probes off")],
+)
+@pytest.mark.parametrize("role", ["prefill", "decode"])
+def test_refused_probe_is_told_with_its_remedy_and_the_next_ones_go_on(role: str, status: int, remedy: str) -> None:
+    with running() as r:
+        refusing = (r.prefill if role == "prefill" else r.decode)[0]
+        refusing.mode = str(status)
+        told = f"a probe was refused by {role} engine {refusing.url}: {status} it is {status}: {remedy}"
+        config = ProxyConfig.parse(
+            {"prefill": [r.prefill[0].url], "decode": [r.decode[0].url], "probe_interval_s": 0.05}
+        )
+        bound = bind_socket("127.0.0.1", 0)
+        with serving(Proxy(config).app(), bound):
+            two = Running(r.prefill, r.decode, r.proxy, bound.getsockname()[1])
+            wait_until(lambda: json.loads(two.http("GET", "/ready")[2])["pairs"][0].get("last_failure") == told)
+            assert two.http("GET", "/ready")[0] == 503
+            refusing.mode = "ok"
+            wait_until(lambda: two.http("GET", "/ready")[0] == 200)
+            refusing.mode = str(status)
+            num_asked = len(refusing.seen)
+            wait_until(lambda: len(refusing.seen) > num_asked + 1)
+            assert two.http("GET", "/ready")[0] == 200, "it says nothing of transfers"
+
+
 def test_engine_that_is_only_busy_stays_in_rotation() -> None:
     with running(probe_interval_s=0.05, probe_timeout_s=0.15) as r:
         wait_until(lambda: r.http("GET", "/ready")[0] == 200)

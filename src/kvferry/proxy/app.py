@@ -6,7 +6,7 @@ import asyncio
 import re
 import uuid
 from collections.abc import AsyncIterator, Mapping
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -82,8 +82,7 @@ class Proxy:
         finally:
             if probing is not None:
                 probing.cancel()
-                with suppress(asyncio.CancelledError):
-                    await probing
+                await asyncio.wait({probing})
             await self.relay.aclose()
             await self.prober.aclose()
 

@@ -135,6 +135,12 @@ class Fleet:
         if is_fault:
             pair.breaker.failed()
 
+    def probe_refused(self, pair: Pair, why: str) -> None:
+        """Which says nothing of transfers, but why nobody knows how they do."""
+        if pair.last_failure != why:
+            logger.warning("%s", why)
+        pair.last_failure = why
+
     # ---- how it stands ----------------------------------------------------------------------------------------
 
     @property

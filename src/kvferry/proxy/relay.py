@@ -59,11 +59,11 @@ class LegFailed(Exception):
         self.was_sent = was_sent
 
 
-class _Refused(Exception):
+class Refused(Exception):
     """An engine says that the request is wrong: the client's to know."""
 
-    def __init__(self, reply: Reply) -> None:
-        super().__init__(reply.status)
+    def __init__(self, engine: Engine, reply: Reply) -> None:
+        super().__init__(f"{engine.role} engine {engine.url}: {reply.status} {_message(reply.content)}")
         self.reply = reply
 
 
@@ -126,7 +126,7 @@ class Relay:
         for number in range(1, self._config.max_attempts + 1):
             try:
                 return await self._attempt(call, attempts)
-            except _Refused as refused:
+            except Refused as refused:
                 return refused.reply
             except LegFailed as failure:
                 is_late = self._clock.now() - begun_s >= self._config.retry_deadline_s
@@ -174,7 +174,7 @@ class Relay:
     # ---- legs -------------------------------------------------------------------------------------------------
 
     async def prefill(self, call: Call, engine: Engine, hashes: list[int], timeout_s: float) -> HandOver:
-        """Let one engine prefill. Raises LegFailed; strict, also when it hands nothing over."""
+        """Let one engine prefill. Raises LegFailed, strict also when it hands nothing over; Refused."""
         transfer_id = uuid.uuid4().hex
         async with AsyncExitStack() as stack:
             stack.enter_context(self._fleet.using(engine, engine.cost(hashes)))
@@ -197,7 +197,7 @@ class Relay:
         return HandOver(engine, transfer_id, verdict.hand_over)
 
     async def decode(self, call: Call, engine: Engine, hand_over: HandOver | None, timeout_s: float) -> Reply:
-        """Let one engine decode, up to the first token of a stream. Raises LegFailed; ApiError for a recompute."""
+        """Let one engine decode, up to a stream's first token. Raises LegFailed, Refused; ApiError for a recompute."""
         params = hand_over.params if hand_over else None
         pair = self._fleet.pairs[hand_over.engine, engine] if hand_over is not None and params else None
         leg = _DecodeLeg(engine, pair)
@@ -305,7 +305,7 @@ class Relay:
         if 400 <= response.status_code < 500 and response.status_code != 429:
             self._fleet.worked(engine)
             kind = response.headers.get("content-type", "application/json")
-            raise _Refused(Reply(response.status_code, kind, data, outcome="refused"))
+            raise Refused(engine, Reply(response.status_code, kind, data, outcome="refused"))
         why = f"status {response.status_code}: {_message(data)}"
         if pair is not None and response.status_code == 500:
             self._fleet.not_transferred(pair, why)
@@ -362,7 +362,7 @@ class Relay:
             try:
                 response = await self._send(engine, call, b"", self._config.probe_timeout_s, stack)
                 return Reply(200, "application/json", await self._content(engine, response), outcome="ok")
-            except _Refused as refused:
+            except Refused as refused:
                 return refused.reply
             except LegFailed as failure:
                 raise _gave_up(failure, 1) from failure
