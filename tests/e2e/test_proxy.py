@@ -14,9 +14,13 @@ from typing import Any
 
 import openai
 import pytest
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import PlainTextResponse, Response
+from starlette.routing import Route
 from tests.e2e.fake_engine import WORDS, FakeEngine, engine, serving
 
-from kvferry.http import bind_socket
+from kvferry.http import bind_socket, url_of
 from kvferry.proxy.app import Proxy
 from kvferry.proxy.config import ProxyConfig
 from kvferry.proxy.metrics import OUTCOMES
@@ -147,6 +151,36 @@ def test_models_come_from_an_engine() -> None:
         assert [model.id for model in r.client.models.list()] == [r.decode[0].url]
         with pytest.raises(openai.NotFoundError):
             r.client.models.retrieve("other")
+
+
+@contextmanager
+def before_an_echo() -> Iterator[Running]:
+    """A proxy before an engine that answers every GET with the path it was asked for."""
+
+    async def echo(request: Request) -> Response:
+        return PlainTextResponse(request.scope["raw_path"])
+
+    with ExitStack() as stack:
+        bound, front = (bind_socket("127.0.0.1", 0) for _ in range(2))
+        stack.enter_context(serving(Starlette(routes=[Route("/{path:path}", echo)]), bound))
+        proxy = Proxy(ProxyConfig.parse({"prefill": ["http://p:1"], "decode": [url_of(bound)], **QUICK}))
+        stack.enter_context(serving(proxy.app(), front))
+        yield Running([], [], proxy, front.getsockname()[1])
+
+
+def test_name_of_a_model_cannot_lead_to_an_engines_other_routes() -> None:
+    with before_an_echo() as r:
+        for asked, passed in (
+            ("org/model", "org%2Fmodel"), ("%2Fa%2F.b..c", "%2Fa%2F.b..c"), ("a%3Fb%23%25", "a%3Fb%23%25"),
+            ("%C3%A9", "%C3%A9"),
+        ):  # fmt: skip
+            status, _, content = r.http("GET", f"/v1/models/{asked}")
+            assert (status, content.decode()) == (200, f"/v1/models/{passed}")
+        for asked in (
+            "%2e%2e/%2e%2e/debug/requests", "..%2f..%2fdebug", "a/%2e%2e/b", "%2e%2e", "%2e", "%0a", "", "x" * 2000
+        ):  # fmt: skip
+            status, _, content = r.http("GET", f"/v1/models/{asked}")
+            assert (status, "GET /v1/models lists all" in json.loads(content)["error"]["message"]) == (404, True)
 
 
 # ---- engines that fail before anything was sent ---------------------------------------------------------------------
