@@ -95,7 +95,7 @@ class Fleet:
     def using(self, engine: Engine, cost: int, pair: Pair | None = None) -> Iterator[None]:
         """While a leg is under way there."""
         breakers = [engine.breaker] if pair is None else [engine.breaker, pair.breaker]
-        trials = [breaker for breaker in breakers if breaker.begin()]
+        trials = [(breaker, breaker.begin()) for breaker in breakers]
         engine.load += cost
         engine.num_in_flight += 1
         engine.num_begun += 1
@@ -104,8 +104,8 @@ class Fleet:
         finally:
             engine.load -= cost
             engine.num_in_flight -= 1
-            for breaker in trials:
-                breaker.abandoned()
+            for breaker, trial in trials:
+                breaker.abandoned(trial)
 
     # ---- what became of it ------------------------------------------------------------------------------------
 

@@ -99,6 +99,26 @@ def test_out_of_rotation_and_back_with_one_trial_and_no_memory() -> None:
     assert fleet.pick_prefill(LONG) is engine
 
 
+def test_long_stream_that_was_a_trial_ends_during_another_trial() -> None:
+    fleet, clock = make(num_decode=1)
+    (engine,) = fleet.decode
+    take_out(fleet, engine)
+    clock.advance(0.5)
+    with fleet.using(engine, 1):
+        fleet.worked(engine)
+        take_out(fleet, engine)
+        clock.advance(0.5)
+        later = fleet.using(engine, 1)
+        later.__enter__()
+    assert fleet.pick_decode(None) is None, "one trial at a time"
+    fleet.failed(engine, "why not")
+    later.__exit__(None, None, None)
+    clock.advance(0.999)
+    assert fleet.pick_decode(None) is None, "the backoff was doubled"
+    clock.advance(0.001)
+    assert fleet.pick_decode(None) is engine
+
+
 def test_pair_that_does_not_transfer_is_not_used_but_its_engines_are() -> None:
     fleet, _ = make()
     (p1, p2), (d1, d2) = fleet.prefill, fleet.decode
