@@ -133,6 +133,27 @@ def test_pair_that_does_not_transfer_is_not_used_but_its_engines_are() -> None:
     assert fleet.pick_prefill([]) is p2, "the other one has nobody to hand over to"
 
 
+def test_leaving_rotation_and_coming_back_is_logged_once_each_of_engines_and_pairs(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    fleet, clock = make(1, 1)
+    ((prefill, _), pair) = next(iter(fleet.pairs.items()))
+    with caplog.at_level("INFO"):
+        for _ in range(4):
+            fleet.not_transferred(pair, "no link")
+            fleet.failed(prefill, "no answer")
+        clock.advance(0.5)
+        for _ in range(2):
+            fleet.transferred(pair)
+            fleet.worked(prefill)
+    assert [(record.levelname, record.message) for record in caplog.records] == [
+        ("WARNING", "transfers from http://p:1 to http://d:1 are out of rotation: no link"),
+        ("WARNING", "prefill engine http://p:1 is out of rotation: no answer"),
+        ("INFO", "transfers from http://p:1 to http://d:1 are back in rotation"),
+        ("INFO", "prefill engine http://p:1 is back in rotation"),
+    ]
+
+
 @pytest.mark.parametrize("strict", [True, False])
 def test_ready_means_that_kv_was_seen_to_move(strict: bool) -> None:
     fleet, _ = make(1, 1, strict=strict)
