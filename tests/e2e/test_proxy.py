@@ -404,6 +404,48 @@ def test_bodies_that_are_refused(body: bytes, status: int, message: str) -> None
         assert r.http("POST", "/v1/nowhere", b"{}")[0] == 404
 
 
+@pytest.mark.parametrize("name", ["Authorization", "traceparent", "tracestate"])
+def test_header_that_cannot_be_sent_on_is_the_clients_mistake(name: str) -> None:
+    with running() as r:
+        for method, path, body in (("POST", "/v1/completions", ASK), ("GET", "/v1/models", None)):
+            for value in ("k=\xe9", "k=\x01"):
+                status, _, content = r.http(method, path, body, {name: value})
+                message = json.loads(content)["error"]["message"]
+                assert (status, f"header {name.lower()} " in message, value in message) == (400, True, False)
+            assert r.http(method, path, body, {name: "a=b,\tc=d"})[0] == 200
+        assert r.num_asked() == ([1], [1])
+
+
+def test_request_id_with_other_letters_is_not_taken() -> None:
+    with running() as r:
+        status, headers, _ = r.http("POST", "/v1/completions", ASK, {"X-Request-Id": "n\xe9"})
+        assert status == 200
+        assert re.fullmatch("[0-9a-f]{32}", headers["x-request-id"])
+
+
+@pytest.mark.parametrize("status", [200, 400, 500])
+def test_engine_that_names_a_wrong_content_encoding_has_failed(status: int) -> None:
+    async def answer(request: Request) -> Response:
+        return PlainTextResponse("no gzip", status, {"Content-Encoding": "gzip"})
+
+    with ExitStack() as stack:
+        bound, front = (bind_socket("127.0.0.1", 0) for _ in range(2))
+        stack.enter_context(serving(Starlette(routes=[Route("/{path:path}", answer, methods=["GET", "POST"])]), bound))
+        proxy = Proxy(ProxyConfig.parse({"prefill": [url_of(bound)], "decode": ["http://d:1"], **QUICK}))
+        stack.enter_context(serving(proxy.app(), front))
+        r = Running([], [], proxy, front.getsockname()[1])
+        told, _, content = r.http("POST", "/v1/completions", ASK)
+        message = json.loads(content)["error"]["message"]
+        assert (told, f"prefill engine {url_of(bound)}" in message, "DecodingError" in message) == (502, True, True)
+
+
+def test_url_of_an_engine_that_cannot_be_one_is_named() -> None:
+    with running() as r:
+        r.proxy.fleet.prefill[0].url = "http://ü..b:1"
+        status, _, content = r.http("POST", "/v1/completions", ASK)
+        assert (status, "http://ü..b:1" in json.loads(content)["error"]["message"]) == (502, True)
+
+
 # ---- rotation and readiness -----------------------------------------------------------------------------------------
 
 

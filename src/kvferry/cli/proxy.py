@@ -77,7 +77,12 @@ def proxy(
 
 
 def _authorization(key_file: Path | None) -> dict[str, str]:
-    return {} if key_file is None else {"Authorization": f"Bearer {read_secret(key_file, 'probe_key_file')}"}
+    if key_file is None:
+        return {}
+    key = read_secret(key_file, "probe_key_file")
+    if not (key.isascii() and key.isprintable()):
+        raise ConfigError(f"probe_key_file={str(key_file)!r} has characters that are not printable ASCII")
+    return {"Authorization": f"Bearer {key}"}
 
 
 def _signer(key_file: Path | None) -> SignPeer | None:

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
     from starlette.requests import Request
 
-_REQUEST_ID = re.compile(r"[\w.:-]{1,128}")
+_REQUEST_ID = re.compile(r"[\w.:-]{1,128}", re.ASCII)
 _MAX_NAME = 1000
 _PASSED_ON = ("authorization", "traceparent", "tracestate")
 
@@ -150,8 +150,14 @@ def _one_segment(name: str) -> str:
 
 
 def _headers(request: Request) -> dict[str, str]:
-    """For both legs: who asks, and one id for all of it. A client's id is taken when it is harmless."""
+    """For both legs: who asks, and one id for all of it. A client's id is taken when it is harmless.
+
+    ApiError for a header that could not be sent on.
+    """
     passed = {name: request.headers[name] for name in _PASSED_ON if name in request.headers}
+    for name, value in passed.items():
+        if not (value.isascii() and value.replace("\t", " ").isprintable()):
+            raise ApiError(400, f"header {name} has characters that are not printable ASCII: send it without them")
     own = request.headers.get("x-request-id", "")
     return {**passed, "X-Request-Id": own if _REQUEST_ID.fullmatch(own) else uuid.uuid4().hex}
 

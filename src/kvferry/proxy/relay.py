@@ -243,7 +243,7 @@ class Relay:
                     has_ended = is_end(news)
                     leg.has_begun |= has_ended
                     yield news
-        except httpx2.TransportError as err:
+        except httpx2.RequestError as err:
             raise self._failed(leg.engine, f"its stream broke off: {_text(err)}") from err
         except ValueError as err:
             raise self._failed(leg.engine, f"its stream has an event that is no JSON: {err}") from err
@@ -296,8 +296,10 @@ class Relay:
             raise self._failed(engine, f"cannot connect: {_text(err)}", was_sent=False) from err
         except httpx2.TimeoutException as err:
             raise self._failed(engine, f"no answer within {timeout_s:g} s", 504) from err
-        except httpx2.TransportError as err:
+        except httpx2.RequestError as err:
             raise self._failed(engine, _text(err)) from err
+        except httpx2.InvalidURL as err:  # the engine's: paths are known ones, or quoted
+            raise self._failed(engine, f"its URL cannot be used: {err}", was_sent=False) from err
         stack.push_async_callback(response.aclose)
         if response.status_code == 200:
             return response
@@ -315,7 +317,7 @@ class Relay:
     async def _content(self, engine: Engine, response: httpx2.Response) -> bytes:
         try:
             return await response.aread()
-        except httpx2.TransportError as err:
+        except httpx2.RequestError as err:  # DecodingError too: the engine names a Content-Encoding that it is not
             raise self._failed(engine, f"its reply broke off: {_text(err)}") from err
 
     def _judge(self, engine: Engine, data: bytes) -> Verdict:
