@@ -5,15 +5,12 @@ from __future__ import annotations
 import logging
 from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from kvferry.config import read_secret
 from kvferry.errors import ConfigError
-
-if TYPE_CHECKING:
-    from kvferry.proxy.bodies import SignPeer
 
 
 def proxy(
@@ -66,10 +63,12 @@ def proxy(
         from kvferry.http import bind_socket, run_until_signal, url_of
         from kvferry.proxy.app import Proxy, make_server
         from kvferry.proxy.config import ProxyConfig
+        from kvferry.proxy.tokens import peer_signer
     except ModuleNotFoundError as err:
         raise ConfigError(f"{err.name} is not installed: pip install 'kvferry[proxy]'") from err
     config = ProxyConfig.parse({f.name: context.params[f.name] for f in fields(ProxyConfig)})
-    router = Proxy(config, sign_peer=_signer(shared_key_file), probe_headers=_authorization(probe_key_file))
+    sign_peer = None if shared_key_file is None else peer_signer(read_secret(shared_key_file, "shared_key_file"))
+    router = Proxy(config, sign_peer=sign_peer, probe_headers=_authorization(probe_key_file))
     with bind_socket(config.host, config.port) as bound:
         names = f"{len(config.prefill)} prefill and {len(config.decode)} decode engines"
         server = make_server(router, lambda: typer.echo(f"kvferry proxies {names} on {url_of(bound)}"))
@@ -83,14 +82,3 @@ def _authorization(key_file: Path | None) -> dict[str, str]:
     if not (key.isascii() and key.isprintable()):
         raise ConfigError(f"probe_key_file={str(key_file)!r} has characters that are not printable ASCII")
     return {"Authorization": f"Bearer {key}"}
-
-
-def _signer(key_file: Path | None) -> SignPeer | None:
-    if key_file is None:
-        return None
-    key = read_secret(key_file, "shared_key_file")
-    try:
-        from kvferry.proxy.tokens import peer_signer
-    except ModuleNotFoundError as err:
-        raise ConfigError(f"{err.name} is not installed: pip install 'kvferry[proxy]'") from err
-    return peer_signer(key)

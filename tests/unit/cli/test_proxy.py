@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import inspect
+from dataclasses import MISSING, fields
 from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
 
 from kvferry.cli.main import app
+from kvferry.cli.proxy import proxy
 from kvferry.errors import ConfigError
+from kvferry.proxy.config import ProxyConfig
 
 ENGINES = ["--prefill", "http://a:1", "--decode", "http://b:1", "--host", "no.such.host.invalid"]  # it never listens
 
@@ -26,3 +30,11 @@ def test_probe_key_that_no_header_can_carry(key: str, tmp_path: Path) -> None:
     message = refused(*ENGINES, "--probe-key-file", str(file))
     assert f"probe_key_file='{file}' has characters that are not printable ASCII" in message
     assert key not in message
+
+
+def test_defaults_are_those_of_the_settings() -> None:
+    options = {name: parameter.default for name, parameter in inspect.signature(proxy).parameters.items()}
+    defaults = {f.name: f.default for f in fields(ProxyConfig)}
+    assert {name: options.get(name, "missing") for name in defaults} == {
+        name: inspect.Parameter.empty if default is MISSING else default for name, default in defaults.items()
+    }
