@@ -253,6 +253,21 @@ def test_error_names_engine_and_remedy(role: str, mode: str, status: int, messag
         assert r.metric('kvferry:proxy_recomputed_total{reason="decode_engine"}') == (mode == "recomputed")
 
 
+@pytest.mark.parametrize(
+    ("role", "stream", "option"),
+    [
+        ("prefill", True, "--prefill-timeout-s"),
+        ("decode", True, "--decode-timeout-s"),
+        ("decode", False, "--answer-timeout-s"),
+    ],
+)
+def test_late_answer_names_the_option_that_says_how_late(role: str, stream: bool, option: str) -> None:
+    with running(retry_deadline_s=0, **{option.removeprefix("--").replace("-", "_"): 0.5}) as r:
+        (r.prefill if role == "prefill" else r.decode)[0].mode = "hang"
+        with pytest.raises(openai.APIStatusError, match=re.escape(f"no answer within 0.5 s (the proxy's {option})")):
+            r.client.completions.create(**ASK, stream=stream)
+
+
 @pytest.mark.parametrize("role", ["prefill", "decode"])
 @pytest.mark.parametrize("status", [400, 401, 404])
 def test_refusals_are_passed_on_as_they_are(role: str, status: int) -> None:
