@@ -38,3 +38,18 @@ def test_defaults_are_those_of_the_settings() -> None:
     assert {name: options.get(name, "missing") for name in defaults} == {
         name: inspect.Parameter.empty if default is MISSING else default for name, default in defaults.items()
     }
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--max-attempts", "0"], "--max-attempts: proxy.max_attempts=0 must be at least 1"),
+        (["--prefill", "a:1"], "--prefill: proxy.prefill='a:1' is no engine's URL: give it as http://HOST:PORT"),
+        (["--prefill", ""], "--prefill: proxy.prefill='' is no engine's URL: give it as http://HOST:PORT"),
+        (["--max-backoff-s", "0.1"], "--max-backoff-s: proxy.max_backoff_s=0.1 must be at least min_backoff_s=0.5"),
+        (["--prefill-timeout-s", "inf"], "--prefill-timeout-s: proxy.prefill_timeout_s=inf must be a finite number"),
+    ],
+)
+def test_wrong_setting_is_named_as_the_option_too(arguments: list[str], message: str) -> None:
+    assert refused(*ENGINES, *arguments) == message
+    assert refused(*ENGINES, "--host", "") == "--host: proxy.host must not be empty"
