@@ -226,11 +226,12 @@ def test_the_handshake_compares_encoded_geometries() -> None:
 def test_blocks_that_the_prefill_engine_drops_are_whole_blocks_of_the_other() -> None:
     short, long = (encode_geometry(make(window=9, block_tokens=tokens)) for tokens in (4, 8))
     assert check_geometries(long, short, False) == check_geometries(short, long, True) == []
-    (line,) = check_geometries(short, long, False)
-    assert line == (
-        "block size of layers with a window: here 4, peer 8; the first, which prefills, must have a multiple of the "
-        "other's ('layer0' and 2 more)"
-    )
+    assert check_geometries(short, long, False) == [
+        (
+            "block size of layers with a window: here 4, peer 8; the first, which prefills, must have a multiple of the "
+            "other's ('layer0' and 2 more)"
+        )
+    ]
     assert check_geometries(long, short, True)[0].startswith("block size of layers with a window: peer 4, here 8")
     short, long = (encode_geometry(make(block_tokens=tokens)) for tokens in (4, 8))
     assert check_geometries(short, long, False) == [], "without a window nothing is dropped"
