@@ -14,9 +14,13 @@ from typing import Any
 
 import openai
 import pytest
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import PlainTextResponse, Response
+from starlette.routing import Route
 from tests.e2e.fake_engine import WORDS, FakeEngine, engine, serving
 
-from kvferry.http import bind_socket
+from kvferry.http import bind_socket, url_of
 from kvferry.proxy.app import Proxy
 from kvferry.proxy.config import ProxyConfig
 from kvferry.proxy.metrics import OUTCOMES
@@ -149,6 +153,36 @@ def test_models_come_from_an_engine() -> None:
             r.client.models.retrieve("other")
 
 
+@contextmanager
+def before_an_echo() -> Iterator[Running]:
+    """A proxy before an engine that answers every GET with the path it was asked for."""
+
+    async def echo(request: Request) -> Response:
+        return PlainTextResponse(request.scope["raw_path"])
+
+    with ExitStack() as stack:
+        bound, front = (bind_socket("127.0.0.1", 0) for _ in range(2))
+        stack.enter_context(serving(Starlette(routes=[Route("/{path:path}", echo)]), bound))
+        proxy = Proxy(ProxyConfig.parse({"prefill": ["http://p:1"], "decode": [url_of(bound)], **QUICK}))
+        stack.enter_context(serving(proxy.app(), front))
+        yield Running([], [], proxy, front.getsockname()[1])
+
+
+def test_name_of_a_model_cannot_lead_to_an_engines_other_routes() -> None:
+    with before_an_echo() as r:
+        for asked, passed in (
+            ("org/model", "org%2Fmodel"), ("%2Fa%2F.b..c", "%2Fa%2F.b..c"), ("a%3Fb%23%25", "a%3Fb%23%25"),
+            ("%C3%A9", "%C3%A9"),
+        ):  # fmt: skip
+            status, _, content = r.http("GET", f"/v1/models/{asked}")
+            assert (status, content.decode()) == (200, f"/v1/models/{passed}")
+        for asked in (
+            "%2e%2e/%2e%2e/debug/requests", "..%2f..%2fdebug", "a/%2e%2e/b", "%2e%2e", "%2e", "%0a", "", "x" * 2000
+        ):  # fmt: skip
+            status, _, content = r.http("GET", f"/v1/models/{asked}")
+            assert (status, "GET /v1/models lists all" in json.loads(content)["error"]["message"]) == (404, True)
+
+
 # ---- engines that fail before anything was sent ---------------------------------------------------------------------
 
 
@@ -217,6 +251,21 @@ def test_error_names_engine_and_remedy(role: str, mode: str, status: int, messag
         assert r.num_asked() == ([1], [role == "decode"]), "no second prefill, no second try"
         assert r.metric('kvferry:proxy_requests_total{outcome="failed"}') == 1
         assert r.metric('kvferry:proxy_recomputed_total{reason="decode_engine"}') == (mode == "recomputed")
+
+
+@pytest.mark.parametrize(
+    ("role", "stream", "option"),
+    [
+        ("prefill", True, "--prefill-timeout-s"),
+        ("decode", True, "--decode-timeout-s"),
+        ("decode", False, "--answer-timeout-s"),
+    ],
+)
+def test_late_answer_names_the_option_that_says_how_late(role: str, stream: bool, option: str) -> None:
+    with running(retry_deadline_s=0, **{option.removeprefix("--").replace("-", "_"): 0.5}) as r:
+        (r.prefill if role == "prefill" else r.decode)[0].mode = "hang"
+        with pytest.raises(openai.APIStatusError, match=re.escape(f"no answer within 0.5 s (the proxy's {option})")):
+            r.client.completions.create(**ASK, stream=stream)
 
 
 @pytest.mark.parametrize("role", ["prefill", "decode"])
@@ -370,6 +419,48 @@ def test_bodies_that_are_refused(body: bytes, status: int, message: str) -> None
         assert r.http("POST", "/v1/nowhere", b"{}")[0] == 404
 
 
+@pytest.mark.parametrize("name", ["Authorization", "traceparent", "tracestate"])
+def test_header_that_cannot_be_sent_on_is_the_clients_mistake(name: str) -> None:
+    with running() as r:
+        for method, path, body in (("POST", "/v1/completions", ASK), ("GET", "/v1/models", None)):
+            for value in ("k=\xe9", "k=\x01"):
+                status, _, content = r.http(method, path, body, {name: value})
+                message = json.loads(content)["error"]["message"]
+                assert (status, f"header {name.lower()} " in message, value in message) == (400, True, False)
+            assert r.http(method, path, body, {name: "a=b,\tc=d"})[0] == 200
+        assert r.num_asked() == ([1], [1])
+
+
+def test_request_id_with_other_letters_is_not_taken() -> None:
+    with running() as r:
+        status, headers, _ = r.http("POST", "/v1/completions", ASK, {"X-Request-Id": "n\xe9"})
+        assert status == 200
+        assert re.fullmatch("[0-9a-f]{32}", headers["x-request-id"])
+
+
+@pytest.mark.parametrize("status", [200, 400, 500])
+def test_engine_that_names_a_wrong_content_encoding_has_failed(status: int) -> None:
+    async def answer(request: Request) -> Response:
+        return PlainTextResponse("no gzip", status, {"Content-Encoding": "gzip"})
+
+    with ExitStack() as stack:
+        bound, front = (bind_socket("127.0.0.1", 0) for _ in range(2))
+        stack.enter_context(serving(Starlette(routes=[Route("/{path:path}", answer, methods=["GET", "POST"])]), bound))
+        proxy = Proxy(ProxyConfig.parse({"prefill": [url_of(bound)], "decode": ["http://d:1"], **QUICK}))
+        stack.enter_context(serving(proxy.app(), front))
+        r = Running([], [], proxy, front.getsockname()[1])
+        told, _, content = r.http("POST", "/v1/completions", ASK)
+        message = json.loads(content)["error"]["message"]
+        assert (told, f"prefill engine {url_of(bound)}" in message, "DecodingError" in message) == (502, True, True)
+
+
+def test_url_of_an_engine_that_cannot_be_one_is_named() -> None:
+    with running() as r:
+        r.proxy.fleet.prefill[0].url = "http://ü..b:1"
+        status, _, content = r.http("POST", "/v1/completions", ASK)
+        assert (status, "http://ü..b:1" in json.loads(content)["error"]["message"]) == (502, True)
+
+
 # ---- rotation and readiness -----------------------------------------------------------------------------------------
 
 
@@ -403,6 +494,32 @@ def test_ready_means_transfers_work() -> None:
             wait_until(lambda: r.http("GET", "/ready")[0] == 200)
         assert r.metric('kvferry:proxy_leg_seconds_count{leg="prefill"}') == 0, "probes are nobody's requests"
         assert r.metric('kvferry:proxy_recomputed_total{reason="decode_engine"}') == 0
+
+
+@pytest.mark.parametrize(
+    ("status", "remedy"),
+    [(401, "give its API key with --probe-key-file"), (400, "--probe-interval-s 0 switches probes off")],
+)
+@pytest.mark.parametrize("role", ["prefill", "decode"])
+def test_refused_probe_is_told_with_its_remedy_and_the_next_ones_go_on(role: str, status: int, remedy: str) -> None:
+    with running() as r:
+        refusing = (r.prefill if role == "prefill" else r.decode)[0]
+        refusing.mode = str(status)
+        told = f"a probe was refused by {role} engine {refusing.url}: {status} it is {status}: {remedy}"
+        config = ProxyConfig.parse(
+            {"prefill": [r.prefill[0].url], "decode": [r.decode[0].url], "probe_interval_s": 0.05}
+        )
+        bound = bind_socket("127.0.0.1", 0)
+        with serving(Proxy(config).app(), bound):
+            two = Running(r.prefill, r.decode, r.proxy, bound.getsockname()[1])
+            wait_until(lambda: json.loads(two.http("GET", "/ready")[2])["pairs"][0].get("last_failure") == told)
+            assert two.http("GET", "/ready")[0] == 503
+            refusing.mode = "ok"
+            wait_until(lambda: two.http("GET", "/ready")[0] == 200)
+            refusing.mode = str(status)
+            num_asked = len(refusing.seen)
+            wait_until(lambda: len(refusing.seen) > num_asked + 1)
+            assert two.http("GET", "/ready")[0] == 200, "it says nothing of transfers"
 
 
 def test_engine_that_is_only_busy_stays_in_rotation() -> None:

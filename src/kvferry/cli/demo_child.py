@@ -58,7 +58,7 @@ class DemoEngine:
     def _start(self, llm: LLM, document: str, questions: list[str]) -> None:
         self._llm = llm
         texts = [f"{document}\n\nQuestion: {question}" for question in questions]
-        self._prompts = [_chat_prompt(self._llm.tokenizer, text) for text in texts]
+        self._prompts = [_chat_prompt(llm, text) for text in texts]
         self._block_tokens = self._llm.config.cache_config.block_size
         self._pool = _pool_bytes(self._llm)
         self._run(list(range(100, 100 + _WARM_UP_TOKENS)), max_tokens=2)
@@ -248,10 +248,14 @@ def _offloading(store: str, chunk_tokens: int, host_bytes: int) -> dict[str, Any
     }
 
 
-def _chat_prompt(tokenizer: Any, text: str) -> list[int]:
+def _chat_prompt(llm: LLM, text: str) -> list[int]:
     """Token ids of `text` as a user's message, or of the bare text when the model has no chat template."""
+    tokenizer = llm.tokenizer
     if tokenizer is None:
-        raise ConfigError("the model has no tokenizer, so it cannot be asked about a text")
+        raise ConfigError(
+            f"model={llm.config.model_config.model!r} has no tokenizer, so it cannot be asked about a text: put its "
+            "tokenizer.json into that folder, or name another one with --model"
+        )
     if tokenizer.chat_template is None:
         return list(tokenizer(text + "\nAnswer:")["input_ids"])
     message = [{"role": "user", "content": text}]
@@ -262,8 +266,11 @@ def _chat_prompt(tokenizer: Any, text: str) -> list[int]:
 def _pool_bytes(llm: LLM) -> np.ndarray[Any, np.dtype[np.uint8]]:
     """The engine's KV memory as uint8 [blocks, bytes]: a block of all layers is one run of bytes. Not a copy."""
     config = llm.kv_cache_config
-    if len(config.kv_cache_groups) != 1:
-        raise ConfigError("the demo knows models with one KV cache group only")
+    if (num_groups := len(config.kv_cache_groups)) != 1:
+        raise ConfigError(
+            f"model={llm.config.model_config.model!r} has {num_groups} KV cache groups, for its layers are not all "
+            "alike, and the demo reads one only: name another one with --model, such as smollm2"
+        )
     storage = next(iter(llm.kv_caches.values())).untyped_storage()
     flat = torch.empty(0, dtype=torch.uint8).set_(storage)
     return flat.view(config.num_blocks, -1).numpy()

@@ -46,16 +46,20 @@ def ask(url: str, request_id: str) -> dict[str, Any]:
             answer: dict[str, Any] = json.load(reply)
             return answer
     except urllib.error.HTTPError as err:
-        raise HostError(_message(err)) from err
+        raise HostError(_message(err, url)) from err
     except (OSError, ValueError, http.client.HTTPException) as err:
         raise ConfigError(f"no kvferry server answers at --url={url}: {err}") from err
 
 
-def _message(err: urllib.error.HTTPError) -> str:
+def _message(err: urllib.error.HTTPError, url: str) -> str:
     try:
-        return str(json.load(err)["error"]["message"])
-    except (ValueError, KeyError, TypeError):
-        return f"the server answers {err.code} {err.reason}"
+        error = json.load(err)["error"]
+        message, code = str(error["message"]), error.get("code")
+    except (ValueError, LookupError, TypeError, AttributeError):
+        message, code = f"the server answers {err.code} {err.reason}", None
+    if err.code != 404 or code == "request_not_found":
+        return message
+    return f"{message}: give --url the `kvferry serve` that answered the request; what is at {url} cannot explain any"
 
 
 def print_request(request: dict[str, Any], console: Console) -> None:

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import logging
+import re
 from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated, Any
 
 import typer
 
 from kvferry.config import read_secret
 from kvferry.errors import ConfigError
-
-if TYPE_CHECKING:
-    from kvferry.proxy.bodies import SignPeer
+from kvferry.proxy.config import ProxyConfig
 
 
 def proxy(
@@ -65,27 +64,30 @@ def proxy(
     try:
         from kvferry.http import bind_socket, run_until_signal, url_of
         from kvferry.proxy.app import Proxy, make_server
-        from kvferry.proxy.config import ProxyConfig
+        from kvferry.proxy.tokens import peer_signer
     except ModuleNotFoundError as err:
         raise ConfigError(f"{err.name} is not installed: pip install 'kvferry[proxy]'") from err
-    config = ProxyConfig.parse({f.name: context.params[f.name] for f in fields(ProxyConfig)})
-    router = Proxy(config, sign_peer=_signer(shared_key_file), probe_headers=_authorization(probe_key_file))
+    config = _parsed({f.name: context.params[f.name] for f in fields(ProxyConfig)})
+    sign_peer = None if shared_key_file is None else peer_signer(read_secret(shared_key_file, "shared_key_file"))
+    router = Proxy(config, sign_peer=sign_peer, probe_headers=_authorization(probe_key_file))
     with bind_socket(config.host, config.port) as bound:
         names = f"{len(config.prefill)} prefill and {len(config.decode)} decode engines"
         server = make_server(router, lambda: typer.echo(f"kvferry proxies {names} on {url_of(bound)}"))
         run_until_signal(server, bound)
 
 
-def _authorization(key_file: Path | None) -> dict[str, str]:
-    return {} if key_file is None else {"Authorization": f"Bearer {read_secret(key_file, 'probe_key_file')}"}
-
-
-def _signer(key_file: Path | None) -> SignPeer | None:
-    if key_file is None:
-        return None
-    key = read_secret(key_file, "shared_key_file")
+def _parsed(values: dict[str, Any]) -> ProxyConfig:
     try:
-        from kvferry.proxy.tokens import peer_signer
-    except ModuleNotFoundError as err:
-        raise ConfigError(f"{err.name} is not installed: pip install 'kvferry[proxy]'") from err
-    return peer_signer(key)
+        return ProxyConfig.parse(values)
+    except ConfigError as err:  # begins with proxy.NAME
+        name = re.split(r"\W", str(err))[1]
+        raise ConfigError(f"--{name.replace('_', '-')}: {err}") from err
+
+
+def _authorization(key_file: Path | None) -> dict[str, str]:
+    if key_file is None:
+        return {}
+    key = read_secret(key_file, "probe_key_file")
+    if not (key.isascii() and key.isprintable()):
+        raise ConfigError(f"probe_key_file={str(key_file)!r} has characters that are not printable ASCII")
+    return {"Authorization": f"Bearer {key}"}

@@ -6,9 +6,10 @@ import asyncio
 import re
 import uuid
 from collections.abc import AsyncIterator, Mapping
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
+from urllib.parse import quote
 
 from starlette.applications import Starlette
 from starlette.requests import ClientDisconnect
@@ -29,7 +30,8 @@ if TYPE_CHECKING:
 
     from starlette.requests import Request
 
-_REQUEST_ID = re.compile(r"[\w.:-]{1,128}")
+_REQUEST_ID = re.compile(r"[\w.:-]{1,128}", re.ASCII)
+_MAX_NAME = 1000
 _PASSED_ON = ("authorization", "traceparent", "tracestate")
 
 
@@ -82,8 +84,7 @@ class Proxy:
         finally:
             if probing is not None:
                 probing.cancel()
-                with suppress(asyncio.CancelledError):
-                    await probing
+                await asyncio.wait({probing})
             await self.relay.aclose()
             await self.prober.aclose()
 
@@ -96,7 +97,7 @@ class Proxy:
         self.metrics.in_flight.inc()
         try:
             data = await read_body(request, self.config.max_body_bytes)
-            reply = await unless_gone(request, self.relay.open(Call.parse(request.url.path, data, headers)))
+            reply = await unless_gone(request, self.relay.open(Call.parse(request.scope["path"], data, headers)))
         except BaseException as err:
             self._ended(_outcome(err))
             raise
@@ -120,7 +121,10 @@ class Proxy:
 
     async def models(self, request: Request) -> Response:
         """GET /v1/models and /v1/models/NAME, as a decode engine answers."""
-        reply = await self.relay.ask(Call(request.url.path, {}, _headers(request)))
+        path = "/v1/models"
+        if "name" in request.path_params:
+            path += f"/{_one_segment(request.path_params['name'])}"
+        reply = await self.relay.ask(Call(path, {}, _headers(request)))
         return Response(reply.content, reply.status, media_type=reply.content_type)
 
     async def health(self, request: Request) -> Response:
@@ -138,9 +142,22 @@ class Proxy:
         return Response(self.metrics.exposition(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
 
+def _one_segment(name: str) -> str:
+    """A model's name for an engine's path. ApiError for one that could lead out of /v1/models there or on the way."""
+    if name in ("", ".") or ".." in name.split("/") or len(name) > _MAX_NAME:
+        raise ApiError(404, f"no model can have the name {name[:_MAX_NAME]!r}: GET /v1/models lists all")
+    return quote(name, safe="")
+
+
 def _headers(request: Request) -> dict[str, str]:
-    """For both legs: who asks, and one id for all of it. A client's id is taken when it is harmless."""
+    """For both legs: who asks, and one id for all of it. A client's id is taken when it is harmless.
+
+    ApiError for a header that could not be sent on.
+    """
     passed = {name: request.headers[name] for name in _PASSED_ON if name in request.headers}
+    for name, value in passed.items():
+        if not (value.isascii() and value.replace("\t", " ").isprintable()):
+            raise ApiError(400, f"header {name} has characters that are not printable ASCII: send it without them")
     own = request.headers.get("x-request-id", "")
     return {**passed, "X-Request-Id": own if _REQUEST_ID.fullmatch(own) else uuid.uuid4().hex}
 

@@ -18,7 +18,7 @@ class State(enum.Enum):
 class Breaker:
     """A circuit breaker with exponential backoff. One thread.
 
-    `begin` before using what it guards; then one of `succeeded`, `failed` and `abandoned`.
+    `begin` before using what it guards; then `succeeded` or `failed` when that is known, `abandoned` at the end.
     """
 
     def __init__(self, clock: Clock, threshold: int, min_backoff_s: float, max_backoff_s: float) -> None:
@@ -30,6 +30,7 @@ class Breaker:
         self._backoff_s = min_backoff_s
         self._num_failures = 0
         self._retry_s = 0.0
+        self._num_trials = 0
 
     @property
     def is_available(self) -> bool:
@@ -41,12 +42,13 @@ class Breaker:
         """Until it may be tried; 0 when it may now."""
         return 0.0 if self.is_available else max(0.0, self._retry_s - self._clock.now())
 
-    def begin(self) -> bool:
-        """A request goes through; True when it is the one that finds out, and must be `abandoned` if it does not."""
+    def begin(self) -> int:
+        """A request goes through; the number of its trial when it is the one that finds out, else 0."""
         if self.state is not State.OPEN or not self.is_available:
-            return False
+            return 0
         self.state = State.TRIAL
-        return True
+        self._num_trials += 1
+        return self._num_trials
 
     def succeeded(self) -> None:
         """It worked: closed."""
@@ -64,7 +66,7 @@ class Breaker:
             self._backoff_s = min(2 * self._backoff_s, self._backoffs_s[1])
         return was_closed
 
-    def abandoned(self) -> None:
-        """The trial found nothing out, or has ended already: the client left."""
-        if self.state is State.TRIAL:
+    def abandoned(self, trial: int) -> None:
+        """The request whose `begin` answered `trial` has ended: if nothing was found out, the next one tries."""
+        if self.state is State.TRIAL and trial == self._num_trials:
             self.state = State.OPEN

@@ -43,6 +43,7 @@ class Engine:
 class Pair:
     """A prefill and a decode engine, between which KV moves."""
 
+    name: str
     breaker: Breaker
     transfers: bool | None = None
     """Whether the last transfer worked; None: there was none."""
@@ -64,7 +65,11 @@ class Fleet:
     def __post_init__(self) -> None:
         self.prefill = [self._engine(url, "prefill") for url in self.config.prefill]
         self.decode = [self._engine(url, "decode") for url in self.config.decode]
-        self.pairs = {(p, d): Pair(self._breaker()) for p in self.prefill for d in self.decode}
+        self.pairs = {
+            (p, d): Pair(f"transfers from {p.url} to {d.url}", self._breaker())
+            for p in self.prefill
+            for d in self.decode
+        }
 
     def _engine(self, url: str, role: str) -> Engine:
         return Engine(url, role, self._breaker(), PrefixMemory(self.config.prefix_memory_chunks))
@@ -95,7 +100,7 @@ class Fleet:
     def using(self, engine: Engine, cost: int, pair: Pair | None = None) -> Iterator[None]:
         """While a leg is under way there."""
         breakers = [engine.breaker] if pair is None else [engine.breaker, pair.breaker]
-        trials = [breaker for breaker in breakers if breaker.begin()]
+        trials = [(breaker, breaker.begin()) for breaker in breakers]
         engine.load += cost
         engine.num_in_flight += 1
         engine.num_begun += 1
@@ -104,8 +109,8 @@ class Fleet:
         finally:
             engine.load -= cost
             engine.num_in_flight -= 1
-            for breaker in trials:
-                breaker.abandoned()
+            for breaker, trial in trials:
+                breaker.abandoned(trial)
 
     # ---- what became of it ------------------------------------------------------------------------------------
 
@@ -126,14 +131,22 @@ class Fleet:
 
     def transferred(self, pair: Pair) -> None:
         """KV came over from one engine to the other."""
+        if pair.breaker.state is not State.CLOSED:
+            logger.info("%s are back in rotation", pair.name)
         pair.transfers, pair.last_failure = True, ""
         pair.breaker.succeeded()
 
     def not_transferred(self, pair: Pair, why: str, *, is_fault: bool = True) -> None:
         """It did not; `is_fault`: that counts towards taking the pair out of rotation."""
         pair.transfers, pair.last_failure = False, why
-        if is_fault:
-            pair.breaker.failed()
+        if is_fault and pair.breaker.failed():
+            logger.warning("%s are out of rotation: %s", pair.name, why)
+
+    def probe_refused(self, pair: Pair, why: str) -> None:
+        """Which says nothing of transfers, but why nobody knows how they do."""
+        if pair.last_failure != why:
+            logger.warning("%s", why)
+        pair.last_failure = why
 
     # ---- how it stands ----------------------------------------------------------------------------------------
 
@@ -170,10 +183,9 @@ class Fleet:
     def problems(self) -> list[str]:
         """Who is not in rotation, and why."""
         engines = [e for e in (*self.prefill, *self.decode) if e.breaker.state is not State.CLOSED]
-        pairs = [(p, d, pair) for (p, d), pair in self.pairs.items() if pair.breaker.state is not State.CLOSED]
+        pairs = [pair for pair in self.pairs.values() if pair.breaker.state is not State.CLOSED]
         return [f"{e.role} engine {e.url} is {e.breaker.state.value}: {e.last_failure}" for e in engines] + [
-            f"transfers from {p.url} to {d.url} are {pair.breaker.state.value}: {pair.last_failure}"
-            for p, d, pair in pairs
+            f"{pair.name} are {pair.breaker.state.value}: {pair.last_failure}" for pair in pairs
         ]
 
     def describe(self) -> dict[str, Any]:

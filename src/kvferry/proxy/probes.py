@@ -11,7 +11,7 @@ from kvferry.http import ApiError
 from kvferry.proxy.bodies import Call
 from kvferry.proxy.config import ProxyConfig
 from kvferry.proxy.fleet import Engine, Fleet
-from kvferry.proxy.relay import LegFailed, Relay
+from kvferry.proxy.relay import LegFailed, Refused, Relay
 
 logger = logging.getLogger(__name__)
 
@@ -20,18 +20,24 @@ _TOKENS = range(16, 256)  # in any vocabulary, and seldom special
 
 
 async def probe_for_ever(config: ProxyConfig, fleet: Fleet, relay: Relay, headers: Mapping[str, str]) -> None:
-    """All pairs that need it, again and again, until cancelled."""
+    """All pairs that need it, again and again, until cancelled, whatever comes of one."""
     while True:
-        await asyncio.gather(*(probe(config, relay, *engines, headers) for engines in fleet.pairs_to_probe()))
+        probes = [probe(fleet, relay, *engines, headers) for engines in fleet.pairs_to_probe()]
+        for error in filter(None, await asyncio.gather(*probes, return_exceptions=True)):
+            logger.error("a probe failed in a way it should not", exc_info=error)
         await asyncio.sleep(config.probe_interval_s)
 
 
-async def probe(config: ProxyConfig, relay: Relay, prefill: Engine, decode: Engine, headers: Mapping[str, str]) -> None:
+async def probe(fleet: Fleet, relay: Relay, prefill: Engine, decode: Engine, headers: Mapping[str, str]) -> None:
     """One request through one pair, in rotation or not; what comes of it is noted where all requests' outcomes are."""
     prompt = random.choices(_TOKENS, k=_NUM_TOKENS)
     call = Call("/v1/completions", {"prompt": prompt, "max_tokens": 2, "temperature": 0}, headers)
     try:
-        hand_over = await relay.prefill(call, prefill, [], config.probe_timeout_s)
-        await (await relay.decode(call, decode, hand_over, config.probe_timeout_s)).aclose()
+        hand_over = await relay.prefill(call, prefill, [], "probe_timeout_s")
+        await (await relay.decode(call, decode, hand_over, "probe_timeout_s")).aclose()
     except (ApiError, LegFailed) as err:
         logger.debug("probe of %s and %s: %s", prefill.url, decode.url, err)
+    except Refused as refused:
+        is_for_key = refused.reply.status in (401, 403)
+        remedy = "give its API key with --probe-key-file" if is_for_key else "--probe-interval-s 0 switches probes off"
+        fleet.probe_refused(fleet.pairs[prefill, decode], f"a probe was refused by {refused}: {remedy}")

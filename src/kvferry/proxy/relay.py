@@ -14,6 +14,7 @@ import uuid
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import AsyncExitStack, aclosing, asynccontextmanager
 from dataclasses import dataclass, field
+from typing import Literal
 
 import httpx2
 
@@ -28,6 +29,8 @@ from kvferry.proxy.prefixes import piece_hashes
 
 logger = logging.getLogger(__name__)
 
+Timeout = Literal["prefill_timeout_s", "decode_timeout_s", "answer_timeout_s", "probe_timeout_s"]
+"""The setting that limits a leg; the option of that name sets it."""
 _KEEPALIVE_S = 2.0  # below uvicorn's 5 s: a connection that the engine is about to close is not used
 
 
@@ -59,11 +62,11 @@ class LegFailed(Exception):
         self.was_sent = was_sent
 
 
-class _Refused(Exception):
+class Refused(Exception):
     """An engine says that the request is wrong: the client's to know."""
 
-    def __init__(self, reply: Reply) -> None:
-        super().__init__(reply.status)
+    def __init__(self, engine: Engine, reply: Reply) -> None:
+        super().__init__(f"{engine.role} engine {engine.url}: {reply.status} {_message(reply.content)}")
         self.reply = reply
 
 
@@ -126,7 +129,7 @@ class Relay:
         for number in range(1, self._config.max_attempts + 1):
             try:
                 return await self._attempt(call, attempts)
-            except _Refused as refused:
+            except Refused as refused:
                 return refused.reply
             except LegFailed as failure:
                 is_late = self._clock.now() - begun_s >= self._config.retry_deadline_s
@@ -148,20 +151,19 @@ class Relay:
             self._recomputed("no_prefill_engine")
 
     async def _attempt(self, call: Call, attempts: _Attempts) -> Reply:
-        config = self._config
         if attempts.is_split and attempts.hand_over is None:
             prefill = self._fleet.pick_prefill(attempts.hashes, attempts.tried)
             if prefill is not None:
-                attempts.hand_over = await self.prefill(call, prefill, attempts.hashes, config.prefill_timeout_s)
-            elif config.strict:
+                attempts.hand_over = await self.prefill(call, prefill, attempts.hashes, "prefill_timeout_s")
+            elif self._config.strict:
                 raise self._none_available("prefill")
             else:
                 self._skip_prefill(attempts)
         decode = self._fleet.pick_decode(attempts.hand_over.engine if attempts.hand_over else None, attempts.tried)
         if decode is None:
             raise self._none_available("decode")
-        timeout_s = config.decode_timeout_s if call.is_stream else config.answer_timeout_s
-        return await self.decode(call, decode, attempts.hand_over, timeout_s)
+        timeout: Timeout = "decode_timeout_s" if call.is_stream else "answer_timeout_s"
+        return await self.decode(call, decode, attempts.hand_over, timeout)
 
     def _none_available(self, role: str) -> ApiError:
         problems = "; ".join(self._fleet.problems())
@@ -173,15 +175,15 @@ class Relay:
 
     # ---- legs -------------------------------------------------------------------------------------------------
 
-    async def prefill(self, call: Call, engine: Engine, hashes: list[int], timeout_s: float) -> HandOver:
-        """Let one engine prefill. Raises LegFailed; strict, also when it hands nothing over."""
+    async def prefill(self, call: Call, engine: Engine, hashes: list[int], timeout: Timeout) -> HandOver:
+        """Let one engine prefill. Raises LegFailed, strict also when it hands nothing over; Refused."""
         transfer_id = uuid.uuid4().hex
         async with AsyncExitStack() as stack:
             stack.enter_context(self._fleet.using(engine, engine.cost(hashes)))
             engine.memory.remember(hashes)  # at once: what comes with the same prefix meanwhile should follow
             begun_s = self._clock.now()
-            async with self._deadline(engine, timeout_s):
-                response = await self._send(engine, call, prefill_body(call, transfer_id), timeout_s, stack)
+            async with self._deadline(engine, timeout):
+                response = await self._send(engine, call, prefill_body(call, transfer_id), timeout, stack)
                 verdict = self._judge(engine, await self._content(engine, response))
             self._metrics.leg_seconds.labels("prefill").observe(self._clock.now() - begun_s)
         if verdict.error is not None:
@@ -196,8 +198,8 @@ class Relay:
         self._fleet.worked(engine)
         return HandOver(engine, transfer_id, verdict.hand_over)
 
-    async def decode(self, call: Call, engine: Engine, hand_over: HandOver | None, timeout_s: float) -> Reply:
-        """Let one engine decode, up to the first token of a stream. Raises LegFailed; ApiError for a recompute."""
+    async def decode(self, call: Call, engine: Engine, hand_over: HandOver | None, timeout: Timeout) -> Reply:
+        """Let one engine decode, up to a stream's first token. Raises LegFailed, Refused; ApiError for a recompute."""
         params = hand_over.params if hand_over else None
         pair = self._fleet.pairs[hand_over.engine, engine] if hand_over is not None and params else None
         leg = _DecodeLeg(engine, pair)
@@ -205,8 +207,8 @@ class Relay:
         async with AsyncExitStack() as stack:
             stack.enter_context(self._fleet.using(engine, 1, pair))
             begun_s = self._clock.now()
-            async with self._deadline(engine, timeout_s):
-                response = await self._send(engine, call, content, timeout_s, stack, pair)
+            async with self._deadline(engine, timeout):
+                response = await self._send(engine, call, content, timeout, stack, pair)
                 if response.headers.get("content-type", "").startswith("text/event-stream"):
                     reply = await self._begin_stream(leg, response, stack)
                 else:
@@ -243,7 +245,7 @@ class Relay:
                     has_ended = is_end(news)
                     leg.has_begun |= has_ended
                     yield news
-        except httpx2.TransportError as err:
+        except httpx2.RequestError as err:
             raise self._failed(leg.engine, f"its stream broke off: {_text(err)}") from err
         except ValueError as err:
             raise self._failed(leg.engine, f"its stream has an event that is no JSON: {err}") from err
@@ -265,19 +267,27 @@ class Relay:
     # ---- pieces of a leg --------------------------------------------------------------------------------------
 
     @asynccontextmanager
-    async def _deadline(self, engine: Engine, timeout_s: float) -> AsyncIterator[None]:
+    async def _deadline(self, engine: Engine, timeout: Timeout) -> AsyncIterator[None]:
         try:
-            async with asyncio.timeout(timeout_s):
+            async with asyncio.timeout(self._seconds(timeout)):
                 yield
         except TimeoutError as err:
-            raise self._failed(engine, f"no answer within {timeout_s:g} s", 504) from err
+            raise self._too_late(engine, timeout) from err
+
+    def _seconds(self, timeout: Timeout) -> float:
+        seconds: float = getattr(self._config, timeout)
+        return seconds
+
+    def _too_late(self, engine: Engine, timeout: Timeout) -> LegFailed:
+        option = f"--{timeout.replace('_', '-')}"
+        return self._failed(engine, f"no answer within {self._seconds(timeout):g} s (the proxy's {option})", 504)
 
     async def _send(
         self,
         engine: Engine,
         call: Call,
         content: bytes,
-        timeout_s: float,
+        timeout: Timeout,
         stack: AsyncExitStack,
         pair: Pair | None = None,
     ) -> httpx2.Response:
@@ -285,19 +295,21 @@ class Relay:
 
         `pair`: KV is to be transferred between these. An engine tells by status 500 that it was not.
         """
-        timeout = httpx2.Timeout(timeout_s, connect=self._config.connect_timeout_s, pool=None)
+        limits = httpx2.Timeout(self._seconds(timeout), connect=self._config.connect_timeout_s, pool=None)
         headers = {"Content-Type": "application/json", "Accept-Encoding": "identity", **call.headers}
         try:
             request = self._client.build_request(
-                "POST" if content else "GET", engine.url + call.path, content=content, headers=headers, timeout=timeout
+                "POST" if content else "GET", engine.url + call.path, content=content, headers=headers, timeout=limits
             )
             response = await self._client.send(request, stream=True)
         except (httpx2.ConnectError, httpx2.ConnectTimeout) as err:
             raise self._failed(engine, f"cannot connect: {_text(err)}", was_sent=False) from err
         except httpx2.TimeoutException as err:
-            raise self._failed(engine, f"no answer within {timeout_s:g} s", 504) from err
-        except httpx2.TransportError as err:
+            raise self._too_late(engine, timeout) from err
+        except httpx2.RequestError as err:
             raise self._failed(engine, _text(err)) from err
+        except httpx2.InvalidURL as err:  # the engine's: paths are known ones, or quoted
+            raise self._failed(engine, f"its URL cannot be used: {err}", was_sent=False) from err
         stack.push_async_callback(response.aclose)
         if response.status_code == 200:
             return response
@@ -305,7 +317,7 @@ class Relay:
         if 400 <= response.status_code < 500 and response.status_code != 429:
             self._fleet.worked(engine)
             kind = response.headers.get("content-type", "application/json")
-            raise _Refused(Reply(response.status_code, kind, data, outcome="refused"))
+            raise Refused(engine, Reply(response.status_code, kind, data, outcome="refused"))
         why = f"status {response.status_code}: {_message(data)}"
         if pair is not None and response.status_code == 500:
             self._fleet.not_transferred(pair, why)
@@ -315,7 +327,7 @@ class Relay:
     async def _content(self, engine: Engine, response: httpx2.Response) -> bytes:
         try:
             return await response.aread()
-        except httpx2.TransportError as err:
+        except httpx2.RequestError as err:  # DecodingError too: the engine names a Content-Encoding that it is not
             raise self._failed(engine, f"its reply broke off: {_text(err)}") from err
 
     def _judge(self, engine: Engine, data: bytes) -> Verdict:
@@ -360,9 +372,9 @@ class Relay:
             raise self._none_available("decode")
         async with AsyncExitStack() as stack:
             try:
-                response = await self._send(engine, call, b"", self._config.probe_timeout_s, stack)
+                response = await self._send(engine, call, b"", "probe_timeout_s", stack)
                 return Reply(200, "application/json", await self._content(engine, response), outcome="ok")
-            except _Refused as refused:
+            except Refused as refused:
                 return refused.reply
             except LegFailed as failure:
                 raise _gave_up(failure, 1) from failure

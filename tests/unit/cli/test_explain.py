@@ -5,7 +5,9 @@ from __future__ import annotations
 import http.server
 import io
 import threading
+import urllib.error
 from collections.abc import Iterator
+from email.message import Message
 
 import pytest
 from rich.console import Console
@@ -37,8 +39,31 @@ def other_server() -> Iterator[str]:
 
 def test_the_id_is_quoted_and_an_answer_that_is_no_error_object_is_told(other_server: str) -> None:
     assert ask(other_server, "a/b") == {"id": "a/b", "requests": []}
-    with pytest.raises(HostError, match="404 Not Found"):
+    with pytest.raises(HostError, match="404 Not Found: give --url the `kvferry serve` that answered"):
         ask(other_server, "x")
+
+
+HINT = ": give --url the `kvferry serve` that answered the request; what is at http://a cannot explain any"
+
+
+@pytest.mark.parametrize(
+    ("status", "content", "message"),
+    [
+        (404, '{"error": {"message": "no request", "code": "request_not_found"}}', "no request"),
+        (404, '{"error": {"message": "no route"}}', f"no route{HINT}"),
+        (404, '["error"]', f"the server answers 404 why{HINT}"),
+        (404, '{"error": ["x"]}', f"the server answers 404 why{HINT}"),
+        (500, '{"error": {"message": "it failed"}}', "it failed"),
+    ],
+)
+def test_errors_of_servers(status: int, content: str, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(address: str, timeout: float) -> None:
+        raise urllib.error.HTTPError(address, status, "why", Message(), io.BytesIO(content.encode()))
+
+    monkeypatch.setattr("urllib.request.urlopen", refuse)
+    with pytest.raises(HostError) as caught:
+        ask("http://a", "x")
+    assert str(caught.value) == message
 
 
 def test_bad_addresses() -> None:

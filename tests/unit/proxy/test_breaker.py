@@ -59,10 +59,28 @@ def test_abandoned_trial_lets_the_next_one_try() -> None:
     breaker, clock = make(threshold=1)
     breaker.failed()
     clock.advance(1)
-    breaker.begin()
-    breaker.abandoned()
+    breaker.abandoned(breaker.begin())
     assert breaker.state is State.OPEN
     assert breaker.is_available
+
+
+def test_end_of_an_earlier_trial_is_not_the_end_of_the_one_under_way() -> None:
+    breaker, clock = make(threshold=1)
+    breaker.failed()
+    clock.advance(1)
+    stream = breaker.begin()
+    bystander = breaker.begin()
+    breaker.succeeded()
+    breaker.failed()
+    clock.advance(1)
+    trial = breaker.begin()
+    for ended in (stream, bystander):
+        breaker.abandoned(ended)
+        assert breaker.state is State.TRIAL
+    breaker.failed()
+    assert breaker.wait_s == 2, "doubled: the trial found out that it does not work"
+    breaker.abandoned(trial)
+    assert breaker.state is State.OPEN
 
 
 def test_straggler_that_fails_while_open_does_not_prolong_it() -> None:

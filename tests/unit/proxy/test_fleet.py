@@ -99,6 +99,26 @@ def test_out_of_rotation_and_back_with_one_trial_and_no_memory() -> None:
     assert fleet.pick_prefill(LONG) is engine
 
 
+def test_long_stream_that_was_a_trial_ends_during_another_trial() -> None:
+    fleet, clock = make(num_decode=1)
+    (engine,) = fleet.decode
+    take_out(fleet, engine)
+    clock.advance(0.5)
+    with fleet.using(engine, 1):
+        fleet.worked(engine)
+        take_out(fleet, engine)
+        clock.advance(0.5)
+        later = fleet.using(engine, 1)
+        later.__enter__()
+    assert fleet.pick_decode(None) is None, "one trial at a time"
+    fleet.failed(engine, "why not")
+    later.__exit__(None, None, None)
+    clock.advance(0.999)
+    assert fleet.pick_decode(None) is None, "the backoff was doubled"
+    clock.advance(0.001)
+    assert fleet.pick_decode(None) is engine
+
+
 def test_pair_that_does_not_transfer_is_not_used_but_its_engines_are() -> None:
     fleet, _ = make()
     (p1, p2), (d1, d2) = fleet.prefill, fleet.decode
@@ -111,6 +131,27 @@ def test_pair_that_does_not_transfer_is_not_used_but_its_engines_are() -> None:
     assert told[p1.url, d2.url] == "not tried yet"
     take_out(fleet, d2)
     assert fleet.pick_prefill([]) is p2, "the other one has nobody to hand over to"
+
+
+def test_leaving_rotation_and_coming_back_is_logged_once_each_of_engines_and_pairs(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    fleet, clock = make(1, 1)
+    ((prefill, _), pair) = next(iter(fleet.pairs.items()))
+    with caplog.at_level("INFO"):
+        for _ in range(4):
+            fleet.not_transferred(pair, "no link")
+            fleet.failed(prefill, "no answer")
+        clock.advance(0.5)
+        for _ in range(2):
+            fleet.transferred(pair)
+            fleet.worked(prefill)
+    assert [(record.levelname, record.message) for record in caplog.records] == [
+        ("WARNING", "transfers from http://p:1 to http://d:1 are out of rotation: no link"),
+        ("WARNING", "prefill engine http://p:1 is out of rotation: no answer"),
+        ("INFO", "transfers from http://p:1 to http://d:1 are back in rotation"),
+        ("INFO", "prefill engine http://p:1 is back in rotation"),
+    ]
 
 
 @pytest.mark.parametrize("strict", [True, False])
