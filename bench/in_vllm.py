@@ -12,8 +12,8 @@ Every round starts the engines anew and runs every case on all in turn, so that 
 alike. All engines have the same settings, and a token budget above the prompt, which ExampleConnector needs. Every
 sample is checked for the hit that its name says. Overhead: the same cold prompts on an engine without a connector.
 
-Cases that need no restart are repeated for each prompt. The goals are about all hits; the first hit of each prompt, after
-which engines sleep for seconds while others compute it, is reported apart.
+Cases that need no restart are repeated for each prompt. The goals are about all hits; the first of each prompt, before
+which engines sleep for seconds while others compute it, are reported apart.
 """
 
 from __future__ import annotations
