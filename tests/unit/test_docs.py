@@ -84,6 +84,7 @@ def test_json_is_a_configuration(page: str, text: str) -> None:
         transfer = KVTransferConfig.parse(values)
         resolved = KVConnectorFactory.resolve(transfer) if "module_path" not in text else None
         assert resolved is None or resolved.name == values["kv_connector"]
+        assert values["kv_connector"] != "P2PConnector" or P2PConfig.parse(transfer.kv_connector_extra_config, {})
     else:
         assert KVEventsConfig.parse(values)
 
