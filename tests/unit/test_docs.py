@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 import shlex
@@ -11,6 +12,7 @@ import pytest
 
 from kvferry.config import KVTransferConfig
 from kvferry.connectors.offloading.config import OffloadingConfig
+from kvferry.connectors.p2p.config import P2PConfig
 from kvferry.contract import KVConnectorFactory
 from kvferry.kv_events import KVEventsConfig
 
@@ -35,6 +37,7 @@ EXECUTED_BY = {
     "kvferry connectors": ("tests/unit/cli/test_connectors.py", '"connectors"'),
     "kvferry bench decode": ("tests/model/test_bench_decode.py", '"bench", "decode"'),
     "kvferry doctor": ("tests/unit/cli/test_doctor.py", "doctor"),
+    "vllm serve MODEL --host 10.0.0.": ("tests/vllm/test_p2p_serve.py", "^vllm serve MODEL .*$"),
     "vllm serve MODEL --kv-transfer-config": ("tests/vllm/test_serve.py", "readme_command(model"),
     "lmcache server": ("tests/lmcache_server.py", '"server", "--host"'),
 }
@@ -81,8 +84,24 @@ def test_json_is_a_configuration(page: str, text: str) -> None:
         transfer = KVTransferConfig.parse(values)
         resolved = KVConnectorFactory.resolve(transfer) if "module_path" not in text else None
         assert resolved is None or resolved.name == values["kv_connector"]
+        assert values["kv_connector"] != "P2PConnector" or P2PConfig.parse(transfer.kv_connector_extra_config, {})
     else:
         assert KVEventsConfig.parse(values)
+
+
+def test_every_setting_of_p2p_and_its_default_are_told() -> None:
+    (section,) = re.findall(
+        r"^## All settings\n(.*?)^## ", TEXT["docs/guides/disaggregation.md"], re.MULTILINE | re.DOTALL
+    )
+    told = re.findall(r"^\| `(\w+)` \| `(.+?)` \| \S", section, re.MULTILINE)
+    assert told == [(field.name, json.dumps(field.default)) for field in dataclasses.fields(P2PConfig)]
+
+
+def test_rates_of_transports_are_those_of_the_committed_run() -> None:
+    result = json.loads((ROOT / "bench" / "results" / "p2p_transports.json").read_text())
+    for case, rates in result["median_gb_per_s"].items():
+        row = " | ".join([f"| {case}", *(f"{rate:.1f}" for rate in rates.values())])
+        assert f"\n{row} |\n" in TEXT["docs/guides/disaggregation.md"]
 
 
 def test_make_targets_in_the_text_exist() -> None:

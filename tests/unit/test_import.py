@@ -12,7 +12,7 @@ import pytest
 
 import kvferry
 
-HEAVY = ("torch", "transformers", "numpy", "typer", "rich", "vllm")
+HEAVY = ("torch", "transformers", "numpy", "numba", "typer", "rich", "vllm", "lmcache")
 
 
 def _run(code: str) -> str:

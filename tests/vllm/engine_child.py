@@ -71,22 +71,29 @@ class WorkerProbe:
 
     def watch_jobs(self) -> None:
         """From now on note what this worker is told to transfer, and how many tokens each step computes."""
-        links, runner = _worker_connector().side._links, self.model_runner
+        links = _worker_connector().side._links
         start, self._jobs = links.start, []
-        execute, self._num_computed = runner.execute_model, []
 
         def noted(job: Any) -> None:
             self._jobs.append(job)
             start(job)
 
+        links.start = noted
+        self.watch_steps()
+
+    def watch_steps(self) -> None:
+        """From now on note how many tokens each step computes."""
+        runner = self.model_runner
+        execute, self._num_computed = runner.execute_model, []
+
         def counted(scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
             self._num_computed.append(scheduler_output.total_num_scheduled_tokens)
             return execute(scheduler_output, *args, **kwargs)
 
-        links.start, runner.execute_model = noted, counted
+        runner.execute_model = counted
 
     def num_computed(self) -> list[int]:
-        """Of each step since `watch_jobs`, or since this was asked, that computed any tokens."""
+        """Of each step since it is watched, or since this was asked, that computed any tokens."""
         counts, self._num_computed[:] = [num for num in self._num_computed if num], []
         return counts
 
@@ -112,6 +119,10 @@ class WorkerProbe:
             if any(int(first, 16) <= address < int(end, 16) for address in pools):
                 found.add(others[4] if len(others) > 4 else "")
         return sorted(found)
+
+    def affinities(self) -> list[tuple[int, ...]]:
+        """Cores that the worker's threads may run on, without repetitions."""
+        return sorted({tuple(sorted(os.sched_getaffinity(int(thread)))) for thread in os.listdir("/proc/self/task")})
 
     def process_id(self) -> int:
         """Of the worker."""

@@ -88,7 +88,7 @@ def test_a_failure_that_vllm_cannot_be_told_of_ends_the_engine() -> None:
 
 
 def test_naming_the_module_imports_no_connector() -> None:
-    heavy = "('kvferry.connectors', 'torch', 'vllm')"
+    heavy = "('kvferry.connectors', 'torch', 'vllm', 'numba', 'lmcache')"
     code = f"import sys, kvferry.vllm; print([m for m in sys.modules if m.startswith({heavy})])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

@@ -78,12 +78,14 @@ def test_local_hits_come_first(engine: EngineChild) -> None:
 
 def test_prefill_in_chunks_behind_a_hit(engine: EngineChild) -> None:
     prompt = random_prompt(3, 320) + random_prompt(4, 500)
-    assert 2 * BUDGET < 500, "what is not loaded takes three steps at least"
     cold = engine.ask(generate=prompt, max_tokens=MAX_TOKENS)
     engine.ask(reset=True)
     engine.ask(generate=prompt[:320], max_tokens=1)
     engine.ask(reset=False)
+    engine.ask(rpc="watch_steps")
     warm = engine.ask(generate=prompt, max_tokens=MAX_TOKENS)
+    steps = [BUDGET, BUDGET, 500 - 2 * BUDGET]
+    assert engine.ask(rpc="num_computed")["answers"][0] == [*steps, *[1] * (MAX_TOKENS - 1)]
     assert warm["external_hits"] == 320
     assert warm["local_hits"] == 0
     assert_same_tokens(warm, cold)

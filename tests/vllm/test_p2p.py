@@ -4,6 +4,10 @@ one beside the embedded engine, whose KV lies otherwise.
 
 from __future__ import annotations
 
+import os
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -142,6 +146,7 @@ def test_either_role(start_engines: StartEngines, tiny_llama: str, tmp_path: Pat
     check_hand_over(p, d, long, references[len(long)], tmp_path, num_local=NUM_TOKENS // BLOCK_SIZE * BLOCK_SIZE)
     check_hand_over(p, d, short, references[len(short)], tmp_path)
     check_hand_over(d, p, short, references[len(short)], tmp_path)  # the other way round
+    assert d.ask(rpc="affinities")["answers"] == [[sorted(os.sched_getaffinity(0))]], "no thread was bound"
 
     params = prefill(p, random_prompt(52, NUM_TOKENS))
     p.kill()
@@ -194,7 +199,7 @@ def check_recomputed(got: dict[str, Any], reference: dict[str, Any]) -> None:
 
 
 def test_over_nixl(start_engines: StartEngines, tiny_llama: str, tmp_path: Path) -> None:
-    """One engine pulls, the other pushes; both hand over and take."""
+    """One engine pulls, the other pushes; both hand over and take. Its successor only has the name."""
     pushes, pulls = start_engines(
         *(
             engine_args(tiny_llama, transfer_config("kv_both", "recompute", name))
@@ -210,7 +215,10 @@ def test_over_nixl(start_engines: StartEngines, tiny_llama: str, tmp_path: Path)
     params = prefill(pushes, prompts[2])
     pushes.kill()
     check_recomputed(pulls.ask(generate=prompts[2], max_tokens=MAX_TOKENS, transfer=params), references[2])
-    assert pulls.stop() == 0
+    (plain,) = start_engines(engine_args(tiny_llama, transfer_config("kv_both", "fail", "NixlConnector")))
+    plain.ask(rpc="watch_jobs")
+    check_hand_over(pulls, plain, prompts[0], references[0], tmp_path, transport="nixl")
+    assert pulls.stop() == plain.stop() == 0
 
 
 @pytest.mark.timeout(400)
@@ -308,18 +316,28 @@ class Embedded:
                     return output, blocks
                 blocks = blocks or list(self.llm.scheduler.manager.get_block_ids(name)[0])
 
+    def step_while(self, call: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """What `call`, in another thread, returns; an engine that pushes must step for that."""
+        with ThreadPoolExecutor(1) as pool:
+            answer = pool.submit(call)
+            while not answer.done():
+                self.llm.step()
+                time.sleep(0.001)
+            return answer.result()
+
     def tokens_of(self, block_ids: list[int], num_tokens: int) -> np.ndarray[Any, Any]:
         """As the function of this name."""
         layers = [self.llm.kv_caches[layer_name(layer)][block_ids].permute(0, 2, 1, 3) for layer in range(NUM_LAYERS)]
         return np.stack([layer.flatten(0, 1)[:num_tokens].numpy().copy() for layer in layers])
 
 
+@pytest.mark.parametrize("mode", ["pull", "push"])
 def test_beside_the_embedded_engine(
-    start_engine: StartEngine, tiny_llama: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    start_engine: StartEngine, tiny_llama: str, tmp_path: Path, caplog: pytest.LogCaptureFixture, mode: str
 ) -> None:
-    vllm = start_engine(**engine_args(tiny_llama, transfer_config("kv_both", "fail")))
+    vllm = start_engine(**engine_args(tiny_llama, transfer_config("kv_both", "fail", mode=mode)))
     vllm.ask(rpc="watch_jobs")
-    embedded = Embedded(tiny_llama)
+    embedded = Embedded(tiny_llama, mode=mode)
     here, there, third = (random_prompt(seed, NUM_TOKENS) for seed in (90, 91, 92))
     references = [reference_of(vllm, prompt) for prompt in (here, there, third)]
     num_bytes = NUM_TOKENS * TOKEN_BYTES
@@ -327,11 +345,17 @@ def test_beside_the_embedded_engine(
     # prefill here, decode in vLLM
     output, _ = embedded.run("p", here, 1, DECODE)
     source = embedded.tokens_of(output.kv_transfer_params["remote_block_ids"][0], NUM_TOKENS)
-    got = vllm.ask(generate=here, max_tokens=MAX_TOKENS, transfer=output.kv_transfer_params)
-    assert (got["external_hits"], moved(vllm, "read")) == (NUM_TOKENS, num_bytes)
-    (job,) = vllm.ask(rpc="jobs")["answers"][0]
-    destination = tokens_of(vllm, tmp_path / "vllm", job["blocks"][0], NUM_TOKENS)
-    np.testing.assert_array_equal(source[:, :-1], destination[:, :-1])
+    got = embedded.step_while(
+        lambda: vllm.ask(generate=here, max_tokens=MAX_TOKENS, transfer=output.kv_transfer_params)
+    )
+    assert got["external_hits"] == NUM_TOKENS
+    if mode == "push":
+        assert embedded.llm.connector_stats.media["shm"].stored_bytes == num_bytes
+    else:  # who moves the bytes knows the blocks
+        assert moved(vllm, "read") == num_bytes
+        (job,) = vllm.ask(rpc="jobs")["answers"][0]
+        destination = tokens_of(vllm, tmp_path / "vllm", job["blocks"][0], NUM_TOKENS)
+        np.testing.assert_array_equal(source[:, :-1], destination[:, :-1])
     assert_same_tokens(got, references[0])
 
     # prefill in vLLM, decode here
@@ -339,7 +363,8 @@ def test_beside_the_embedded_engine(
     source = tokens_of(vllm, tmp_path / "vllm", params["remote_block_ids"][0], NUM_TOKENS)
     output, blocks = embedded.run("d", there, MAX_TOKENS, params)
     assert output.num_external_tokens == NUM_TOKENS
-    assert embedded.llm.connector_stats.media["shm"].loaded_bytes == num_bytes
+    loaded_bytes = embedded.llm.connector_stats.media["shm"].loaded_bytes
+    assert (loaded_bytes if mode == "pull" else moved(vllm, "write")) == num_bytes
     np.testing.assert_array_equal(source, embedded.tokens_of(blocks, NUM_TOKENS))
     assert_same_tokens({"token_ids": output.outputs[0].token_ids}, references[1])
     embedded.llm.shutdown()

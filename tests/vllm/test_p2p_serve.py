@@ -1,13 +1,15 @@
-"""`kvferry proxy` before two `vllm serve` with kvferry's NixlConnector, once over shared memory and once over NIXL."""
+"""`kvferry proxy` before two `vllm serve` as the guide configures them, once over shared memory and once over NIXL."""
 
 from __future__ import annotations
 
 import json
 import re
 import select
+import shlex
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -20,30 +22,33 @@ import pytest
 from engine_process import assert_same_tokens, vllm_environment, wait_until
 from vllm_server import START_S, Server, complete
 
+from kvferry.p2p.wire import Address, sign_peer
+
 PROMPT = [(i * i * 31 + i * 7) % 40000 + 100 for i in range(203)]
 PAGE = "The ferry leaves the harbour at noon, and comes back before the sun goes down over the hills. " * 9
+KEY = "of all engines and the proxy"
+GUIDE = (Path(__file__).parents[2] / "docs" / "guides" / "disaggregation.md").read_text()
 KVFERRY = str(Path(sys.executable).parent / "kvferry")
 
 pytestmark = pytest.mark.timeout(400)
 
 
-def start(model: str, folder: Path, transport: str, policy: str) -> Server:
-    """One that prefills and decodes, and may use this transport."""
-    transfer = {
-        "kv_connector": "NixlConnector",
-        "kv_connector_module_path": "kvferry.vllm",
-        "kv_role": "kv_both",
-        "kv_load_failure_policy": policy,
-        "kv_connector_extra_config": {"transport": transport, "weights_version": "small"},
-    }
-    command = ["vllm", "serve", model, "--num-gpu-blocks-override", "128", "--kv-transfer-config", json.dumps(transfer)]
-    return Server(command, folder / f"{transport}.log")
+def start(model: str, folder: Path, number: int, transport: str, **more: str) -> Server:
+    """The guide's first or second vLLM engine, on this machine; it may use this transport."""
+    texts = [text for text in re.findall(r"(?ms)^```json\n(.*?)^```", GUIDE) if "kvferry.vllm" in text]
+    transfer = json.loads(texts[number].replace("10.0.0.1", "127.0.0.1")) | more
+    key_file = folder / transfer["kv_connector_extra_config"]["key_file"]
+    key_file.write_text(KEY)
+    transfer["kv_connector_extra_config"] |= {"key_file": str(key_file), "transport": transport}
+    command = shlex.split(re.findall(r"(?m)^vllm serve MODEL .*$", GUIDE)[number].replace("MODEL", model))
+    assert command[-2:] == ["--kv-transfer-config", f"$(cat {('prefill.json', 'decode.json')[number]})"]
+    return Server([*command[:-1], json.dumps(transfer), "--num-gpu-blocks-override", "128"], folder / "log")
 
 
 @pytest.fixture(scope="module")
 def prefill(model_folder: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """An engine with both transports; perhaps not up yet."""
-    server = start(model_folder, tmp_path_factory.mktemp("prefill"), "auto", "fail")
+    server = start(model_folder, tmp_path_factory.mktemp("prefill"), 0, "auto")
     yield server
     server.stop()
 
@@ -58,7 +63,8 @@ def decode(
     prefill: Server, transport: str, model_folder: str, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Server]:
     """An engine with one transport."""
-    server = start(model_folder, tmp_path_factory.mktemp("decode"), transport, "recompute")
+    folder = tmp_path_factory.mktemp("decode")
+    server = start(model_folder, folder, 1, transport, kv_load_failure_policy="recompute")
     try:
         prefill.wait_until_up()
         server.wait_until_up()
@@ -68,9 +74,10 @@ def decode(
 
 
 @contextmanager
-def proxying(prefill_url: str, decode_url: str, *options: str) -> Iterator[str]:
+def proxying(prefill_url: str, decode_url: str, key_file: Path, *options: str) -> Iterator[str]:
     """URL of a proxy that has seen a transfer work, unless `options` keep it from looking."""
     command = [KVFERRY, "proxy", "--port", "0", "--prefill", prefill_url, "--decode", decode_url, *options]
+    command += ["--shared-key-file", str(key_file)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=vllm_environment()) as process:
         try:
             assert process.stdout is not None
@@ -81,6 +88,10 @@ def proxying(prefill_url: str, decode_url: str, *options: str) -> Iterator[str]:
             yield found[1]
         finally:
             process.kill()
+
+
+def key_of(server: Server) -> Path:
+    return server.folder / "kvferry.key"
 
 
 def client_of(url: str) -> openai.OpenAI:
@@ -96,7 +107,7 @@ def token_bytes(model: str) -> int:
 
 def loaded_bytes(server: Server) -> dict[str, float]:
     """By transport, what /metrics says."""
-    rows = server.connector_rows("NixlConnector")
+    rows = server.connector_rows("P2PConnector")
     return {name.split()[1]: value for name, value in rows.items() if name.startswith("loaded_bytes_total ") and value}
 
 
@@ -124,7 +135,9 @@ def test_behind_the_proxy(prefill: Server, decode: Server, transport: str, model
     assert words.usage is not None
     num_bytes = token_bytes(model_folder)
     # One probe of 64 tokens makes it ready, and no second one comes in between.
-    with proxying(prefill.url, decode.url, "--probe-interval-s", "3600", "--probe-timeout-s", "100") as url:
+    with proxying(
+        prefill.url, decode.url, key_of(decode), "--probe-interval-s", "3600", "--probe-timeout-s", "100"
+    ) as url:
         client, hits = client_of(url), decode.counter("external_prefix_cache_hits")
         wait_until("the probe is counted", lambda: loaded_bytes(decode) == {transport: 64 * num_bytes})
         assert hits == 64
@@ -186,16 +199,18 @@ def test_a_second_prefill_is_not_silent(prefill: Server, decode: Server) -> None
     prompt = PROMPT[::-1]
     request = {"model": "small", "prompt": prompt, "max_tokens": 1}
     params = post(prefill, {**request, "kv_transfer_params": {"do_remote_decode": True}})["kv_transfer_params"]
-    assert post(decode, {**request, "kv_transfer_params": params})["kv_transfer_params"] is None
+    address = Address(params["remote_host"], params["remote_port"])
+    signed = {"transfer_id": "one", "peer_token": sign_peer(KEY, address, "one", int(time.time()) + 120)}
+    assert post(decode, {**request, "kv_transfer_params": params | signed})["kv_transfer_params"] is None
     decode.reset(external=False)
     with stale_prefill(params) as url:  # the hand-over is spent
         with (
-            proxying(url, decode.url, "--probe-interval-s", "0", "--max-attempts", "1") as strict,
+            proxying(url, decode.url, key_of(decode), "--probe-interval-s", "0", "--max-attempts", "1") as strict,
             pytest.raises(openai.APIStatusError, match="computed 202 prompt tokens again") as caught,
         ):
             complete(client_of(strict), prompt)
         assert caught.value.status_code == 502
         decode.reset(external=False)
-        with proxying(url, decode.url, "--probe-interval-s", "0", "--no-strict") as lenient:
+        with proxying(url, decode.url, key_of(decode), "--probe-interval-s", "0", "--no-strict") as lenient:
             assert_same_tokens(complete(client_of(lenient), prompt), complete(prefill.client, prompt))
             assert recomputed(lenient) == {"decode_engine": 1}

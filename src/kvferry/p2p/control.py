@@ -54,7 +54,7 @@ _LOST = {
 
 @dataclass(frozen=True, slots=True)
 class ControlSettings:
-    """Where to listen, and all bounds. Port 0: any free one, advertised to peers in the handshake."""
+    """Where to listen, and all bounds. Port 0: any free one; peers learn it from requests (`kv_transfer_params`)."""
 
     host: str = "127.0.0.1"
     port: int = 0

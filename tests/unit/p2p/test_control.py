@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import random
+import select
 import socket
+import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -374,3 +376,38 @@ def test_a_reader_that_does_not_read_costs_a_bounded_queue(channel) -> None:
         assert rss_bytes() - before < 60 << 20
         assert slow.fileno() >= 0
     is_alive(server, channel)
+
+
+@contextmanager
+def overheard(address: tuple[str, int]) -> Iterator[tuple[int, bytearray]]:
+    """A port that relays its first connection to `address`, and all bytes that pass, both ways."""
+    said = bytearray()
+    with ExitStack() as stack:
+        listener = stack.enter_context(socket.create_server(("127.0.0.1", 0)))
+        stack.callback(listener.shutdown, socket.SHUT_RDWR)  # ends `accept`
+
+        def relay() -> None:
+            with suppress(OSError), listener.accept()[0] as near, socket.create_connection(address) as far:
+                far_end = {near: far, far: near}
+                while data := (source := select.select(list(far_end), [], [])[0][0]).recv(65536):
+                    said.extend(data)
+                    far_end[source].sendall(data)
+
+        thread = threading.Thread(target=relay)
+        thread.start()
+        yield listener.getsockname()[1], said
+    thread.join(30)
+
+
+@pytest.mark.parametrize("key", [None, KEY])
+def test_with_a_key_nobody_on_the_way_reads_along(channel, key: str | None) -> None:
+    server, client = channel(key=key), channel(key=key)
+    with overheard(server.address) as (port, said):
+        client.connect(f"127.0.0.1:{port}")
+        assert wait_for(client, bool)[0][1] == Connected()
+        client.send(f"127.0.0.1:{port}", Note("to: open sesame"))
+        ((sender, what),) = wait_for(server, bool)
+        server.send(sender, Note("fro: open sesame"))
+        assert (what, wait_for(client, bool)[0][1]) == (Note("to: open sesame"), Note("fro: open sesame"))
+        assert [text in said for text in (b"to: open sesame", b"fro: open sesame")] == [key is None] * 2
+        client.close()  # ends the relay

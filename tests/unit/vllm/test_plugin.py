@@ -74,8 +74,9 @@ def test_a_vllm_that_has_no_such_factory_starts_all_the_same(
 
 def test_the_plugin_imports_neither_torch_nor_a_connector() -> None:
     code = (
-        "import sys; from kvferry.vllm.plugin import register; register(); heavy = ('torch', 'kvferry.connectors', "
-        "'prometheus_client', 'kvferry.engine'); print([m for m in sys.modules if m.startswith(heavy)])"
+        "import sys; from kvferry.vllm.plugin import register; register(); heavy = ('torch', 'numba', 'lmcache', "
+        "'kvferry.connectors', 'prometheus_client', 'kvferry.engine'); "
+        "print([m for m in sys.modules if m.startswith(heavy)])"
     )
     run = [sys.executable, "-c", "import sys; sys.modules['vllm'] = None; " + code]
     done = subprocess.run(run, capture_output=True, text=True, check=True, env={"PYTHONPATH": str(ROOT / "src")})

@@ -33,19 +33,19 @@ class P2PConnector(_facade(), KVConnectorBase_V1, SupportsHMA):  # type: ignore[
 
 
 class NixlConnector(_facade(transport="nixl"), KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
-    """Moves KV between two engines over NIXL; the decode engine reads, unless `mode` says otherwise."""
+    """Moves KV between two engines over NIXL, unless `transport`, and the decode engine reads, unless `mode` says otherwise."""
 
     supports_v2_model_runner: ClassVar[bool] = True
 
 
 class NixlPullConnector(_facade(transport="nixl", mode="pull"), KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
-    """Moves KV between two engines over NIXL; the decode engine reads."""
+    """Moves KV between two engines over NIXL, unless `transport` says otherwise; the decode engine reads."""
 
     supports_v2_model_runner: ClassVar[bool] = True
 
 
 class NixlPushConnector(_facade(transport="nixl", mode="push"), KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
-    """Moves KV between two engines over NIXL; the prefill engine writes."""
+    """Moves KV between two engines over NIXL, unless `transport` says otherwise; the prefill engine writes."""
 
     supports_v2_model_runner: ClassVar[bool] = True
 

@@ -28,7 +28,7 @@ class P2PConfig:
     host: str = "127.0.0.1"
     """Where the control channel listens; other machines reach it only with a key."""
     port: int = field(default=0, metadata={"minimum": 0, "maximum": 65535})
-    """0: any free port; peers are told which."""
+    """0: any free port; `kv_transfer_params` say which."""
     advertised_host: str | None = None
     """The host that peers are told to dial, where it is another than `host`."""
     key_file: str | None = None
