@@ -163,6 +163,8 @@ class NixlTransport(ThreadedTransport):
                     peer.blob.life, PAGE_BYTES, peer.blob.nonce, what="life sign", populate=False
                 )
         try:
+            if self._initiator is None:
+                self._initiator = self._make_agent()
             name = self._initiator.add_remote_agent(peer.blob.metadata)
         except self._errors as error:
             raise TransferError(f"NIXL cannot connect: {type(error).__name__}: {error}") from error
@@ -171,29 +173,37 @@ class NixlTransport(ThreadedTransport):
     def _close_peer(self, peer: PeerHandle, open_ops: set[TransferOp]) -> set[TransferOp]:
         assert isinstance(peer, _NixlPeer)
         is_hung = bool(peer.unknown_ops) or any(t.peer is peer and t.state and t.state.open for t in self._active)
-        if is_hung:
-            self._replace_initiator()
-        elif peer.agent_name is not None:
-            self._initiator.remove_remote_agent(peer.agent_name)
+        if peer.agent_name is not None:  # else an earlier replacement was its fence too
+            if is_hung:
+                self._replace_initiator()
+            else:
+                self._initiator.remove_remote_agent(peer.agent_name)
         landing = open_ops & {TransferOp.WRITE} if is_hung and not peer.is_dead() else set()
         if peer.life is not None and not landing:
             peer.life.close()
         return landing
 
     def _replace_initiator(self) -> None:
-        """Destroy it, the only fence there is. Other peers' transfers go on with the new one, from their last post."""
-        for transfer in self._active:
-            if transfer.state is not None:
-                transfer.state.next[:0] = [span for _, span in transfer.state.open]
-                for handle, _ in transfer.state.open:
-                    self._release(handle)
-                transfer.state.open = []
+        """Destroy it, the only fence there is. Other peers' transfers go on with the new one, from their last post.
+
+        Of peers that are closing too, or cannot be opened again, what was posted is as unknown as the hung peer's.
+        """
+        posted = [transfer for transfer in self._active if transfer.state is not None and transfer.state.open]
+        for transfer in posted:
+            transfer.state.next[:0] = [span for _, span in transfer.state.open]
+            for handle, _ in transfer.state.open:
+                self._release(handle)
+            transfer.state.open = []
         self._initiator.agent = None
-        self._initiator = self._make_agent()
+        self._initiator = None
         for peer in self._peers:
             assert isinstance(peer, _NixlPeer)
-            if peer.agent_name is not None and not peer.is_closing:
-                self._open_peer(peer)
+            was_open, peer.agent_name = peer.agent_name is not None, None
+            if was_open and not peer.is_closing:
+                self._try_open(peer)
+        for transfer in posted:
+            if transfer.peer.agent_name is None:
+                transfer.peer.unknown_ops.add(transfer.op)
 
     def _serve(self) -> None:
         """Answer peers: connections, and over TCP also their reads and writes."""

@@ -241,7 +241,8 @@ class ThreadedTransport(ABC):
             self._check_open(transfer.peer)
             step = self._advance(transfer)
         except TransferError as error:
-            self._end(transfer, TransferStatus.FAILED, str(error))
+            is_unknown = transfer.op in transfer.peer.unknown_ops
+            self._end(transfer, TransferStatus.UNKNOWN if is_unknown else TransferStatus.FAILED, str(error))
             return Step.DONE
         except Exception as error:  # a thread's main: what a library may raise is not known, nor what it left running
             logger.exception("%s: transfer %d", self.capabilities.name, transfer.ticket)
@@ -266,6 +267,10 @@ class ThreadedTransport(ABC):
 
     def _open(self, peer: PeerHandle) -> None:
         self._peers.append(peer)
+        self._try_open(peer)
+
+    def _try_open(self, peer: PeerHandle) -> None:
+        """Open it, or note why all its tickets fail."""
         try:
             self._open_peer(peer)
         except TransferError as error:
@@ -278,7 +283,7 @@ class ThreadedTransport(ABC):
         """Open transfers first, then the close ticket."""
         transfers = [transfer for transfer in self._active if transfer.peer is peer]
         is_broken = self._broken.pop(peer, None) is not None
-        ops = set() if is_broken else {transfer.op for transfer in transfers} | peer.unknown_ops
+        ops = peer.unknown_ops | (set() if is_broken else {transfer.op for transfer in transfers})
         reason = "may still land: closing the connection is no fence for it"
         try:
             landing = self._close_peer(peer, ops)
