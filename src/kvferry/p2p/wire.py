@@ -13,8 +13,10 @@ import base64
 import hmac
 import re
 from collections.abc import Sequence
+from contextlib import suppress
 from fnmatch import fnmatchcase
-from ipaddress import ip_address, ip_network
+from functools import lru_cache
+from ipaddress import IPv4Network, IPv6Network, ip_address, ip_network
 from typing import Any, Generic, NamedTuple, TypeVar
 
 import msgspec
@@ -92,6 +94,20 @@ def is_ip(host: str) -> bool:
     return True
 
 
+@lru_cache(maxsize=1024)
+def parse_network(pattern: str) -> IPv4Network | IPv6Network:
+    """A network as in 10.0.0.0/8; ConfigError otherwise, with the network that an address in it stands for."""
+    try:
+        return ip_network(pattern)
+    except ValueError as error:
+        hint = ""
+        with suppress(ValueError):
+            hint = f"; did you mean {str(ip_network(pattern, strict=False))!r}?"
+        raise ConfigError(
+            f"kv_connector_extra_config.allowed_peers: {pattern!r} is no network: {error}{hint}"
+        ) from error
+
+
 def is_allowed(host: str, patterns: Sequence[str]) -> bool:
     """Whether a host is in one of the networks (10.0.0.0/8) or like one of the names (*.cluster.local).
 
@@ -99,10 +115,7 @@ def is_allowed(host: str, patterns: Sequence[str]) -> bool:
     """
     for pattern in patterns:
         if "/" in pattern:
-            try:
-                network = ip_network(pattern)
-            except ValueError as error:
-                raise ConfigError(f"allowed_peers: {pattern!r} is no network: {error}") from error
+            network = parse_network(pattern)
             if is_ip(host) and ip_address(host) in network:
                 return True
         elif fnmatchcase(host.lower(), pattern.lower()):

@@ -228,8 +228,8 @@ def test_blocks_that_the_prefill_engine_drops_are_whole_blocks_of_the_other() ->
     assert check_geometries(long, short, False) == check_geometries(short, long, True) == []
     assert check_geometries(short, long, False) == [
         (
-            "block size of layers with a window: here 4, peer 8; the first, which prefills, must have a multiple of the "
-            "other's ('layer0' and 2 more)"
+            "block size of layers with a window: here 4, peer 8; the first, which prefills, must have a multiple of "
+            "the other's ('layer0' and 2 more)"
         )
     ]
     assert check_geometries(long, short, True)[0].startswith("block size of layers with a window: peer 4, here 8")
