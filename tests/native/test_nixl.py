@@ -175,6 +175,8 @@ def test_a_hung_peer_is_closed_and_others_go_on(start_owner, monkeypatch: pytest
             assert not here.transport.peer_has_ended(peers[0])
             hung.kill()
             _until(lambda: here.transport.peer_has_ended(peers[0]))
+            assert peers[0].life._is_closed
+            assert here.transport.peer_has_ended(peers[0])
     finally:
         here.transport.close()
 

@@ -68,6 +68,8 @@ class _NixlPeer(PeerHandle):
         self.agent_name: str | None = None  # as known to the initiator; None: not connected to it
         self.life: Segment | None = None
         self.ended: tuple[float, int] | None = None  # when it was first seen dead: time, turn of `_serve`
+        self.is_left = False  # closed, and something may still land there: the owner's thread looks at its life alone
+        self.is_over = False  # it was, and has ended
         self.addresses = np.array([region.address for region in blob.regions], dtype=np.int64)
         self.device_ids = np.array([region.device_id for region in blob.regions], dtype=np.int64)
 
@@ -109,12 +111,18 @@ class NixlTransport(ThreadedTransport):
     def peer_has_ended(self, peer: PeerHandle) -> bool:
         """The lock on its life sign is free, and has been long enough for what it sent to have landed."""
         assert isinstance(peer, _NixlPeer)
+        if peer.is_over:
+            return True
         if (peer.is_closing and peer.unknown_ops != {TransferOp.WRITE}) or not peer.is_dead():
             return False
         if peer.ended is None:
             peer.ended = time.monotonic(), self._num_turns
         seen_s, seen_turn = peer.ended
-        return time.monotonic() - seen_s >= _DRAIN_S and self._num_turns - seen_turn >= _DRAIN_TURNS
+        has_ended = time.monotonic() - seen_s >= _DRAIN_S and self._num_turns - seen_turn >= _DRAIN_TURNS
+        if has_ended and peer.is_left and peer.life is not None:
+            peer.is_over = True
+            peer.life.close()
+        return has_ended
 
     # ---- agents -----------------------------------------------------------------------------------------------
 
@@ -179,6 +187,7 @@ class NixlTransport(ThreadedTransport):
             else:
                 self._initiator.remove_remote_agent(peer.agent_name)
         landing = open_ops & {TransferOp.WRITE} if is_hung and not peer.is_dead() else set()
+        peer.is_left = bool(landing)
         if peer.life is not None and not landing:
             peer.life.close()
         return landing
