@@ -155,6 +155,37 @@ def test_what_a_library_raises_ends_tickets_and_not_the_thread(caplog: pytest.Lo
     transport.close()
 
 
+class Unserving(Broken):
+    """A leaf whose library breaks while it serves peers."""
+
+    is_shut_down = False
+    breaks = False
+
+    def _advance(self, transfer: Transfer) -> Step:
+        return Step.WAITING
+
+    def _serve(self) -> None:
+        if self.breaks:
+            raise ZeroDivisionError
+
+    def _shut_down(self) -> None:
+        self.is_shut_down = True
+
+
+def test_a_library_that_breaks_while_it_serves_ends_tickets_and_not_the_thread() -> None:
+    transport = Unserving()
+    transport.register([Region(4096, 100)])
+    peer = transport.connect(b"fine")
+    ticket = transport.submit(peer, READ, ALL)
+    transport.breaks = True
+    completion = wait_for(transport, ticket)[ticket]
+    assert (completion.status, completion.reason) == (TransferStatus.UNKNOWN, "ZeroDivisionError: ")
+    close = transport.close_peer(peer)
+    assert wait_for(transport, close)[close].status is TransferStatus.OK
+    transport.close()
+    assert transport.is_shut_down
+
+
 def test_pieces_must_be_int64_arrays_of_one_length(pair) -> None:
     here, _, peer = pair
     for wrong in (ALL._replace(length=ALL.length[:1]), ALL._replace(length=ALL.length.astype(np.int32))):
