@@ -185,8 +185,8 @@ def test_every_rank_gets_its_heads(
     assert not prefill.scheduler._jobs
 
 
-def test_a_connection_counts_as_closed_when_it_is_on_every_rank(engine: Callable[..., Engine]) -> None:
-    prefill, decode = engine(1, 4), engine(2, 4)
+def hand_over(prefill: Engine, decode: Engine) -> None:
+    """Up to where the decode engine waits for all of the prompt."""
     asked = {"do_remote_decode": True}
     prefill.scheduler.on_new_request(request("p", asked))
     done = request("p", asked, status="FINISHED_STOPPED", outputs=[7], num_computed_tokens=30)
@@ -195,6 +195,18 @@ def test_a_connection_counts_as_closed_when_it_is_on_every_rank(engine: Callable
     decode.scheduler.on_new_request(wanted)
     assert decode.scheduler.get_num_new_matched_tokens(wanted, 0) == (30, True)
     decode.scheduler.update_state_after_alloc(wanted, (list(range(1, 9)),), 30)
+
+
+def test_engines_that_listen_on_ipv6_alone_hand_over(engine: Callable[..., Engine]) -> None:
+    prefill, decode = (engine(1, 4, host="::1") for _ in range(2))
+    hand_over(prefill, decode)
+    until(lambda: decode.received and prefill.sent, prefill, decode)
+    assert (decode.received, decode.failed, prefill.sent) == (["d"], [], ["p"])
+
+
+def test_a_connection_counts_as_closed_when_it_is_on_every_rank(engine: Callable[..., Engine]) -> None:
+    prefill, decode = engine(1, 4), engine(2, 4)
+    hand_over(prefill, decode)
     until(lambda: decode.received, decode, prefill)
     prefill.close()
     until(lambda: decode.scheduler.agent.has_events)
