@@ -112,6 +112,7 @@ class ControlChannel(Generic[M]):
         self._lock = threading.Lock()
         self._inbox: deque[tuple[str, bytes | Connected | Lost]] = deque()
         self._inbox_bytes: Counter[str] = Counter()
+        self._has_news = False
         self._outbox: deque[tuple[str, bytes | None]] = deque()  # None: hang up
         self._dialled: dict[str, _Dialled] = {}
         self._names: set[str] = set()
@@ -273,7 +274,6 @@ class ControlChannel(Generic[M]):
         self._poller.poll(_TICK_MS)
         with suppress(BlockingIOError):
             self._wake_out.recv(4096)
-        num_before = len(self._inbox)
         self._authenticate()
         self._connections.watch()
         while self._outbox:
@@ -285,7 +285,8 @@ class ControlChannel(Generic[M]):
             self._follow(peer, dialled)
             for frames in _receive(dialled.socket):
                 self._take(peer, frames)
-        if len(self._inbox) > num_before and self._on_news is not None:
+        if self._has_news and self._on_news is not None:
+            self._has_news = False
             self._on_news()
 
     def _authenticate(self) -> None:
@@ -342,10 +343,12 @@ class ControlChannel(Generic[M]):
                 return
             self._inbox_bytes[peer] += size
             self._inbox.append((peer, frames[0].bytes))
+        self._has_news = True
 
     def _put_inbox(self, peer: str, change: Connected | Lost) -> None:
         with self._lock:
             self._inbox.append((peer, change))
+        self._has_news = True
 
 
 class _CurveKeys:

@@ -15,6 +15,7 @@ import pytest
 import zmq
 
 from kvferry.errors import ConfigError, TransferError
+from kvferry.p2p import control
 from kvferry.p2p.control import Connected, ControlChannel, ControlSettings, Lost
 from kvferry.p2p.wire import Codec
 
@@ -85,6 +86,33 @@ def test_messages_go_both_ways_in_order(channel, settings: dict[str, Any]) -> No
     for number in range(10):
         server.send(sender, Note("fro", number))
     assert wait_for(client, lambda items: len(items) == 10) == [(peer, Note("fro", n)) for n in range(10)]
+
+
+def test_what_comes_while_the_owner_polls_is_told(channel, monkeypatch: pytest.MonkeyPatch) -> None:
+    wakes: list[int] = []
+    server, client = channel(on_news=lambda: wakes.append(1)), channel()
+    peer = connected(client, server)
+    client.send(peer, Note("not polled yet"))
+    until(lambda: wakes)
+    receive, polled = control._receive, []
+
+    def poll_before_it_is_taken(from_: Any) -> Any:
+        if (messages := receive(from_)) and from_ is server._router:
+            polled.extend(server.poll())
+        return messages
+
+    monkeypatch.setattr(control, "_receive", poll_before_it_is_taken)
+    wakes.clear()
+    client.send(peer, Note("now"))
+    until(lambda: wakes)
+    assert [what.text for _, what in polled + server.poll()] == ["not polled yet", "now"]
+
+
+def until(holds: Callable[[], Any]) -> None:
+    deadline_s = time.monotonic() + 10
+    while not holds():
+        assert time.monotonic() < deadline_s
+        time.sleep(0.002)
 
 
 def test_two_clients_are_told_apart(channel) -> None:
