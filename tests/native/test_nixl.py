@@ -274,6 +274,18 @@ def test_settings_that_nixl_refuses_are_a_config_error() -> None:
         NixlTransport("test", {"num_threads": "abc"}).register([Region(4096, 100)])
 
 
+def test_whatever_an_agent_raises_is_a_config_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that `auto` goes on with what else there is."""
+    transport = NixlTransport("test")
+
+    def no_plugins(*_: object) -> None:
+        raise RuntimeError("No plugins available for NIXL")
+
+    monkeypatch.setattr(transport._api, "nixl_agent", no_plugins)
+    with pytest.raises(ConfigError, match=r"NIXL cannot register .*RuntimeError: No plugins available"):
+        transport.register([Region(4096, 100)])
+
+
 def test_memory_that_cannot_be_registered_is_named() -> None:
     with pytest.raises(ConfigError, match="one kind"):
         NixlTransport("test").register([Region(4096, 100), Region(4096, 100, "cuda:0")])

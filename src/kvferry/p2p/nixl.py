@@ -142,7 +142,9 @@ class NixlTransport(ThreadedTransport):
             self._target = self._make_agent()
             self._initiator = self._make_agent()
             metadata = self._target.get_agent_metadata()
-        except self._errors as error:
+        except ConfigError:
+            raise
+        except Exception as error:  # plugins are loaded here: what they raise is not known
             raise ConfigError(f"NIXL cannot register the KV pool: {type(error).__name__}: {error}") from error
         nonce, path = secrets.token_bytes(16), ""
         with suppress(OSError):  # no room: then nobody can tell whether we live

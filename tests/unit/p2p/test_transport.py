@@ -11,6 +11,7 @@ import torch
 
 from kvferry.clock import FakeClock
 from kvferry.errors import ConfigError, TransferError
+from kvferry.p2p import choice
 from kvferry.p2p.choice import choose, create_transports
 from kvferry.p2p.shm import SharedPool
 from kvferry.p2p.threaded import Step, ThreadedTransport, Transfer
@@ -236,6 +237,20 @@ def test_what_a_worker_offers(monkeypatch: pytest.MonkeyPatch) -> None:
         create_transports("nixl", regions, engine_id="test")
     with pytest.raises(ConfigError, match="did you mean 'nixl'"):
         create_transports("nixle", regions, engine_id="test")
+
+
+def test_transports_made_are_closed_when_the_next_one_breaks(monkeypatch: pytest.MonkeyPatch) -> None:
+    shm = fake_end(FakeNetwork(), [100]).transport
+    shm.regions = ()
+
+    def breaks(*_: object) -> Transport:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(choice, "ShmTransport", lambda pool: shm)
+    monkeypatch.setattr(choice, "_nixl", breaks)
+    with pytest.raises(ZeroDivisionError):
+        create_transports("auto", [Region(4096, 100)], engine_id="test")
+    assert shm.is_dead
 
 
 def test_the_fake_is_a_transport() -> None:
