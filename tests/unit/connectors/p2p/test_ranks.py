@@ -10,6 +10,7 @@ import pickle
 import time
 from collections.abc import Callable, Iterator
 from functools import reduce
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -23,6 +24,8 @@ from kvferry.contract.host import HostInfo
 from kvferry.contract.kv_cache import KVConnectorOutput
 from kvferry.contract.views import RequestView, StepView
 from kvferry.errors import ConfigError
+from kvferry.p2p import choice, shm
+from kvferry.testing.transports import FakeNetwork, FakeTransport
 from kvferry.types import AttentionKind, GroupInfo
 
 HEADS, WIDTH, LAYERS, NUM_BLOCKS = 4, 8, ("a", "b"), 20
@@ -202,6 +205,17 @@ def test_engines_that_listen_on_ipv6_alone_hand_over(engine: Callable[..., Engin
     hand_over(prefill, decode)
     until(lambda: decode.received and prefill.sent, prefill, decode)
     assert (decode.received, decode.failed, prefill.sent) == (["d"], [], ["p"])
+
+
+def test_an_engine_starts_without_room_in_shared_memory(
+    engine: Callable[..., Engine], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(shm, "SHM_DIRECTORY", tmp_path / "file" / "no folder")
+    monkeypatch.setattr(choice, "_nixl", lambda *_: FakeTransport(FakeNetwork(), "nixl"))
+    assert list(engine(1, 4, transport="auto").workers[0].transports) == ["nixl"]
+    with pytest.raises(ConfigError, match="no room for a shared KV pool"):
+        engine(1, 4, transport="shm")
 
 
 def test_a_connection_counts_as_closed_when_it_is_on_every_rank(engine: Callable[..., Engine]) -> None:
