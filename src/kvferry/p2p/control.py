@@ -40,6 +40,7 @@ _HEARTBEAT_MS = 2000
 _HIGH_WATER = 16  # messages per connection
 _TICK_MS = 500
 _JOIN_S = 5.0
+_MAX_WARNED = 1000
 _ZAP = "inproc://zeromq.zap.01"
 _TCP_BYTES_RECEIVED = 128  # offset in struct tcp_info of Linux
 _CONNECTED = zmq.EVENT_HANDSHAKE_SUCCEEDED
@@ -113,6 +114,7 @@ class ControlChannel(Generic[M]):
         self._inbox: deque[tuple[str, bytes | Connected | Lost]] = deque()
         self._inbox_bytes: Counter[str] = Counter()
         self._has_news = False
+        self._warned: set[str] = set()
         self._outbox: deque[tuple[str, bytes | None]] = deque()  # None: hang up
         self._dialled: dict[str, _Dialled] = {}
         self._names: set[str] = set()
@@ -164,8 +166,18 @@ class ControlChannel(Generic[M]):
                 out.append((peer, self._codec.decode(item) if isinstance(item, bytes) else item))
             except TransferError as error:
                 self.num_dropped += 1
-                logger.debug("from %s: %s", peer, error)
+                self._warn_once(peer, error)
         return out
+
+    def _warn_once(self, peer: str, error: TransferError) -> None:
+        is_news = peer not in self._warned and len(self._warned) < _MAX_WARNED
+        if is_news:
+            self._warned.add(peer)
+        logger.log(
+            logging.WARNING if is_news else logging.DEBUG,
+            "%s sent %s: dropped, and more from there in silence; do all engines run the same version of kvferry?",
+            peer, error,
+        )  # fmt: skip
 
     def close(self) -> None:
         """Hang up everything and stop listening. Idempotent."""

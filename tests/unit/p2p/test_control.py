@@ -320,6 +320,19 @@ def test_random_frames_of_a_true_zmq_peer_kill_nobody(channel) -> None:
     is_alive(server, channel)
 
 
+def test_what_cannot_be_understood_is_told_once_per_peer(channel, caplog: pytest.LogCaptureFixture) -> None:
+    server = channel()
+    connection, sender = admitted(server)
+    with connection:
+        for _ in range(3):
+            connection.sendall(frame(b"KVF\x07another version"))
+        connection.sendall(frame(Codec(Note).encode(Note("good"))))
+        assert [what for _, what in wait_for(server, bool)] == [Note("good")]
+    assert server.num_dropped == 3
+    (record,) = [record for record in caplog.records if record.levelname == "WARNING"]
+    assert f"{sender} sent a control message of version 07, this engine speaks 01" in record.getMessage()
+
+
 def test_a_huge_frame_is_cut_before_it_is_sent(channel) -> None:
     server = channel(max_bytes=10_000)
     connection, _ = admitted(server)

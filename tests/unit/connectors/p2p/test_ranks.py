@@ -246,3 +246,13 @@ def test_a_worker_that_says_nothing_is_a_config_error(engine: Callable[..., Engi
     with pytest.raises(ConfigError, match=r"workers \[1\] of 2 described their KV cache"):
         scheduler.set_xfer_handshake_metadata({1: WorkerHandshake(1, b"", {})})
     scheduler.shutdown()
+
+
+def test_what_peers_would_refuse_for_its_size_is_a_config_error(engine: Callable[..., Engine]) -> None:
+    geometry = engine(1, 4).scheduler._geometry
+    scheduler = P2PSchedulerSide(host_of(0, 1, 4))
+    shakes = [WorkerHandshake(0, geometry, {"shm": bytes(num_bytes)}) for num_bytes in (65537, 65536)]
+    with pytest.raises(ConfigError, match=r"`bytes` of length <= 65536.*'shm': 65537.*kv_connector_extra_config"):
+        scheduler.set_xfer_handshake_metadata({0: shakes[0]})
+    scheduler.set_xfer_handshake_metadata({0: shakes[1]})
+    scheduler.shutdown()
