@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import Any
 
 import msgspec
 import pytest
 from pair import RULES, D, E, P, Pair
 
+from kvferry.connectors.p2p.config import P2PConfig
 from kvferry.errors import ConfigError, TransferError
 from kvferry.p2p import actions as a
 from kvferry.p2p import messages as m
@@ -93,6 +95,20 @@ def test_lease_is_held_for_a_claim_beyond_its_deadline_but_not_for_ever() -> Non
     (ended,) = pair.take(D, a.LoadEnded)
     assert not ended.ok
     assert ended.blocks_quarantined, "D's ranks still read"
+
+
+@pytest.mark.parametrize(
+    ("waits", "announced_s", "parked_s"), [({"lease_s": 900}, 700, 0), ({"announce_s": 900}, 0, 800)]
+)
+def test_waits_that_the_user_made_long_are_not_cut(waits: dict[str, int], announced_s: float, parked_s: float) -> None:
+    pair = Pair(**asdict(P2PConfig.parse(waits, {}).waits()))
+    params = pair.finish()
+    pair.advance(announced_s)
+    pair.call(D, "announce", "x", params)
+    pair.advance(parked_s)
+    pair.call(D, "park", "x", [[11, 12, 13], [0, 15, 16]], (0, 12))
+    pair.end_job(D, pair.take(D, a.StartTransfer)[0].job)
+    assert pair.take(D, a.LoadEnded) == [a.LoadEnded("x", True, "", False, 12, (7,))]
 
 
 def test_a_lease_nobody_claims_expires_and_a_late_claim_is_refused() -> None:

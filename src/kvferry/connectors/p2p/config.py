@@ -88,10 +88,14 @@ class P2PConfig:
         return None if self.key_file is None else read_secret(self.key_file, f"{EXTRA_CONFIG}.key_file")
 
     def waits(self) -> P2PSettings:
-        """The core's deadlines. ConfigError when one is not above 0."""
+        """The core's deadlines. ConfigError when one is not above 0.
+
+        Who claims a lease at its last moment, and waits for blocks as long as that may be, can still load.
+        """
         own = {f.name for f in dataclasses.fields(self)}
         names = [f.name for f in dataclasses.fields(P2PSettings) if f.name in own]
-        return P2PSettings(**{name: getattr(self, name) for name in names})
+        longest_s = max(_WAITS.max_lease_s, self.lease_s + self.announce_s + self.load_s)
+        return P2PSettings(**{name: getattr(self, name) for name in names}, max_lease_s=longest_s)
 
     def control(self, key: str | None) -> ControlSettings:
         """Where to listen."""
