@@ -115,7 +115,7 @@ class ControlChannel(Generic[M]):
         self._inbox_bytes: Counter[str] = Counter()
         self._has_news = False
         self._warned: set[str] = set()
-        self._outbox: deque[tuple[str, bytes | None]] = deque()  # None: hang up
+        self._outbox: deque[tuple[str, bytes | None]] = deque()  # empty: dial; None: hang up
         self._dialled: dict[str, _Dialled] = {}
         self._names: set[str] = set()
         self._is_closing = False
@@ -186,7 +186,8 @@ class ControlChannel(Generic[M]):
         self._thread.join(_JOIN_S)
 
     def _put(self, peer: str, frame: bytes | None) -> None:
-        if len(self._outbox) >= self._settings.max_outbox:
+        """Only messages may be lost: who dials waits for an answer."""
+        if frame and len(self._outbox) >= self._settings.max_outbox:
             self.num_dropped += 1
             return
         self._outbox.append((peer, frame))

@@ -115,6 +115,15 @@ def until(holds: Callable[[], Any]) -> None:
         time.sleep(0.002)
 
 
+def test_where_messages_do_not_fit_commands_do(channel) -> None:
+    server, client = channel(), channel(max_outbox=0)
+    peer = connected(client, server)
+    client.send(peer, Note("no room"))
+    assert client.num_dropped == 1
+    client.disconnect(peer)
+    until(lambda: not client._dialled)
+
+
 def test_two_clients_are_told_apart(channel) -> None:
     server, one, two = channel(), channel(), channel()
     for client, text in ((one, "one"), (two, "two")):
