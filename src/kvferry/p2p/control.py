@@ -41,6 +41,7 @@ _HIGH_WATER = 16  # messages per connection
 _TICK_MS = 500
 _JOIN_S = 5.0
 _MAX_WARNED = 1000
+_MESSAGE_BYTES = 256  # what one costs here beside its content, so that empty ones are bounded too
 _ZAP = "inproc://zeromq.zap.01"
 _TCP_BYTES_RECEIVED = 128  # offset in struct tcp_info of Linux
 _CONNECTED = zmq.EVENT_HANDSHAKE_SUCCEEDED
@@ -344,7 +345,7 @@ class ControlChannel(Generic[M]):
 
     def _take(self, peer: str, frames: list[zmq.Frame]) -> None:
         """One message of exactly one frame, if there is room for it."""
-        size = sum(len(frame) for frame in frames)
+        size = _MESSAGE_BYTES + sum(len(frame) for frame in frames)
         settings = self._settings
         with self._lock:
             is_full = (

@@ -412,6 +412,16 @@ def test_messages_nobody_polls_are_bounded_and_one_flooder_does_not_silence_othe
     assert server.num_dropped + flooder.num_dropped >= 50
 
 
+def test_empty_messages_nobody_polls_are_bounded_too(channel) -> None:
+    server = channel(max_peer_inbox_bytes=10_000)
+    connection, _ = admitted(server)
+    with connection:
+        connection.sendall(frame(b"") * 1000)
+        until(lambda: server.num_dropped >= 900 or len(server._inbox) == 1000)
+        assert len(server._inbox) < 50
+    is_alive(server, channel)
+
+
 def test_a_reader_that_does_not_read_costs_a_bounded_queue(channel) -> None:
     server = channel(max_bytes=200_000)
     slow, sender = admitted(server)

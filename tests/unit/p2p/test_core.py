@@ -452,6 +452,21 @@ def test_idle_peers_are_evicted() -> None:
     assert all(core.next_deadline() == float("inf") or core.next_deadline() > pair.now for core in pair.cores.values())
 
 
+def test_strangers_do_not_keep_engines_out() -> None:
+    pair = Pair((P, D, E), max_peers=3)
+    pair.end_job(D, started(pair))
+    for number in range(5):
+        core = pair.cores[P]
+        generation, claim_id, to = (pair.new_id() for _ in range(3))
+        core.message(f"@{number}", m.Renew(generation=generation, claim_id=claim_id, to=to), pair.now)
+        core.take_actions()
+    assert [peer["name"] for peer in pair.cores[P].snapshot()["peers"]] == [D, "@3", "@4"]
+    pair.load(E, pair.finish("second"))
+    pair.end_job(E, pair.take(E, a.StartTransfer)[0].job)
+    assert pair.take(E, a.LoadEnded)[0].ok
+    assert [peer["name"] for peer in pair.cores[P].snapshot()["peers"]] == [D, "@4", E]
+
+
 def test_snapshot_says_what_is_open_in_plain_values() -> None:
     pair = Pair()
     started(pair)
