@@ -18,7 +18,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import Enum
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +63,7 @@ _REASONS = {
     "FINISHED_ERROR": FinishReason.ERROR,
 }
 _MAX_HANDED_TOKENS = 1024
+_MAX_CHECKED = 32  # geometries of peers, of at most 1 MiB each
 
 
 class LoadState(Enum):
@@ -176,8 +177,8 @@ class P2PSchedulerSide(SchedulerSide):
             self.host.engine_id, random_id(), address.host, address.port, self.host.world_size, self._geometry, blobs,
             rules,
         )  # fmt: skip
-        # The peer reads the same words, so they say who is who.
-        check = partial(check_geometries, sides=(self.host.engine_id, "its peer"))
+        # The peer reads the same words, so they say who is who. Peers introduce themselves more than once.
+        check = lru_cache(_MAX_CHECKED)(partial(check_geometries, sides=(self.host.engine_id, "its peer")))
         return P2PCore(local, check, self.config.waits())
 
     def _facts(self) -> tuple[tuple[str, str], ...]:

@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 import torch
 
+from kvferry.connectors.p2p import scheduler as scheduler_module
 from kvferry.connectors.p2p.messages import WorkerHandshake
 from kvferry.connectors.p2p.scheduler import P2PSchedulerSide
 from kvferry.connectors.p2p.worker import P2PWorkerSide
@@ -246,6 +247,23 @@ def test_a_worker_that_says_nothing_is_a_config_error(engine: Callable[..., Engi
     with pytest.raises(ConfigError, match=r"workers \[1\] of 2 described their KV cache"):
         scheduler.set_xfer_handshake_metadata({1: WorkerHandshake(1, b"", {})})
     scheduler.shutdown()
+
+
+def test_a_geometry_that_is_seen_again_is_not_checked_again(
+    engine: Callable[..., Engine], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checked: list[bool] = []
+    check = scheduler_module.check_geometries
+
+    def count(local: bytes, remote: bytes, is_from_remote: bool, sides: tuple[str, str]) -> list[str]:
+        checked.append(is_from_remote)
+        return check(local, remote, is_from_remote, sides)
+
+    monkeypatch.setattr(scheduler_module, "check_geometries", count)
+    prefill, decode = engine(1, 4), engine(1, 4)
+    hand_over(prefill, decode)
+    until(lambda: decode.received and prefill.sent, prefill, decode)
+    assert sorted(checked) == [False, True], "each looks at the other once, whether it asks or answers"
 
 
 def test_what_peers_would_refuse_for_its_size_is_a_config_error(engine: Callable[..., Engine]) -> None:
