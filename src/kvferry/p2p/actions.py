@@ -116,11 +116,10 @@ Action = Connect | Disconnect | Send | OpenPeer | ClosePeer | StartTransfer | Re
 
 @dataclass(frozen=True, slots=True)
 class GroupRule:
-    """What of a group is handed over: all, the last `window_tokens`, or (recurrent state) the last block alone."""
+    """What of a group is handed over: all, or the last `window_tokens`."""
 
     block_tokens: int
     window_tokens: int | None = None
-    is_state: bool = False
 
 
 @dataclass(frozen=True, slots=True)

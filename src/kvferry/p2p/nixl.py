@@ -89,7 +89,7 @@ class _Posts:
 class NixlTransport(ThreadedTransport):
     """Memory of one kind (all CPU, or all CUDA). `ucx_params` go to the UCX backend as they are."""
 
-    capabilities = Capabilities("nixl", devices=("cpu", "cuda"), close_fences_writes=False)
+    capabilities = Capabilities("nixl", devices=("cpu", "cuda"))
     serve_interval_s = 0.001
 
     def __init__(self, engine_id: str, ucx_params: Mapping[str, str] | None = None) -> None:

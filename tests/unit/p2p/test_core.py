@@ -506,8 +506,7 @@ def test_params_that_cannot_be_used_are_named(change: dict[str, Any], text: str)
 
 
 def test_block_selection() -> None:
-    state = a.GroupRule(4, is_state=True)
-    assert select_blocks([[1, 2, 3, 4], [5, 6, 7, 8], [9]], (*RULES, state), 13) == ((1, 2, 3, 4), (0, 6, 7, 8), (9,))
+    assert select_blocks([[1, 2, 3, 4], [5, 6, 7, 8]], RULES, 13) == ((1, 2, 3, 4), (0, 6, 7, 8))
     assert select_blocks([[1, 2], [3, 4]], RULES, 4) == ((1,), (3,))
     with pytest.raises(ValueError, match="group 1 has 1 blocks of 4 tokens for 8 tokens"):
         select_blocks([[1, 2], [3]], RULES, 8)
