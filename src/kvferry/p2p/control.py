@@ -24,7 +24,7 @@ import time
 from collections import Counter, deque
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Generic
 
 import zmq
@@ -45,13 +45,6 @@ _MESSAGE_BYTES = 256  # what one costs here beside its content, so that empty on
 _ZAP = "inproc://zeromq.zap.01"
 _TCP_BYTES_RECEIVED = 128  # offset in struct tcp_info of Linux
 _CONNECTED = zmq.EVENT_HANDSHAKE_SUCCEEDED
-_LOST = {
-    zmq.EVENT_DISCONNECTED: "the connection broke",
-    zmq.EVENT_CONNECT_RETRIED: "it cannot be reached",
-    zmq.EVENT_HANDSHAKE_FAILED_AUTH: "it refused our key",
-    zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL: "one side has a key_file, the other has none, or it is no kvferry engine",
-    zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL: "it closed during the handshake, or has another key in its key_file",
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +75,28 @@ class Lost:
     """A peer cannot be talked to now. One that was dialled may be `Connected` again later."""
 
     reason: str
+    remedy: str = field(default="", compare=False)
+
+    def __str__(self) -> str:
+        return f"{self.reason}; {self.remedy}" if self.remedy else self.reason
+
+
+_SAME_KEY = "kv_connector_extra_config.key_file must name the same key in all engines, or be set in none"
+_LOST = {
+    zmq.EVENT_DISCONNECTED: Lost("the connection broke"),
+    zmq.EVENT_CONNECT_RETRIED: Lost(
+        "it cannot be reached",
+        "does that engine run, do its host, advertised_host and port (kv_connector_extra_config) name an address that "
+        "this machine reaches, and does no firewall stand between?",
+    ),
+    zmq.EVENT_HANDSHAKE_FAILED_AUTH: Lost("it refused our key", _SAME_KEY),
+    zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL: Lost(
+        "one side has a key_file, the other has none, or it is no kvferry engine", _SAME_KEY
+    ),
+    zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL: Lost(
+        "it closed during the handshake, or has another key in its key_file", _SAME_KEY
+    ),
+}
 
 
 @dataclass(slots=True)
@@ -101,8 +116,9 @@ class ControlChannel(Generic[M]):
         is_loopback = is_allowed(settings.host, LOOPBACK)
         if settings.key is None and not is_loopback:
             raise ConfigError(
-                f"p2p.host={settings.host!r} can be reached from other machines, which could then read and write KV "
-                "memory: set key_file (the same key in all engines and the proxy), or bind 127.0.0.1"
+                f"kv_connector_extra_config.host={settings.host!r} can be reached from other machines, which could "
+                "then read and write KV memory: set key_file (the same key in all engines and the proxy), or bind "
+                "127.0.0.1"
             )
         self.num_dropped = 0
         """Messages given up: not connected, queue or inbox full, not understood."""
@@ -226,7 +242,8 @@ class ControlChannel(Generic[M]):
             self._router.bind(f"tcp://{f'[{host}]' if ':' in host else host}:{settings.port or '*'}")
         except zmq.ZMQError as error:
             raise ConfigError(
-                f"p2p.host={settings.host!r}, p2p.port={settings.port} cannot be bound: {error}"
+                f"kv_connector_extra_config.host={settings.host!r}, port={settings.port} cannot be bound: {error}; "
+                "give an address of this machine, and a port that is free (0: any)"
             ) from error
         port = int(self._router.getsockopt_string(zmq.LAST_ENDPOINT).rpartition(":")[2])
         bound = socket.gethostname() if settings.host in ("*", "", "0.0.0.0", "::") else settings.host
@@ -341,7 +358,7 @@ class ControlChannel(Generic[M]):
             is_connected = event["event"] == _CONNECTED
             if is_connected is not dialled.is_connected:
                 dialled.is_connected = is_connected
-                self._put_inbox(peer, Connected() if is_connected else Lost(_LOST[event["event"]]))
+                self._put_inbox(peer, Connected() if is_connected else _LOST[event["event"]])
 
     def _take(self, peer: str, frames: list[zmq.Frame]) -> None:
         """One message of exactly one frame, if there is room for it."""

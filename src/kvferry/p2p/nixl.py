@@ -213,6 +213,7 @@ class NixlTransport(ThreadedTransport):
             if was_open and not peer.is_closing:
                 self._try_open(peer)
         for transfer in posted:
+            assert isinstance(transfer.peer, _NixlPeer)
             if transfer.peer.agent_name is None:
                 transfer.peer.unknown_ops.add(transfer.op)
 

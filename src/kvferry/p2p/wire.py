@@ -126,7 +126,10 @@ def is_allowed(host: str, patterns: Sequence[str]) -> bool:
 def derive_key(key: str, purpose: str) -> bytes:
     """32 bytes for one purpose. ConfigError when the shared key is too short to be one."""
     if len(key.encode()) < _MIN_KEY_BYTES:
-        raise ConfigError(f"the shared key has fewer than {_MIN_KEY_BYTES} bytes; make one with: openssl rand -hex 32")
+        raise ConfigError(
+            "the shared key (in the file that key_file of kv_connector_extra_config, or --shared-key-file of the proxy "
+            f"names) has fewer than {_MIN_KEY_BYTES} bytes; make one with: openssl rand -hex 32"
+        )
     return hmac.digest(key.encode(), f"kvferry p2p {purpose}".encode(), "sha256")
 
 
@@ -141,7 +144,7 @@ def verify_peer(key: str, token: str, address: Address, transfer_id: str, now_s:
     """TransferError unless the token was made by `sign_peer` for exactly this, with our key, and has not expired."""
     parts = _TOKEN.fullmatch(token)
     if parts is None:
-        raise TransferError("the peer token is malformed")
+        raise TransferError("the peer token is malformed: pass peer_token on as `kvferry proxy` made it")
     expected = sign_peer(key, address, transfer_id, int(parts[1]))
     if not hmac.compare_digest(expected, token):
         raise TransferError(

@@ -184,6 +184,20 @@ def test_nobody_there_is_told_once(channel) -> None:
         client.disconnect(peer)
 
 
+def test_what_to_do_about_a_lost_peer_is_said(channel) -> None:
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        for peer, remedy in (
+            (f"127.0.0.1:{unused.getsockname()[1]}", "host, advertised_host and port"),
+            (str(channel(key=KEY).address), "kv_connector_extra_config.key_file"),
+        ):
+            client = channel(key=KEY + "!")
+            client.connect(peer)
+            ((_, lost),) = wait_for(client, bool)[:1]
+            assert str(lost).startswith(lost.reason)
+            assert remedy in str(lost)
+
+
 def test_a_client_that_has_gone_is_lost_when_written_to(channel) -> None:
     server, client = channel(), channel()
     client.send(connected(client, server), Note("hello"))

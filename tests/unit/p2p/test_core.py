@@ -111,6 +111,17 @@ def test_waits_that_the_user_made_long_are_not_cut(waits: dict[str, int], announ
     assert pair.take(D, a.LoadEnded) == [a.LoadEnded("x", True, "", False, 12, (7,))]
 
 
+def test_a_deadline_that_passes_names_its_setting() -> None:
+    pair = Pair(announce_s=20, load_s=30)
+    params = pair.finish()
+    pair.call(D, "announce", "early", params)
+    pair.load(D, params)
+    pair.advance(40)
+    early, late = pair.take(D, a.LoadEnded)
+    assert early.reason == "deadline passed while announced: it may take kv_connector_extra_config.announce_s=20 s"
+    assert late.reason == "deadline passed while transferring: it may take kv_connector_extra_config.load_s=30 s"
+
+
 def test_a_lease_nobody_claims_expires_and_a_late_claim_is_refused() -> None:
     pair = Pair(lease_s=10)
     params = pair.finish()
@@ -516,5 +527,5 @@ def test_block_selection() -> None:
 
 @pytest.mark.parametrize("bad", [{"lease_s": 0}, {"claim_s": 0.5}])
 def test_settings_are_checked(bad: dict[str, float]) -> None:
-    with pytest.raises(ConfigError, match=next(iter(bad))):
+    with pytest.raises(ConfigError, match=f"kv_connector_extra_config.{next(iter(bad))}="):
         a.P2PSettings(**bad)

@@ -254,6 +254,15 @@ def test_too_small_shared_memory_falls_to_a_folder_or_says_what_to_do(
     assert not file.exists()
 
 
+def test_memory_of_another_user_is_explained(here: End, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(path: str, flags: int) -> int:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(os, "open", refuse)
+    why = here.transport.why_unreachable(here.transport.local_blob())
+    assert "Permission denied; its owner runs as another user" in str(why)
+
+
 @pytest.mark.parametrize("path", ["/etc/passwd", "kvferry-x-1-0123456789abcdef", "/dev/shm/kvferry-x-1-0123"])
 def test_a_blob_cannot_name_other_files(here: End, path: str) -> None:
     blob = msgspec.msgpack.decode(here.transport.local_blob())
