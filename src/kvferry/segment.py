@@ -77,10 +77,10 @@ class Segment:
         try:
             fd = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
         except OSError as error:
-            raise HostError(
-                f"cannot map the {what} {path}: {error.strerror}; its owner has ended, or runs on another machine or "
-                "in a container that does not share this folder"
-            ) from error
+            why = "its owner has ended, or runs on another machine or in a container that does not share this folder"
+            if isinstance(error, PermissionError):
+                why = "its owner runs as another user, and the file is for that one alone: run both as one user"
+            raise HostError(f"cannot map the {what} {path}: {error.strerror}; {why}") from error
         try:
             _check_is(fd, path, num_bytes, header, what)
             return cls(path, fd, num_bytes, is_owner=False, populate=populate)

@@ -14,7 +14,7 @@ import pytest
 
 from kvferry.errors import ConfigError
 from kvferry.p2p.nixl import NixlTransport
-from kvferry.p2p.transport import Region, TransferOp, TransferStatus
+from kvferry.p2p.transport import PeerHandle, Region, TransferOp, TransferStatus
 from kvferry.testing.transport_checks import End, TransportChecks, copies, wait_for
 
 READ, WRITE = TransferOp.READ, TransferOp.WRITE
@@ -175,6 +175,55 @@ def test_a_hung_peer_is_closed_and_others_go_on(start_owner, monkeypatch: pytest
             assert not here.transport.peer_has_ended(peers[0])
             hung.kill()
             _until(lambda: here.transport.peer_has_ended(peers[0]))
+            assert peers[0].life._is_closed
+            assert here.transport.peer_has_ended(peers[0])
+    finally:
+        here.transport.close()
+
+
+@pytest.mark.parametrize("op", TransferOp)
+def test_two_hung_peers_closed_at_once_end_alike(start_owner, monkeypatch: pytest.MonkeyPatch, op: TransferOp) -> None:
+    """The first close destroys what the second one's transfer runs on: that must not make it look as if it never ran.
+
+    A third peer cannot be connected to again then: its own trouble.
+    """
+    monkeypatch.setenv("UCX_TLS", "tcp")
+    here = nixl_end([SIZE])
+    try:
+        owners = [start_owner() for _ in range(4)]
+        *hung, lost, fine = peers = [here.transport.connect(owner.blob) for owner in owners]
+        for peer in peers:
+            ticket = here.transport.submit(peer, READ, copies([(0, 0, 0, 0, 64)]))
+            assert wait_for(here.transport, ticket)[ticket].status is TransferStatus.OK
+        for owner in owners[:2]:
+            owner.signal(signal.SIGSTOP)
+        tickets = [here.transport.submit(peer, op, copies(WHOLE)) for peer in hung]
+        time.sleep(1)
+        assert here.transport.poll() == []
+        add = here.transport._open_peer
+
+        def add_all_but_one(peer: PeerHandle) -> None:
+            if peer is lost:
+                raise RuntimeError("nobody expected this")
+            add(peer)
+
+        monkeypatch.setattr(here.transport, "_open_peer", add_all_but_one)
+        with here.transport._lock:  # both commands are in one batch
+            closes = [here.transport.close_peer(peer) for peer in hung]
+        ended = wait_for(here.transport, *tickets, *closes)
+        is_read = op is READ
+        expected = [TransferStatus.FAILED] * 2 + [TransferStatus.OK] * 2 if is_read else [TransferStatus.UNKNOWN] * 4
+        assert [ended[ticket].status for ticket in (*tickets, *closes)] == expected
+        ticket = here.transport.submit(lost, READ, copies(WHOLE))
+        assert "nobody expected this" in wait_for(here.transport, ticket)[ticket].reason
+        ticket = here.transport.submit(fine, READ, copies(WHOLE))
+        assert wait_for(here.transport, ticket)[ticket].status is TransferStatus.OK
+        assert np.array_equal(here.memory[0], EXPECTED)
+        here.memory[0][:] = 253
+        for owner in owners[:2]:
+            owner.signal(signal.SIGCONT)
+        time.sleep(2)
+        assert (here.memory[0] == 253).all(), "bytes landed behind the fence"
     finally:
         here.transport.close()
 
@@ -223,6 +272,18 @@ def test_missing_library_names_the_command(monkeypatch: pytest.MonkeyPatch) -> N
 def test_settings_that_nixl_refuses_are_a_config_error() -> None:
     with pytest.raises(ConfigError, match="NIXL cannot register"):
         NixlTransport("test", {"num_threads": "abc"}).register([Region(4096, 100)])
+
+
+def test_whatever_an_agent_raises_is_a_config_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that `auto` goes on with what else there is."""
+    transport = NixlTransport("test")
+
+    def no_plugins(*_: object) -> None:
+        raise RuntimeError("No plugins available for NIXL")
+
+    monkeypatch.setattr(transport._api, "nixl_agent", no_plugins)
+    with pytest.raises(ConfigError, match=r"NIXL cannot register .*RuntimeError: No plugins available"):
+        transport.register([Region(4096, 100)])
 
 
 def test_memory_that_cannot_be_registered_is_named() -> None:

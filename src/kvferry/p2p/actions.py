@@ -116,11 +116,10 @@ Action = Connect | Disconnect | Send | OpenPeer | ClosePeer | StartTransfer | Re
 
 @dataclass(frozen=True, slots=True)
 class GroupRule:
-    """What of a group is handed over: all, the last `window_tokens`, or (recurrent state) the last block alone."""
+    """What of a group is handed over: all, or the last `window_tokens`."""
 
     block_tokens: int
     window_tokens: int | None = None
-    is_state: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,9 +160,11 @@ class P2PSettings:
     def __post_init__(self) -> None:
         for setting in fields(self):
             if not (value := getattr(self, setting.name)) > 0:
-                raise ConfigError(f"p2p.{setting.name}={value} must be above 0")
+                raise ConfigError(f"kv_connector_extra_config.{setting.name}={value} must be above 0")
         if self.claim_s < 4 * self.retry_s:
-            raise ConfigError(f"p2p.claim_s={self.claim_s} must be at least 4 times p2p.retry_s={self.retry_s}")
+            raise ConfigError(
+                f"kv_connector_extra_config.claim_s={self.claim_s} must be at least 4 times retry_s={self.retry_s}"
+            )
 
     @property
     def renew_s(self) -> float:

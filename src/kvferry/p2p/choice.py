@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 
 from kvferry.errors import ConfigError, TransferError, did_you_mean
 from kvferry.p2p.shm import SharedPool, ShmTransport
@@ -40,15 +41,19 @@ def create_transports(
         raise ConfigError(f"p2p transport {requested!r} is unknown{did_you_mean(requested, [AUTO, *makers])}")
     transports: dict[str, Transport] = {}
     reasons = []
-    for name in PREFERENCE if requested == AUTO else (requested,):
-        try:
-            transport = makers[name]()
-            transport.register(regions)
-            transports[name] = transport
-        except ConfigError as error:
-            if requested != AUTO:
-                raise
-            reasons.append(f"{name}: {error}")
+    with ExitStack() as made:
+        for name in PREFERENCE if requested == AUTO else (requested,):
+            try:
+                transport = makers[name]()
+                transport.register(regions)
+            except ConfigError as error:
+                if requested != AUTO:
+                    raise
+                reasons.append(f"{name}: {error}")
+            else:
+                transports[name] = transport
+                made.callback(transport.close)
+        made.pop_all()  # nothing was raised: they are the caller's
     if not transports:
         raise ConfigError(f"no p2p transport works here: {'; '.join(reasons)}")
     logger.info("p2p transports: %s%s", ", ".join(transports), f" (not {'; '.join(reasons)})" if reasons else "")

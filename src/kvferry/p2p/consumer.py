@@ -191,9 +191,12 @@ class Consumer(Role):
                 load.deadline_s = inf
                 self._peers.close_connection(peer, load.connection, "a transfer that was given up does not end", now)
             elif now >= load.deadline_s:
-                self._fail(load, f"deadline passed while {load.state.value}", now)
+                key = "announce_s" if load.state is LoadState.ANNOUNCED else "load_s"
+                limit = f"kv_connector_extra_config.{key}={getattr(self._settings, key)} s"
+                self._fail(load, f"deadline passed while {load.state.value}: it may take {limit}", now)
             elif load.connection is None:
-                self._fail(load, f"no connection to {peer} within {self._settings.handshake_s} s", now)
+                limit = f"{self._settings.handshake_s} s (kv_connector_extra_config.handshake_s)"
+                self._fail(load, f"no connection to {peer} within {limit}", now)
             else:
                 load.renew_s = now + self._settings.renew_s
                 self._send(peer, m.Renew(**self._ids(load.claim_id, load.generation)))
@@ -340,4 +343,7 @@ class Consumer(Role):
             case m.Pushed():
                 return f"the producer could not write: {message.reason}"
             case _:
-                return "the lease did not hold while it was read"
+                return (
+                    "the lease did not hold while it was read: the prefill engine restarted, or heard nothing for so "
+                    "long as kv_connector_extra_config.claim_s says there; raise it if engines stand still for longer"
+                )

@@ -24,7 +24,7 @@ import time
 from collections import Counter, deque
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Generic
 
 import zmq
@@ -40,16 +40,11 @@ _HEARTBEAT_MS = 2000
 _HIGH_WATER = 16  # messages per connection
 _TICK_MS = 500
 _JOIN_S = 5.0
+_MAX_WARNED = 1000
+_MESSAGE_BYTES = 256  # what one costs here beside its content, so that empty ones are bounded too
 _ZAP = "inproc://zeromq.zap.01"
 _TCP_BYTES_RECEIVED = 128  # offset in struct tcp_info of Linux
 _CONNECTED = zmq.EVENT_HANDSHAKE_SUCCEEDED
-_LOST = {
-    zmq.EVENT_DISCONNECTED: "the connection broke",
-    zmq.EVENT_CONNECT_RETRIED: "it cannot be reached",
-    zmq.EVENT_HANDSHAKE_FAILED_AUTH: "it refused our key",
-    zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL: "one side has a key_file, the other has none, or it is no kvferry engine",
-    zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL: "it closed during the handshake, or has another key in its key_file",
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,6 +75,28 @@ class Lost:
     """A peer cannot be talked to now. One that was dialled may be `Connected` again later."""
 
     reason: str
+    remedy: str = field(default="", compare=False)
+
+    def __str__(self) -> str:
+        return f"{self.reason}; {self.remedy}" if self.remedy else self.reason
+
+
+_SAME_KEY = "kv_connector_extra_config.key_file must name the same key in all engines, or be set in none"
+_LOST = {
+    zmq.EVENT_DISCONNECTED: Lost("the connection broke"),
+    zmq.EVENT_CONNECT_RETRIED: Lost(
+        "it cannot be reached",
+        "does that engine run, do its host, advertised_host and port (kv_connector_extra_config) name an address that "
+        "this machine reaches, and does no firewall stand between?",
+    ),
+    zmq.EVENT_HANDSHAKE_FAILED_AUTH: Lost("it refused our key", _SAME_KEY),
+    zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL: Lost(
+        "one side has a key_file, the other has none, or it is no kvferry engine", _SAME_KEY
+    ),
+    zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL: Lost(
+        "it closed during the handshake, or has another key in its key_file", _SAME_KEY
+    ),
+}
 
 
 @dataclass(slots=True)
@@ -99,8 +116,9 @@ class ControlChannel(Generic[M]):
         is_loopback = is_allowed(settings.host, LOOPBACK)
         if settings.key is None and not is_loopback:
             raise ConfigError(
-                f"p2p.host={settings.host!r} can be reached from other machines, which could then read and write KV "
-                "memory: set key_file (the same key in all engines and the proxy), or bind 127.0.0.1"
+                f"kv_connector_extra_config.host={settings.host!r} can be reached from other machines, which could "
+                "then read and write KV memory: set key_file (the same key in all engines and the proxy), or bind "
+                "127.0.0.1"
             )
         self.num_dropped = 0
         """Messages given up: not connected, queue or inbox full, not understood."""
@@ -112,7 +130,9 @@ class ControlChannel(Generic[M]):
         self._lock = threading.Lock()
         self._inbox: deque[tuple[str, bytes | Connected | Lost]] = deque()
         self._inbox_bytes: Counter[str] = Counter()
-        self._outbox: deque[tuple[str, bytes | None]] = deque()  # None: hang up
+        self._has_news = False
+        self._warned: set[str] = set()
+        self._outbox: deque[tuple[str, bytes | None]] = deque()  # empty: dial; None: hang up
         self._dialled: dict[str, _Dialled] = {}
         self._names: set[str] = set()
         self._is_closing = False
@@ -163,8 +183,18 @@ class ControlChannel(Generic[M]):
                 out.append((peer, self._codec.decode(item) if isinstance(item, bytes) else item))
             except TransferError as error:
                 self.num_dropped += 1
-                logger.debug("from %s: %s", peer, error)
+                self._warn_once(peer, error)
         return out
+
+    def _warn_once(self, peer: str, error: TransferError) -> None:
+        is_news = peer not in self._warned and len(self._warned) < _MAX_WARNED
+        if is_news:
+            self._warned.add(peer)
+        logger.log(
+            logging.WARNING if is_news else logging.DEBUG,
+            "%s sent %s: dropped, and more from there in silence; do all engines run the same version of kvferry?",
+            peer, error,
+        )  # fmt: skip
 
     def close(self) -> None:
         """Hang up everything and stop listening. Idempotent."""
@@ -173,7 +203,8 @@ class ControlChannel(Generic[M]):
         self._thread.join(_JOIN_S)
 
     def _put(self, peer: str, frame: bytes | None) -> None:
-        if len(self._outbox) >= self._settings.max_outbox:
+        """Only messages may be lost: who dials waits for an answer."""
+        if frame and len(self._outbox) >= self._settings.max_outbox:
             self.num_dropped += 1
             return
         self._outbox.append((peer, frame))
@@ -211,7 +242,8 @@ class ControlChannel(Generic[M]):
             self._router.bind(f"tcp://{f'[{host}]' if ':' in host else host}:{settings.port or '*'}")
         except zmq.ZMQError as error:
             raise ConfigError(
-                f"p2p.host={settings.host!r}, p2p.port={settings.port} cannot be bound: {error}"
+                f"kv_connector_extra_config.host={settings.host!r}, port={settings.port} cannot be bound: {error}; "
+                "give an address of this machine, and a port that is free (0: any)"
             ) from error
         port = int(self._router.getsockopt_string(zmq.LAST_ENDPOINT).rpartition(":")[2])
         bound = socket.gethostname() if settings.host in ("*", "", "0.0.0.0", "::") else settings.host
@@ -273,7 +305,6 @@ class ControlChannel(Generic[M]):
         self._poller.poll(_TICK_MS)
         with suppress(BlockingIOError):
             self._wake_out.recv(4096)
-        num_before = len(self._inbox)
         self._authenticate()
         self._connections.watch()
         while self._outbox:
@@ -285,7 +316,8 @@ class ControlChannel(Generic[M]):
             self._follow(peer, dialled)
             for frames in _receive(dialled.socket):
                 self._take(peer, frames)
-        if len(self._inbox) > num_before and self._on_news is not None:
+        if self._has_news and self._on_news is not None:
+            self._has_news = False
             self._on_news()
 
     def _authenticate(self) -> None:
@@ -326,11 +358,11 @@ class ControlChannel(Generic[M]):
             is_connected = event["event"] == _CONNECTED
             if is_connected is not dialled.is_connected:
                 dialled.is_connected = is_connected
-                self._put_inbox(peer, Connected() if is_connected else Lost(_LOST[event["event"]]))
+                self._put_inbox(peer, Connected() if is_connected else _LOST[event["event"]])
 
     def _take(self, peer: str, frames: list[zmq.Frame]) -> None:
         """One message of exactly one frame, if there is room for it."""
-        size = sum(len(frame) for frame in frames)
+        size = _MESSAGE_BYTES + sum(len(frame) for frame in frames)
         settings = self._settings
         with self._lock:
             is_full = (
@@ -342,10 +374,12 @@ class ControlChannel(Generic[M]):
                 return
             self._inbox_bytes[peer] += size
             self._inbox.append((peer, frames[0].bytes))
+        self._has_news = True
 
     def _put_inbox(self, peer: str, change: Connected | Lost) -> None:
         with self._lock:
             self._inbox.append((peer, change))
+        self._has_news = True
 
 
 class _CurveKeys:

@@ -29,7 +29,7 @@ import msgspec
 from msgspec import Meta, Struct
 
 from kvferry.errors import TransferError
-from kvferry.p2p.wire import Codec
+from kvferry.p2p.wire import Address, Codec
 
 PROTOCOL = 1
 MAX_GROUPS = 64
@@ -207,8 +207,8 @@ class Handover(Struct, frozen=True, kw_only=True):
 
     @property
     def peer(self) -> str:
-        """The peer's name in this library: `host:port` of its listener."""
-        return f"{self.remote_host}:{self.remote_port}"
+        """The peer's name in this library: `host:port` or `[IPv6]:port` of its listener."""
+        return str(Address(self.remote_host, self.remote_port))
 
     @classmethod
     def parse(cls, params: object) -> Handover:

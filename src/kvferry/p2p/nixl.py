@@ -68,6 +68,8 @@ class _NixlPeer(PeerHandle):
         self.agent_name: str | None = None  # as known to the initiator; None: not connected to it
         self.life: Segment | None = None
         self.ended: tuple[float, int] | None = None  # when it was first seen dead: time, turn of `_serve`
+        self.is_left = False  # closed, and something may still land there: the owner's thread looks at its life alone
+        self.is_over = False  # it was, and has ended
         self.addresses = np.array([region.address for region in blob.regions], dtype=np.int64)
         self.device_ids = np.array([region.device_id for region in blob.regions], dtype=np.int64)
 
@@ -87,7 +89,7 @@ class _Posts:
 class NixlTransport(ThreadedTransport):
     """Memory of one kind (all CPU, or all CUDA). `ucx_params` go to the UCX backend as they are."""
 
-    capabilities = Capabilities("nixl", devices=("cpu", "cuda"), close_fences_writes=False)
+    capabilities = Capabilities("nixl", devices=("cpu", "cuda"))
     serve_interval_s = 0.001
 
     def __init__(self, engine_id: str, ucx_params: Mapping[str, str] | None = None) -> None:
@@ -109,12 +111,18 @@ class NixlTransport(ThreadedTransport):
     def peer_has_ended(self, peer: PeerHandle) -> bool:
         """The lock on its life sign is free, and has been long enough for what it sent to have landed."""
         assert isinstance(peer, _NixlPeer)
+        if peer.is_over:
+            return True
         if (peer.is_closing and peer.unknown_ops != {TransferOp.WRITE}) or not peer.is_dead():
             return False
         if peer.ended is None:
             peer.ended = time.monotonic(), self._num_turns
         seen_s, seen_turn = peer.ended
-        return time.monotonic() - seen_s >= _DRAIN_S and self._num_turns - seen_turn >= _DRAIN_TURNS
+        has_ended = time.monotonic() - seen_s >= _DRAIN_S and self._num_turns - seen_turn >= _DRAIN_TURNS
+        if has_ended and peer.is_left and peer.life is not None:
+            peer.is_over = True
+            peer.life.close()
+        return has_ended
 
     # ---- agents -----------------------------------------------------------------------------------------------
 
@@ -134,7 +142,9 @@ class NixlTransport(ThreadedTransport):
             self._target = self._make_agent()
             self._initiator = self._make_agent()
             metadata = self._target.get_agent_metadata()
-        except self._errors as error:
+        except ConfigError:
+            raise
+        except Exception as error:  # plugins are loaded here: what they raise is not known
             raise ConfigError(f"NIXL cannot register the KV pool: {type(error).__name__}: {error}") from error
         nonce, path = secrets.token_bytes(16), ""
         with suppress(OSError):  # no room: then nobody can tell whether we live
@@ -163,6 +173,8 @@ class NixlTransport(ThreadedTransport):
                     peer.blob.life, PAGE_BYTES, peer.blob.nonce, what="life sign", populate=False
                 )
         try:
+            if self._initiator is None:
+                self._initiator = self._make_agent()
             name = self._initiator.add_remote_agent(peer.blob.metadata)
         except self._errors as error:
             raise TransferError(f"NIXL cannot connect: {type(error).__name__}: {error}") from error
@@ -171,29 +183,39 @@ class NixlTransport(ThreadedTransport):
     def _close_peer(self, peer: PeerHandle, open_ops: set[TransferOp]) -> set[TransferOp]:
         assert isinstance(peer, _NixlPeer)
         is_hung = bool(peer.unknown_ops) or any(t.peer is peer and t.state and t.state.open for t in self._active)
-        if is_hung:
-            self._replace_initiator()
-        elif peer.agent_name is not None:
-            self._initiator.remove_remote_agent(peer.agent_name)
+        if peer.agent_name is not None:  # else an earlier replacement was its fence too
+            if is_hung:
+                self._replace_initiator()
+            else:
+                self._initiator.remove_remote_agent(peer.agent_name)
         landing = open_ops & {TransferOp.WRITE} if is_hung and not peer.is_dead() else set()
+        peer.is_left = bool(landing)
         if peer.life is not None and not landing:
             peer.life.close()
         return landing
 
     def _replace_initiator(self) -> None:
-        """Destroy it, the only fence there is. Other peers' transfers go on with the new one, from their last post."""
-        for transfer in self._active:
-            if transfer.state is not None:
-                transfer.state.next[:0] = [span for _, span in transfer.state.open]
-                for handle, _ in transfer.state.open:
-                    self._release(handle)
-                transfer.state.open = []
+        """Destroy it, the only fence there is. Other peers' transfers go on with the new one, from their last post.
+
+        Of peers that are closing too, or cannot be opened again, what was posted is as unknown as the hung peer's.
+        """
+        posted = [transfer for transfer in self._active if transfer.state is not None and transfer.state.open]
+        for transfer in posted:
+            transfer.state.next[:0] = [span for _, span in transfer.state.open]
+            for handle, _ in transfer.state.open:
+                self._release(handle)
+            transfer.state.open = []
         self._initiator.agent = None
-        self._initiator = self._make_agent()
+        self._initiator = None
         for peer in self._peers:
             assert isinstance(peer, _NixlPeer)
-            if peer.agent_name is not None and not peer.is_closing:
-                self._open_peer(peer)
+            was_open, peer.agent_name = peer.agent_name is not None, None
+            if was_open and not peer.is_closing:
+                self._try_open(peer)
+        for transfer in posted:
+            assert isinstance(transfer.peer, _NixlPeer)
+            if transfer.peer.agent_name is None:
+                transfer.peer.unknown_ops.add(transfer.op)
 
     def _serve(self) -> None:
         """Answer peers: connections, and over TCP also their reads and writes."""

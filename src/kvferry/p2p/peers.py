@@ -231,9 +231,7 @@ class Peers:
             elif peer.name not in wanted and now - peer.heard_s >= self._settings.idle_s:
                 self.close(peer, f"{peer.name} was idle", now)
                 if peer.closing is None:
-                    self._calls.answered("hello", peer.name)
-                    self._emit(Disconnect(peer.name))
-                    del self._peers[peer.name]
+                    self._forget(peer)
 
     def next_deadline(self, wanted: Set[str], busy: Set[str]) -> float:
         """When `tick` has something to do."""
@@ -256,9 +254,23 @@ class Peers:
         return max(peer.heard_s, peer.owes_s) + self._settings.liveness_s
 
     def _record(self, name: str, now: float) -> Peer | None:
-        if name not in self._peers and len(self._peers) < self._settings.max_peers:
-            self._peers[name] = Peer(name, heard_s=now, epoch=self._num_closed)
+        if name not in self._peers:
+            if len(self._peers) >= self._settings.max_peers:
+                self._forget_a_stranger()
+            if len(self._peers) < self._settings.max_peers:
+                self._peers[name] = Peer(name, heard_s=now, epoch=self._num_closed)
         return self._peers.get(name)
+
+    def _forget_a_stranger(self) -> None:
+        """Whoever wrote to us longest ago and never introduced itself; anybody can make many of those."""
+        strangers = (x for x in self._peers.values() if x.hello is None and not x.is_source and x.closing is None)
+        if (peer := min(strangers, key=lambda x: x.heard_s, default=None)) is not None:
+            self._forget(peer)
+
+    def _forget(self, peer: Peer) -> None:
+        self._calls.answered("hello", peer.name)
+        self._emit(Disconnect(peer.name))
+        del self._peers[peer.name]
 
     def _hello(self, peer: Peer, nonce: str, *, is_answer: bool) -> Hello:
         me = self._local

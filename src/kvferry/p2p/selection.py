@@ -24,8 +24,6 @@ def select_blocks(blocks: Sequence[Sequence[int]], groups: Sequence[GroupRule], 
 
 def _select(ids: Sequence[int], rule: GroupRule, num_tokens: int, group: int) -> tuple[int, ...]:
     needed = -(-num_tokens // rule.block_tokens)
-    if rule.is_state:
-        return tuple(ids[-1:]) if needed else ()
     if len(ids) < needed:
         raise ValueError(f"group {group} has {len(ids)} blocks of {rule.block_tokens} tokens for {num_tokens} tokens")
     first = 0 if rule.window_tokens is None else max(0, num_tokens - rule.window_tokens) // rule.block_tokens

@@ -48,16 +48,19 @@ class SharedPool:
     """The memory of a worker's KV pool, allocated where peers can map it.
 
     `context()` is what a connector answers to `get_mem_pool_context`: inside it, a one-dimensional int8 `torch.zeros`
-    on the CPU (the one allocation that our engine and vLLM make for all KV) is served from a shared mapping.
+    on the CPU (the one allocation that our engine and vLLM make for all KV) is served from a shared mapping. Where it
+    `is_optional`, memory that does not fit there is allocated as usual, and `refusal` says why.
     """
 
-    def __init__(self, engine_id: str, fallback_folder: Path | None = None) -> None:
+    def __init__(self, engine_id: str, fallback_folder: Path | None = None, *, is_optional: bool = False) -> None:
+        self.refusal = ""
         self._engine_id = engine_id
         self._fallback_folder = fallback_folder
+        self._is_optional = is_optional
         self._parts: list[tuple[Segment, _Part]] = []
 
     def context(self) -> AbstractContextManager[Any]:
-        """A context in which KV memory is shared. ConfigError from within `torch.zeros` when there is no room."""
+        """A context in which KV memory is shared. ConfigError from within `torch.zeros` when it must be, and is not."""
         from torch.overrides import TorchFunctionMode
 
         pool = self
@@ -67,7 +70,8 @@ class SharedPool:
                 self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
             ) -> Any:
                 num_bytes = _pool_bytes(func, args, kwargs or {})
-                return func(*args, **(kwargs or {})) if num_bytes is None else pool.zeros(num_bytes)
+                shared = None if num_bytes is None else pool._try_zeros(num_bytes)
+                return func(*args, **(kwargs or {})) if shared is None else shared
 
         return SharedAllocation()
 
@@ -84,6 +88,16 @@ class SharedPool:
         segment = self._create(PAGE_BYTES + num_bytes, header)
         self._parts.append((segment, _Part(segment.path, num_bytes, nonce)))
         return torch.frombuffer(segment.map, dtype=torch.int8, count=num_bytes, offset=PAGE_BYTES)
+
+    def _try_zeros(self, num_bytes: int) -> torch.Tensor | None:
+        try:
+            return self.zeros(num_bytes)
+        except ConfigError as error:
+            if not self._is_optional:
+                raise
+            self.refusal = str(error)
+            logger.warning("KV cannot be handed over through shared memory: %s", error)
+            return None
 
     def place(self, address: int, num_bytes: int) -> tuple[_Part, int] | None:
         """The part these bytes lie in, and their offset there; None when they are not all in one."""
@@ -117,8 +131,8 @@ class SharedPool:
             return segment
         raise ConfigError(
             f"no room for a shared KV pool of {num_bytes} bytes ({'; '.join(said)}): give the container more shared "
-            "memory (docker --shm-size), make the pool smaller, set p2p shm_dir to a folder on a disk, or choose "
-            "another transport than shm"
+            "memory (docker --shm-size), make the pool smaller, set kv_connector_extra_config.shm_dir to a folder on a "
+            "disk, or choose another transport than shm"
         )
 
 
@@ -211,10 +225,10 @@ class ShmTransport(ThreadedTransport):
         for number, region in enumerate(self.regions):
             place = self._pool.place(region.address, region.num_bytes)
             if place is None:
-                raise ConfigError(
-                    f"KV region {number} ({region.num_bytes} bytes) does not lie in shared memory: the host did not "
-                    "allocate it within get_mem_pool_context(); choose another transport than shm"
+                why = self._pool.refusal or (
+                    "the host did not allocate it within get_mem_pool_context(); choose another transport than shm"
                 )
+                raise ConfigError(f"KV region {number} ({region.num_bytes} bytes) does not lie in shared memory: {why}")
             part, offset = place
             if part not in parts:
                 parts.append(part)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -35,6 +36,7 @@ logger = logging.getLogger(__name__)
 B = TypeVar("B", bound=msgspec.Struct)
 _IDLE_S = 0.0005
 _JOIN_S = 5.0
+_REST_S = 0.2  # after a failure that the next turn would repeat
 
 
 def decode_blob(blob: bytes, kind: type[B]) -> B:
@@ -228,12 +230,26 @@ class ThreadedTransport(ABC):
                 commands, self._commands = self._commands, deque()
             for command in commands:
                 command()
-            self._serve()
+            self._serve_peers()
             steps = {self._turn(transfer) for transfer in list(self._active)}
             is_waiting = steps <= {Step.WAITING}
         for peer in list(self._peers):
             self._close(peer, 0)
         self._shut_down()
+
+    def _serve_peers(self) -> None:
+        try:
+            self._serve()
+        except Exception as error:  # a thread's main: tickets must end, and peers still be closed
+            logger.exception("%s: serving peers", self.capabilities.name)
+            for transfer in list(self._active):
+                self._give_up(transfer, error)
+            time.sleep(_REST_S)
+
+    def _give_up(self, transfer: Transfer, error: Exception) -> None:
+        """It ends, and nobody knows what of it goes on."""
+        transfer.peer.unknown_ops.add(transfer.op)
+        self._end(transfer, TransferStatus.UNKNOWN, f"{type(error).__name__}: {error}")
 
     def _turn(self, transfer: Transfer) -> Step:
         """One step of one transfer, and its end if that was the last."""
@@ -241,12 +257,12 @@ class ThreadedTransport(ABC):
             self._check_open(transfer.peer)
             step = self._advance(transfer)
         except TransferError as error:
-            self._end(transfer, TransferStatus.FAILED, str(error))
+            is_unknown = transfer.op in transfer.peer.unknown_ops
+            self._end(transfer, TransferStatus.UNKNOWN if is_unknown else TransferStatus.FAILED, str(error))
             return Step.DONE
         except Exception as error:  # a thread's main: what a library may raise is not known, nor what it left running
             logger.exception("%s: transfer %d", self.capabilities.name, transfer.ticket)
-            transfer.peer.unknown_ops.add(transfer.op)
-            self._end(transfer, TransferStatus.UNKNOWN, f"{type(error).__name__}: {error}")
+            self._give_up(transfer, error)
             return Step.DONE
         if step is Step.DONE:
             self._end(transfer, TransferStatus.OK, "")
@@ -266,6 +282,10 @@ class ThreadedTransport(ABC):
 
     def _open(self, peer: PeerHandle) -> None:
         self._peers.append(peer)
+        self._try_open(peer)
+
+    def _try_open(self, peer: PeerHandle) -> None:
+        """Open it, or note why all its tickets fail."""
         try:
             self._open_peer(peer)
         except TransferError as error:
@@ -278,7 +298,7 @@ class ThreadedTransport(ABC):
         """Open transfers first, then the close ticket."""
         transfers = [transfer for transfer in self._active if transfer.peer is peer]
         is_broken = self._broken.pop(peer, None) is not None
-        ops = set() if is_broken else {transfer.op for transfer in transfers} | peer.unknown_ops
+        ops = peer.unknown_ops | (set() if is_broken else {transfer.op for transfer in transfers})
         reason = "may still land: closing the connection is no fence for it"
         try:
             landing = self._close_peer(peer, ops)

@@ -101,12 +101,10 @@ class Completion:
 
 @dataclass(frozen=True, slots=True)
 class Capabilities:
-    """What a transport can do. `*_fence`: closing a peer that answers no more ends these operations for certain."""
+    """What a transport can do."""
 
     name: str
     devices: tuple[str, ...]
-    close_fences_reads: bool = True
-    close_fences_writes: bool = True
 
 
 class PeerHandle:

@@ -13,8 +13,10 @@ import base64
 import hmac
 import re
 from collections.abc import Sequence
+from contextlib import suppress
 from fnmatch import fnmatchcase
-from ipaddress import ip_address, ip_network
+from functools import lru_cache
+from ipaddress import IPv4Network, IPv6Network, ip_address, ip_network
 from typing import Any, Generic, NamedTuple, TypeVar
 
 import msgspec
@@ -92,6 +94,20 @@ def is_ip(host: str) -> bool:
     return True
 
 
+@lru_cache(maxsize=1024)
+def parse_network(pattern: str) -> IPv4Network | IPv6Network:
+    """A network as in 10.0.0.0/8; ConfigError otherwise, with the network that an address in it stands for."""
+    try:
+        return ip_network(pattern)
+    except ValueError as error:
+        hint = ""
+        with suppress(ValueError):
+            hint = f"; did you mean {str(ip_network(pattern, strict=False))!r}?"
+        raise ConfigError(
+            f"kv_connector_extra_config.allowed_peers: {pattern!r} is no network: {error}{hint}"
+        ) from error
+
+
 def is_allowed(host: str, patterns: Sequence[str]) -> bool:
     """Whether a host is in one of the networks (10.0.0.0/8) or like one of the names (*.cluster.local).
 
@@ -99,10 +115,7 @@ def is_allowed(host: str, patterns: Sequence[str]) -> bool:
     """
     for pattern in patterns:
         if "/" in pattern:
-            try:
-                network = ip_network(pattern)
-            except ValueError as error:
-                raise ConfigError(f"allowed_peers: {pattern!r} is no network: {error}") from error
+            network = parse_network(pattern)
             if is_ip(host) and ip_address(host) in network:
                 return True
         elif fnmatchcase(host.lower(), pattern.lower()):
@@ -113,7 +126,10 @@ def is_allowed(host: str, patterns: Sequence[str]) -> bool:
 def derive_key(key: str, purpose: str) -> bytes:
     """32 bytes for one purpose. ConfigError when the shared key is too short to be one."""
     if len(key.encode()) < _MIN_KEY_BYTES:
-        raise ConfigError(f"the shared key has fewer than {_MIN_KEY_BYTES} bytes; make one with: openssl rand -hex 32")
+        raise ConfigError(
+            "the shared key (in the file that key_file of kv_connector_extra_config, or --shared-key-file of the proxy "
+            f"names) has fewer than {_MIN_KEY_BYTES} bytes; make one with: openssl rand -hex 32"
+        )
     return hmac.digest(key.encode(), f"kvferry p2p {purpose}".encode(), "sha256")
 
 
@@ -128,7 +144,7 @@ def verify_peer(key: str, token: str, address: Address, transfer_id: str, now_s:
     """TransferError unless the token was made by `sign_peer` for exactly this, with our key, and has not expired."""
     parts = _TOKEN.fullmatch(token)
     if parts is None:
-        raise TransferError("the peer token is malformed")
+        raise TransferError("the peer token is malformed: pass peer_token on as `kvferry proxy` made it")
     expected = sign_peer(key, address, transfer_id, int(parts[1]))
     if not hmac.compare_digest(expected, token):
         raise TransferError(

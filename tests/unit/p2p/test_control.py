@@ -17,6 +17,7 @@ import pytest
 import zmq
 
 from kvferry.errors import ConfigError, TransferError
+from kvferry.p2p import control
 from kvferry.p2p.control import Connected, ControlChannel, ControlSettings, Lost
 from kvferry.p2p.wire import Codec
 
@@ -89,6 +90,42 @@ def test_messages_go_both_ways_in_order(channel, settings: dict[str, Any]) -> No
     assert wait_for(client, lambda items: len(items) == 10) == [(peer, Note("fro", n)) for n in range(10)]
 
 
+def test_what_comes_while_the_owner_polls_is_told(channel, monkeypatch: pytest.MonkeyPatch) -> None:
+    wakes: list[int] = []
+    server, client = channel(on_news=lambda: wakes.append(1)), channel()
+    peer = connected(client, server)
+    client.send(peer, Note("not polled yet"))
+    until(lambda: wakes)
+    receive, polled = control._receive, []
+
+    def poll_before_it_is_taken(from_: Any) -> Any:
+        if (messages := receive(from_)) and from_ is server._router:
+            polled.extend(server.poll())
+        return messages
+
+    monkeypatch.setattr(control, "_receive", poll_before_it_is_taken)
+    wakes.clear()
+    client.send(peer, Note("now"))
+    until(lambda: wakes)
+    assert [what.text for _, what in polled + server.poll()] == ["not polled yet", "now"]
+
+
+def until(holds: Callable[[], Any]) -> None:
+    deadline_s = time.monotonic() + 10
+    while not holds():
+        assert time.monotonic() < deadline_s
+        time.sleep(0.002)
+
+
+def test_where_messages_do_not_fit_commands_do(channel) -> None:
+    server, client = channel(), channel(max_outbox=0)
+    peer = connected(client, server)
+    client.send(peer, Note("no room"))
+    assert client.num_dropped == 1
+    client.disconnect(peer)
+    until(lambda: not client._dialled)
+
+
 def test_two_clients_are_told_apart(channel) -> None:
     server, one, two = channel(), channel(), channel()
     for client, text in ((one, "one"), (two, "two")):
@@ -147,6 +184,20 @@ def test_nobody_there_is_told_once(channel) -> None:
         time.sleep(1)
         assert client.poll() == []
         client.disconnect(peer)
+
+
+def test_what_to_do_about_a_lost_peer_is_said(channel) -> None:
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        for peer, remedy in (
+            (f"127.0.0.1:{unused.getsockname()[1]}", "host, advertised_host and port"),
+            (str(channel(key=KEY).address), "kv_connector_extra_config.key_file"),
+        ):
+            client = channel(key=KEY + "!")
+            client.connect(peer)
+            ((_, lost),) = wait_for(client, bool)[:1]
+            assert str(lost).startswith(lost.reason)
+            assert remedy in str(lost)
 
 
 def test_a_client_that_has_gone_is_lost_when_written_to(channel) -> None:
@@ -294,6 +345,19 @@ def test_random_frames_of_a_true_zmq_peer_kill_nobody(channel) -> None:
     is_alive(server, channel)
 
 
+def test_what_cannot_be_understood_is_told_once_per_peer(channel, caplog: pytest.LogCaptureFixture) -> None:
+    server = channel()
+    connection, sender = admitted(server)
+    with connection:
+        for _ in range(3):
+            connection.sendall(frame(b"KVF\x07another version"))
+        connection.sendall(frame(Codec(Note).encode(Note("good"))))
+        assert [what for _, what in wait_for(server, bool)] == [Note("good")]
+    assert server.num_dropped == 3
+    (record,) = [record for record in caplog.records if record.levelname == "WARNING"]
+    assert f"{sender} sent a control message of version 07, this engine speaks 01" in record.getMessage()
+
+
 def test_a_huge_frame_is_cut_before_it_is_sent(channel) -> None:
     server = channel(max_bytes=10_000)
     connection, _ = admitted(server)
@@ -362,6 +426,16 @@ def test_messages_nobody_polls_are_bounded_and_one_flooder_does_not_silence_othe
     items = wait_for(server, lambda items: any(what == Note("me too") for _, what in items))
     assert sum(what != Note("me too") for _, what in items) <= 9
     assert server.num_dropped + flooder.num_dropped >= 50
+
+
+def test_empty_messages_nobody_polls_are_bounded_too(channel) -> None:
+    server = channel(max_peer_inbox_bytes=10_000)
+    connection, _ = admitted(server)
+    with connection:
+        connection.sendall(frame(b"") * 1000)
+        until(lambda: server.num_dropped >= 900 or len(server._inbox) == 1000)
+        assert len(server._inbox) < 50
+    is_alive(server, channel)
 
 
 def test_a_reader_that_does_not_read_costs_a_bounded_queue(channel) -> None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import Any
 
 import msgspec
 import pytest
 from pair import RULES, D, E, P, Pair
 
+from kvferry.connectors.p2p.config import P2PConfig
 from kvferry.errors import ConfigError, TransferError
 from kvferry.p2p import actions as a
 from kvferry.p2p import messages as m
@@ -93,6 +95,31 @@ def test_lease_is_held_for_a_claim_beyond_its_deadline_but_not_for_ever() -> Non
     (ended,) = pair.take(D, a.LoadEnded)
     assert not ended.ok
     assert ended.blocks_quarantined, "D's ranks still read"
+
+
+@pytest.mark.parametrize(
+    ("waits", "announced_s", "parked_s"), [({"lease_s": 900}, 700, 0), ({"announce_s": 900}, 0, 800)]
+)
+def test_waits_that_the_user_made_long_are_not_cut(waits: dict[str, int], announced_s: float, parked_s: float) -> None:
+    pair = Pair(**asdict(P2PConfig.parse(waits, {}).waits()))
+    params = pair.finish()
+    pair.advance(announced_s)
+    pair.call(D, "announce", "x", params)
+    pair.advance(parked_s)
+    pair.call(D, "park", "x", [[11, 12, 13], [0, 15, 16]], (0, 12))
+    pair.end_job(D, pair.take(D, a.StartTransfer)[0].job)
+    assert pair.take(D, a.LoadEnded) == [a.LoadEnded("x", True, "", False, 12, (7,))]
+
+
+def test_a_deadline_that_passes_names_its_setting() -> None:
+    pair = Pair(announce_s=20, load_s=30)
+    params = pair.finish()
+    pair.call(D, "announce", "early", params)
+    pair.load(D, params)
+    pair.advance(40)
+    early, late = pair.take(D, a.LoadEnded)
+    assert early.reason == "deadline passed while announced: it may take kv_connector_extra_config.announce_s=20 s"
+    assert late.reason == "deadline passed while transferring: it may take kv_connector_extra_config.load_s=30 s"
 
 
 def test_a_lease_nobody_claims_expires_and_a_late_claim_is_refused() -> None:
@@ -436,6 +463,21 @@ def test_idle_peers_are_evicted() -> None:
     assert all(core.next_deadline() == float("inf") or core.next_deadline() > pair.now for core in pair.cores.values())
 
 
+def test_strangers_do_not_keep_engines_out() -> None:
+    pair = Pair((P, D, E), max_peers=3)
+    pair.end_job(D, started(pair))
+    for number in range(5):
+        core = pair.cores[P]
+        generation, claim_id, to = (pair.new_id() for _ in range(3))
+        core.message(f"@{number}", m.Renew(generation=generation, claim_id=claim_id, to=to), pair.now)
+        core.take_actions()
+    assert [peer["name"] for peer in pair.cores[P].snapshot()["peers"]] == [D, "@3", "@4"]
+    pair.load(E, pair.finish("second"))
+    pair.end_job(E, pair.take(E, a.StartTransfer)[0].job)
+    assert pair.take(E, a.LoadEnded)[0].ok
+    assert [peer["name"] for peer in pair.cores[P].snapshot()["peers"]] == [D, "@4", E]
+
+
 def test_snapshot_says_what_is_open_in_plain_values() -> None:
     pair = Pair()
     started(pair)
@@ -475,8 +517,7 @@ def test_params_that_cannot_be_used_are_named(change: dict[str, Any], text: str)
 
 
 def test_block_selection() -> None:
-    state = a.GroupRule(4, is_state=True)
-    assert select_blocks([[1, 2, 3, 4], [5, 6, 7, 8], [9]], (*RULES, state), 13) == ((1, 2, 3, 4), (0, 6, 7, 8), (9,))
+    assert select_blocks([[1, 2, 3, 4], [5, 6, 7, 8]], RULES, 13) == ((1, 2, 3, 4), (0, 6, 7, 8))
     assert select_blocks([[1, 2], [3, 4]], RULES, 4) == ((1,), (3,))
     with pytest.raises(ValueError, match="group 1 has 1 blocks of 4 tokens for 8 tokens"):
         select_blocks([[1, 2], [3]], RULES, 8)
@@ -486,5 +527,5 @@ def test_block_selection() -> None:
 
 @pytest.mark.parametrize("bad", [{"lease_s": 0}, {"claim_s": 0.5}])
 def test_settings_are_checked(bad: dict[str, float]) -> None:
-    with pytest.raises(ConfigError, match=next(iter(bad))):
+    with pytest.raises(ConfigError, match=f"kv_connector_extra_config.{next(iter(bad))}="):
         a.P2PSettings(**bad)

@@ -19,9 +19,12 @@ import torch
 from kvferry.contract import FullAttentionSpec, make_kv_cache_config
 from kvferry.engine.kv_groups import KVBuffer
 from kvferry.errors import ConfigError, TransferError
+from kvferry.p2p import choice
+from kvferry.p2p.choice import create_transports
 from kvferry.p2p.shm import SharedPool, ShmTransport
 from kvferry.p2p.transport import Region, TransferOp, TransferStatus
 from kvferry.testing.transport_checks import End, TransportChecks, copies, wait_for
+from kvferry.testing.transports import FakeNetwork, FakeTransport
 
 READ, WRITE = TransferOp.READ, TransferOp.WRITE
 
@@ -207,13 +210,38 @@ def test_memory_from_elsewhere_is_refused_with_the_remedy() -> None:
         ShmTransport(SharedPool("test")).register([Region(4096, 100, "cuda:0")])
 
 
-def test_too_small_shared_memory_falls_to_a_folder_or_says_what_to_do(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def shrink_shm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in a container: 4096 bytes are free in its /dev/shm."""
     monkeypatch.setattr("kvferry.p2p.shm.SHM_DIRECTORY", tmp_path / "shm")
     real = os.statvfs
     stat = namedtuple("stat", "f_bavail f_blocks f_frsize")
     monkeypatch.setattr(os, "statvfs", lambda path: stat(1, 1, 4096) if Path(path).name == "shm" else real(path))
+
+
+def test_auto_does_without_shared_memory_that_is_too_small(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    shrink_shm(tmp_path, monkeypatch)
+    nixl = FakeTransport(FakeNetwork())
+    monkeypatch.setattr(choice, "_nixl", lambda *_: nixl)
+    pools = {name: SharedPool("test", is_optional=name == "auto") for name in ("auto", "shm")}
+    with pools["shm"].context(), pytest.raises(ConfigError, match="no room"):
+        torch.zeros(100_000, dtype=torch.int8)
+    with pools["auto"].context():
+        kv = torch.zeros(100_000, dtype=torch.int8)
+    assert kv.shape == (100_000,)
+    assert not kv.any()
+    assert f"{tmp_path / 'shm'}: 4096 bytes are free" in caplog.text
+    regions = [Region(kv.data_ptr(), 100_000)]
+    assert create_transports("auto", regions, engine_id="test", pool=pools["auto"]) == {"nixl": nixl}
+    with pytest.raises(ConfigError, match=r"shm: .*4096 bytes are free.*; nixl: .*registered once"):
+        create_transports("auto", regions, engine_id="test", pool=pools["auto"])
+
+
+def test_too_small_shared_memory_falls_to_a_folder_or_says_what_to_do(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shrink_shm(tmp_path, monkeypatch)
     with pytest.raises(ConfigError, match=r"docker --shm-size.*shm_dir"):
         SharedPool("test").zeros(100_000)
     pool = SharedPool("test", tmp_path / "disk")
@@ -224,6 +252,15 @@ def test_too_small_shared_memory_falls_to_a_folder_or_says_what_to_do(
     tensor[5] = 3
     pool.close()
     assert not file.exists()
+
+
+def test_memory_of_another_user_is_explained(here: End, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(path: str, flags: int) -> int:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(os, "open", refuse)
+    why = here.transport.why_unreachable(here.transport.local_blob())
+    assert "Permission denied; its owner runs as another user" in str(why)
 
 
 @pytest.mark.parametrize("path", ["/etc/passwd", "kvferry-x-1-0123456789abcdef", "/dev/shm/kvferry-x-1-0123"])

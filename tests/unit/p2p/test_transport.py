@@ -11,6 +11,7 @@ import torch
 
 from kvferry.clock import FakeClock
 from kvferry.errors import ConfigError, TransferError
+from kvferry.p2p import choice
 from kvferry.p2p.choice import choose, create_transports
 from kvferry.p2p.shm import SharedPool
 from kvferry.p2p.threaded import Step, ThreadedTransport, Transfer
@@ -155,6 +156,37 @@ def test_what_a_library_raises_ends_tickets_and_not_the_thread(caplog: pytest.Lo
     transport.close()
 
 
+class Unserving(Broken):
+    """A leaf whose library breaks while it serves peers."""
+
+    is_shut_down = False
+    breaks = False
+
+    def _advance(self, transfer: Transfer) -> Step:
+        return Step.WAITING
+
+    def _serve(self) -> None:
+        if self.breaks:
+            raise ZeroDivisionError
+
+    def _shut_down(self) -> None:
+        self.is_shut_down = True
+
+
+def test_a_library_that_breaks_while_it_serves_ends_tickets_and_not_the_thread() -> None:
+    transport = Unserving()
+    transport.register([Region(4096, 100)])
+    peer = transport.connect(b"fine")
+    ticket = transport.submit(peer, READ, ALL)
+    transport.breaks = True
+    completion = wait_for(transport, ticket)[ticket]
+    assert (completion.status, completion.reason) == (TransferStatus.UNKNOWN, "ZeroDivisionError: ")
+    close = transport.close_peer(peer)
+    assert wait_for(transport, close)[close].status is TransferStatus.OK
+    transport.close()
+    assert transport.is_shut_down
+
+
 def test_pieces_must_be_int64_arrays_of_one_length(pair) -> None:
     here, _, peer = pair
     for wrong in (ALL._replace(length=ALL.length[:1]), ALL._replace(length=ALL.length.astype(np.int32))):
@@ -205,6 +237,20 @@ def test_what_a_worker_offers(monkeypatch: pytest.MonkeyPatch) -> None:
         create_transports("nixl", regions, engine_id="test")
     with pytest.raises(ConfigError, match="did you mean 'nixl'"):
         create_transports("nixle", regions, engine_id="test")
+
+
+def test_transports_made_are_closed_when_the_next_one_breaks(monkeypatch: pytest.MonkeyPatch) -> None:
+    shm = fake_end(FakeNetwork(), [100]).transport
+    shm.regions = ()
+
+    def breaks(*_: object) -> Transport:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(choice, "ShmTransport", lambda pool: shm)
+    monkeypatch.setattr(choice, "_nixl", breaks)
+    with pytest.raises(ZeroDivisionError):
+        create_transports("auto", [Region(4096, 100)], engine_id="test")
+    assert shm.is_dead
 
 
 def test_the_fake_is_a_transport() -> None:

@@ -8,6 +8,7 @@ from contextlib import suppress
 import msgspec
 import pytest
 
+from kvferry.connectors.p2p.config import P2PConfig
 from kvferry.errors import ConfigError, TransferError
 from kvferry.p2p.wire import Address, Codec, check_peer, derive_key, is_allowed, sign_peer, verify_peer
 
@@ -102,6 +103,9 @@ def test_allow_list(host: str, patterns: list[str], expected: bool) -> None:
 def test_a_malformed_network_is_a_config_error() -> None:
     with pytest.raises(ConfigError, match=r"10.0.0.0/99"):
         is_allowed("10.0.0.1", ["10.0.0.0/99"])
+    with pytest.raises(ConfigError, match=r"allowed_peers: '10.0.0.1/8' .*did you mean '10.0.0.0/8'\?"):
+        P2PConfig.parse({"allowed_peers": ["10.0.0.1/8"]}, {})
+    assert P2PConfig.parse({"allowed_peers": ["10.0.0.0/8"]}, {}).peers == ("10.0.0.0/8",)
 
 
 ADDRESS = Address("10.0.0.7", 4711)

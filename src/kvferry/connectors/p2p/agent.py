@@ -99,8 +99,8 @@ class P2PAgent:
             case Connected():
                 self._core.peer_connected(peer, now)
             case Lost():
-                logger.info("the control link to %s is down: %s", peer, item.reason)
-                self._core.peer_lost(peer, item.reason, now)
+                logger.info("the control link to %s is down: %s", peer, item)
+                self._core.peer_lost(peer, str(item), now)
             case _:
                 self._core.message(peer, item, now)
 

@@ -11,7 +11,7 @@ from kvferry.config import parse_settings, read_secret
 from kvferry.errors import ConfigError
 from kvferry.p2p.actions import P2PSettings
 from kvferry.p2p.control import ControlSettings
-from kvferry.p2p.wire import LOOPBACK
+from kvferry.p2p.wire import LOOPBACK, parse_network
 
 EXTRA_CONFIG = "kv_connector_extra_config"
 _WAITS = P2PSettings()
@@ -69,6 +69,9 @@ class P2PConfig:
             )
         if not all(isinstance(peer, str) for peer in config.allowed_peers or ()):
             raise ConfigError(f"{EXTRA_CONFIG}.allowed_peers={config.allowed_peers!r} must be a list of texts")
+        for pattern in config.peers:
+            if "/" in pattern:
+                parse_network(pattern)  # now, and not with the first request
         for key, value in (config.ucx or {}).items():
             if type(value) not in (str, int):
                 raise ConfigError(f"{EXTRA_CONFIG}.ucx.{key}={value!r} must be a text or a whole number")
@@ -85,10 +88,14 @@ class P2PConfig:
         return None if self.key_file is None else read_secret(self.key_file, f"{EXTRA_CONFIG}.key_file")
 
     def waits(self) -> P2PSettings:
-        """The core's deadlines. ConfigError when one is not above 0."""
+        """The core's deadlines. ConfigError when one is not above 0.
+
+        Who claims a lease at its last moment, and waits for blocks as long as that may be, can still load.
+        """
         own = {f.name for f in dataclasses.fields(self)}
         names = [f.name for f in dataclasses.fields(P2PSettings) if f.name in own]
-        return P2PSettings(**{name: getattr(self, name) for name in names})
+        longest_s = max(_WAITS.max_lease_s, self.lease_s + self.announce_s + self.load_s)
+        return P2PSettings(**{name: getattr(self, name) for name in names}, max_lease_s=longest_s)
 
     def control(self, key: str | None) -> ControlSettings:
         """Where to listen."""

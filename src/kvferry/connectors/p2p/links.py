@@ -48,7 +48,8 @@ class _Running:
     name: str | int
     started_s: float
     link: _Link | None = None
-    tickets: set[_Ticket] = field(default_factory=set)
+    tickets: dict[_Ticket, int] = field(default_factory=dict)
+    """Those that have not ended, each with the peer's rank."""
     status: TransferStatus = TransferStatus.OK
     reason: str = ""
     num_bytes: Counter[str] = field(default_factory=Counter)
@@ -101,7 +102,7 @@ class Links:
             for peer_rank, transfer in transfers:
                 transport, peer = self._reach(job.connection, peer_rank)
                 ticket = transport.submit(peer, job.op, transfer.pieces)
-                self._add(running, transport, ticket)
+                self._add(running, transport, ticket, peer_rank)
         except TransferError as error:
             running.note(TransferStatus.REJECTED, str(error))
         self._end_if_over(running)
@@ -117,8 +118,8 @@ class Links:
             return  # its fence came first
         self._fenced.discard(connection)
         running = _Running(connection, time.perf_counter(), link)
-        for transport, peer in link.peers.values():
-            self._add(running, transport, transport.close_peer(peer))
+        for peer_rank, (transport, peer) in link.peers.items():
+            self._add(running, transport, transport.close_peer(peer), peer_rank)
         self._end_if_over(running)
 
     def poll(self) -> WorkerReport:
@@ -133,7 +134,9 @@ class Links:
         for name, transport in self._transports.items():
             for done in transport.poll():
                 running = self._tickets.pop((name, done.ticket))
-                running.tickets.discard((name, done.ticket))
+                peer_rank = running.tickets.pop((name, done.ticket))
+                if running.link is not None and done.status is TransferStatus.OK:
+                    del running.link.peers[peer_rank]  # fenced; nobody waits for its end
                 running.ended_s = max(running.ended_s, done.ended_s)
                 running.num_bytes[name] += done.num_bytes
                 running.note(done.status, done.reason)
@@ -141,9 +144,9 @@ class Links:
         report, self._report = self._report, WorkerReport()
         return report
 
-    def _add(self, running: _Running, transport: Transport, ticket: int) -> None:
+    def _add(self, running: _Running, transport: Transport, ticket: int, peer_rank: int) -> None:
         key = transport.capabilities.name, ticket
-        running.tickets.add(key)
+        running.tickets[key] = peer_rank
         self._tickets[key] = running
 
     def _end_if_over(self, running: _Running) -> None:

@@ -18,7 +18,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import Enum
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +50,7 @@ from kvferry.p2p.actions import (
 )
 from kvferry.p2p.core import P2PCore, random_id
 from kvferry.p2p.geometry import EngineGeometry, check_geometries, decode_geometry, encode_geometry
-from kvferry.p2p.messages import Handover
+from kvferry.p2p.messages import CODEC, PROTOCOL, Handover, Hello
 from kvferry.p2p.transport import TransferOp
 from kvferry.p2p.wire import Address, check_peer
 from kvferry.types import NULL_BLOCK_ID
@@ -64,6 +64,7 @@ _REASONS = {
     "FINISHED_ERROR": FinishReason.ERROR,
 }
 _MAX_HANDED_TOKENS = 1024
+_MAX_CHECKED = 32  # geometries of peers, of at most 1 MiB each
 
 
 class LoadState(Enum):
@@ -151,6 +152,7 @@ class P2PSchedulerSide(SchedulerSide):
         self._geometry = encode_geometry(EngineGeometry(ranks, self._facts()))
         names = set.intersection(*(set(shake.blobs) for shake in shakes))
         blobs = {name: tuple(shake.blobs[name] for shake in shakes) for name in sorted(names)}
+        self._check_fits(blobs)
         self._agent = P2PAgent(
             self.config.control(self._key), lambda address: self._make_core(address, blobs), self._clock
         )
@@ -159,14 +161,27 @@ class P2PSchedulerSide(SchedulerSide):
             self.host.engine_id, self._agent.address, self.config.mode, " or ".join(blobs),
         )  # fmt: skip
 
+    def _check_fits(self, blobs: Mapping[str, tuple[bytes, ...]]) -> None:
+        """ConfigError when peers would refuse our Hello for its size."""
+        me = self.host.engine_id, PROTOCOL, self._geometry, dict(blobs), 0, random_id(), False
+        try:
+            CODEC.decode(CODEC.encode(Hello(*me, generation=random_id())))
+        except TransferError as error:
+            largest = {name: max(map(len, ranks)) for name, ranks in blobs.items()}
+            raise ConfigError(
+                f"this engine cannot introduce itself to peers: {error}; geometry of {len(self._geometry)} bytes, "
+                f"largest blob of a worker by transport: {largest}; give the engine fewer KV tensors or workers, or "
+                f"kv_connector_extra_config.transport (now {self.config.transport!r}) another value"
+            ) from error
+
     def _make_core(self, address: Address, blobs: Mapping[str, tuple[bytes, ...]]) -> P2PCore:
         rules = tuple(GroupRule(group.block_tokens, group.window_tokens) for group in self.host.groups)
         local = LocalEngine(
             self.host.engine_id, random_id(), address.host, address.port, self.host.world_size, self._geometry, blobs,
             rules,
         )  # fmt: skip
-        # The peer reads the same words, so they say who is who.
-        check = partial(check_geometries, sides=(self.host.engine_id, "its peer"))
+        # The peer reads the same words, so they say who is who. Peers introduce themselves more than once.
+        check = lru_cache(_MAX_CHECKED)(partial(check_geometries, sides=(self.host.engine_id, "its peer")))
         return P2PCore(local, check, self.config.waits())
 
     def _facts(self) -> tuple[tuple[str, str], ...]:

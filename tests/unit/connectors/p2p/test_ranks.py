@@ -10,12 +10,14 @@ import pickle
 import time
 from collections.abc import Callable, Iterator
 from functools import reduce
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
+from kvferry.connectors.p2p import scheduler as scheduler_module
 from kvferry.connectors.p2p.messages import WorkerHandshake
 from kvferry.connectors.p2p.scheduler import P2PSchedulerSide
 from kvferry.connectors.p2p.worker import P2PWorkerSide
@@ -23,6 +25,8 @@ from kvferry.contract.host import HostInfo
 from kvferry.contract.kv_cache import KVConnectorOutput
 from kvferry.contract.views import RequestView, StepView
 from kvferry.errors import ConfigError
+from kvferry.p2p import choice, shm
+from kvferry.testing.transports import FakeNetwork, FakeTransport
 from kvferry.types import AttentionKind, GroupInfo
 
 HEADS, WIDTH, LAYERS, NUM_BLOCKS = 4, 8, ("a", "b"), 20
@@ -185,8 +189,8 @@ def test_every_rank_gets_its_heads(
     assert not prefill.scheduler._jobs
 
 
-def test_a_connection_counts_as_closed_when_it_is_on_every_rank(engine: Callable[..., Engine]) -> None:
-    prefill, decode = engine(1, 4), engine(2, 4)
+def hand_over(prefill: Engine, decode: Engine) -> None:
+    """Up to where the decode engine waits for all of the prompt."""
     asked = {"do_remote_decode": True}
     prefill.scheduler.on_new_request(request("p", asked))
     done = request("p", asked, status="FINISHED_STOPPED", outputs=[7], num_computed_tokens=30)
@@ -195,6 +199,29 @@ def test_a_connection_counts_as_closed_when_it_is_on_every_rank(engine: Callable
     decode.scheduler.on_new_request(wanted)
     assert decode.scheduler.get_num_new_matched_tokens(wanted, 0) == (30, True)
     decode.scheduler.update_state_after_alloc(wanted, (list(range(1, 9)),), 30)
+
+
+def test_engines_that_listen_on_ipv6_alone_hand_over(engine: Callable[..., Engine]) -> None:
+    prefill, decode = (engine(1, 4, host="::1") for _ in range(2))
+    hand_over(prefill, decode)
+    until(lambda: decode.received and prefill.sent, prefill, decode)
+    assert (decode.received, decode.failed, prefill.sent) == (["d"], [], ["p"])
+
+
+def test_an_engine_starts_without_room_in_shared_memory(
+    engine: Callable[..., Engine], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(shm, "SHM_DIRECTORY", tmp_path / "file" / "no folder")
+    monkeypatch.setattr(choice, "_nixl", lambda *_: FakeTransport(FakeNetwork(), "nixl"))
+    assert list(engine(1, 4, transport="auto").workers[0].transports) == ["nixl"]
+    with pytest.raises(ConfigError, match="no room for a shared KV pool"):
+        engine(1, 4, transport="shm")
+
+
+def test_a_connection_counts_as_closed_when_it_is_on_every_rank(engine: Callable[..., Engine]) -> None:
+    prefill, decode = engine(1, 4), engine(2, 4)
+    hand_over(prefill, decode)
     until(lambda: decode.received, decode, prefill)
     prefill.close()
     until(lambda: decode.scheduler.agent.has_events)
@@ -219,4 +246,31 @@ def test_a_worker_that_says_nothing_is_a_config_error(engine: Callable[..., Engi
     scheduler = P2PSchedulerSide(host_of(0, 2, 4))
     with pytest.raises(ConfigError, match=r"workers \[1\] of 2 described their KV cache"):
         scheduler.set_xfer_handshake_metadata({1: WorkerHandshake(1, b"", {})})
+    scheduler.shutdown()
+
+
+def test_a_geometry_that_is_seen_again_is_not_checked_again(
+    engine: Callable[..., Engine], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checked: list[bool] = []
+    check = scheduler_module.check_geometries
+
+    def count(local: bytes, remote: bytes, is_from_remote: bool, sides: tuple[str, str]) -> list[str]:
+        checked.append(is_from_remote)
+        return check(local, remote, is_from_remote, sides)
+
+    monkeypatch.setattr(scheduler_module, "check_geometries", count)
+    prefill, decode = engine(1, 4), engine(1, 4)
+    hand_over(prefill, decode)
+    until(lambda: decode.received and prefill.sent, prefill, decode)
+    assert sorted(checked) == [False, True], "each looks at the other once, whether it asks or answers"
+
+
+def test_what_peers_would_refuse_for_its_size_is_a_config_error(engine: Callable[..., Engine]) -> None:
+    geometry = engine(1, 4).scheduler._geometry
+    scheduler = P2PSchedulerSide(host_of(0, 1, 4))
+    shakes = [WorkerHandshake(0, geometry, {"shm": bytes(num_bytes)}) for num_bytes in (65537, 65536)]
+    with pytest.raises(ConfigError, match=r"`bytes` of length <= 65536.*'shm': 65537.*kv_connector_extra_config"):
+        scheduler.set_xfer_handshake_metadata({0: shakes[0]})
+    scheduler.set_xfer_handshake_metadata({0: shakes[1]})
     scheduler.shutdown()
