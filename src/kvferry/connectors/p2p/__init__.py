@@ -33,7 +33,7 @@ class P2PConnector(_facade(), KVConnectorBase_V1, SupportsHMA):  # type: ignore[
 
 
 class NixlConnector(_facade(transport="nixl"), KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
-    """Moves KV between two engines over NIXL, and the decode engine reads, unless `transport` or `mode` says otherwise."""
+    """Moves KV between two engines over NIXL; the decode engine reads, unless `transport` or `mode` says otherwise."""
 
     supports_v2_model_runner: ClassVar[bool] = True
 
