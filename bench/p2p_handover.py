@@ -14,6 +14,8 @@ decode step          median time of the later steps of the same request, hence w
 transfer             what the transport needed, from the submission of the job to its last byte, as the engine that
                      moves the bytes counts it (pull: the decode engine; push: the prefill engine)
 
+before decode        first token - prefill finished - transfer: the part of the overhead that no decode step blurs
+
 overhead = first decode token - prefill finished - transfer - decode step. The goal is at most 10 ms where the decode
 engine has nothing else to do. Beside other requests (reported) a hand-over also waits for the ends of their steps.
 
@@ -348,6 +350,7 @@ def summary(samples: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
     keys = ("first_token_s", "first_decode_token_s", "transfer_s", "decode_step_s", "overhead_s")
     medians = {
         name: {f"{key[:-2]}_ms": 1000 * statistics.median(sample[key] for sample in each) for key in keys}
+        | {"before_decode_ms": 1000 * statistics.median(one["first_token_s"] - one["transfer_s"] for one in each)}
         for name, each in samples.items()
     }
     goal_cases = [name for name in medians if name.startswith(MODES) and "beside" not in name]
