@@ -20,7 +20,7 @@ __all__ = ["model_folder"]
 def transfer(mode: str) -> tuple[str, ...]:
     config = {
         "kv_connector": "P2PConnector", "kv_role": "kv_both", "kv_load_failure_policy": "fail",
-        "kv_connector_extra_config": {"transport": "shm", "mode": mode, "handshake_s": 2.0},
+        "kv_connector_extra_config": {"transport": "shm", "mode": mode, "handshake_s": 30.0},
     }  # fmt: skip
     return ("--kv-transfer-config", json.dumps(config), *NAMED)
 
