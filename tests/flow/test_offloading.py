@@ -39,7 +39,12 @@ def make_llm() -> Iterator[Callable[..., LLM]]:
             "kv_connector": "OffloadingConnector",
             "kv_role": "kv_both",
             "kv_load_failure_policy": policy,
-            "kv_connector_extra_config": {"weights_version": "1", "cpu_bytes_to_use": MiB, **(extra or {})},
+            "kv_connector_extra_config": {
+                "weights_version": "1",
+                "cpu_bytes_to_use": MiB,
+                "stall_timeout_s": 60.0,
+                **(extra or {}),
+            },
         }
         options = {"block_size": BLOCK_SIZE, "num_kv_blocks": 128, "kv_transfer_config": transfer, **kwargs}
         engines.append(LLM(StubModel(), **options))

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 from conftest import TINY, StartEngine, StartEngines
-from engine_process import TWO_RANKS, EngineChild, assert_same_tokens, random_prompt
+from engine_process import PATIENT, TWO_RANKS, EngineChild, assert_same_tokens, random_prompt
 
 from kvferry import LLM, SamplingParams
 from kvferry.engine.kv_groups import layer_name
@@ -24,7 +24,6 @@ NUM_TOKENS = 203
 MAX_TOKENS = 12
 DECODE = {"do_remote_decode": True}
 DEADLINE_S = 50
-PATIENT = {"handshake_s": 60.0, "liveness_s": 60.0, "claim_s": 60.0, "load_s": 150.0, "lease_s": 240.0}
 
 pytestmark = pytest.mark.timeout(1500)
 

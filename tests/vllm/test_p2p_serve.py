@@ -17,14 +17,14 @@ from typing import Any
 import httpx2
 import openai
 import pytest
-from engine_process import assert_same_tokens, vllm_environment, wait_until
+from engine_process import PATIENT, assert_same_tokens, vllm_environment, wait_until
 from vllm_server import START_S, Server, complete
 
 PROMPT = [(i * i * 31 + i * 7) % 40000 + 100 for i in range(203)]
 PAGE = "The ferry leaves the harbour at noon, and comes back before the sun goes down over the hills. " * 9
 KVFERRY = str(Path(sys.executable).parent / "kvferry")
 
-pytestmark = pytest.mark.timeout(400)
+pytestmark = pytest.mark.timeout(1500)
 
 
 def start(model: str, folder: Path, transport: str, policy: str) -> Server:
@@ -34,7 +34,7 @@ def start(model: str, folder: Path, transport: str, policy: str) -> Server:
         "kv_connector_module_path": "kvferry.vllm",
         "kv_role": "kv_both",
         "kv_load_failure_policy": policy,
-        "kv_connector_extra_config": {"transport": transport, "weights_version": "small"},
+        "kv_connector_extra_config": {"transport": transport, "weights_version": "small", **PATIENT},
     }
     command = ["vllm", "serve", model, "--num-gpu-blocks-override", "128", "--kv-transfer-config", json.dumps(transfer)]
     return Server(command, folder / f"{transport}.log")
@@ -77,7 +77,8 @@ def proxying(prefill_url: str, decode_url: str, *options: str) -> Iterator[str]:
             assert select.select([process.stdout], [], [], 60)[0], "the proxy did not start"
             found = re.search(r"on (http://\S+)$", process.stdout.readline())
             assert found
-            wait_until("transfers work", lambda: httpx2.get(f"{found[1]}/ready").status_code == 200, START_S)
+            ready = f"{found[1]}/ready"
+            wait_until("transfers work", lambda: httpx2.get(ready, timeout=60).status_code == 200, START_S)
             yield found[1]
         finally:
             process.kill()
@@ -102,7 +103,7 @@ def loaded_bytes(server: Server) -> dict[str, float]:
 
 def recomputed(proxy_url: str) -> dict[str, float]:
     """Why prompts were computed again, and how many."""
-    text = httpx2.get(f"{proxy_url}/metrics").text
+    text = httpx2.get(f"{proxy_url}/metrics", timeout=60).text
     rows = re.findall(r'^kvferry:proxy_recomputed_total{reason="(\w+)"} (\S+)$', text, re.MULTILINE)
     assert len(rows) >= 4, "every reason has a row"
     return {reason: float(value) for reason, value in rows if float(value)}
