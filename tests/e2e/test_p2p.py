@@ -42,12 +42,12 @@ def test_prefill_here_decode_there(model_folder: Path) -> None:
             with serving(model_folder, *transfer(mode)) as (prefiller, prefill):
                 params = check_hand_overs(prefill, decode, mode)
                 prefiller.send_signal(signal.SIGTERM)
-                assert prefiller.wait(30) == 0
+                assert prefiller.wait(90) == 0
             with pytest.raises(openai.APIError):
                 ask(decode, params)  # its peer is gone, and the policy says that it fails
         assert ask(decode, None).usage.completion_tokens == 40
         decoder.send_signal(signal.SIGTERM)
-        assert decoder.wait(30) == 0
+        assert decoder.wait(90) == 0
 
 
 def check_hand_overs(prefill: openai.OpenAI, decode: openai.OpenAI, mode: str) -> dict[str, Any]:

@@ -62,7 +62,7 @@ def test_the_proxy_is_killed_while_it_answers(model_folder: Path) -> None:
         request: dict[str, Any] = {"model": "tiny", "temperature": 0, "extra_body": {"ignore_eos": True}}
         with proxying(*options) as (process, url):
             wait_for_status(f"{url}/ready", 200)
-            client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=60)
+            client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=120)
             prompts = [[2 + (i * 31 + i * i + number) % 250 for i in range(300)] for number in range(6)]
             create = client.completions.create
             streams = [create(prompt=prompt, max_tokens=3000, stream=True, **request) for prompt in prompts[:4]]
@@ -78,7 +78,7 @@ def test_the_proxy_is_killed_while_it_answers(model_folder: Path) -> None:
         before = figure(decode, "kvferry:connector_hit_tokens_total")
         with proxying(*options) as (_, url):
             wait_for_status(f"{url}/ready", 200)
-            client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=60)
+            client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=120)
             reply = client.completions.create(prompt=prompts[5], max_tokens=20, **request)
             assert figure(decode, "kvferry:connector_hit_tokens_total") - before >= 300
         alone = decode.completions.create(prompt=prompts[5], max_tokens=20, **request)

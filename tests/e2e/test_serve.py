@@ -59,7 +59,7 @@ def serving(model: Path | str, *arguments: str) -> Iterator[tuple[subprocess.Pop
         line = process.stdout.readline()
         found = re.fullmatch(r"kvferry serves \S+ on (http://127\.0\.0\.1:\d+)\n", line)
         assert found, line
-        yield process, openai.OpenAI(base_url=f"{found[1]}/v1", api_key="none", max_retries=0, timeout=60)
+        yield process, openai.OpenAI(base_url=f"{found[1]}/v1", api_key="none", max_retries=0, timeout=120)
     finally:
         process.kill()
         process.wait()
@@ -124,7 +124,7 @@ def test_drain_is_bounded(model_folder: Path) -> None:
 )
 def test_wrong_options_are_one_line_and_status_2(arguments: list[str], message: str) -> None:
     command = [KVFERRY, "serve", "no-such-model", "--port", "0", *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=180, check=False)
     assert done.returncode == 2
     assert message in " ".join(done.stderr.split())
     assert "Traceback" not in done.stderr
