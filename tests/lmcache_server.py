@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import os
+import random
 import signal
 import socket
 import subprocess
 import time
 import urllib.request
+from contextlib import suppress
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-START_S = 120
+START_S = 300
 
 
 def server_python() -> Path:
@@ -20,12 +22,13 @@ def server_python() -> Path:
 
 
 def free_ports(count: int) -> list[int]:
-    """Ports that the system says are free now."""
-    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
-    ports = [each.getsockname()[1] for each in sockets]
-    for each in sockets:
-        each.close()
-    return ports
+    """Ports that are free, below those that the system hands out: nobody gets them before they are used."""
+    ports: set[int] = set()
+    while len(ports) < count:
+        port = random.SystemRandom().randrange(20000, 32000)
+        with suppress(OSError), socket.create_server(("127.0.0.1", port)):
+            ports.add(port)
+    return list(ports)
 
 
 class LMCacheServer:
@@ -74,7 +77,7 @@ class LMCacheServer:
 
     def status(self) -> str:
         """Its own report, as JSON text."""
-        with urllib.request.urlopen(f"http://127.0.0.1:{self.http_port}/status", timeout=5) as reply:
+        with urllib.request.urlopen(f"http://127.0.0.1:{self.http_port}/status", timeout=30) as reply:
             return str(reply.read().decode())
 
     def log_text(self) -> str:

@@ -114,11 +114,11 @@ def serving(app: Any, bound: Any, drain_timeout_s: float = 1) -> Iterator[Server
     thread = threading.Thread(target=server.run, kwargs={"sockets": [bound]})
     thread.start()
     try:
-        assert listening.wait(20)
+        assert listening.wait(120)
         yield server
     finally:
         server.should_exit = server.force_exit = True
-        thread.join(30)
+        thread.join(120)
         bound.close()
         assert not thread.is_alive()
 

@@ -38,7 +38,8 @@ def transfer(folder: Path, step: str, count: int) -> dict[str, object]:
         "step": step,
         "count": count,
     }
-    extra = {"weights_version": "1", "cpu_bytes_to_use": 30 * 8192, "secondary_tiers": [tier]}
+    extra: dict[str, object] = {"weights_version": "1", "cpu_bytes_to_use": 30 * 8192, "secondary_tiers": [tier]}
+    extra["stall_timeout_s"] = 60.0
     return {"kv_connector": "OffloadingConnector", "kv_role": "kv_both", "kv_connector_extra_config": extra}
 
 

@@ -34,13 +34,14 @@ DECODE = {"do_remote_decode": True}
 FAR: dict[str, float] = {
     "retry_s": 0.05,
     "quarantine_s": 0.2,
-    "claim_s": 2.0,
+    "claim_s": 5.0,
     "lease_s": 30.0,
     "load_s": 40.0,
     "handshake_s": 20.0,
+    "liveness_s": 60.0,
 }
 """Deadlines of cases in which none should pass, but for claims of the dead."""
-NEAR: dict[str, float] = FAR | {"lease_s": 2.0, "load_s": 2.0, "handshake_s": 2.0, "claim_s": 1.0}
+NEAR: dict[str, float] = FAR | {"lease_s": 4.0, "load_s": 4.0, "claim_s": 3.0, "liveness_s": 15.0}
 """Deadlines of cases in which somebody is stopped until they have passed."""
 _LEFT_OVERS = ("lost_blocks", "pinned_blocks", "told_held_blocks", "num_loads", "producer", "consumer")
 _numbers = itertools.count()
@@ -238,16 +239,16 @@ class KillCases:
         sorted({*itertools.product(MODES, MOMENTS, ("prefill", "decode"))} - {("push", "before", "decode")}),
     )
     def test_killed(self, pair: Pair, mode: str, moment: str, victim: str) -> None:
-        pair.start(mode, **FAR | ({"lease_s": 2.5} if moment != "after" else {}))
+        pair.start(mode, num_tries=3, **FAR | ({"lease_s": 6.0} if moment != "after" else {}))
         old_prompt = new_prompt()
         old_params = pair.prefill.prefill(old_prompt) if victim == "prefill" else None
         self.kill_at(pair, mode, moment, victim)
         if victim == "prefill":
-            pair.decode.settle(within_s=10.0)
+            pair.decode.settle(within_s=30.0)
         else:
-            pair.prefill.settle(within_s=10.0)
+            pair.prefill.settle(within_s=30.0)
         pair.restart(victim)
-        pair.hand_over()
+        pair.hand_over(num_tries=3)
         if old_params is not None:
             self.check_old_promise(pair, old_params, old_prompt)
         pair.prefill.settle()
@@ -257,7 +258,7 @@ class KillCases:
         """What was promised in another life is not waited for."""
         started_s = time.monotonic()
         result = pair.decode.result(pair.decode.add(prompt, params))
-        assert time.monotonic() - started_s < 10.0
+        assert time.monotonic() - started_s < 30.0
         assert (result["tokens"], result["num_external"]) == (expected(prompt), 0)
 
     def kill_at(self, pair: Pair, mode: str, moment: str, victim: str) -> None:
@@ -282,7 +283,7 @@ class KillCases:
             dying.kill()
         if victim == "prefill":
             result = pair.decode.result(request_id)
-            assert time.monotonic() - started_s < 10.0
+            assert time.monotonic() - started_s < 30.0
             assert result["tokens"] == expected(prompt, LONG)
             assert result["num_external"] == (PROMPT_TOKENS if moment == "after" else 0)
 
@@ -304,7 +305,7 @@ class KillCases:
             pair.prefill.stop()
         started_s = time.monotonic()
         result = pair.decode.result(request_id)
-        assert time.monotonic() - started_s < 10.0
+        assert time.monotonic() - started_s < 40.0
         assert result["tokens"] == expected(prompt, LONG)
         assert (result["num_external"] == 0) == (moment != "after")
         pair.decode.settle()  # it does not need the other for that
@@ -328,7 +329,7 @@ class KillCases:
             pair.prefill.stop()
         started_s = time.monotonic()
         result = pair.decode.result(request_id)
-        assert time.monotonic() - started_s < 10.0
+        assert time.monotonic() - started_s < 40.0
         assert (result["tokens"], result["num_external"]) == (expected(prompt), 0)
         time.sleep(5 * NEAR["quarantine_s"])
         state = pair.decode.ask("state")
@@ -346,6 +347,20 @@ class KillCases:
         pair.decode.settle()
         if end == "kill":
             pair.restart("prefill")
+        pair.hand_over(num_tries=3)
+
+    def test_prefill_engine_stopped_after_a_push(self, pair: Pair) -> None:
+        """What has come is used, and nothing waits for the other."""
+        pair.start("push", num_tries=3, **NEAR)
+        prompt = new_prompt()
+        request_id = pair.decode.add(prompt, pair.prefill.prefill(prompt), LONG)
+        pair.decode.until(lambda state: not state["consumer"])
+        pair.prefill.stop()
+        result = pair.decode.result(request_id)
+        assert (result["tokens"], result["num_external"]) == (expected(prompt, LONG), PROMPT_TOKENS)
+        pair.decode.settle()
+        pair.prefill.go_on()
+        pair.prefill.settle()
         pair.hand_over(num_tries=3)
 
     @pytest.mark.parametrize("moment", MOMENTS)
@@ -385,7 +400,7 @@ class KillCases:
         pair.decode.ask("gate", "arm")
         request_id = pair.decode.add(prompt, params)
         pair.decode.half()
-        time.sleep(2.5)  # longer than lease and claim
+        time.sleep(9.0)  # longer than lease and claim
         pair.prefill.compute()
         pair.decode.ask("gate", "open")
         result = pair.decode.result(request_id)
@@ -395,7 +410,7 @@ class KillCases:
 
     @pytest.mark.parametrize(("what", "mode"), [("kill", "pull"), ("kill", "push"), ("stop", "push")])
     def test_where_loads_must_not_fail_the_request_ends_with_an_error(self, pair: Pair, mode: str, what: str) -> None:
-        pair.start(mode, "fail", num_tries=1, **FAR | {"load_s": 3.0})
+        pair.start(mode, "fail", num_tries=3, **FAR | {"load_s": 10.0})
         prompt = new_prompt()
         params = pair.prefill.prefill(prompt)
         mover = pair.decode if mode == "pull" else pair.prefill

@@ -26,7 +26,7 @@ def test_python_block_runs(page: str, tmp_path: Path) -> None:
     programs = FENCE.findall((ROOT / page).read_text())
     assert len(programs) == 1
     done = subprocess.run(
-        [sys.executable, "-c", programs[0]], cwd=tmp_path, capture_output=True, text=True, timeout=170, check=False
+        [sys.executable, "-c", programs[0]], cwd=tmp_path, capture_output=True, text=True, timeout=500, check=False
     )
     assert done.returncode == 0, done.stderr
     assert re.fullmatch(LAST_LINE[Path(page).name], done.stdout.splitlines()[-1]), done.stdout

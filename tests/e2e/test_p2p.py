@@ -20,7 +20,7 @@ __all__ = ["model_folder"]
 def transfer(mode: str) -> tuple[str, ...]:
     config = {
         "kv_connector": "P2PConnector", "kv_role": "kv_both", "kv_load_failure_policy": "fail",
-        "kv_connector_extra_config": {"transport": "shm", "mode": mode, "handshake_s": 2.0},
+        "kv_connector_extra_config": {"transport": "shm", "mode": mode, "handshake_s": 30.0},
     }  # fmt: skip
     return ("--kv-transfer-config", json.dumps(config), *NAMED)
 
@@ -42,12 +42,12 @@ def test_prefill_here_decode_there(model_folder: Path) -> None:
             with serving(model_folder, *transfer(mode)) as (prefiller, prefill):
                 params = check_hand_overs(prefill, decode, mode)
                 prefiller.send_signal(signal.SIGTERM)
-                assert prefiller.wait(30) == 0
+                assert prefiller.wait(90) == 0
             with pytest.raises(openai.APIError):
                 ask(decode, params)  # its peer is gone, and the policy says that it fails
         assert ask(decode, None).usage.completion_tokens == 40
         decoder.send_signal(signal.SIGTERM)
-        assert decoder.wait(30) == 0
+        assert decoder.wait(90) == 0
 
 
 def check_hand_overs(prefill: openai.OpenAI, decode: openai.OpenAI, mode: str) -> dict[str, Any]:

@@ -27,14 +27,14 @@ class TestShm(KillCases):
 def p2p(mode: str) -> tuple[str, ...]:
     config = {
         "kv_connector": "P2PConnector", "kv_role": "kv_both", "kv_load_failure_policy": "fail",
-        "kv_connector_extra_config": {"transport": "shm", "mode": mode, "lease_s": 5.0},
+        "kv_connector_extra_config": {"transport": "shm", "mode": mode, "lease_s": 15.0, "handshake_s": 30.0},
     }  # fmt: skip
     return ("--kv-transfer-config", json.dumps(config), *NAMED)
 
 
 def figure(engine: openai.OpenAI, name: str) -> float:
     """The sum of a metric's series."""
-    text = httpx2.get(str(engine.base_url).replace("/v1/", "/metrics")).text
+    text = httpx2.get(str(engine.base_url).replace("/v1/", "/metrics"), timeout=60).text
     return sum(float(line.rpartition(" ")[2]) for line in text.splitlines() if line.startswith(name))
 
 
@@ -62,7 +62,7 @@ def test_the_proxy_is_killed_while_it_answers(model_folder: Path) -> None:
         request: dict[str, Any] = {"model": "tiny", "temperature": 0, "extra_body": {"ignore_eos": True}}
         with proxying(*options) as (process, url):
             wait_for_status(f"{url}/ready", 200)
-            client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=60)
+            client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=120)
             prompts = [[2 + (i * 31 + i * i + number) % 250 for i in range(300)] for number in range(6)]
             create = client.completions.create
             streams = [create(prompt=prompt, max_tokens=3000, stream=True, **request) for prompt in prompts[:4]]
@@ -74,11 +74,11 @@ def test_the_proxy_is_killed_while_it_answers(model_folder: Path) -> None:
                     list(stream)
         for engine in (prefill, decode):
             wait_until_idle(engine)
-        assert figure(decode, "vllm:generation_tokens_total") < 6000, "aborted, not finished for nobody"
+        assert figure(decode, "vllm:generation_tokens_total") < 4 * 3000, "aborted, not finished for nobody"
         before = figure(decode, "kvferry:connector_hit_tokens_total")
         with proxying(*options) as (_, url):
             wait_for_status(f"{url}/ready", 200)
-            client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=60)
+            client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=120)
             reply = client.completions.create(prompt=prompts[5], max_tokens=20, **request)
             assert figure(decode, "kvferry:connector_hit_tokens_total") - before >= 300
         alone = decode.completions.create(prompt=prompts[5], max_tokens=20, **request)

@@ -34,10 +34,10 @@ from kvferry.http import bind_socket, url_of
 from kvferry.p2p.wire import Address, sign_peer
 
 __all__ = ["model_folder"]  # a fixture
-pytestmark = pytest.mark.timeout(300)  # many processes, and CI machines that are busy
+pytestmark = pytest.mark.timeout(900)  # many processes, and CI machines that are busy
 GUIDE = ROOT / "docs" / "guides" / "disaggregation.md"
 TRANSFER = "--kv-transfer-config"
-HANDSHAKE_S = 2.0
+HANDSHAKE_S = 30.0
 TOKEN_BYTES = 2 * 2 * 2 * 8 * 4  # K and V, layers, KV heads, head size, float32
 BLOCK_TOKENS = 16
 GREEDY: dict[str, Any] = {"model": "tiny", "temperature": 0, "max_tokens": 24}
@@ -102,7 +102,7 @@ class Cluster:
         return [*self.prefill, self.open_decode, self.closed_decode]
 
 
-def wait_until(what: str, holds: Callable[[], bool], timeout_s: float = 30) -> None:
+def wait_until(what: str, holds: Callable[[], bool], timeout_s: float = 120) -> None:
     deadline_s = time.monotonic() + timeout_s
     while not holds():
         assert time.monotonic() < deadline_s, what
@@ -333,7 +333,7 @@ def test_client_that_leaves_during_the_prefill_ends_it(cluster: Cluster, proxy: 
 
     aborted, gone = prefills("vllm:request_success_total", finished_reason="abort"), ended("client_gone")
     known = ended("client_gone", "ok")
-    address, num_clients = proxy.url.removeprefix("http://"), 8
+    address, num_clients = proxy.url.removeprefix("http://"), 24
     connections = [http.client.HTTPConnection(address, timeout=30) for _ in range(num_clients)]
     for who, connection in enumerate(connections):
         body = {**GREEDY, "prompt": prompt_of(50 + who, 4000)}
@@ -367,7 +367,7 @@ def test_ready_when_transfers_work_between_two_engines(cluster: Cluster) -> None
             # Engines that answer are not taken for broken: what is broken is what is between them.
             assert all(engine["state"] == "in rotation" for engine in json.loads(text)["engines"]), text
             assert all(f"127.0.0.1:{port}" in pair["last_failure"] for pair in json.loads(text)["pairs"])
-            assert httpx2.get(f"{proxy.url}/health").status_code == 200
+            assert httpx2.get(f"{proxy.url}/health", timeout=60).status_code == 200
         with proxying([dead_end, cluster.prefill[1].url], decode[:1], *quick) as proxy:
             wait_until("transfers work", lambda: state_of(proxy)[0] == 200)
             wait_until("all is known", lambda: '"transfers":null' not in state_of(proxy)[1])
@@ -392,7 +392,7 @@ def test_lost_hand_over_is_an_error_and_is_recomputed_only_when_that_is_wanted(
                 proxy.client.completions.create(**ask)
             assert caught.value.status_code == 502
             assert is_stream or "unknown" in caught.value.message, "the reason is told where it is known"
-            assert len(httpx2.get(f"{proxy.url}/ready").json()["pairs"]) == 1
+            assert len(httpx2.get(f"{proxy.url}/ready", timeout=60).json()["pairs"]) == 1
             wait_until("the decode engine stopped", decoder.is_idle)
             if is_stream:
                 assert decoder.figure("vllm:generation_tokens_total") - before < GREEDY["max_tokens"]

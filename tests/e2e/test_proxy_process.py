@@ -50,8 +50,8 @@ def urls(engines: list[openai.OpenAI]) -> list[str]:
 
 
 def wait_for_status(url: str, status: int) -> None:
-    deadline_s = time.monotonic() + 30
-    while (reply := httpx2.get(url)).status_code != status:
+    deadline_s = time.monotonic() + 90
+    while (reply := httpx2.get(url, timeout=60)).status_code != status:
         assert time.monotonic() < deadline_s, reply.text
         time.sleep(0.05)
 
@@ -59,14 +59,14 @@ def wait_for_status(url: str, status: int) -> None:
 def test_answers_are_those_of_one_engine_and_sigterm_drains(engines: list[openai.OpenAI]) -> None:
     request = {"model": "tiny", "max_tokens": 12, "temperature": 0, "extra_body": {"return_token_ids": True}}
     with proxying(*urls(engines), "--no-strict", "--probe-interval-s", "0.2") as (process, url):
-        client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=60)
+        client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=120)
         wait_for_status(f"{url}/ready", 200)
         alone, routed = (c.completions.create(**request, prompt=PROMPT) for c in (engines[1], client))
         assert routed.choices[0].model_extra == alone.choices[0].model_extra
         assert len(routed.choices[0].model_extra["token_ids"]) == 12
         assert routed.usage is not None
         assert (routed.usage.prompt_tokens, routed.usage.completion_tokens) == (120, 12)
-        assert 'kvferry:proxy_recomputed_total{reason="no_params"}' in httpx2.get(f"{url}/metrics").text
+        assert 'kvferry:proxy_recomputed_total{reason="no_params"}' in httpx2.get(f"{url}/metrics", timeout=60).text
 
         long = {"model": "tiny", "prompt": PROMPT, "max_tokens": 300, "extra_body": {"ignore_eos": True}}
         stream = client.completions.create(**long, stream=True, stream_options={"include_usage": True})
@@ -75,16 +75,16 @@ def test_answers_are_those_of_one_engine_and_sigterm_drains(engines: list[openai
         chunks = list(stream)
         assert chunks[-1].usage is not None
         assert chunks[-1].usage.completion_tokens == 300, "what was under way came to its end"
-        assert process.wait(30) == 0
+        assert process.wait(90) == 0
 
 
 def test_strict_proxy_is_not_ready_and_says_why(engines: list[openai.OpenAI]) -> None:
     with proxying(*urls(engines)) as (_, url):
-        client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=60)
+        client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=120)
         with pytest.raises(openai.APIStatusError, match=r"prefill engine http.* P2P connector|no prefill engine"):
             client.completions.create(model="tiny", prompt=PROMPT)
-        assert httpx2.get(f"{url}/ready").status_code == 503
-        assert httpx2.get(f"{url}/health").status_code == 200
+        assert httpx2.get(f"{url}/ready", timeout=60).status_code == 503
+        assert httpx2.get(f"{url}/health", timeout=60).status_code == 200
 
 
 def test_guides_command_and_program_run(engines: list[openai.OpenAI], tmp_path: Path) -> None:
@@ -109,7 +109,7 @@ def test_guides_command_and_program_run(engines: list[openai.OpenAI], tmp_path: 
     ],
 )
 def test_wrong_options_are_one_line_and_status_2(arguments: list[str], message: str) -> None:
-    done = subprocess.run([KVFERRY, "proxy", *arguments], capture_output=True, text=True, timeout=60, check=False)
+    done = subprocess.run([KVFERRY, "proxy", *arguments], capture_output=True, text=True, timeout=180, check=False)
     assert done.returncode == 2
     assert message in " ".join(done.stderr.split())
     assert "Traceback" not in done.stderr

@@ -54,12 +54,12 @@ def serving(model: Path | str, *arguments: str) -> Iterator[tuple[subprocess.Pop
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     try:
         assert process.stdout is not None
-        ready, _, _ = select.select([process.stdout], [], [], 90)
+        ready, _, _ = select.select([process.stdout], [], [], 240)
         assert ready, "the server did not start"
         line = process.stdout.readline()
         found = re.fullmatch(r"kvferry serves \S+ on (http://127\.0\.0\.1:\d+)\n", line)
         assert found, line
-        yield process, openai.OpenAI(base_url=f"{found[1]}/v1", api_key="none", max_retries=0, timeout=60)
+        yield process, openai.OpenAI(base_url=f"{found[1]}/v1", api_key="none", max_retries=0, timeout=120)
     finally:
         process.kill()
         process.wait()
@@ -72,6 +72,7 @@ def test_sigterm_ends_streams_in_good_order_and_flushes(model_folder: Path, tmp_
         "kv_connector": "OffloadingConnector", "kv_role": "kv_both", "kv_load_failure_policy": "recompute",
         "kv_connector_extra_config": {
             "cpu_bytes_to_use": 1 << 24, "secondary_tiers": [{"type": "fs", "path": str(tmp_path / "kv")}],
+            "stall_timeout_s": 60.0,
         },
     }  # fmt: skip
     arguments = ("--kv-transfer-config", json.dumps(transfer), "--drain-timeout-s", "30", *NAMED)
@@ -86,7 +87,7 @@ def test_sigterm_ends_streams_in_good_order_and_flushes(model_folder: Path, tmp_
         chunks = list(stream)
         assert chunks[-1].usage is not None
         assert chunks[-1].usage.completion_tokens == 400, "what was under way came to its end"
-        assert process.wait(30) == 0
+        assert process.wait(90) == 0
         with pytest.raises(openai.APIConnectionError):
             client.models.list()
     with serving(model_folder, *arguments) as (process, client):
@@ -95,7 +96,7 @@ def test_sigterm_ends_streams_in_good_order_and_flushes(model_folder: Path, tmp_
         assert reply.usage.prompt_tokens_details is not None
         assert reply.usage.prompt_tokens_details.cached_tokens == 192, "the first server's KV is on disk"
         process.send_signal(signal.SIGINT)
-        assert process.wait(30) == 0
+        assert process.wait(90) == 0
 
 
 def test_drain_is_bounded(model_folder: Path) -> None:
@@ -108,8 +109,8 @@ def test_drain_is_bounded(model_folder: Path) -> None:
         started_s = time.monotonic()
         with suppress(openai.APIError, httpx2.HTTPError):
             list(stream)
-        assert process.wait(20) == 0
-        assert time.monotonic() - started_s < 15
+        assert process.wait(90) == 0
+        assert time.monotonic() - started_s < 60
 
 
 @pytest.mark.parametrize(
@@ -123,7 +124,7 @@ def test_drain_is_bounded(model_folder: Path) -> None:
 )
 def test_wrong_options_are_one_line_and_status_2(arguments: list[str], message: str) -> None:
     command = [KVFERRY, "serve", "no-such-model", "--port", "0", *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=180, check=False)
     assert done.returncode == 2
     assert message in " ".join(done.stderr.split())
     assert "Traceback" not in done.stderr
@@ -157,7 +158,7 @@ def fenced(page: str, language: str) -> str:
 
 def run_python(program: str, folder: Path) -> str:
     done = subprocess.run(
-        [sys.executable, "-c", program], cwd=folder, capture_output=True, text=True, timeout=120, check=False
+        [sys.executable, "-c", program], cwd=folder, capture_output=True, text=True, timeout=500, check=False
     )
     assert done.returncode == 0, done.stderr
     return done.stdout

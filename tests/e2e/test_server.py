@@ -34,7 +34,9 @@ CHAT = [{"role": "user", "content": "What is it?"}]
 
 
 class GatedModel(StubModel):
-    """A stub model whose forwards wait while the gate is closed."""
+    """A stub model whose forwards wait while the gate is closed, and take `pause_s` longer."""
+
+    pause_s = 0.0
 
     def __init__(self, **settings: Any) -> None:
         super().__init__(**settings)
@@ -43,9 +45,10 @@ class GatedModel(StubModel):
         self.fault: Exception | None = None
 
     def forward(self, *arguments: Any) -> torch.Tensor:
-        assert self.gate.wait(30)
+        assert self.gate.wait(240)
         if self.fault is not None:
             raise self.fault
+        time.sleep(self.pause_s)
         return super().forward(*arguments)
 
 
@@ -57,13 +60,13 @@ class Running:
         self.port = port
         self.server = server
         url = f"http://127.0.0.1:{port}/v1"
-        self.client = openai.OpenAI(base_url=url, api_key="none", max_retries=0, timeout=30)
-        self.async_client = lambda: openai.AsyncOpenAI(base_url=url, api_key="none", max_retries=0, timeout=60)
+        self.client = openai.OpenAI(base_url=url, api_key="none", max_retries=0, timeout=240)
+        self.async_client = lambda: openai.AsyncOpenAI(base_url=url, api_key="none", max_retries=0, timeout=240)
 
     def http(
         self, method: str, path: str, body: bytes | str | None = None, headers: dict[str, str] | None = None
     ) -> tuple[int, dict[str, str], bytes]:
-        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=30)
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=240)
         try:
             connection.request(method, path, body, headers or {})
             reply = connection.getresponse()
@@ -82,7 +85,7 @@ class Running:
         return found
 
     def wait_for(self, name: str, value: float) -> None:
-        deadline_s = time.monotonic() + 20
+        deadline_s = time.monotonic() + 60
         while self.metrics()[name] != value:
             assert time.monotonic() < deadline_s, f"{name} is {self.metrics()[name]}, not {value}"
             time.sleep(0.01)
@@ -102,12 +105,12 @@ def running(*, transfer: Any = None, llm_settings: dict[str, Any] | None = None,
     thread = threading.Thread(target=server.run, kwargs={"sockets": [bound]})
     thread.start()
     try:
-        assert listening.wait(20)
+        assert listening.wait(120)
         yield Running(model, bound.getsockname()[1], server)
     finally:
         model.gate.set()
         server.should_exit = True
-        thread.join(30)
+        thread.join(120)
         bound.close()
         assert not thread.is_alive()
 
@@ -323,7 +326,7 @@ def test_second_request_is_loaded_by_the_connector() -> None:
             assert reply.usage is not None
             assert reply.usage.prompt_tokens_details is not None
             cached.append(reply.usage.prompt_tokens_details.cached_tokens)
-            deadline_s = time.monotonic() + 10
+            deadline_s = time.monotonic() + 60
             while json.loads(server.http("POST", "/reset_prefix_cache")[2]) != {"success": True}:
                 assert time.monotonic() < deadline_s
         assert cached == [0, 128]
@@ -393,7 +396,7 @@ def test_overload_is_refused_at_once_and_passes() -> None:
         threads = [threading.Thread(target=ask) for _ in range(2)]
         for thread in threads:
             thread.start()
-        deadline_s = time.monotonic() + 10
+        deadline_s = time.monotonic() + 60
         while server.http("GET", "/ready")[0] == 200:
             assert time.monotonic() < deadline_s
         with pytest.raises(openai.InternalServerError, match="at most 2") as caught:
@@ -404,21 +407,22 @@ def test_overload_is_refused_at_once_and_passes() -> None:
             server.client.completions.create(model="stub", prompt=PROMPT, n=3)
         server.model.gate.set()
         for thread in threads:
-            thread.join(20)
+            thread.join(120)
         assert len(done) == 2
         assert server.metrics()['vllm:admission_rejections_total{reason="queue_full"}'] == 1
         server.client.completions.create(model="stub", prompt=PROMPT, max_tokens=2)
 
 
 @pytest.mark.parametrize("stream", [True, False])
-def test_client_that_leaves_frees_its_place(shared: Running, stream: bool) -> None:
+def test_client_that_leaves_frees_its_place(shared: Running, stream: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shared.model, "pause_s", 0.005)  # the request outlives a test that stands still for seconds
     before = shared.metrics()
     body = json.dumps({"prompt": PROMPT, "max_tokens": 3900, "ignore_eos": True, "stream": stream})
     with socket.create_connection(("127.0.0.1", shared.port)) as connection:
         head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n"
         connection.sendall((head + body).encode())
         if stream:
-            connection.settimeout(20)
+            connection.settimeout(120)
             received = b""
             while b'"text"' not in received:
                 received += connection.recv(1000)
@@ -499,7 +503,7 @@ def test_wrong_methods_and_broken_http(shared: Running) -> None:
     for broken in (b"\x00\x01\x02\r\n\r\n", b"POST /v1/completions HTTP/1.1\r\nContent-Length: x\r\n\r\n"):
         with socket.create_connection(("127.0.0.1", shared.port)) as connection:
             connection.sendall(broken)
-            connection.settimeout(20)
+            connection.settimeout(120)
             assert b" 400 " in connection.recv(1000)
     with socket.create_connection(("127.0.0.1", shared.port)) as connection:  # promises more than it sends
         connection.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 50\r\n\r\n{")
@@ -507,7 +511,7 @@ def test_wrong_methods_and_broken_http(shared: Running) -> None:
         connection.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n")
         for _ in range(60):
             connection.sendall(b"800\r\n" + b" " * 2048 + b"\r\n")
-        connection.settimeout(20)
+        connection.settimeout(120)
         assert b" 413 " in connection.recv(1000)
     assert shared.http("GET", "/health")[0] == 200
 
@@ -549,7 +553,7 @@ def test_clients_learn_why_their_prefix_was_a_hit() -> None:
     with running(transfer=transfer, llm_settings={"explain_requests": True}) as server:
         prompt = [*PROMPT, *PROMPT]
         first = server.client.completions.create(model="stub", prompt=prompt, max_tokens=2)
-        deadline_s = time.monotonic() + 10
+        deadline_s = time.monotonic() + 60
         while json.loads(server.http("POST", "/reset_prefix_cache")[2]) != {"success": True}:
             assert time.monotonic() < deadline_s
         second = server.client.completions.create(model="stub", prompt=prompt, max_tokens=2)
@@ -582,6 +586,7 @@ def test_clients_learn_why_their_prefix_was_a_hit() -> None:
 
 def test_live_requests_choices_and_unknown_ids() -> None:
     with running(llm_settings={"explain_requests": True}) as server:
+        server.model.pause_s = 0.005  # the request outlives a test that stands still for seconds
         stream = server.client.completions.create(
             model="stub", prompt=[PROMPT, PROMPT[:9]], max_tokens=2000, temperature=0, stream=True
         )

@@ -28,7 +28,8 @@ CHAIN = [hashlib.sha256(f"chunk {i}".encode()).digest() for i in range(NUM_CHUNK
 
 def worker_side(port: int) -> LMCacheWorkerSide:
     spec = FullAttentionSpec(block_size=BLOCK, num_kv_heads=2, head_size=8, dtype=torch.bfloat16)
-    extra = {"host": "127.0.0.1", "port": port, "weights_version": "client", "staging_bytes": 1 << 16}
+    extra: dict[str, Any] = {"host": "127.0.0.1", "port": port, "weights_version": "client", "staging_bytes": 1 << 16}
+    extra |= {"mq_timeout": 60.0, "lookup_timeout_s": 30.0}
     transfer = KVTransferConfig("LMCacheMPConnector", kv_role="kv_both", kv_connector_extra_config=extra)
     config = SimpleNamespace(
         kv_transfer_config=transfer,
@@ -58,7 +59,7 @@ def transfer(worker: LMCacheWorkerSide, key: ServerKey, first_block: int, *, is_
 def find(worker: LMCacheWorkerSide, key: ServerKey) -> None:
     """Look the key up until all of it is there: a server says that it has stored before it can be found."""
     lookups = Lookups(worker.config, CHUNK)
-    deadline, number, found = time.monotonic() + 30, 0, 0
+    deadline, number, found = time.monotonic() + 90, 0, 0
     while found < NUM_CHUNKS:
         assert time.monotonic() < deadline, found
         lookups.begin(key)

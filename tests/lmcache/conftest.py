@@ -51,6 +51,7 @@ def transfer_to(port: int, version: str, **extra: Any) -> dict[str, Any]:
             "lmcache.mp.port": port,
             "weights_version": version,
             "staging_bytes": 1 << 20,
+            "lookup_timeout_s": 30.0,
             **extra,
         },
     }

@@ -136,7 +136,7 @@ def test_killed_in_mid_transfer_fails(start_owner, here: End) -> None:
     owner = start_owner()
     peer = here.transport.connect(owner.blob)
     small = copies([(0, at, 0, at, 16 << 10) for at in range(0, SIZE, 16 << 10)])
-    tickets = [here.transport.submit(peer, READ, small) for _ in range(20)]
+    tickets = [here.transport.submit(peer, READ, small) for _ in range(100)]
     while not here.transport.bytes_moved[READ]:
         time.sleep(0.001)
     owner.kill()
@@ -157,6 +157,7 @@ def test_a_hung_peer_is_closed_and_others_go_on(start_owner, monkeypatch: pytest
             assert wait_for(here.transport, ticket)[ticket].status is TransferStatus.OK
         hung.signal(signal.SIGSTOP)
         ticket = here.transport.submit(peers[0], op, copies(WHOLE))
+        _until(lambda: any(each.state and each.state.open for each in list(here.transport._active)))  # it has begun
         time.sleep(1)
         assert here.transport.poll() == [], "no end can be known"
         close = here.transport.close_peer(peers[0])

@@ -71,13 +71,15 @@ def test_a_subscriber_that_joins_late_asks_for_the_beginning(make: Any) -> None:
         publisher.publish(removed(num))
         num += 1
         heard = subscriber.receive(timeout_ms=20)
-        assert time.time() < started_s + 20
+        assert time.time() < started_s + 60
     topic, number, (time_s, events, rank) = heard
     assert (topic, rank) == (b"kv", 0)
     assert started_s <= time_s <= time.time()
     assert events == [{"type": "BlockRemoved", "block_hashes": [bytes([number])], "medium": "GPU", "group_idx": 0}]
+    deadline_s = time.monotonic() + 60
+    while [number for number, _ in subscriber.replay(0)] != list(range(num)):  # the thread may still be sending
+        assert time.monotonic() < deadline_s
     replayed = subscriber.replay(0)
-    assert [number for number, _ in replayed] == list(range(num))
     assert [payload[1][0]["block_hashes"] for _, payload in replayed] == [[bytes([i])] for i in range(num)]
     assert [number for number, _ in subscriber.replay(num - 1)] == [num - 1]
     assert subscriber.replay(num) == []
@@ -89,7 +91,7 @@ def test_replay_has_the_last_messages_and_ignores_nonsense(make: Any) -> None:
         publisher.publish(removed(i))
     for frames in ([b""], [b"x", bytes(8)], [b"", b"short"], [b"", bytes(8), b"more"]):
         subscriber.ask_replay(*frames)
-    deadline_s = time.monotonic() + 20
+    deadline_s = time.monotonic() + 60
     while [number for number, _ in subscriber.replay(0)] != [7, 8, 9]:  # the thread may still be sending
         assert time.monotonic() < deadline_s
 
@@ -112,7 +114,7 @@ def test_a_full_queue_drops_and_leaves_a_gap(make: Any, monkeypatch: pytest.Monk
     gate.set()
     assert [number for number, _ in subscriber.replay(0)] == [0, 1, 2]
     publisher.publish(removed(6))
-    deadline_s = time.monotonic() + 20
+    deadline_s = time.monotonic() + 60
     while [number for number, _ in subscriber.replay(0)] != [0, 1, 2, 6]:
         assert time.monotonic() < deadline_s
 

@@ -224,6 +224,7 @@ class Driver:
         outputs: list[Any] = []
         while not (outputs and outputs[-1].finished):
             outputs += engine.step()
+            time.sleep(0.001)
         return {**_output(outputs[-1]), "as_seen": request.kv_transfer_params, **self._news()}
 
     def reset(self, reset_connector: bool) -> dict[str, Any]:

@@ -19,6 +19,8 @@ TIE = 1e-4
 # vLLM's ranks spin while they wait for each other. Bound to cores, they starve the other's processes there: loads were
 # seen to fail, and prefills of 203 tokens to take 20 s. vllm_environment binds none; more threads would spin as well.
 TWO_RANKS = {"OMP_NUM_THREADS": "1"}
+# P2P settings with which nothing is given up because the machine is busy.
+PATIENT = {"handshake_s": 60.0, "liveness_s": 60.0, "claim_s": 60.0, "load_s": 150.0, "lease_s": 240.0}
 
 
 def vllm_environment(**more: str) -> dict[str, str]:
@@ -126,7 +128,7 @@ def offloading(policy: str, extra: dict[str, Any]) -> dict[str, Any]:
         "kv_connector_module_path": "kvferry.vllm",
         "kv_role": "kv_both",
         "kv_load_failure_policy": policy,
-        "kv_connector_extra_config": {"cpu_bytes_to_use": 1 << 28, **extra},
+        "kv_connector_extra_config": {"cpu_bytes_to_use": 1 << 28, "stall_timeout_s": 60.0, **extra},
     }
 
 

@@ -295,7 +295,7 @@ def stored_by_medium(subscriber: zmq.Socket[bytes]) -> Counter[tuple[str | None,
     return found
 
 
-@pytest.mark.timeout(400)
+@pytest.mark.timeout(1500)
 def test_multi_of_two_offloading_connectors_in_the_engine(model_folder: str, tmp_path: Path) -> None:
     """The first child has room for little: the second is asked for the hit, from memory and, after a restart, disk."""
     big = offloading(secondary_tiers=[{"type": "fs", "path": str(tmp_path), "max_bytes": 1 << 30}])
@@ -326,7 +326,7 @@ def test_multi_of_two_offloading_connectors_in_the_engine(model_folder: str, tmp
     assert metrics[f"{row}hit_tokens_total {second} fs"] == hit
 
 
-@pytest.mark.timeout(400)
+@pytest.mark.timeout(1500)
 def test_vllms_example_connector_beside_ours_in_one_process(model_folder: str, tmp_path: Path) -> None:
     """Its own child comes first and has the hit; blocks held by ours, whose reports are out, come free by steps."""
     transfer = multi(example(tmp_path), offloading(), name="FerryMultiConnectorNoHMA")
@@ -341,7 +341,7 @@ def test_vllms_example_connector_beside_ours_in_one_process(model_folder: str, t
     assert metrics["kvferry:connector_hit_tokens_total FerryMultiConnectorNoHMA/OffloadingConnector host"] == 0
 
 
-@pytest.mark.timeout(400)
+@pytest.mark.timeout(1500)
 @pytest.mark.parametrize("load_async", [False, True])
 def test_dropped_blocks_are_computed_again(model_folder: str, load_async: bool) -> None:
     report_by = "positions" if load_async else "block_ids"  # positions are told to vLLM as a failed request
@@ -361,7 +361,7 @@ def test_dropped_blocks_are_computed_again(model_folder: str, load_async: bool) 
     assert_same_tokens(again, cold)
 
 
-@pytest.mark.timeout(400)
+@pytest.mark.timeout(1500)
 def test_our_example_connector_hits_after_a_restart(model_folder: str, tmp_path: Path) -> None:
     transfer = {
         "kv_connector": "ExampleConnector",
@@ -375,7 +375,7 @@ def test_our_example_connector_hits_after_a_restart(model_folder: str, tmp_path:
     assert_same_tokens(warm, cold)
 
 
-@pytest.mark.timeout(400)
+@pytest.mark.timeout(1500)
 def test_decode_bench_leaves_only_the_tail_to_compute(model_folder: str) -> None:
     transfer = {
         "kv_connector": "DecodeBenchConnector",
@@ -404,7 +404,7 @@ def test_configurations_of_the_guide_start(engine_config: Callable[..., Any], te
         KVConnectorFactory.create_connector(config, role, caches()).shutdown()
 
 
-@pytest.mark.timeout(400)
+@pytest.mark.timeout(1500)
 def test_program_of_the_guide_runs(model_folder: str) -> None:
     (program,) = fenced("python")
     assert '"MODEL"' in program

@@ -48,7 +48,7 @@ def expected(model: str, token_ids: list[int]) -> torch.Tensor:
     return torch.stack([states[0][0], states[2][0], last[0][0]], dim=1)
 
 
-@pytest.mark.timeout(400)
+@pytest.mark.timeout(1500)
 @pytest.mark.parametrize("which", ["cold", "hit", "limit"])
 def test_files_hold_the_states(answers: dict[str, Any], tiny_llama: str, which: str) -> None:
     """Prompts of several chunks, side by side; one of vLLM's prefix cache; one beside a request at max_model_len."""

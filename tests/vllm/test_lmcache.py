@@ -75,6 +75,7 @@ def test_a_restarted_engine_hits(
         origin = "kvferry.vllm:LMCacheMPConnector"
     else:
         extra |= {"lmcache.mp.host": "127.0.0.1", "weights_version": asked, "staging_bytes": 1 << 24}
+        extra |= {"lookup_timeout_s": 60.0, "lmcache.mp.mq_timeout": 60.0}
         origin = "kvferry.vllm:LMCacheMPConnectorUpstream"
     env = {
         "PYTHONPATH": os.pathsep.join(path),

@@ -14,7 +14,7 @@ BUDGET = 192
 NUM_BLOCKS = 64
 MAX_TOKENS = 12
 
-pytestmark = pytest.mark.timeout(300)
+pytestmark = pytest.mark.timeout(1500)
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ from engine_process import EngineChild, assert_same_tokens, offloading, random_p
 BLOCK_SIZE = CHUNK_TOKENS = 128
 MAX_TOKENS = 12
 
-pytestmark = pytest.mark.timeout(300)
+pytestmark = pytest.mark.timeout(1500)
 
 
 @pytest.fixture(scope="module")

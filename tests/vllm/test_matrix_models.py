@@ -14,7 +14,7 @@ CHUNK_TOKENS = 64
 MAX_TOKENS = 12
 SHARD_BYTES = 4  # a key ends with group and rank, two bytes each
 
-pytestmark = pytest.mark.timeout(400)
+pytestmark = pytest.mark.timeout(1500)
 
 
 def engine_args(model: str, policy: str, extra: dict[str, Any], **more: Any) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from typing import Any
 import httpx2
 import openai
 import pytest
-from engine_process import assert_same_tokens, vllm_environment, wait_until
+from engine_process import PATIENT, assert_same_tokens, vllm_environment, wait_until
 from vllm_server import START_S, Server, complete
 
 from kvferry.p2p.wire import Address, sign_peer
@@ -30,7 +30,7 @@ KEY = "of all engines and the proxy"
 GUIDE = (Path(__file__).parents[2] / "docs" / "guides" / "disaggregation.md").read_text()
 KVFERRY = str(Path(sys.executable).parent / "kvferry")
 
-pytestmark = pytest.mark.timeout(400)
+pytestmark = pytest.mark.timeout(1500)
 
 
 def start(model: str, folder: Path, number: int, transport: str, **more: str) -> Server:
@@ -39,7 +39,7 @@ def start(model: str, folder: Path, number: int, transport: str, **more: str) ->
     transfer = json.loads(texts[number].replace("10.0.0.1", "127.0.0.1")) | more
     key_file = folder / transfer["kv_connector_extra_config"]["key_file"]
     key_file.write_text(KEY)
-    transfer["kv_connector_extra_config"] |= {"key_file": str(key_file), "transport": transport}
+    transfer["kv_connector_extra_config"] |= {**PATIENT, "key_file": str(key_file), "transport": transport}
     command = shlex.split(re.findall(r"(?m)^vllm serve MODEL .*$", GUIDE)[number].replace("MODEL", model))
     assert command[-2:] == ["--kv-transfer-config", f"$(cat {('prefill.json', 'decode.json')[number]})"]
     return Server([*command[:-1], json.dumps(transfer), "--num-gpu-blocks-override", "128"], folder / "log")
@@ -84,7 +84,8 @@ def proxying(prefill_url: str, decode_url: str, key_file: Path, *options: str) -
             assert select.select([process.stdout], [], [], 60)[0], "the proxy did not start"
             found = re.search(r"on (http://\S+)$", process.stdout.readline())
             assert found
-            wait_until("transfers work", lambda: httpx2.get(f"{found[1]}/ready").status_code == 200, START_S)
+            ready = f"{found[1]}/ready"
+            wait_until("transfers work", lambda: httpx2.get(ready, timeout=60).status_code == 200, START_S)
             yield found[1]
         finally:
             process.kill()
@@ -113,7 +114,7 @@ def loaded_bytes(server: Server) -> dict[str, float]:
 
 def recomputed(proxy_url: str) -> dict[str, float]:
     """Why prompts were computed again, and how many."""
-    text = httpx2.get(f"{proxy_url}/metrics").text
+    text = httpx2.get(f"{proxy_url}/metrics", timeout=60).text
     rows = re.findall(r'^kvferry:proxy_recomputed_total{reason="(\w+)"} (\S+)$', text, re.MULTILINE)
     assert len(rows) >= 4, "every reason has a row"
     return {reason: float(value) for reason, value in rows if float(value)}

@@ -52,7 +52,7 @@ def step(server: Server) -> dict[str, float]:
     return server.connector_rows(CONNECTOR)
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(1500)
 def test_hit_and_metrics(server: Server) -> None:
     cold = complete(server.client, PROMPT)
     assert server.counter("external_prefix_cache_hits") == 0
@@ -70,7 +70,7 @@ def test_hit_and_metrics(server: Server) -> None:
     assert 0 < rows["stored_bytes_total fs"] <= on_disk
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(1500)
 def test_client_that_goes_away(server: Server) -> None:
     prompt = PROMPT[::-1]
     cold = complete(server.client, prompt)

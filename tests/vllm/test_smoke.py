@@ -35,7 +35,7 @@ def assert_same_tokens(got: dict[str, Any], reference: dict[str, Any]) -> None:
         assert got["token_ids"][position] == reference["token_ids"][position], f"token {position}"
 
 
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(1500)
 @pytest.mark.parametrize("load_async", [True, False])
 def test_killed_engine_is_continued_from_disk(
     start_engine: StartEngine, start_engines: StartEngines, model_folder: str, tmp_path: Path, load_async: bool
@@ -57,6 +57,7 @@ def test_killed_engine_is_continued_from_disk(
         "kv_connector_extra_config": {
             "cpu_bytes_to_use": 1 << 28,
             "load_async": load_async,
+            "stall_timeout_s": 60.0,
             "secondary_tiers": [{"type": "fs", "path": str(tmp_path / "kv"), "max_bytes": 1 << 30}],
         },
     }

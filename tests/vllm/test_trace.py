@@ -8,7 +8,7 @@ import pytest
 from record_trace import DATA, record_in_child
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(1500)
 @pytest.mark.parametrize(("model", "scenario"), [("single", "async_load"), ("hybrid", "warm_sync")])
 def test_recorded_again_it_is_the_same(model: str, scenario: str) -> None:
     committed = json.loads(DATA.read_text())["traces"][model]

@@ -6,7 +6,6 @@ import json
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 import urllib.request
@@ -17,8 +16,9 @@ from typing import Any
 
 import openai
 from engine_process import vllm_environment, wait_until
+from tests.lmcache_server import free_ports
 
-START_S = 180
+START_S = 500
 
 
 def vllm_metadata(folder: Path) -> str:
@@ -39,9 +39,7 @@ class Server:
     """It runs in a process group of its own; `wait_until_up` comes first."""
 
     def __init__(self, command: list[str], log: Path) -> None:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
+        (port,) = free_ports(1)
         command = [
             *command, "--host", "127.0.0.1", "--port", str(port), "--served-model-name", "small", "--dtype", "float32",
             "--enforce-eager", "--block-size", "32", "--max-model-len", "2048", "--max-num-batched-tokens", "256",

@@ -244,6 +244,7 @@ def _offloading(store: str, chunk_tokens: int, host_bytes: int) -> dict[str, Any
             "cpu_bytes_to_use": host_bytes,
             "chunk_tokens": chunk_tokens,
             "secondary_tiers": [{"type": "fs", "path": store}],
+            "stall_timeout_s": 60.0,
         },
     }
 

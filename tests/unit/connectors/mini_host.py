@@ -175,6 +175,7 @@ class MiniHost:
             if claim is not None:
                 return view, claim, is_async
             assert time.monotonic() < deadline, "the lookup never answered"
+            time.sleep(0.0005)
 
     def load(self, view: Any, tables: tuple[list[int], ...], claim: int) -> dict[CacheHitSource, int]:
         self.side.update_state_after_alloc(view, tables, claim)

@@ -32,7 +32,10 @@ class Host:
 
     def __init__(self, server: FakeServer, tp: int = 2) -> None:
         spec = FullAttentionSpec(block_size=BLOCK, num_kv_heads=2, head_size=8, dtype=torch.float32)
-        extra = {"server_urls": server.url, "weights_version": "w", "staging_bytes": 1 << 16, "mq_timeout": 2.0}
+        extra = {
+            "server_urls": server.url, "weights_version": "w", "staging_bytes": 1 << 16, "mq_timeout": 60.0,
+            "lookup_timeout_s": 60.0,
+        }  # fmt: skip
         transfer = KVTransferConfig("LMCacheMPConnector", kv_role="kv_both", kv_connector_extra_config=extra)
         self.pool, self.kv, self.workers = Pool(), [], []
         self.failed: set[str] = set()
@@ -73,6 +76,7 @@ class Host:
         while self.side.has_pending_push_work():
             assert time.monotonic() < deadline, "transfers have not ended"
             self.step([])
+            time.sleep(0.0005)
 
     def request(self, name: str) -> RequestView:
         fields = {"all_token_ids": TOKENS, "num_tokens": len(TOKENS), "num_computed_tokens": 0}
@@ -82,6 +86,7 @@ class Host:
         deadline = time.monotonic() + 20
         while (found := self.side.get_num_new_matched_tokens(view, num_local)[0]) is None:
             assert time.monotonic() < deadline, "the lookup never answered"
+            time.sleep(0.0005)
         return found
 
     def prefill(self, name: str, bad_blocks: set[int] | None = None) -> None:

@@ -156,7 +156,7 @@ def test_killed_in_mid_transfer_is_failed_not_half_a_success(owner: Owner, here:
     pieces = copies([])._replace(
         source_region=zeros, source_offset=at, destination_region=zeros, destination_offset=at, length=zeros + 31
     )
-    tickets = [here.transport.submit(peer, READ, pieces) for _ in range(4)]
+    tickets = [here.transport.submit(peer, READ, pieces) for _ in range(16)]
     deadline_s = time.monotonic() + 30
     while not here.transport.bytes_moved[READ]:
         assert time.monotonic() < deadline_s

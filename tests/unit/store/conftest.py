@@ -21,7 +21,7 @@ from kvferry.types import Namespace, StoreKey
 
 SRC = Path(__file__).parents[3] / "src"
 PAYLOAD_BYTES = 8192
-DEADLINE_S = 20.0
+DEADLINE_S = 60.0
 
 
 class Kit:

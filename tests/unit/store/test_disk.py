@@ -14,6 +14,7 @@ import pytest
 from kvferry.clock import FakeClock
 from kvferry.errors import ConfigError, TierBusy, TierCorrupt, TierUnavailable
 from kvferry.store.disk import MAX_QUARANTINED, PAUSE_S, DiskTier
+from kvferry.store.io_threads import Urgency
 from kvferry.store.tier import TierJob
 from kvferry.types import Namespace, StoreKey
 
@@ -530,9 +531,16 @@ def test_close_ends_every_job_exactly_once(make_disk, kit) -> None:
         tier.submit_store(TierJob(i, kit.key(i), memoryview(data[i]), kit.digest(data[i])))
     entered.wait(20)
     assert not tier.drain(0.01)
-    threading.Timer(0.05, gate.set).start()
+
+    def open_when_closing() -> None:
+        kit.wait_for(lambda: not tier._threads.num_queued(Urgency.STORE))  # ended by `close`: the one thread is busy
+        gate.set()
+
+    opener = threading.Thread(target=open_when_closing)
+    opener.start()
     tier.close()
     tier.close()
+    opener.join()
     results = {result.job_id: result for result in tier.poll()}
     assert [results[i].ok for i in range(3)] == [True, False, False]
     assert isinstance(results[1].error, TierUnavailable)

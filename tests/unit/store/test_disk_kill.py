@@ -43,7 +43,7 @@ while True:
         arena.slot_view(ref.slot)[:] = data
         store.commit(ref, xxhash.xxh3_128(data).digest(), 8192)
     store.touch([key])
-    store.flush(0.5)
+    store.flush(30)
 """
 
 

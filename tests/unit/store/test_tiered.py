@@ -169,7 +169,7 @@ def test_written_through_evicted_promoted(make_store, kit) -> None:
     store = make_store(tier, num_slots=2, on_durable=lambda *ack: durable.append(ack))
     for i in range(4):
         kit.put(store, store.arena, i)
-        assert store.flush(5)
+        assert store.flush(60)
     assert durable == [(kit.key(i), kit.digest(kit.payload(kit.key(i))), "memory") for i in range(4)]
     assert store.lookup(kit.key(0)) is TIER
     assert store.pin(kit.key(0)) is None
@@ -211,9 +211,9 @@ def test_a_stuck_tier_costs_no_time_few_slots_and_no_other_tier(make_store, kit)
     assert stats.num_backlog == 6
     assert len(good.chunks) >= 99
     assert not store.flush(0.05)
-    assert time.monotonic() - started_s < 5
+    assert time.monotonic() - started_s < 60
     stuck.release()
-    assert store.flush(5)
+    assert store.flush(60)
     assert len(stuck.chunks) == 8
     assert store.num_pinned_chunks() == 0
 
@@ -226,7 +226,7 @@ def test_slots_of_writes_under_way_are_not_given_away(make_store, kit) -> None:
         assert kit.put(store, store.arena, i)
     assert store.lookup(kit.key(0)) is HOST_HIT
     tier.release()
-    store.flush(5)
+    store.flush(60)
     assert sorted(tier.chunks) == sorted([kit.key(0), kit.key(4)])
     assert all(payload == kit.payload(key) for key, (payload, _) in tier.chunks.items())
 
@@ -241,7 +241,7 @@ def test_a_busy_tier_is_fed_later_in_order(make_store, kit) -> None:
     assert store.stats().num_backlog == 4
     assert not store.flush(0.02)
     tier.submit_error = None
-    assert store.flush(5)
+    assert store.flush(60)
     assert durable == [kit.key(i) for i in range(4)]
     assert store.stats().traffic["failing"].failures == {}
 
@@ -252,7 +252,7 @@ def test_a_failed_write_leaves_the_chunk_in_host_and_is_counted(make_store, kit,
     durable = []
     store = make_store(tier, on_durable=lambda *ack: durable.append(ack))
     kit.put(store, store.arena, 1)
-    assert store.flush(5)
+    assert store.flush(60)
     assert store.lookup(kit.key(1)) is HOST_HIT
     assert durable == []
     assert store.stats().traffic["failing"].failures == {"store TierUnavailable": 1}
@@ -265,7 +265,7 @@ def test_a_host_copy_that_changed_is_not_written_and_dropped(make_store, kit, ca
     kit.put(store, store.arena, 1)
     ref = store.pin(kit.key(1))
     store.arena.slot_view(ref.slot)[5] ^= 1
-    store.flush(5)
+    store.flush(60)
     assert store.lookup(kit.key(1)) is MISS
     assert tier.chunks == {}
     assert kit.key(1).hex() in caplog.text
@@ -280,7 +280,7 @@ def test_a_failed_promotion_is_a_miss_until_stored_anew(make_store, kit, error) 
     store = make_store(tier, num_slots=1)
     for i in (1, 2):
         kit.put(store, store.arena, i)
-        store.flush(5)
+        store.flush(60)
     assert store.lookup(kit.key(1)) is TIER
     assert kit.get(store, store.arena, 1) is None
     for _ in range(2):
@@ -291,7 +291,7 @@ def test_a_failed_promotion_is_a_miss_until_stored_anew(make_store, kit, error) 
     tier.load_error = None
     for i in (1, 2):
         kit.put(store, store.arena, i)
-        store.flush(5)
+        store.flush(60)
     assert store.lookup(kit.key(1)) is TIER
     assert kit.get(store, store.arena, 1) == kit.payload(kit.key(1))
 
@@ -301,7 +301,7 @@ def test_a_failed_promotion_falls_to_the_next_tier(make_store, kit) -> None:
     store = make_store(first, second, num_slots=2)
     for i in (1, 2, 3):
         kit.put(store, store.arena, i)
-        store.flush(5)
+        store.flush(60)
     assert kit.get(store, store.arena, 1) == kit.payload(kit.key(1))
     first.submit_error = TierBusy("full")
     assert kit.get(store, store.arena, 2) == kit.payload(kit.key(2))
@@ -312,7 +312,7 @@ def test_promotion_without_a_free_slot_is_a_miss_that_may_be_repeated(make_store
     store = make_store(MemoryTier(), num_slots=1)
     for i in (1, 2):
         kit.put(store, store.arena, i)
-        store.flush(5)
+        store.flush(60)
     ref = store.pin(kit.key(2))
     assert store.promote(kit.key(1), 8192) is MISS
     assert store.lookup(kit.key(1)) is TIER
@@ -332,13 +332,13 @@ def test_invalidate_and_clear_reach_every_place_also_while_under_way(make_store,
     assert [receipt.tier for receipt in receipts] == [HOST, "blocking"]
     assert (receipts[0].num_chunks, receipts[0].payload_bytes) == (3, 2 * 8192)
     tier.release()
-    assert store.flush(5)
+    assert store.flush(60)
     assert all(store.lookup(kit.key(i)) is MISS for i in range(10))
     assert store.stats().num_free_slots == 4
     assert tier.chunks == {}
     store.check_integrity()
     assert kit.put(store, store.arena, 0)
-    assert store.flush(5)
+    assert store.flush(60)
     assert list(tier.chunks) == [kit.key(0)]
 
 
@@ -347,9 +347,9 @@ def test_a_disk_below_a_small_arena_end_to_end(make_store, make_disk, kit) -> No
     store = make_store(disk, num_slots=2)
     for i in range(20):
         kit.put(store, store.arena, i)
-        assert store.flush(5)
-    store.close(5)
-    store.close(5)
+        assert store.flush(60)
+    store.close(60)
+    store.close(60)
     assert store.lookup(kit.key(0)) is MISS
     store = make_store(make_disk(), num_slots=2)
     for i in range(20):
@@ -362,7 +362,7 @@ def test_a_damaged_file_is_a_logged_miss(make_store, make_disk, kit, tmp_path, c
     store = make_store(make_disk(), num_slots=1)
     for i in (1, 2):
         kit.put(store, store.arena, i)
-        store.flush(5)
+        store.flush(60)
     path = next((tmp_path / "disk").rglob(f"{kit.key(1).hex()}.kv"))
     data = bytearray(path.read_bytes())
     data[7777] ^= 8
@@ -376,7 +376,7 @@ def test_a_damaged_file_is_a_logged_miss(make_store, make_disk, kit, tmp_path, c
     assert stats.traffic["fs"].failures == {"load TierCorrupt": 1}
     kit.put(store, store.arena, 1)
     kit.put(store, store.arena, 3)
-    assert store.flush(5)
+    assert store.flush(60)
 
 
 def test_close_with_a_stuck_tier_returns_and_says_what_is_lost(make_store, kit, caplog) -> None:
@@ -384,7 +384,7 @@ def test_close_with_a_stuck_tier_returns_and_says_what_is_lost(make_store, kit, 
     kit.put(store, store.arena, 1)
     started_s = time.monotonic()
     store.close(0.05)
-    assert time.monotonic() - started_s < 5
+    assert time.monotonic() - started_s < 60
     assert "1 chunk(s)" in caplog.text
     assert store.reserve(kit.key(2)) is None
     assert store.promote(kit.key(2), 8192) is MISS
@@ -397,11 +397,11 @@ def test_failures_are_logged_once_in_a_while_damage_always(make_store, kit, capl
     store = make_store(tier, clock=clock)
     for i in range(10):
         kit.put(store, store.arena, i)
-        store.flush(5)
+        store.flush(60)
     assert caplog.text.count("disk full") == 1
     clock.advance(60)
     kit.put(store, store.arena, 11)
-    store.flush(5)
+    store.flush(60)
     assert caplog.text.count("disk full") == 2
 
 

@@ -34,7 +34,7 @@ PROMPT = list(range(30))
 
 
 def host_of(rank: int, tp_size: int, block_size: int, **extra: Any) -> HostInfo:
-    config = {"transport": "shm", "handshake_s": 3.0, "retry_s": 0.05, "claim_s": 2.0, **extra}
+    config = {"transport": "shm", "handshake_s": 30.0, "retry_s": 0.05, "claim_s": 30.0, **extra}
     return HostInfo(
         engine_id="tp", model="none", weights_are_random=True, max_model_len=100, num_blocks=NUM_BLOCKS,
         groups=(GroupInfo(0, LAYERS, block_size, AttentionKind.FULL),), tp_size=tp_size, pp_size=1, rank=rank,
@@ -136,7 +136,7 @@ def engine() -> Iterator[Callable[..., Engine]]:
 
 
 def until(holds: Callable[[], Any], *engines: Engine) -> None:
-    deadline_s = time.monotonic() + 20
+    deadline_s = time.monotonic() + 60
     while not holds():
         assert time.monotonic() < deadline_s
         for each in engines:
