@@ -193,11 +193,12 @@ class Subject:
         for piece_bytes in RAW_BYTES:
             self._sample(samples, "raw nixl", piece_bytes, raw, some_pieces(self.num_bytes, piece_bytes, seed))
         agent.agent = None
+        merged = some_pieces(self.num_bytes, MERGED_BYTES, seed)
+        self._sample(samples, "nixl, merged", MERGED_BYTES, self.nixl, merged)
         for size in PIECE_BYTES:
             gathered, scattered, both = (
                 some_pieces(self.num_bytes, size, seed, shape) for shape in ("gather", "scatter", "both")
             )
-            merged = some_pieces(self.num_bytes, MERGED_BYTES, seed)
             self._time(samples["gather bound"][size], lambda p=gathered: self.gather(p))
             for name, pieces in (("shm, gather", gathered), ("shm, scatter", scattered), ("shm, both", both)):
                 self._sample(samples, name, size, self.shm, pieces)
@@ -205,7 +206,6 @@ class Subject:
                 self._time(samples["shm, busy host"][size], lambda p=gathered: self.shm(p))
             self.check(gathered, "shm, busy host")
             self._sample(samples, "nixl", size, self.nixl, gathered)
-            self._sample(samples, "nixl, merged", size, self.nixl, merged)
 
     def shm(self, pieces: Pieces) -> None:
         """Ours."""
@@ -234,9 +234,8 @@ def measure(num_bytes: int, rounds: int) -> dict[str, Any]:
     """Samples of all rounds; the first round warms up and is not counted."""
     torch.set_num_threads(1)
     subject = Subject(num_bytes)
-    samples: Samples = {
-        name: {size: [] for size in (RAW_BYTES if name == "raw nixl" else PIECE_BYTES)} for name in COLOURS
-    }
+    sizes = {"raw nixl": RAW_BYTES, "nixl, merged": (MERGED_BYTES,)}
+    samples: Samples = {name: {size: [] for size in sizes.get(name, PIECE_BYTES)} for name in COLOURS}
     try:
         for seed in range(rounds + 1):
             subject.round(seed, samples)
@@ -262,7 +261,7 @@ def summary(samples: dict[str, dict[str, list[float]]]) -> dict[str, Any]:
            for size, value in to_bound["shm, gather"].items()},
         f"shm, gather / raw nixl, {_name(first)}": (ratio("shm, gather", first, "raw nixl", first), SHM_TO_NIXL_GOAL),
         "nixl, merged / raw nixl, its best piece size": (
-            ratio("nixl, merged", PIECE_BYTES[-1], "raw nixl", best), NIXL_GOAL
+            ratio("nixl, merged", MERGED_BYTES, "raw nixl", best), NIXL_GOAL
         ),
     }  # fmt: skip
     return {
@@ -282,13 +281,14 @@ def plot(medians: dict[str, dict[str, float]], path: Path) -> None:
     """Rates by piece size."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(10, 3.6), layout="constrained")
+    figure = Figure(figsize=(12, 3.6), layout="constrained")
     axes = figure.subplots()
     for i, (name, colour) in enumerate(COLOURS.items()):
-        places = [x + 0.11 * i for x in range(len(PIECE_BYTES))]
-        bars = axes.bar(places, [medians[name][str(size)] for size in PIECE_BYTES], 0.1, label=name, color=colour)
+        places = {size: x + 0.11 * i for x, size in enumerate(RAW_BYTES) if str(size) in medians[name]}
+        rates = [medians[name][str(size)] for size in places]
+        bars = axes.bar(list(places.values()), rates, 0.1, label=name, color=colour)
         axes.bar_label(bars, fmt="%.1f", fontsize=6)
-    axes.set_xticks([x + 0.385 for x in range(len(PIECE_BYTES))], [_name(size) for size in PIECE_BYTES])
+    axes.set_xticks([x + 0.385 for x in range(len(RAW_BYTES))], [_name(size) for size in RAW_BYTES])
     axes.set_xlabel("piece size")
     axes.set_ylabel("GB/s, median")
     axes.spines[["top", "right"]].set_visible(False)
