@@ -84,8 +84,10 @@ venv-vllm-031: .venv-vllm-031/.stamp
 demo: venv
 	@$(BIN)/kvferry demo $(ARGS)
 
+# Two at a time, file by file, for most of them wait; -n 0 in ARGS: one after the other.
 test: venv
-	@$(BIN)/python -m pytest --ignore=tests/vllm --ignore=tests/native --ignore=tests/lmcache --ignore=tests/gpu $(ARGS)
+	@$(BIN)/python -m pytest -n 2 --dist loadfile \
+	    --ignore=tests/vllm --ignore=tests/native --ignore=tests/lmcache --ignore=tests/gpu $(ARGS)
 
 test-lmcache: venv venv-lmcache
 	@KVFERRY_LMCACHE_PYTHON=$(LMCACHE_PYTHON) $(BIN)/python -m pytest tests/lmcache $(ARGS)
