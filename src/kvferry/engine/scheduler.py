@@ -379,9 +379,8 @@ class Scheduler:
         if request.detokenizer is not None:
             request.detokenizer.flush()
         request.status, request.error, request.finished_s = status, error, self._clock.now()
-        num_computed = request.num_computed_tokens
-        num_blocks = -(-num_computed // self.manager.block_size)
-        self.manager.free_unneeded(request.request_id, max(0, num_computed - 1))  # the last may be redone elsewhere
+        num_blocks = -(-request.num_computed_tokens // self.manager.block_size)
+        self.manager.free_unneeded(request.request_id, request.num_computed_tokens - 1)  # it may be redone elsewhere
         block_ids = tuple(table[:num_blocks] for table in self.manager.get_block_ids(request.request_id))
         keep, params = self._connector.request_finished(request, block_ids)
         if status in (RequestStatus.FINISHED_STOPPED, RequestStatus.FINISHED_LENGTH_CAPPED):

@@ -476,7 +476,7 @@ def overheard(address: tuple[str, int]) -> Iterator[tuple[int, bytearray]]:
                     said.extend(data)
                     far_end[source].sendall(data)
 
-        thread = threading.Thread(target=relay)
+        thread = threading.Thread(target=relay, daemon=True)
         thread.start()
         yield listener.getsockname()[1], said
     thread.join(30)

@@ -176,8 +176,8 @@ class Links:
         if any(group.window_tokens for group in link.local.ranks[0].groups):
             for group, position in unfilled_blocks(*what, job.token_range):
                 raise TransferError(
-                    f"block {position} of group {group} would be filled in part: the engines' block sizes differ, and "
-                    "the prefill engine has dropped what is outside the window"
+                    f"block {position} of group {group} would be filled in part: the prefill engine has dropped tokens "
+                    "that the decode engine's window shows; it must end with the prompt (max_tokens=1)"
                 )
         if is_write:
             return [(x.destination_rank, x) for x in plan_transfer(*what, job.token_range, source_rank=self._rank)]
