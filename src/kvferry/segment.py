@@ -1,8 +1,11 @@
-"""Named shared memory: files in /dev/shm (or any folder), mapped, owned by one process, swept when it has died.
+"""Shared memory: files in /dev/shm (or any folder), mapped, owned by one process, swept when it has died.
 
 The owner holds an exclusive `flock` on the file for life, so a segment whose lock can be had belongs to a dead owner
-and is swept when the next one is created in that folder. Not `multiprocessing.shared_memory`: in Python 3.11 an
-attacher's exit unlinks it. What lies in a segment is its user's business; all begin with a header that tells who.
+and is swept when one who was attached lets go of it, or when the next one is created in that folder. One that only
+processes around its owner attach to needs no name (`unlink`), and goes with the last of them.
+
+Not `multiprocessing.shared_memory`: in Python 3.11 an attacher's exit unlinks it. What lies in a segment is its user's
+business; all begin with a header that tells who.
 """
 
 from __future__ import annotations
@@ -25,6 +28,7 @@ logger = logging.getLogger(__name__)
 
 SHM_DIRECTORY = Path("/dev/shm")
 PAGE_BYTES = 4096
+_DESCRIPTORS = "/proc/"
 _NAME = re.compile(r"kvferry-[A-Za-z0-9]+-\d+-[0-9a-f]{16}")
 
 
@@ -33,7 +37,7 @@ class NoRoom(OSError):
 
 
 class Segment:
-    """One mapped file. Built by `create` (owner) or `attach`; never grows or shrinks."""
+    """One mapped file. Built by `create` (owner) or `attach`, which takes its `path`; never grows or shrinks."""
 
     def __init__(self, path: str, fd: int, num_bytes: int, *, is_owner: bool, populate: bool) -> None:
         self.path = path
@@ -69,13 +73,14 @@ class Segment:
 
     @classmethod
     def attach(cls, path: str, num_bytes: int, header: bytes, *, what: str, populate: bool = True) -> Segment:
-        """Map a segment that another process or thread owns. Never unlinks it. `populate` touches every page now.
+        """Map a segment that another process or thread owns. `populate` touches every page now.
 
         HostError, which calls it `what`, when it is gone (owner ended, other machine or container), or has another
         size or header.
         """
+        follow = 0 if path.startswith(_DESCRIPTORS) else os.O_NOFOLLOW
         try:
-            fd = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
+            fd = os.open(path, os.O_RDWR | os.O_CLOEXEC | follow)
         except OSError as error:
             why = "its owner has ended, or runs on another machine or in a container that does not share this folder"
             if isinstance(error, PermissionError):
@@ -92,17 +97,29 @@ class Segment:
         """For those attached: False once the owner's process has ended or closed the segment."""
         return _is_locked(self._fd)
 
-    def close(self) -> None:
-        """Give the mapping up; the owner also unlinks the file. Idempotent. No copy by address may be under way.
+    def unlink(self) -> None:
+        """Owner only: no file is left behind from now on, even if all who have it mapped are killed.
 
-        While somebody still holds `map` or a buffer of it (a tensor), the mapping stays until the last has gone.
+        `path` is a descriptor of this process now, by which those who see this process in their /proc attach.
+        """
+        assert self.is_owner, "only the owner of a segment takes its name away"
+        os.unlink(self.path)
+        self.path = f"{_DESCRIPTORS}{os.getpid()}/fd/{self._fd}"
+
+    def close(self) -> None:
+        """Give the mapping up; the owner unlinks the file too, and so does who sees that the owner has ended.
+
+        Idempotent. No copy by address may be under way. While somebody still holds `map` or a buffer of it (a tensor),
+        the mapping stays until the last has gone.
         """
         if self._is_closed:
             return
         self._is_closed = True
-        if self.is_owner:
+        is_named = not self.path.startswith(_DESCRIPTORS)
+        if is_named and (self.is_owner or not self.is_owner_alive()):
             with suppress(FileNotFoundError):
                 os.unlink(self.path)
+        if self.is_owner:
             fcntl.flock(self._fd, fcntl.LOCK_UN)  # the mapping has a descriptor of its own, with the same lock
         del self.map
         os.close(self._fd)

@@ -309,7 +309,7 @@ def main() -> None:
         command = json.loads(line)
         name = next(iter(command))
         if name == "stop":
-            driver._llm.llm_engine.engine_core.shutdown()
+            driver._llm.llm_engine.engine_core.shutdown(timeout=command["stop"])
             return
         answer = getattr(driver, name)(command.pop(name), **command)
         print(ANSWER + json.dumps(answer), flush=True)

@@ -21,6 +21,8 @@ TIE = 1e-4
 TWO_RANKS = {"OMP_NUM_THREADS": "1"}
 # P2P settings with which nothing is given up because the machine is busy.
 PATIENT = {"handshake_s": 60.0, "liveness_s": 60.0, "claim_s": 60.0, "load_s": 150.0, "lease_s": 240.0}
+SHUTDOWN_S = 60
+"""How long engines may take to stop. vLLM kills them after 5 s, of which it needs 4 to 5 by itself here."""
 
 
 def vllm_environment(**more: str) -> dict[str, str]:
@@ -30,6 +32,7 @@ def vllm_environment(**more: str) -> dict[str, str]:
         "VLLM_CPU_KVCACHE_SPACE": "1",
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",
         "VLLM_LOGGING_LEVEL": "INFO",
+        "VLLM_WORKER_SHUTDOWN_TIMEOUT_SECONDS": str(SHUTDOWN_S),
         "PYTHONPATH": os.pathsep.join([str(HERE), str(HERE.parents[1] / "src"), os.environ.get("PYTHONPATH", "")]),
         "OMP_NUM_THREADS": "2",
         **more,
@@ -81,11 +84,13 @@ class EngineChild:
     def stop(self) -> int:
         """Shut the engine down in good order; its exit status."""
         assert self._process.stdin is not None
-        self._process.stdin.write(json.dumps({"stop": True}) + "\n")
+        self._process.stdin.write(json.dumps({"stop": SHUTDOWN_S}) + "\n")
         self._process.stdin.flush()
-        status = self._process.wait(timeout=60)
+        output, _ = self._process.communicate(timeout=2 * SHUTDOWN_S)
+        with self.log.open("a") as log:
+            log.write(output)
         self.kill()
-        return status
+        return self._process.returncode
 
     def restart(self) -> int:
         """Shut the engine down in good order and start another like it; the first one's exit status."""

@@ -46,6 +46,10 @@ def stored(prompt: list[int]) -> int:
     return len(prompt) // CHUNK_TOKENS * CHUNK_TOKENS
 
 
+def chunk_files(server: Server) -> list[Path]:
+    return list((server.folder / "kv").rglob("*.kv"))
+
+
 def step(server: Server) -> dict[str, float]:
     """Our rows after a step of the engine, for vLLM collects statistics only in one."""
     server.client.completions.create(model="small", prompt=[5], max_tokens=2)
@@ -86,3 +90,18 @@ def test_client_that_goes_away(server: Server) -> None:
     warm = complete(server.client, prompt)
     assert server.counter("external_prefix_cache_hits") - hits == warm["cached_tokens"] == stored(prompt)
     assert_same_tokens(warm, cold)
+
+
+@pytest.mark.timeout(1500)
+def test_sigterm_leaves_all_chunks_on_disk_and_no_shared_memory(server: Server) -> None:
+    prompt = [token + 1 for token in PROMPT]
+    before, on_disk = step(server)["stores_total host"], len(chunk_files(server))
+    num_tokens = len(prompt) + len(complete(server.client, prompt)["token_ids"])
+    num_chunks = num_tokens // CHUNK_TOKENS
+    wait_until("host memory has it", lambda: step(server)["stores_total host"] == before + num_chunks)
+    processes = server.processes()
+    assert any("/kvferry-" in Path(f"/proc/{pid}/maps").read_text() for pid in processes)
+    server.terminate()
+    assert len(chunk_files(server)) == on_disk + num_chunks
+    left = [path.name for path in Path("/dev/shm").glob("kvferry-*") if int(path.name.split("-")[2]) in processes]
+    assert left == []

@@ -19,6 +19,7 @@ from engine_process import vllm_environment, wait_until
 from tests.lmcache_server import free_ports
 
 START_S = 500
+STOP_S = 120
 
 
 def vllm_metadata(folder: Path) -> str:
@@ -94,6 +95,21 @@ class Server:
         """vLLM's own prefix cache is emptied, as soon as no block is held; the connector's on demand."""
         path = f"/reset_prefix_cache?reset_external={str(external).lower()}"
         wait_until("no block is held", lambda: json.loads(self.ask(path, method="POST"))["success"])
+
+    def processes(self) -> list[int]:
+        """All it is made of now."""
+        found = []
+        for folder in Path("/proc").glob("[0-9]*"):
+            with suppress(OSError):  # it ends meanwhile
+                if (folder / "stat").read_text().rpartition(")")[2].split()[2] == str(self.process.pid):
+                    found.append(int(folder.name))
+        return found
+
+    def terminate(self) -> None:
+        """SIGTERM, as a service manager sends it, until all has ended."""
+        self.process.terminate()
+        assert self.process.wait(timeout=STOP_S) == 0, self._log.read_text()[-6000:]
+        wait_until("all its processes have ended", lambda: not self.processes(), STOP_S)
 
     def stop(self) -> None:
         """End it and all it started."""

@@ -1,11 +1,11 @@
-"""The arena: one named shared mapping, cut into slots of equal size; a slot holds one chunk.
+"""The arena: one shared mapping, cut into slots of equal size; a slot holds one chunk.
 
     0        4096                       data offset (multiple of 2 MiB)
     +--------+--------------------------+----------+----------+----
     | header | generations, u64 a slot  |  slot 0  |  slot 1  | ...
     +--------+--------------------------+----------+----------+----
 
-The scheduler side creates (owns) it, workers attach by name, also from other processes (`kvferry.segment`).
+The scheduler side creates (owns) it, workers attach, also from other processes of that machine (`kvferry.segment`).
 
 A slot's generation rises each time the slot changes its key. A reader that copies out of a slot compares the
 generation before and after; if it rose, what was read is worthless.
@@ -60,12 +60,16 @@ class Arena:
         self.address = segment.address + info.data_offset_bytes
 
     @classmethod
-    def create(cls, *, engine_id: str, num_slots: int, slot_bytes: int, directory: Path | None = None) -> Arena:
-        """Make, fill with zeros and map a new arena; sweep those of dead owners first.
+    def create(
+        cls, *, engine_id: str, num_slots: int, slot_bytes: int, directory: Path | None = None, is_named: bool = False
+    ) -> Arena:
+        """Make, fill with zeros and map a new arena; sweep what dead owners left first.
 
-        `directory` None means /dev/shm; any other folder (made if missing) gives a file-backed mapping. `slot_bytes`
-        is a multiple of 4096. Blocks while the memory is made (about 0.3 s per GiB). ConfigError, with the remedy and
-        nothing left behind, when there is no room or the folder cannot be written.
+        `directory` None means /dev/shm; any other folder (made if missing) gives a file-backed mapping. Its file has
+        a name there only if `is_named`: else none, and its memory is free again whatever ends the last process that
+        maps it, SIGKILL too. `slot_bytes` is a multiple of 4096. Blocks while the memory is made (about
+        0.3 s per GiB). ConfigError, with the remedy and nothing left behind, when there is no room or the folder cannot
+        be written.
         """
         if num_slots < 1 or slot_bytes < PAGE_BYTES or slot_bytes % PAGE_BYTES:
             raise ConfigError(
@@ -83,13 +87,16 @@ class Arena:
             raise no_room(asked, folder, have=str(error)) from error
         except OSError as error:
             raise ConfigError(f"cannot make an arena in {folder}: {error}; set arena_dir to another folder") from error
+        if not is_named:
+            segment.unlink()
         return cls(replace(asked, path=segment.path), segment)
 
     @classmethod
     def attach(cls, info: ArenaInfo) -> Arena:
-        """Map an arena that another process or thread owns. Never unlinks it.
+        """Map an arena that another process or thread owns.
 
-        HostError when it is gone (owner ended, other machine, other container) or is not the one `info` describes.
+        HostError when it is gone (owner ended), out of reach (other machine, container or user), or is not the one
+        `info` describes.
         """
         return cls(info, Segment.attach(info.path, info.total_bytes, _header(info), what="arena"))
 
@@ -117,7 +124,7 @@ class Arena:
         return self._generations[slot]
 
     def close(self) -> None:
-        """Give the mapping up; the owner also unlinks the file. Idempotent. No copy by address may be under way."""
+        """Give the mapping up. Idempotent. No copy by address may be under way."""
         self._is_closed = True
         self._generations.release()
         self._data.release()

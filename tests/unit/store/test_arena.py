@@ -9,13 +9,15 @@ from pathlib import Path
 import pytest
 
 from kvferry.errors import ConfigError, HostError
+from kvferry.segment import Segment
 from kvferry.store.arena import Arena, ArenaInfo
 
 HOLDER = """
 import sys
 from pathlib import Path
 from kvferry.store.arena import Arena
-arena = Arena.create(engine_id="holder", num_slots=2, slot_bytes=4096, directory=Path(sys.argv[1]))
+folder, is_named = Path(sys.argv[1]), sys.argv[2] == "named"
+arena = Arena.create(engine_id="holder", num_slots=2, slot_bytes=4096, directory=folder, is_named=is_named)
 print(arena.info.path, flush=True)
 sys.stdin.read()
 """
@@ -50,10 +52,15 @@ def test_no_slot_outside(make_arena, slot: int) -> None:
             call(slot)
 
 
-def test_the_file_is_private_and_named_after_engine_and_process(make_arena) -> None:
-    path = Path(make_arena().info.path)
+def test_the_file_is_private_and_named_on_demand_after_engine_and_process(tmp_path: Path, make_arena) -> None:
+    assert Path(make_arena().info.path).stat().st_mode & 0o777 == 0o600
+    assert list((tmp_path / "arena").iterdir()) == []
+    arena = Arena.create(engine_id="a/b c", num_slots=1, slot_bytes=4096, directory=tmp_path, is_named=True)
+    path = Path(arena.info.path)
     assert path.stat().st_mode & 0o777 == 0o600
-    assert path.name.startswith(f"kvferry-test-{os.getpid()}-")
+    assert (path.parent, path.name[: -len("0123456789abcdef")]) == (tmp_path, f"kvferry-abc-{os.getpid()}-")
+    arena.close()
+    assert not path.exists()
 
 
 def test_generations_rise_one_by_one_and_are_shared(make_arena) -> None:
@@ -111,7 +118,7 @@ def test_close_is_idempotent_and_keeps_views_alive(make_arena) -> None:
 
 def test_arenas_of_the_dead_are_swept_those_of_the_living_are_not(tmp_path: Path, kit) -> None:
     folder = tmp_path / "shared"
-    children = [kit.spawn(HOLDER, folder) for _ in range(2)]
+    children = [kit.spawn(HOLDER, folder, "named") for _ in range(2)]
     paths = [child.stdout.readline().strip() for child in children]
     stranger = folder / "kvferry-not-ours"
     stranger.write_bytes(b"")
@@ -124,6 +131,33 @@ def test_arenas_of_the_dead_are_swept_those_of_the_living_are_not(tmp_path: Path
     assert stranger.exists()
     mine.close()
     children[1].communicate(timeout=30)
+
+
+def test_nothing_is_left_of_a_killed_owner_without_a_name(tmp_path: Path, kit) -> None:
+    folder = tmp_path / "shared"
+    child = kit.spawn(HOLDER, folder, "unnamed")
+    path = child.stdout.readline().strip()
+    assert os.stat(path).st_size == ArenaInfo(path, 2, 4096, b"").total_bytes, "it is there"
+    child.send_signal(signal.SIGKILL)
+    child.communicate(timeout=30)
+    assert list(folder.iterdir()) == []
+    with pytest.raises(HostError, match="owner has ended"):
+        Arena.attach(ArenaInfo(path, 2, 4096, bytes(16)))
+
+
+def test_who_was_attached_sweeps_what_a_dead_owner_left(tmp_path: Path, kit) -> None:
+    child = kit.spawn(HOLDER, tmp_path, "named")
+    path = child.stdout.readline().strip()
+    header = Path(path).read_bytes()[:48]
+    num_bytes = os.stat(path).st_size
+    early, late = (Segment.attach(path, num_bytes, header, what="arena") for _ in range(2))
+    early.close()
+    assert os.path.exists(path), "its owner lives"
+    child.send_signal(signal.SIGKILL)
+    child.communicate(timeout=30)
+    assert os.path.exists(path)
+    late.close()
+    assert not os.path.exists(path)
 
 
 @pytest.mark.parametrize("directory", [None, "given"])
@@ -149,6 +183,6 @@ def test_unusable_folder(folder: str) -> None:
 
 
 def test_default_is_shared_memory() -> None:
-    arena = Arena.create(engine_id="a/b c", num_slots=1, slot_bytes=4096)
-    assert arena.info.path.startswith("/dev/shm/kvferry-abc-")
+    arena = Arena.create(engine_id="x", num_slots=1, slot_bytes=4096)
+    assert os.readlink(arena.info.path).startswith("/dev/shm/kvferry-x-")
     arena.close()

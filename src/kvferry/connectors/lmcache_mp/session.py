@@ -102,7 +102,9 @@ class ServerSession:
         self._copier = copier
         self._rank = rank
         self._instance_id = secrets.randbits(62)
-        self._arena = Arena.create(engine_id="lmcache", num_slots=geometry.num_slots, slot_bytes=geometry.slot_bytes)
+        self._arena = Arena.create(
+            engine_id="lmcache", num_slots=geometry.num_slots, slot_bytes=geometry.slot_bytes, is_named=True
+        )
         copier.map_host(self._arena.address, geometry.num_slots * geometry.slot_bytes)
 
     def register(self, model_name: str, world_size: int) -> None:
