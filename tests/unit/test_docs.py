@@ -38,6 +38,7 @@ EXECUTED_BY = {
     "kvferry bench decode": ("tests/model/test_bench_decode.py", '"bench", "decode"'),
     "kvferry doctor": ("tests/unit/cli/test_doctor.py", "doctor"),
     "vllm serve MODEL --host 10.0.0.": ("tests/vllm/test_p2p_serve.py", "^vllm serve MODEL .*$"),
+    "vllm serve MODEL --shutdown-timeout 30 --kv-transfer-config": ("tests/vllm/test_serve.py", "readme_command(model"),
     "vllm serve MODEL --kv-transfer-config": ("tests/vllm/test_serve.py", "readme_command(model"),
     "lmcache server": ("tests/lmcache_server.py", '"server", "--host"'),
 }
