@@ -17,6 +17,7 @@ import numpy as np
 
 from kvferry.p2p.transport import Ints
 
+_GRID_FACTOR = 16
 _MIN_ROWS = 12  # one numpy call costs more than fewer memmoves
 
 
@@ -40,7 +41,9 @@ def copy_pieces(sources: Ints, destinations: Ints, lengths: Ints, step_bytes: Ca
         if is_scatter := len(source_bounds) < len(bounds):
             order, bounds = by_source, source_bounds
     sources, destinations, lengths = sources[order], destinations[order], lengths[order]
-    from_, to = sources.tolist(), destinations.tolist()
+    has_short = any(stop - start < _MIN_ROWS for start, stop in pairwise(bounds))
+    # Lists: faster to take single addresses from, but they take a percent of the time of the copies.
+    from_, to = (sources.tolist(), destinations.tolist()) if has_short else (sources, destinations)
     copied = 0
     for start, stop in pairwise(bounds):
         length = int(lengths[start])
@@ -50,11 +53,11 @@ def copy_pieces(sources: Ints, destinations: Ints, lengths: Ints, step_bytes: Ca
             last = min(first + max(1, step // length), stop)
             if last - first < _MIN_ROWS:
                 for i in range(first, last):
-                    ctypes.memmove(to[i], from_[i], length)
+                    ctypes.memmove(int(to[i]), int(from_[i]), length)
             elif is_scatter:
-                _scatter(from_[first], destinations[first:last], length)
+                _scatter(int(from_[first]), destinations[first:last], length)
             else:
-                _gather(sources[first:last], to[first], length)
+                _gather(sources[first:last], int(to[first]), length)
             copied += length * (last - first)
             first = last
             if copied >= step:
@@ -69,7 +72,7 @@ def _runs(adjacent: Ints, anywhere: Ints, lengths: Ints) -> tuple[Ints, list[int
 
     A run is of equal lengths, adjacent on the one side and whole lengths apart on the other.
     """
-    order = np.argsort(adjacent, kind="stable")
+    order = _order(adjacent, lengths)
     adjacent, anywhere, lengths = adjacent[order], anywhere[order], lengths[order]
     is_next = (
         (lengths[1:] == lengths[:-1])
@@ -77,6 +80,21 @@ def _runs(adjacent: Ints, anywhere: Ints, lengths: Ints) -> tuple[Ints, list[int
         & ((anywhere[1:] - anywhere[:-1]) % lengths[1:] == 0)
     )
     return order, [*([0] if len(lengths) else []), *(np.flatnonzero(~is_next) + 1).tolist(), len(lengths)]
+
+
+def _order(addresses: Ints, lengths: Ints) -> Ints:
+    """What sorts them. Addresses on a grid of one length that they fill well, as pages do, need no comparing."""
+    if len(addresses):
+        lowest, length = int(addresses.min()), int(lengths[0])
+        cells = (addresses - lowest) // length
+        num_cells = int(cells.max()) + 1
+        if num_cells <= _GRID_FACTOR * len(addresses) and np.array_equal(cells * length + lowest, addresses):
+            piece_in = np.full(num_cells, -1)
+            piece_in[cells] = np.arange(len(cells))
+            order = piece_in[piece_in >= 0]
+            if len(order) == len(addresses):
+                return order
+    return np.argsort(addresses)
 
 
 def _gather(sources: Ints, destination: int, length: int) -> None:

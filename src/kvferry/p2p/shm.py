@@ -176,6 +176,8 @@ class _ShmPeer(PeerHandle):
     def map_pages(self, starts: Ints, lengths: Ints) -> None:
         """Map in few calls what is to be copied at these addresses: page by page, faults cost more than the copy."""
         for segment, part, mapped in zip(self.segments, self.blob.parts, self.mapped, strict=True):
+            if mapped.all():
+                continue
             size = PAGE_BYTES + part.num_bytes
             is_here = (starts >= segment.address) & (starts < segment.address + size)
             first = starts[is_here] - segment.address

@@ -192,7 +192,7 @@ def check_pieces(pieces: Pieces, source_bytes: Ints, destination_bytes: Ints) ->
 def _check_side(side: str, region: Ints, offset: Ints, length: Ints, region_bytes: Ints) -> None:
     is_bad = (region < 0) | (region >= len(region_bytes))
     if not is_bad.any():
-        is_bad = (offset < 0) | (length > region_bytes[region]) | (offset > region_bytes[region] - length)
+        is_bad = (offset < 0) | (offset > region_bytes[region] - length)
     if is_bad.any():
         first = int(is_bad.argmax())
         raise TransferError(

@@ -78,3 +78,20 @@ def test_pages_that_fill_one_side_are_one_call(monkeypatch: pytest.MonkeyPatch, 
 
 def test_nothing_is_nothing() -> None:
     assert run(np.zeros(1, np.uint8), np.zeros(1, np.uint8), [], 1) == []
+
+
+@pytest.mark.parametrize("what", ["full grid", "thin grid", "off the grid", "twice", "one", "none"])
+def test_order_sorts(what: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    count = {"one": 1, "none": 0}.get(what, 500)
+    cells = np.random.default_rng(1).permutation(count * (100 if what == "thin grid" else 2))[:count]
+    addresses = (1 << 40) + cells * 4096
+    if what == "off the grid":
+        addresses[7] += 8
+    if what == "twice":
+        addresses[7] = addresses[8]
+    expected = np.sort(addresses)
+    if what in ("full grid", "one"):
+        monkeypatch.setattr(copying.np, "argsort", None)  # not needed
+    order = copying._order(addresses, np.full(count, 4096))
+    assert sorted(order.tolist()) == list(range(count))
+    np.testing.assert_array_equal(addresses[order], expected)
