@@ -5,6 +5,7 @@ one beside the embedded engine, whose KV lies otherwise.
 from __future__ import annotations
 
 import os
+import re
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -157,7 +158,9 @@ def test_either_role(start_engines: StartEngines, tiny_llama: str, tmp_path: Pat
     d.ask(reset=False)  # no block is held
     assert d.stop() == 0
     assert not files[1].exists()
-    assert " ERROR " not in d.log.read_text()
+    log = d.log.read_text()
+    assert re.search(r"(?m)^\(Worker pid=\d+\) INFO .* \[links.py:\d+\] KV between .* moves over shm$", log)
+    assert " ERROR " not in log
 
 
 def test_producer_and_consumer(start_engines: StartEngines, tiny_llama: str, tmp_path: Path) -> None:

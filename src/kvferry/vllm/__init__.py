@@ -36,9 +36,10 @@ def __getattr__(name: str) -> Any:
     if name not in CONNECTOR_NAMES:
         hint = did_you_mean(name, CONNECTOR_NAMES, list_all=True)
         raise AttributeError(f"kvferry.vllm has no connector {name!r}{hint}")
-    from kvferry.vllm.compat import check_vllm
+    from kvferry.vllm.compat import check_vllm, log_as_vllm
 
     check_vllm()
+    log_as_vllm()
     if name == "LMCacheMPConnector":
         from kvferry.vllm.lmcache import lmcache_connector
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import functools
 import importlib
+import logging
 import re
 import sys
 from collections.abc import Callable
@@ -62,6 +63,17 @@ def check_vllm() -> None:
             f"this is vLLM {version}; this kvferry supports vLLM {supported_versions()}: "
             "install one of these, or another kvferry"
         )
+
+
+def log_as_vllm() -> None:
+    """Our log lines go where vLLM's go, in its form and at its level, unless the application takes care of them."""
+    ours, theirs = logging.getLogger("kvferry"), logging.getLogger("vllm")
+    if ours.hasHandlers() or ours.level != logging.NOTSET:
+        return
+    for handler in theirs.handlers:
+        ours.addHandler(handler)
+    ours.setLevel(theirs.level)
+    ours.propagate = theirs.propagate
 
 
 def tolerate_llvmlite() -> None:
