@@ -54,7 +54,8 @@ class FakeEngine:
         if body.get("stream"):
             return StreamingResponse(self._stream(body, "chat" in request.url.path), media_type="text/event-stream")
         is_prefill = (body.get("kv_transfer_params") or {}).get("do_remote_decode")
-        return JSONResponse(self._prefill(body) if is_prefill else self._whole(body, "chat" in request.url.path))
+        content = self._prefill(body) if is_prefill else self._whole(body, "chat" in request.url.path)
+        return JSONResponse(content, headers={"Set-Cookie": "session=1"})
 
     def _prefill(self, body: dict[str, Any]) -> dict[str, Any]:
         params = {

@@ -419,6 +419,15 @@ def test_bodies_that_are_refused(body: bytes, status: int, message: str) -> None
         assert r.http("POST", "/v1/nowhere", b"{}")[0] == 404
 
 
+def test_engines_cookies_do_not_go_to_other_clients() -> None:
+    with running() as r:
+        for _ in range(2):
+            r.client.completions.create(**ASK)
+        headers = r.prefill[0].headers + r.decode[0].headers
+        assert len(headers) == 4
+        assert not any("cookie" in one for one in headers)
+
+
 @pytest.mark.parametrize("name", ["Authorization", "traceparent", "tracestate"])
 def test_header_that_cannot_be_sent_on_is_the_clients_mistake(name: str) -> None:
     with running() as r:

@@ -14,6 +14,7 @@ import uuid
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import AsyncExitStack, aclosing, asynccontextmanager
 from dataclasses import dataclass, field
+from http.cookiejar import CookieJar, DefaultCookiePolicy
 from typing import Literal
 
 import httpx2
@@ -109,7 +110,9 @@ class Relay:
         self._clock = clock
         self._sign_peer = sign_peer
         limits = httpx2.Limits(keepalive_expiry=_KEEPALIVE_S)
-        self._client = httpx2.AsyncClient(limits=limits, trust_env=False, follow_redirects=False)
+        # An engine's cookies are for one client, and this one carries the requests of all.
+        no_cookies = CookieJar(DefaultCookiePolicy(allowed_domains=()))
+        self._client = httpx2.AsyncClient(limits=limits, trust_env=False, follow_redirects=False, cookies=no_cookies)
 
     async def aclose(self) -> None:
         """Close idle connections."""
