@@ -78,12 +78,17 @@ class Segment:
         HostError, which calls it `what`, when it is gone (owner ended, other machine or container), or has another
         size or header.
         """
-        follow = 0 if path.startswith(_DESCRIPTORS) else os.O_NOFOLLOW
+        has_name = _has_name(path)
         try:
-            fd = os.open(path, os.O_RDWR | os.O_CLOEXEC | follow)
+            fd = os.open(path, os.O_RDWR | os.O_CLOEXEC | (os.O_NOFOLLOW if has_name else 0))
         except OSError as error:
             why = "its owner has ended, or runs on another machine or in a container that does not share this folder"
-            if isinstance(error, PermissionError):
+            if not has_name:
+                why = (
+                    "its owner has ended, or cannot be seen in this process's /proc: another machine, another "
+                    "container, another user, or rules against looking into other processes (SELinux, AppArmor)"
+                )
+            elif isinstance(error, PermissionError):
                 why = "its owner runs as another user, and the file is for that one alone: run both as one user"
             raise HostError(f"cannot map the {what} {path}: {error.strerror}; {why}") from error
         try:
@@ -115,8 +120,7 @@ class Segment:
         if self._is_closed:
             return
         self._is_closed = True
-        is_named = not self.path.startswith(_DESCRIPTORS)
-        if is_named and (self.is_owner or not self.is_owner_alive()):
+        if _has_name(self.path) and (self.is_owner or not self.is_owner_alive()):
             with suppress(FileNotFoundError):
                 os.unlink(self.path)
         if self.is_owner:
@@ -153,6 +157,10 @@ def sweep_dead_segments(folder: Path) -> list[Path]:
     if swept:
         logger.info("swept %d segment(s) of dead processes in %s", len(swept), folder)
     return swept
+
+
+def _has_name(path: str) -> bool:
+    return not path.startswith(_DESCRIPTORS)
 
 
 def _new_name(engine_id: str) -> str:
