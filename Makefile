@@ -104,7 +104,8 @@ test-vllm: venv-vllm venv-lmcache
 
 test-vllm-031: venv-vllm-031
 	@$(OLD_VLLM_BIN)/python -m pytest tests/vllm/test_smoke.py \
-	    tests/vllm/test_exports.py::test_multi_of_two_offloading_connectors_in_the_engine -W default $(ARGS)
+	    tests/vllm/test_exports.py::test_multi_of_two_offloading_connectors_in_the_engine \
+	    tests/vllm/test_p2p.py::test_either_role -W default $(ARGS)
 
 lint: venv
 	@$(BIN)/ruff check .
