@@ -35,7 +35,8 @@ from kvferry.p2p.wire import LOOPBACK, Address, Codec, M, derive_key, is_allowed
 
 logger = logging.getLogger(__name__)
 
-_HANDSHAKE_MS = 5000
+_RECONNECT_MS = 5000
+_LONGEST_S = 1_000_000.0  # zmq counts milliseconds in an int
 _HEARTBEAT_MS = 2000
 _HIGH_WATER = 16  # messages per connection
 _TICK_MS = 500
@@ -58,6 +59,8 @@ class ControlSettings:
     key: str | None = None
     silence_s: float = 6.0
     """A peer that answers no heartbeat for so long is lost; processes are starved for seconds on busy machines."""
+    handshake_s: float = 5.0
+    """A connection whose handshake takes longer is closed, by either side."""
     max_connections: int = 1024
     max_dialled: int = 1024
     max_inbox_bytes: int = 32 << 20
@@ -220,7 +223,8 @@ class ControlChannel(Generic[M]):
         made = self._context.socket(kind)
         made.set_hwm(_HIGH_WATER)
         for option, value in (
-            (zmq.LINGER, 0), (zmq.MAXMSGSIZE, self._codec.max_bytes), (zmq.HANDSHAKE_IVL, _HANDSHAKE_MS), (zmq.IPV6, 1),
+            (zmq.LINGER, 0), (zmq.MAXMSGSIZE, self._codec.max_bytes), (zmq.IPV6, 1),
+            (zmq.HANDSHAKE_IVL, round(min(max(0.001, self._settings.handshake_s), _LONGEST_S) * 1000)),
             (zmq.HEARTBEAT_IVL, _HEARTBEAT_MS), (zmq.HEARTBEAT_TIMEOUT, round(self._settings.silence_s * 1000)),
         ):  # fmt: skip
             made.setsockopt(option, value)
@@ -256,7 +260,7 @@ class ControlChannel(Generic[M]):
         dealer = self._socket(zmq.DEALER)
         dealer.setsockopt(zmq.ROUTING_ID, self._identity)
         dealer.setsockopt(zmq.IMMEDIATE, 1)  # nothing is queued for a peer that is not there: it would come too late
-        dealer.setsockopt(zmq.RECONNECT_IVL_MAX, _HANDSHAKE_MS)
+        dealer.setsockopt(zmq.RECONNECT_IVL_MAX, _RECONNECT_MS)
         if self._keys is not None:
             dealer.curve_serverkey = self._keys.server_public
             dealer.curve_publickey = self._keys.client_public

@@ -385,9 +385,8 @@ def rss_bytes() -> int:
     return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
 
 
-def test_half_open_handshakes_end(channel, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("kvferry.p2p.control._HANDSHAKE_MS", 3000)
-    server = channel(key=KEY)
+def test_half_open_handshakes_end(channel) -> None:
+    server = channel(key=KEY, handshake_s=3.0)
     silent = [raw(server), raw(server, GREETING[:5]), raw(server, GREETING)]
     is_alive(server, channel, key=KEY)
     assert all(map(is_cut, silent))

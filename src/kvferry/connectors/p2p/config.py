@@ -99,4 +99,6 @@ class P2PConfig:
 
     def control(self, key: str | None) -> ControlSettings:
         """Where to listen."""
-        return ControlSettings(self.host, self.port, self.advertised_host, key, silence_s=self.liveness_s)
+        return ControlSettings(
+            self.host, self.port, self.advertised_host, key, silence_s=self.liveness_s, handshake_s=self.handshake_s
+        )
