@@ -22,6 +22,7 @@ from kvferry.connectors.p2p import links
 from kvferry.connectors.p2p.scheduler import P2PSchedulerSide
 from kvferry.engine.kv_groups import layer_name
 from kvferry.engine.outputs import RequestOutput
+from kvferry.engine.prompts import PromptInput
 from kvferry.errors import ConfigError, TransferError
 from kvferry.p2p import choice, threaded
 from kvferry.p2p.shm import ShmTransport
@@ -325,7 +326,9 @@ def test_tokens_are_taken_only_from_a_prefill_engine(cluster: Cluster) -> None:
     llm = cluster.start()
     for params in ({}, {"do_remote_prefill": False}, {"do_remote_decode": True}):
         request = llm._make_request(
-            PROMPT, SamplingParams(extra_args={"kv_transfer_params": params | {"remote_first_token_ids": [7]}}), None
+            PromptInput(token_ids=PROMPT),
+            SamplingParams(extra_args={"kv_transfer_params": params | {"remote_first_token_ids": [7]}}),
+            None,
         )
         assert request.handed_over_token_ids == ()
 

@@ -10,7 +10,7 @@ import enum
 import math
 from bisect import bisect
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 import torch
@@ -22,6 +22,7 @@ from kvferry.kv_events import KVEventsConfig
 
 DEFAULT_KV_CACHE_BYTES = 1 << 30
 MAX_LOGPROBS = 20
+MAX_COMPLETIONS = 128
 _GREEDY_BELOW = 1e-5
 DTYPE_NAMES = ("auto", "float32", "bfloat16", "float16")
 
@@ -71,10 +72,15 @@ class SamplingParams:
     logprobs: int | None = None
     """Also report log-probabilities (of the unprocessed logits): the chosen token's and this many likeliest ones'."""
     output_kind: RequestOutputKind = RequestOutputKind.CUMULATIVE
+    n: int = 1
+    """Completions of each prompt, at most 128. With a seed they are repeatable, but not all the same."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "stop", (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ()))
         object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids))
+        _require_int("n", self.n, 1)
+        if self.n > MAX_COMPLETIONS:
+            raise ConfigError(f"n={self.n} must be at most {MAX_COMPLETIONS}")
         _require_int("max_tokens", self.max_tokens, 1)
         _require_int("top_k", self.top_k, -1)
         _require_number("temperature", self.temperature, 0)
@@ -94,6 +100,11 @@ class SamplingParams:
         self._check_stops()
         if not isinstance((self.extra_args or {}).get("kv_transfer_params", {}), dict):
             raise ConfigError("extra_args['kv_transfer_params'] must be an object")
+
+    def per_completion(self) -> list[SamplingParams]:
+        """`n` settings of one completion each; a seed grows by one from each to the next."""
+        seeds = [None if self.seed is None else self.seed + index for index in range(self.n)]
+        return [replace(self, n=1, seed=seed) for seed in seeds]
 
     def _check_stops(self) -> None:
         if not all(isinstance(text, str) and text for text in self.stop):

@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
+from numbers import Integral
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -23,8 +24,9 @@ from kvferry.engine.guard import HostCounters
 from kvferry.engine.handover import handed_over_tokens
 from kvferry.engine.hidden_states import with_hidden_states
 from kvferry.engine.model_loader import EngineModel, load_model
-from kvferry.engine.outputs import RequestOutput, report
+from kvferry.engine.outputs import RequestOutput, merged, report
 from kvferry.engine.plan import plan_engine
+from kvferry.engine.prompts import Prompt, PromptInput, is_conversation, read_prompt, read_prompts, render_messages
 from kvferry.engine.request import Request
 from kvferry.engine.runner import make_runner
 from kvferry.engine.scheduler import Scheduler
@@ -34,7 +36,6 @@ from kvferry.kv_events import AllBlocksCleared, EventPublisher, KVCacheEvent, KV
 if TYPE_CHECKING:
     import torch
 
-Prompt = str | Sequence[int]
 _IDLE_SLEEP_S = 0.0005
 _DRAIN_LIMIT_S = 30.0
 _CHECK_EVERY_S = 10.0
@@ -164,11 +165,15 @@ class LLM:
         cache_salt: str | None = None,
         request_id: str | None = None,
     ) -> str:
-        """Queue a prompt (text or token ids) for the coming steps; returns its id. ConfigError when it cannot run.
+        """Queue one prompt for the coming steps; returns its id. ConfigError when it cannot run.
 
-        `request_id` must be new to this engine; one is made up unless given.
+        `request_id` must be new to this engine; one is made up unless given. For several completions (`n`) add the
+        prompt once for each of `SamplingParams.per_completion()`.
         """
-        request = self._make_request(prompt, sampling_params or SamplingParams(), cache_salt, request_id)
+        params = sampling_params or SamplingParams()
+        if params.n != 1:
+            raise ConfigError(f"n={params.n}: add one request for each of SamplingParams.per_completion(), or generate")
+        request = self._make_request(read_prompt(prompt), params, cache_salt, request_id)
         self._add(request)
         return request.request_id
 
@@ -230,16 +235,74 @@ class LLM:
         *,
         cache_salt: str | None = None,
     ) -> list[RequestOutput]:
-        """Complete one prompt or many; blocks until all have finished, outputs in the order of the prompts.
+        """Complete one prompt or many (`engine.prompts.Prompt` says what may be one); blocks until all have finished.
 
-        Prompts are checked first: with one of them wrong (ConfigError) none is started. Requests of different
-        `cache_salt` never share KV. On an exception (Ctrl-C) what is unfinished is aborted.
+        The outputs are in the order of the prompts; each has `SamplingParams.n` completions. Prompts are checked
+        first: with one of them wrong (ConfigError) none is started. Requests of different `cache_salt` never share
+        KV. On an exception (Ctrl-C) what is unfinished is aborted.
 
         A connector's copies under way are waited for (30 s at most), consumers that have yet to come are not: where
         this engine shall write to them (P2P, mode push), call `step` while `has_requests()`.
         """
-        many = [prompts] if _is_single(prompts) else list(prompts)
-        requests = self._make_requests(many, sampling_params, cache_salt)
+        return self._complete(read_prompts(prompts), sampling_params, cache_salt)
+
+    def chat(
+        self,
+        messages: Sequence[Mapping[str, Any]] | Sequence[Sequence[Mapping[str, Any]]],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        add_generation_prompt: bool = True,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+        cache_salt: str | None = None,
+    ) -> list[RequestOutput]:
+        """Answer one conversation or several, each a list of `{"role": ..., "content": ...}`; otherwise as `generate`.
+
+        The prompt is what the tokenizer's chat template makes of the messages and of `chat_template_kwargs`.
+        """
+        settings = {**(chat_template_kwargs or {}), "add_generation_prompt": add_generation_prompt}
+        many = [messages] if is_conversation(messages) or not isinstance(messages, Sequence) else list(messages)
+        ids = [render_messages(self.tokenizer, one, **settings) for one in many]
+        return self._complete([PromptInput(token_ids=each) for each in ids], sampling_params, cache_salt)
+
+    def stream(
+        self, prompt: Prompt, sampling_params: SamplingParams | None = None, *, cache_salt: str | None = None
+    ) -> Iterator[RequestOutput]:
+        """Complete one prompt, and yield what is new of it after each step that moved it (`RequestOutputKind.DELTA`).
+
+        With `n` above 1 an output has one completion, whose `index` says which. A prompt that cannot run is a
+        ConfigError at once; the work starts with the first `next`, and ends when the iterator is closed.
+        """
+        params = sampling_params or SamplingParams()
+        family = self._make_family(read_prompt(prompt), params, cache_salt, RequestOutputKind.DELTA)
+        return self._stream(family)
+
+    def _stream(self, family: list[Request]) -> Iterator[RequestOutput]:
+        indexes = {request.request_id: index for index, request in enumerate(family)}
+        unfinished = set(indexes)
+        try:
+            for request in family:
+                self._add(request)
+            while unfinished:
+                outputs = self._step_or_rest()
+                self._unclaimed = [output for output in outputs if output.request_id not in indexes]
+                for output in outputs:
+                    if output.request_id in indexes:
+                        unfinished -= {output.request_id} if output.finished else set()
+                        yield merged([output], first_index=indexes[output.request_id], request_id=family[0].request_id)
+            self._tie_loose_ends()
+            self.check_when_idle()
+        finally:
+            for request_id in unfinished:
+                self.abort_request(request_id)
+
+    def _complete(
+        self,
+        prompts: list[PromptInput],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None,
+        cache_salt: str | None,
+    ) -> list[RequestOutput]:
+        families = self._make_families(prompts, sampling_params, cache_salt)
+        requests = [request for family in families for request in family]
         unfinished = {request.request_id for request in requests}
         outputs: dict[str, RequestOutput] = {}
         others: list[RequestOutput] = []
@@ -259,26 +322,33 @@ class LLM:
         finally:
             for request in requests:
                 self.abort_request(request.request_id)
-        return [outputs[request.request_id] for request in requests]
+        return [merged([outputs[request.request_id] for request in family]) for family in families]
 
-    def _make_requests(
+    def _make_families(
         self,
-        prompts: list[Any],
+        prompts: list[PromptInput],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None,
         cache_salt: str | None,
-    ) -> list[Request]:
-        self._require_running()
+    ) -> list[list[Request]]:
+        """For each prompt the requests that complete it; all of them checked, none added."""
         params = sampling_params or SamplingParams()
         per_prompt = [params] * len(prompts) if isinstance(params, SamplingParams) else list(params)
         if len(per_prompt) != len(prompts):
             raise ConfigError(f"{len(prompts)} prompts but {len(per_prompt)} sampling_params")
-        requests = [
-            self._make_request(prompt, replace(params, output_kind=RequestOutputKind.FINAL_ONLY), cache_salt)
+        return [
+            self._make_family(prompt, params, cache_salt, RequestOutputKind.FINAL_ONLY)
             for prompt, params in zip(prompts, per_prompt, strict=True)
         ]
-        for request in requests:
+
+    def _make_family(
+        self, prompt: PromptInput, params: SamplingParams, cache_salt: str | None, kind: RequestOutputKind
+    ) -> list[Request]:
+        family = [
+            self._make_request(prompt, replace(one, output_kind=kind), cache_salt) for one in params.per_completion()
+        ]
+        for request in family:
             self.scheduler.check_request(request)
-        return requests
+        return family
 
     def _step_or_rest(self) -> list[RequestOutput]:
         """A step, and a short rest when it did nothing."""
@@ -386,22 +456,23 @@ class LLM:
         if self._is_shut_down:
             raise ConfigError("the engine is shut down")
 
-    def _token_ids(self, prompt: Prompt) -> list[int]:
-        if isinstance(prompt, str):
-            if self.tokenizer is None:
-                raise ConfigError("the model has no tokenizer: give token ids instead of text")
-            ids: list[int] = list(self.tokenizer(prompt)["input_ids"])
+    def _token_ids(self, prompt: PromptInput) -> list[int]:
+        if prompt.token_ids is not None:
+            ids = prompt.token_ids
+        elif self.tokenizer is None:
+            raise ConfigError("the model has no tokenizer: give token ids instead of text")
         else:
-            ids = list(prompt)
+            ids = list(self.tokenizer(prompt.text)["input_ids"])
         if not ids:
             raise ConfigError("the prompt is empty")
         for token in ids:
-            if isinstance(token, bool) or not isinstance(token, int) or not 0 <= token < self._model.vocab_size:
+            is_id = isinstance(token, Integral) and not isinstance(token, bool)
+            if not is_id or not 0 <= token < self._model.vocab_size:
                 raise ConfigError(f"{token!r} is not a token id of this model (0 to {self._model.vocab_size - 1})")
-        return ids
+        return [int(token) for token in ids]
 
     def _make_request(
-        self, prompt: Prompt, params: SamplingParams, cache_salt: str | None, request_id: str | None = None
+        self, prompt: PromptInput, params: SamplingParams, cache_salt: str | None, request_id: str | None = None
     ) -> Request:
         self._require_running()
         token_ids = self._token_ids(prompt)
@@ -416,14 +487,10 @@ class LLM:
             block_size=self.config.cache_config.block_size,
             arrival_s=self._clock.now(),
             arrival_index=self._num_added,
-            cache_salt=cache_salt,
+            cache_salt=cache_salt if prompt.cache_salt is None else prompt.cache_salt,
             sampling_seed=self.config.model_config.seed + self._num_added if params.seed is None else params.seed,
-            prompt=prompt if isinstance(prompt, str) else None,
+            prompt=prompt.text,
             detokenizer=None if self.tokenizer is None else Detokenizer(self.tokenizer, token_ids, params),
         )
         request.handed_over_token_ids = handed_over_tokens(request, self._model.vocab_size)
         return request
-
-
-def _is_single(prompts: Any) -> bool:
-    return isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], int))

@@ -213,6 +213,26 @@ class RequestOutput:
     finished: bool = True
 
 
+def merged(family: list[RequestOutput], *, first_index: int = 0, request_id: str | None = None) -> RequestOutput:
+    """One output of a prompt's completions, which were requests of their own; the first one's facts about the prompt.
+
+    Times are those until the first token of any of them and until the end of all.
+    """
+    first = family[0]
+    times = [output.metrics for output in family]
+    return replace(
+        first,
+        request_id=first.request_id if request_id is None else request_id,
+        outputs=[replace(output.outputs[0], index=first_index + index) for index, output in enumerate(family)],
+        metrics=RequestMetrics(
+            min((each.ttft_s for each in times if each.ttft_s is not None), default=None),
+            max((each.e2e_s for each in times if each.e2e_s is not None), default=None),
+            min((each.queue_s for each in times if each.queue_s is not None), default=None),
+        ),
+        error=next((output.error for output in family if output.error is not None), None),
+    )
+
+
 def report(request: Request, tokenizer: Any) -> RequestOutput | None:
     """What the user is to be told of the request now, as its `output_kind` says; None: nothing yet.
 

@@ -12,15 +12,16 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from jinja2 import TemplateError
 from starlette.applications import Starlette
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from kvferry.engine.outputs import RequestOutput
+from kvferry.engine.prompts import render_messages
 from kvferry.engine.server.protocol import ChatBody, CompletionBody, GenerationBody, TokenIds, parse_body
 from kvferry.engine.server.replies import ChatDialect, Choice, CompletionDialect, Dialect, Reply
 from kvferry.engine.server.service import EngineService, EngineStopped, Generation, Job, Overloaded
+from kvferry.errors import ConfigError
 from kvferry.http import ERROR_HANDLERS, ApiError, EventStream, api_error, read_body, unless_gone
 from kvferry.metrics import Metrics
 
@@ -161,17 +162,11 @@ class Routes:
         return ids
 
     def _render(self, body: ChatBody) -> TokenIds:
-        tokenizer = self._model.tokenizer
-        if not tokenizer.chat_template:
-            raise ApiError(400, "the model has no chat template: use /v1/completions", param="messages")
         turns = [message.for_template() for message in body.messages]
         try:
-            text = tokenizer.apply_chat_template(
-                turns, tokenize=False, add_generation_prompt=body.add_generation_prompt
-            )
-        except (TemplateError, TypeError, ValueError) as err:
-            raise ApiError(400, f"the model's chat template refuses the messages: {err}", param="messages") from err
-        return self._tokenize(text, False)
+            return render_messages(self._model.tokenizer, turns, add_generation_prompt=body.add_generation_prompt)
+        except ConfigError as err:
+            raise ApiError(400, str(err), param="messages") from err
 
     # ---- the rest ---------------------------------------------------------------------------------------------
 

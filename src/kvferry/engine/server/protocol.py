@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from kvferry.engine.config import RequestOutputKind, SamplingParams
+from kvferry.engine.config import MAX_COMPLETIONS, RequestOutputKind, SamplingParams
 from kvferry.errors import ConfigError, did_you_mean
 from kvferry.http import ApiError
 
@@ -36,7 +36,7 @@ class GenerationBody(_Strict):
     model: str | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    n: Annotated[int, Field(ge=1, le=128)] | None = None
+    n: Annotated[int, Field(ge=1, le=MAX_COMPLETIONS)] | None = None
     max_tokens: int | None = None
     temperature: float | None = None
     top_p: float | None = None
@@ -97,17 +97,15 @@ class GenerationBody(_Strict):
             "repetition_penalty", "stop_token_ids", "ignore_eos", "include_stop_str_in_output", "skip_special_tokens",
         )  # fmt: skip
         given = {name: value for name in names if (value := getattr(self, name)) is not None}
-        return [
-            SamplingParams(
-                max_tokens=self.limit_tokens(longest_tokens),
-                seed=None if self.seed is None else self.seed + choice,
-                logprobs=self.num_logprobs(),
-                extra_args={"kv_transfer_params": self.kv_transfer_params} if self.kv_transfer_params else None,
-                output_kind=RequestOutputKind.DELTA,
-                **given,
-            )
-            for choice in range(self.num_choices)
-        ]
+        return SamplingParams(
+            n=self.num_choices,
+            max_tokens=self.limit_tokens(longest_tokens),
+            seed=self.seed,
+            logprobs=self.num_logprobs(),
+            extra_args={"kv_transfer_params": self.kv_transfer_params} if self.kv_transfer_params else None,
+            output_kind=RequestOutputKind.DELTA,
+            **given,
+        ).per_completion()
 
 
 class CompletionBody(GenerationBody):
