@@ -9,10 +9,12 @@ import json
 import logging
 import math
 import os
+import re
 import sys
 import uuid
 from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, field, fields, replace
+from fractions import Fraction
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Literal, TypeVar, Union, cast, get_args, get_origin, get_type_hints
@@ -22,6 +24,10 @@ from kvferry.errors import ConfigError, did_you_mean
 logger = logging.getLogger(__name__)
 
 GIB = 1 << 30
+_SIZE = re.compile(r"(\d+(?:\.\d+)?) ?(B|[kKMGT]i?B)")
+_SIZE_FORMS = 'a whole number of bytes, or text with a unit such as "8GB" (8 * 10^9 bytes) or "8GiB" (8 * 2^30 bytes)'
+_UNITS = {"B": 1, **{f"{prefix}B": 1000 ** (i + 1) for i, prefix in enumerate("KMGT")}}
+_UNITS |= {f"{prefix}iB": 1024 ** (i + 1) for i, prefix in enumerate("KMGT")}
 KVRole = Literal["kv_producer", "kv_consumer", "kv_both"]
 _PRODUCERS = ("kv_producer", "kv_both")
 _CONSUMERS = ("kv_consumer", "kv_both")
@@ -173,15 +179,15 @@ class KVTransferConfig:
 
 def transfer_config(
     kv_transfer_config: KVTransferConfig | Mapping[str, Any] | str | None,
-    kv_offloading_size: float | None = None,
+    kv_offloading_size: float | str | None = None,
     kv_offloading_backend: str | None = None,
 ) -> KVTransferConfig:
     """The one connector that an engine's settings mean together; not one to use when they mean none.
 
-    `kv_offloading_size` (GiB of host memory) asks for an OffloadingConnector, or with the backend "lmcache" for an
-    LMCacheMPConnector, whose server has memory of its own; other settings for it may stand in
-    `kv_connector_extra_config`. Raises ConfigError when `kv_transfer_config` names a connector too, when it describes
-    one that nobody names, and for a wrong size or backend.
+    `kv_offloading_size` (GiB of host memory, or text with a unit such as "8GB") asks for an OffloadingConnector, or
+    with the backend "lmcache" for an LMCacheMPConnector, whose server has memory of its own; other settings for it may
+    stand in `kv_connector_extra_config`. Raises ConfigError when `kv_transfer_config` names a connector too, when it
+    describes one that nobody names, and for a wrong size or backend.
     """
     transfer = KVTransferConfig.parse(kv_transfer_config)
     if kv_offloading_size is not None:
@@ -198,14 +204,28 @@ def transfer_config(
     return transfer
 
 
-def _implicit_offloading(transfer: KVTransferConfig, size_gib: float, backend: str) -> KVTransferConfig:
-    where = f"kv_offloading_size={size_gib!r}"
+def parse_size(value: object, where: str) -> int:
+    """Bytes of a size: a whole number, or text such as "8GB" or "1.5GiB". ConfigError that names the forms."""
+    if isinstance(value, str):
+        text = value.strip()
+        if text.isdecimal():
+            return int(text)
+        if (match := _SIZE.fullmatch(text)) is not None:
+            number, unit = match.groups()
+            return int(Fraction(number) * _UNITS[unit[0].upper() + unit[1:]])
+    elif isinstance(value, int | float) and not isinstance(value, bool) and value == value // 1:
+        return int(value)
+    raise ConfigError(f"{where}={value!r} must be {_SIZE_FORMS}")
+
+
+def _implicit_offloading(transfer: KVTransferConfig, size: float | str, backend: str) -> KVTransferConfig:
+    where = f"kv_offloading_size={size!r}"
     if backend not in _OFFLOADING_BACKENDS:
         near = did_you_mean(str(backend), _OFFLOADING_BACKENDS)
         raise ConfigError(f"kv_offloading_backend={backend!r} is not known{near}")
-    is_number = isinstance(size_gib, int | float) and not isinstance(size_gib, bool)
-    if not is_number or not math.isfinite(size_gib) or int(size_gib * GIB) < 1:
-        raise ConfigError(f"{where} must be a number above 0 (GiB of host memory)")
+    size_bytes = _offloading_bytes(size)
+    if size_bytes < 1:
+        raise ConfigError(f'{where} must be a number above 0 (GiB of host memory), or text with a unit such as "8GB"')
     extra = transfer.kv_connector_extra_config
     for name, value, allowed in (
         ("kv_connector", transfer.kv_connector, None),
@@ -224,8 +244,16 @@ def _implicit_offloading(transfer: KVTransferConfig, size_gib: float, backend: s
         kv_connector="OffloadingConnector" if is_native else "LMCacheMPConnector",
         kv_role="kv_both",
         kv_load_failure_policy="recompute",
-        kv_connector_extra_config={**extra, "cpu_bytes_to_use": int(size_gib * GIB)} if is_native else extra,
+        kv_connector_extra_config={**extra, "cpu_bytes_to_use": size_bytes} if is_native else extra,
     )
+
+
+def _offloading_bytes(size: object) -> int:
+    """Bytes of `kv_offloading_size`: a number is GiB, text has a unit; 0 when it is neither."""
+    if isinstance(size, str) and _SIZE.fullmatch(size.strip()) is not None:
+        return parse_size(size, "kv_offloading_size")
+    is_number = isinstance(size, int | float) and not isinstance(size, bool) and math.isfinite(size)
+    return int(size * GIB) if is_number else 0  # type: ignore[operator]
 
 
 def parse_json_object(text: str, where: str) -> dict[str, Any]:
@@ -258,8 +286,9 @@ def parse_settings(cls: type[C], values: Mapping[str, Any], where: str) -> C:
 
     Fields may be of simple types, unions of them, `tuple[Mapping, ...]` (given as a list of objects),
     `tuple[int, ...]` (given as a list of whole numbers, none below the minimum) or `tuple[str, ...]`. Whole floats
-    count as int (`1e9`), strings must not be empty, `metadata={"minimum": n}` bounds numbers. Every mistake is a
-    ConfigError that names it as `where.key`: unknown (with the nearest known key), missing, wrong type, too small.
+    count as int (`1e9`), sizes (keys with the word "bytes") may be text with a unit (`"8GB"`, see `parse_size`),
+    strings must not be empty, `metadata={"minimum": n}` bounds numbers. Every mistake is a ConfigError that names it
+    as `where.key`: unknown (with the nearest known key), missing, wrong type, too small.
     """
     known = {f.name: f for f in fields(cast("Any", cls))}
     hints = get_type_hints(cls)
@@ -269,7 +298,10 @@ def parse_settings(cls: type[C], values: Mapping[str, Any], where: str) -> C:
     settings = {}
     for name, f in known.items():
         if name in values:
-            value = _of_type(values[name], hints[name], f"{where}.{name}")
+            value = values[name]
+            if "bytes" in name.split("_") and isinstance(value, str):
+                value = parse_size(value, f"{where}.{name}")
+            value = _of_type(value, hints[name], f"{where}.{name}")
             if value == "":
                 raise ConfigError(f"{where}.{name} must not be empty")
             settings[name] = _in_bounds(value, f.metadata, f"{where}.{name}")

@@ -60,24 +60,33 @@ class BatchResult:
 
 def decode(
     context: typer.Context,
-    model: Annotated[str, typer.Option(help="Folder, .gguf file, or smollm2.")] = "smollm2",
-    prompt_tokens: Annotated[int, typer.Option(min=1, help="Context of each request; made up, not computed.")] = 1024,
+    model: opt.Model = "smollm2",
+    prompt_tokens: Annotated[
+        int, typer.Option(min=1, help="Tokens of context of each request; made up, not computed.")
+    ] = 1024,
     output_tokens: Annotated[int, typer.Option(min=2, help="Tokens that each request decodes.")] = 32,
     batch_size: Annotated[
-        list[int] | None, typer.Option(min=1, help="May be repeated; 1, 4 and 16 by default.")
+        list[int] | None,
+        typer.Option(min=1, help="Requests that decode at once; may be repeated. 1, 4 and 16 by default."),
     ] = None,
-    runs: Annotated[int, typer.Option(min=1, help="Of each batch size, after one to warm up.")] = 3,
+    runs: Annotated[int, typer.Option(min=1, help="Runs of each batch size, after one to warm up.")] = 3,
     block_size: opt.BlockSize = 16,
     dtype: opt.Dtype = "auto",
     device: opt.Device = "cpu",
-    num_threads: Annotated[int | None, typer.Option(min=1, help="Threads for computing.")] = None,
-    seed: Annotated[int, typer.Option(help="Decides prompts and noise.")] = 0,
-    json_path: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write every sample here.")] = None,
-    plot: Annotated[Path | None, typer.Option(metavar="FILE.png", help="Draw the figures here.")] = None,
+    num_threads: opt.NumThreads = None,
+    seed: Annotated[int, typer.Option(help="Seed of prompts and noise.")] = 0,
+    json_path: Annotated[
+        Path | None,
+        typer.Option("--json", metavar="FILE", help="Also write every sample to this file. None by default."),
+    ] = None,
+    plot: Annotated[
+        Path | None, typer.Option(metavar="FILE.png", help="Also draw the figures into this file. None by default.")
+    ] = None,
 ) -> None:
-    """Measure decoding alone: the DecodeBenchConnector fills the KV of prompts with noise.
+    """Measure decoding alone, without any prefill.
 
-    The step that completes the prompts is not counted. The exit status is 2 when nothing could be measured.
+    The DecodeBenchConnector fills the KV of prompts with noise. The step that completes the prompts is not counted. The
+    exit status is 2 when nothing could be measured.
     """
     try:
         import torch

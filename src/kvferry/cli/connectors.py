@@ -17,9 +17,10 @@ from kvferry.contract.resolver import KnownConnector
 
 
 def connectors(as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead.")] = False) -> None:
-    """List the connectors that kv_connector may name: built-in, registered, and entry points of installed packages.
+    """List the connectors that kv_connector may name.
 
-    One that cannot be used is listed with the reason and the remedy; the exit status is 0 all the same.
+    They are built-in, registered, or entry points of installed packages. One that cannot be used is listed with
+    the reason and the remedy; the exit status is 0 all the same.
     """
     with contextlib.redirect_stdout(sys.stderr):  # what modules print while they are imported is no part of the list
         known = KVConnectorFactory.known_connectors()

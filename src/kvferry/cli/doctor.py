@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 def doctor(
     context: typer.Context,
-    model: Annotated[str, typer.Option(help="Folder, .gguf file, or smollm2.")] = "smollm2",
+    model: opt.Model = "smollm2",
     kv_transfer_config: opt.TransferConfig = None,
     kv_offloading_size: opt.OffloadingSize = None,
     kv_offloading_backend: opt.OffloadingBackend = None,
@@ -39,7 +39,9 @@ def doctor(
     kernel_block_size: opt.KernelBlockSize = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead.")] = False,
 ) -> None:
-    """Say what an engine with these settings would decide and hold, each with its reason. Loads and opens nothing.
+    """Say what an engine with these settings would decide and hold.
+
+    Each with its reason. Loads and opens nothing.
 
     The exit status is 0 when all is well, 1 when this machine lacks something (the remedy is printed), 2 when the
     settings are wrong wherever they are used.

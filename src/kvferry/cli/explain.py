@@ -20,12 +20,13 @@ _TIMEOUT_S = 30.0
 
 def explain(
     request_id: Annotated[str, typer.Argument(help="`id` of a reply (cmpl-..., chatcmpl-...), or of a choice.")],
-    url: Annotated[str, typer.Option(help="The server.")] = "http://127.0.0.1:8000",
-    as_json: Annotated[bool, typer.Option("--json", help="As the server says it.")] = False,
+    url: Annotated[str, typer.Option(help="Address of the `kvferry serve` to ask.")] = "http://127.0.0.1:8000",
+    as_json: Annotated[bool, typer.Option("--json", help="Print the server's JSON instead.")] = False,
 ) -> None:
-    """Why was this prefix a hit or not, tier by tier, and what does the request wait for?
+    """Say why the prefix of a request was a hit or not.
 
-    Known are requests that run, and the last 256 that ended. The exit status is 2 when it is unknown.
+    Tier by tier; and what the request waits for, if it does. Known are requests that run, and the last 256 that
+    ended. The exit status is 2 when the request is unknown.
     """
     answer = ask(url, request_id)
     if as_json:

@@ -10,6 +10,7 @@ import typer
 from rich.console import Console
 
 import kvferry
+from kvferry.cli import options as opt
 from kvferry.cli.bench_decode import decode
 from kvferry.cli.connectors import connectors
 from kvferry.cli.demo import DemoOptions, run_demo
@@ -19,7 +20,11 @@ from kvferry.cli.proxy import proxy
 from kvferry.cli.serve import serve
 from kvferry.errors import KVFerryError
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+app = typer.Typer(
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,  # its table cuts names of options off at 80 columns
+)
 
 
 def _print_version(wanted: bool) -> None:
@@ -30,23 +35,32 @@ def _print_version(wanted: bool) -> None:
 
 @app.callback()
 def _kvferry(
-    version: Annotated[bool, typer.Option("--version", callback=_print_version, is_eager=True)] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
+    ] = False,
 ) -> None:
     """Moves KV caches between an LLM engine, memory, disks and other engines."""
 
 
 @app.command()
 def demo(
-    model: Annotated[str, typer.Option(help="Folder, .gguf file, or smollm2.")] = "smollm2",
+    model: opt.Model = "smollm2",
     document: Annotated[
         Path | None, typer.Option(help="Text file to ask about; by default a text kvferry ships.")
     ] = None,
-    json_path: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the figures here.")] = None,
-    plot: Annotated[Path | None, typer.Option(metavar="FILE.png", help="Draw the figures here.")] = None,
-    host_bytes: Annotated[int, typer.Option(help="Host memory for KV, in bytes.")] = 1 << 30,
+    json_path: Annotated[
+        Path | None,
+        typer.Option("--json", metavar="FILE", help="Also write the figures to this file. Not written by default."),
+    ] = None,
+    plot: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE.png", help="Also draw the figures into this file. Not drawn by default."),
+    ] = None,
+    host_bytes: Annotated[int, opt.size_option("Host memory for KV.", default="1GiB")] = 1 << 30,
 ) -> None:
-    """Prefill once; find the KV again in host memory, on disk after a SIGKILL, and with one byte of it flipped.
+    """Show what a KV cache that outlives its engine is worth.
 
+    Prefill once; find the KV again in host memory, on disk after a SIGKILL, and with one byte of it flipped.
     Then prefill in one engine process and decode in another.
 
     The exit status is 0 when every proof held, 1 when one failed, 2 when the demo could not run.
@@ -66,7 +80,7 @@ app.command()(proxy)
 app.command()(connectors)
 app.command()(doctor)
 app.command()(explain)
-bench = typer.Typer(no_args_is_help=True, help="Measure parts of the engine.")
+bench = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Measure parts of the engine.")
 bench.command()(decode)
 app.add_typer(bench, name="bench")
 

@@ -1,35 +1,78 @@
-"""The engine's options on the command line, shared by the commands that start an engine or judge its settings."""
+"""Options on the command line that several commands share, most of them the embedded engine's."""
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-TransferConfig = Annotated[str | None, typer.Option(metavar="JSON", help="The KV connector.")]
+from kvferry.config import parse_size
+
+
+def size_option(help_text: str, *, default: str | None = None) -> Any:
+    """An option for a number of bytes that also takes a unit; `default` is how the help shows the default."""
+    shown = "" if default is None else f" {default} by default."
+    unit = 'Bytes, or a number with a unit ("8GB", "8GiB").'
+    return typer.Option(parser=_size, metavar="SIZE", help=f"{help_text} {unit}{shown}", show_default=False)
+
+
+def _size(value: str | int) -> int:
+    return parse_size(value, "SIZE")
+
+
+def _offloading_size(value: str | float) -> float | str:
+    try:
+        return float(value)
+    except ValueError:
+        return value  # with a unit; `transfer_config` reads and checks it
+
+
+Model = Annotated[str, typer.Option(help="A model folder, a .gguf file, or smollm2.")]
+TransferConfig = Annotated[
+    str | None,
+    typer.Option(metavar="JSON", help="The KV connector and its settings, as in vLLM. No connector by default."),
+]
 OffloadingSize = Annotated[
-    float | None, typer.Option(metavar="GIB", help="Keep KV in this much host memory (an OffloadingConnector).")
+    Any,
+    typer.Option(
+        parser=_offloading_size,
+        metavar="SIZE",
+        help="Keep KV in so much host memory with an OffloadingConnector: GiB, or a number with a unit "
+        '("8GB"). Not kept by default.',
+    ),
 ]
 OffloadingBackend = Annotated[
-    str | None, typer.Option(help="What keeps the KV of --kv-offloading-size: native or lmcache.")
+    str | None, typer.Option(help="What keeps the KV of --kv-offloading-size: native (the default) or lmcache.")
 ]
-MaxModelLen = Annotated[int | None, typer.Option(help="Longest prompt and output together, in tokens.")]
+MaxModelLen = Annotated[
+    int | None,
+    typer.Option(help="Longest prompt and output together, in tokens. By default what model and KV cache allow."),
+]
 MaxNumSeqs = Annotated[int, typer.Option(help="Requests that run at once.")]
-MaxNumBatchedTokens = Annotated[int, typer.Option(help="Tokens of one forward.")]
+MaxNumBatchedTokens = Annotated[int, typer.Option(help="Most tokens of one forward pass.")]
 BlockSize = Annotated[int, typer.Option(help="Tokens of one KV block.")]
-NumKVBlocks = Annotated[int | None, typer.Option(help="Size of the KV cache in blocks.")]
-KVCacheBytes = Annotated[int | None, typer.Option(help="Size of the KV cache in bytes.")]
-Dtype = Annotated[str, typer.Option(help="auto takes the checkpoint's.")]
+NumKVBlocks = Annotated[
+    int | None, typer.Option(help="Size of the KV cache in blocks. By default --kv-cache-bytes decides.")
+]
+KVCacheBytes = Annotated[
+    int | None,
+    size_option("Size of the KV cache. By default what --max-num-seqs requests can use, at most 1 GiB."),
+]
+Dtype = Annotated[str, typer.Option(help="float32, bfloat16, float16, or auto for the checkpoint's own.")]
 Device = Annotated[str, typer.Option(help="cpu or cuda.")]
 V2Runner = Annotated[
     bool | None,
-    typer.Option("--use-v2-model-runner/--no-use-v2-model-runner", help="Decided by rule unless given."),
+    typer.Option(
+        "--use-v2-model-runner/--no-use-v2-model-runner",
+        help="The model runner; by default model, connector and environment decide (`kvferry doctor` says how).",
+    ),
 ]
 DisableHybrid = Annotated[
     bool | None,
     typer.Option(
         "--disable-hybrid-kv-cache-manager/--no-disable-hybrid-kv-cache-manager",
-        help="Keep all layers' KV alike, windows or not; decided by model and connector unless given.",
+        help="Keep the KV of all layers alike, whether they have a window or not. By default model and connector "
+        "decide.",
     ),
 ]
 KVCacheLayout = Annotated[
@@ -37,11 +80,24 @@ KVCacheLayout = Annotated[
     typer.Option(help="How KV lies in memory: auto, BLNHC, BLHNC, LBNHC (or NHD), LBHNC (or HND)."),
 ]
 KernelBlockSize = Annotated[
-    int | None, typer.Option(help="Tokens of the blocks that attention works in (second model runner).")
+    int | None,
+    typer.Option(
+        help="Tokens of the blocks that attention works in; only for the second model runner. By default 32 or 16 "
+        "where the block size is a multiple of it."
+    ),
 ]
-EnablePrefixCaching = Annotated[bool, typer.Option(help="Reuse KV of equal prefixes in the engine.")]
-Seed = Annotated[int, typer.Option(help="For requests that bring none.")]
-
+EnablePrefixCaching = Annotated[bool, typer.Option(help="Reuse the KV of equal prefixes in the engine.")]
+Seed = Annotated[int, typer.Option(help="Seed for requests that bring none.")]
+NumThreads = Annotated[
+    int | None,
+    typer.Option(
+        min=1, help="Threads for computing; take 1 where other processes share the cores. By default as torch decides."
+    ),
+]
+ListenHost = Annotated[str, typer.Option(help="Address to listen on.")]
+ListenPort = Annotated[int, typer.Option(help="Port to listen on; 0 takes any free one.")]
+MaxBodyBytes = Annotated[int, size_option("Largest request body.", default="8MiB")]
+DrainTimeout = Annotated[float, typer.Option(help="Seconds that requests under way may take to end after SIGTERM.")]
 TRANSFER_OPTIONS = ("kv_transfer_config", "kv_offloading_size", "kv_offloading_backend")
 ENGINE_OPTIONS = (
     "max_model_len", "max_num_seqs", "max_num_batched_tokens", "block_size", "num_kv_blocks", "kv_cache_bytes", "dtype",

@@ -10,6 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
+from kvferry.cli import options as opt
 from kvferry.config import read_secret
 from kvferry.errors import ConfigError
 from kvferry.proxy.config import ProxyConfig
@@ -19,45 +20,50 @@ def proxy(
     context: typer.Context,
     prefill: Annotated[list[str], typer.Option(metavar="URL", help="An engine that prefills; may be repeated.")],
     decode: Annotated[list[str], typer.Option(metavar="URL", help="An engine that decodes; may be repeated.")],
-    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(help="0: any free one.")] = 8100,
+    host: opt.ListenHost = "127.0.0.1",
+    port: opt.ListenPort = 8100,
     strict: Annotated[
         bool, typer.Option(help="Answer an error rather than let a decode engine compute a prompt again.")
     ] = True,
-    connect_timeout_s: Annotated[float, typer.Option(help="Longest time to reach an engine.")] = 2.0,
-    prefill_timeout_s: Annotated[float, typer.Option(help="Longest time for a prefill.")] = 120.0,
-    decode_timeout_s: Annotated[float, typer.Option(help="Longest silence of a stream.")] = 120.0,
-    answer_timeout_s: Annotated[float, typer.Option(help="Longest time for an answer that is no stream.")] = 600.0,
+    connect_timeout_s: Annotated[float, typer.Option(help="Seconds to reach an engine, at most.")] = 2.0,
+    prefill_timeout_s: Annotated[float, typer.Option(help="Seconds for a prefill, at most.")] = 120.0,
+    decode_timeout_s: Annotated[float, typer.Option(help="Seconds of silence in a stream, at most.")] = 120.0,
+    answer_timeout_s: Annotated[
+        float, typer.Option(help="Seconds for an answer that is not streamed, at most.")
+    ] = 600.0,
     max_attempts: Annotated[int, typer.Option(help="Tries of a request, the first included.")] = 3,
-    retry_deadline_s: Annotated[float, typer.Option(help="Nothing is tried again after so long.")] = 60.0,
+    retry_deadline_s: Annotated[float, typer.Option(help="Seconds after which a request is not tried again.")] = 60.0,
     probe_interval_s: Annotated[
-        float, typer.Option(help="Between tiny requests through each pair of engines; 0: none.")
+        float, typer.Option(help="Seconds between two probes (tiny requests) of each pair of engines; 0 for none.")
     ] = 10.0,
-    probe_timeout_s: Annotated[float, typer.Option(help="Longest time for each leg of them.")] = 10.0,
+    probe_timeout_s: Annotated[float, typer.Option(help="Seconds for each leg of a probe, at most.")] = 10.0,
     probe_key_file: Annotated[
-        Path | None, typer.Option(help="File with the API key for them; clients' own keys are passed on.")
+        Path | None,
+        typer.Option(help="File with the API key for probes; clients' own keys are passed on. No key by default."),
     ] = None,
     shared_key_file: Annotated[
         Path | None,
         typer.Option(
-            help="File with the key of the engines' key_file: decode engines then trust whom the proxy names."
+            help="File with the key of the engines' key_file: decode engines then trust whom the proxy names. No key "
+            "by default.",
         ),
     ] = None,
     failure_threshold: Annotated[int, typer.Option(help="Failures in a row that take an engine out.")] = 3,
-    min_backoff_s: Annotated[float, typer.Option(help="How long for, the first time; doubled each time.")] = 0.5,
-    max_backoff_s: Annotated[float, typer.Option(help="How long for at most.")] = 30.0,
+    min_backoff_s: Annotated[
+        float, typer.Option(help="Seconds for which such an engine is out the first time; doubled each time.")
+    ] = 0.5,
+    max_backoff_s: Annotated[float, typer.Option(help="Seconds for which such an engine is out, at most.")] = 30.0,
     prefix_memory_chunks: Annotated[
         int, typer.Option(help="Pieces of prompts (512 bytes) remembered per prefill engine.")
     ] = 100_000,
-    max_body_bytes: Annotated[int, typer.Option(help="Largest request body.")] = 8 << 20,
-    drain_timeout_s: Annotated[
-        float, typer.Option(help="At SIGTERM, how long requests under way may take to end.")
-    ] = 30.0,
+    max_body_bytes: opt.MaxBodyBytes = 8 << 20,
+    drain_timeout_s: opt.DrainTimeout = 30.0,
 ) -> None:
-    """Route requests over engines that prefill and engines that decode, as OpenAI's /v1/completions and chat.
+    """Route requests to engines that prefill and engines that decode.
 
-    Also /v1/models, /health, /ready (transfers work) and /metrics (Prometheus). The exit status is 0 after SIGTERM or
-    Ctrl-C, 2 when the proxy could not start. API keys are passed on to the engines, not checked.
+    Clients see OpenAI's /v1/completions and /v1/chat/completions, also /v1/models, /health, /ready (transfers work)
+    and /metrics (Prometheus). The exit status is 0 after SIGTERM or Ctrl-C, 2 when the proxy could not start. API keys
+    are passed on to the engines, not checked.
     """
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     logging.getLogger("httpx2").setLevel(logging.WARNING)

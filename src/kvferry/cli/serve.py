@@ -18,11 +18,12 @@ _ENGINE_OPTIONS = ("enable_prefix_caching", "explain_requests", "seed")  # besid
 
 def serve(
     context: typer.Context,
-    model: Annotated[str, typer.Argument(help="Folder, .gguf file, or smollm2.")],
-    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(help="0: any free one.")] = 8000,
+    model: Annotated[str, typer.Argument(help="A model folder, a .gguf file, or smollm2.")],
+    host: opt.ListenHost = "127.0.0.1",
+    port: opt.ListenPort = 8000,
     served_model_name: Annotated[
-        list[str] | None, typer.Option(help="What clients may call the model; the model's path by default.")
+        list[str] | None,
+        typer.Option(help="What clients may call the model; may be repeated. By default the model's path."),
     ] = None,
     kv_transfer_config: opt.TransferConfig = None,
     kv_offloading_size: opt.OffloadingSize = None,
@@ -41,31 +42,32 @@ def serve(
     kernel_block_size: opt.KernelBlockSize = None,
     enable_prefix_caching: opt.EnablePrefixCaching = True,
     kv_events_config: Annotated[
-        str | None, typer.Option(metavar="JSON", help="Publish which KV lies where, on a ZMQ socket.")
+        str | None,
+        typer.Option(metavar="JSON", help="Publish which KV lies where, on a ZMQ socket. Not published by default."),
     ] = None,
     explain_requests: Annotated[
         bool, typer.Option(help="Remember why prefixes were hits or not, for `kvferry explain` and /debug/requests.")
     ] = True,
     hidden_state_layers: Annotated[
-        list[int] | None, typer.Option("--hidden-state-layer", help="Hand this hidden state on; may be repeated.")
+        list[int] | None,
+        typer.Option(
+            "--hidden-state-layer",
+            help="Number of a layer whose hidden states go to the connector; may be repeated. None by default.",
+        ),
     ] = None,
     seed: opt.Seed = 0,
-    num_threads: Annotated[
-        int | None, typer.Option(min=1, help="Threads for computing; 1 where other processes share the cores.")
-    ] = None,
+    num_threads: opt.NumThreads = None,
     max_queued_requests: Annotated[
-        int, typer.Option(help="Requests that may wait beyond max-num-seqs; more are refused with 503.")
+        int, typer.Option(help="Requests that may wait beyond --max-num-seqs; more are refused with 503.")
     ] = 64,
-    max_body_bytes: Annotated[int, typer.Option(help="Largest request body.")] = 8 << 20,
-    drain_timeout_s: Annotated[
-        float, typer.Option(help="At SIGTERM, how long requests under way may take to end.")
-    ] = 30.0,
+    max_body_bytes: opt.MaxBodyBytes = 8 << 20,
+    drain_timeout_s: opt.DrainTimeout = 30.0,
 ) -> None:
-    """Serve a model over HTTP as OpenAI does: /v1/completions, /v1/chat/completions, /v1/models.
+    """Serve a model over HTTP as OpenAI does.
 
-    Also /health, /ready, /metrics (Prometheus), /debug/requests and /reset_prefix_cache. The exit status is 0 after
-    SIGTERM or Ctrl-C, 2 when the server could not start. There is no authentication: whoever reaches the port may use
-    the model.
+    The routes are /v1/completions, /v1/chat/completions and /v1/models, also /health, /ready, /metrics (Prometheus),
+    /debug/requests and /reset_prefix_cache. The exit status is 0 after SIGTERM or Ctrl-C, 2 when the server could not
+    start. There is no authentication: whoever reaches the port may use the model.
     """
     transfer = transfer_config(kv_transfer_config, kv_offloading_size, kv_offloading_backend)
     events = KVEventsConfig.parse(kv_events_config)

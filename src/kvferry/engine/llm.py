@@ -13,7 +13,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from kvferry.clock import Clock, SystemClock
-from kvferry.config import KVTransferConfig, transfer_config
+from kvferry.config import KVTransferConfig, parse_size, transfer_config
 from kvferry.contract import ConnectorStats, KVConnectorBase_V1
 from kvferry.engine.config import EngineOptions, RequestOutputKind, SamplingParams
 from kvferry.engine.connector_host import start_connectors
@@ -45,11 +45,12 @@ class LLM:
     """One model, one paged KV cache, one scheduler, and at most one KV connector. Not thread-safe.
 
     `model`: a model folder, a `.gguf` file, "smollm2", or an object that is an `EngineModel` (a stub).
-    `num_kv_blocks` or `kv_cache_bytes` sizes the KV cache (1 GiB at most when neither is given). `max_model_len` is
+    `num_kv_blocks` or `kv_cache_bytes` (a number, or text such as "8GB") sizes the KV cache (1 GiB at most when neither
+    is given). `max_model_len` is
     the longest prompt plus output; what model and cache allow when not given. `max_num_batched_tokens` bounds the
     tokens of one forward, so it is the chunk size of long prompts. `dtype` "auto" takes the checkpoint's.
-    `kv_offloading_size` (GiB of host memory) and `kv_offloading_backend` ("native", "lmcache") choose a connector
-    where `kv_transfer_config` does not: see `kvferry.config.transfer_config`. `use_v2_model_runner`,
+    `kv_offloading_size` (GiB of host memory, or "8GB") and `kv_offloading_backend` ("native", "lmcache") choose a
+    connector where `kv_transfer_config` does not: see `kvferry.config.transfer_config`. `use_v2_model_runner`,
     `disable_hybrid_kv_cache_manager` and `kv_cache_layout` (BLNHC, BLHNC, LBNHC or NHD, LBHNC or HND) are decided by
     the engine unless set, and so is `kernel_block_size`, the part of a block that the second model runner's attention
     works in: see `kvferry.engine.plan`.
@@ -66,7 +67,7 @@ class LLM:
         *,
         block_size: int = 16,
         num_kv_blocks: int | None = None,
-        kv_cache_bytes: int | None = None,
+        kv_cache_bytes: int | str | None = None,
         max_model_len: int | None = None,
         max_num_seqs: int = 64,
         max_num_batched_tokens: int = 512,
@@ -74,7 +75,7 @@ class LLM:
         device: str = "cpu",
         enable_prefix_caching: bool = True,
         kv_transfer_config: KVTransferConfig | Mapping[str, Any] | str | None = None,
-        kv_offloading_size: float | None = None,
+        kv_offloading_size: float | str | None = None,
         kv_offloading_backend: str | None = None,
         use_v2_model_runner: bool | None = None,
         disable_hybrid_kv_cache_manager: bool | None = None,
@@ -90,7 +91,7 @@ class LLM:
         options = EngineOptions(
             block_size=block_size,
             num_kv_blocks=num_kv_blocks,
-            kv_cache_bytes=kv_cache_bytes,
+            kv_cache_bytes=parse_size(kv_cache_bytes, "kv_cache_bytes") if kv_cache_bytes is not None else None,
             max_model_len=max_model_len,
             max_num_seqs=max_num_seqs,
             max_num_batched_tokens=max_num_batched_tokens,
