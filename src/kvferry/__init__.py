@@ -65,7 +65,15 @@ def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module 'kvferry' has no attribute {name!r}")
     home = next((module for module, names in _HOMES.items() if name in names), "kvferry.contract")
-    value = getattr(importlib.import_module(home), name)
+    try:
+        value = getattr(importlib.import_module(home), name)
+    except ModuleNotFoundError as err:
+        if home != "kvferry.engine" or err.name is None or err.name.partition(".")[0] == "kvferry":
+            raise
+        hint = importlib.import_module("kvferry.errors").install_hint("engine")
+        raise ModuleNotFoundError(
+            f"kvferry.{name} needs {err.name}, which is not installed: {hint}", name=err.name
+        ) from err
     globals()[name] = value
     return value
 

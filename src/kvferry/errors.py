@@ -19,6 +19,8 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from importlib import metadata
+from importlib.util import find_spec
 
 
 class KVFerryError(Exception):
@@ -85,3 +87,24 @@ def did_you_mean(name: str, known: Iterable[str], *, list_all: bool = False) -> 
     if known and (list_all or not near):
         parts.append(f"known: {', '.join(known)}")
     return f" ({' '.join(parts)})" if parts else ""
+
+
+def install_hint(extra: str) -> str:
+    """What to install for one of kvferry's extras, as pip takes it from an index: the packages themselves.
+
+    kvferry is on no index, so that "kvferry[...]" can only be installed from a clone.
+    """
+    marks = (f'extra == "{extra}"', f"extra == '{extra}'")
+    in_clone = f"in a clone of kvferry: pip install '.[{extra}]'"
+    try:
+        needed = metadata.requires("kvferry") or []
+    except metadata.PackageNotFoundError:  # run from a folder, not installed
+        return in_clone
+    names = [text.partition(";")[0].strip() for text in needed if text.endswith(marks)]
+    return f"pip install {' '.join(repr(name) for name in names)}, or {in_clone}"
+
+
+def require_packages(who: str, extra: str, modules: Iterable[str]) -> None:
+    """ConfigError unless all modules are installed; it says who needs them and what to install."""
+    if missing := [module for module in modules if find_spec(module) is None]:
+        raise ConfigError(f"{who} needs {', '.join(missing)}, which a plain kvferry lacks: {install_hint(extra)}")

@@ -56,6 +56,11 @@ def test_demo_proves_every_act(tmp_path: Path) -> None:
     assert acts["cold"]["ttft_s"] > 2 * acts["disk"]["ttft_s"], "a hit must be worth having"
     assert re.search(r"refused by key [0-9a-f]{72}", done.stdout)
     check_handover(report["handover"], done.stdout)
+    said = " ".join(done.stdout.split())
+    for question in report["context"]["questions"]:
+        assert f"question: {question}" in said
+    for answer in report["context"]["answers"].values():
+        assert f"answer: {' '.join(answer.split())}" in said
     assert (tmp_path / "demo.png").read_bytes().startswith(b"\x89PNG")
 
 

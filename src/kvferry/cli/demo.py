@@ -15,6 +15,7 @@ import os
 import platform
 import signal
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from importlib.resources import as_file, files
@@ -22,11 +23,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kvferry.cli.child import ChildError, EngineProcess
-from kvferry.cli.demo_answer import Answer, compare_tokens
+from kvferry.cli.demo_answer import Answer, compare_tokens, conversation
 from kvferry.cli.demo_handover import HandoverAct
 from kvferry.cli.demo_report import Act, Handover, Proof, Report
 from kvferry.cli.demo_store import StoredChunks
-from kvferry.errors import ConfigError
+from kvferry.errors import ConfigError, require_packages
 from kvferry.segment import SHM_DIRECTORY, sweep_dead_segments
 
 if TYPE_CHECKING:
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
 
 CHUNK_TOKENS = 64
 MIN_SHARED_PART = 0.95
+_NEEDED = ("torch", "transformers", "safetensors", "gguf", "accelerate")
 QUESTIONS = (
     "For what may I charge a fee when I give copies of the program to others?",
     "What happens to my rights under this license if I break its terms?",
@@ -52,6 +54,17 @@ class DemoOptions:
     """Text file; None means the one kvferry ships."""
     host_bytes: int = 1 << 30
     """Host memory for KV."""
+    questions: tuple[str, ...] = QUESTIONS
+    """For the cold, host and disk acts; the corrupt act asks the second one again."""
+
+
+def three_questions(given: Sequence[str]) -> tuple[str, ...]:
+    """The acts' questions: the last one given stands for those that are missing; the shipped ones if none is given."""
+    if not given:
+        return QUESTIONS
+    if len(given) > len(QUESTIONS) or not all(question.strip() for question in given):
+        raise ConfigError(f"--question={list(given)} must be one to {len(QUESTIONS)} questions, none of them empty")
+    return tuple(given[min(index, len(given) - 1)] for index in range(len(QUESTIONS)))
 
 
 def run_demo(options: DemoOptions, console: Console) -> Report:
@@ -60,6 +73,7 @@ def run_demo(options: DemoOptions, console: Console) -> Report:
     However it ends, no process and no shared memory of the engines is left.
     Raises ConfigError for what the user can mend and ChildError when an engine breaks.
     """
+    require_packages("kvferry demo", "engine", _NEEDED)
     document = _read_document(options.document)
     with tempfile.TemporaryDirectory(prefix="kvferry-demo-") as folder:
         try:
@@ -172,7 +186,7 @@ class _Demo:
     def _verdict(self, engine: EngineProcess, shape: dict[str, Any]) -> list[Act]:
         """Ask an engine without connector and prefix cache, and compare."""
         self._open(engine, has_store=False)
-        reference = [self._ask_about(engine, f"reference {i}", i) for i in range(len(QUESTIONS))]
+        reference = [self._ask_about(engine, f"reference {i}", i) for i in range(len(self.options.questions))]
         self.limits_s["cold"] = reference[_QUESTION_OF["cold"]].ttft_s
         acts = []
         for name, question in _QUESTION_OF.items():
@@ -186,7 +200,7 @@ class _Demo:
 
     def _hand_over(self, shape: dict[str, Any]) -> Handover:
         """With KV caches for a whole prompt and its answer; the act's is shorter."""
-        answer, question = self.answers["cold"], QUESTIONS[_QUESTION_OF["cold"]]
+        answer, question = self.answers["cold"], self.options.questions[_QUESTION_OF["cold"]]
         num_blocks = (answer.prompt_tokens + len(answer.token_ids)) // shape["block_tokens"] + 2
         act = HandoverAct(
             self.options.model, self.document, question, num_blocks, self.folder, self.console, self.proofs
@@ -210,7 +224,7 @@ class _Demo:
                 "open",
                 model=self.options.model,
                 document=self.document,
-                questions=QUESTIONS,
+                questions=self.options.questions,
                 chunk_tokens=CHUNK_TOKENS,
                 store=str(self._store_folder) if has_store else None,
                 host_bytes=self.options.host_bytes,
@@ -221,9 +235,11 @@ class _Demo:
         return self.answers[act]
 
     def _ask_about(self, engine: EngineProcess, title: str, question: int) -> Answer:
-        with self.console.status(f"{title}: {QUESTIONS[question]}"):
+        with self.console.status(f"{title}: {self.options.questions[question]}"):
             answer = Answer(**engine.call("ask", question=question))
         self.console.print(f"  {title:>11}  first token after {answer.ttft_s:.2f} s", highlight=False)
+        for line in conversation(self.options.questions[question], answer.text):
+            self.console.print(line)
         return answer
 
     def _measure_tail(self, engine: EngineProcess, act: str) -> float:
@@ -289,7 +305,7 @@ class _Demo:
             "num_chunks": len(stored.files),
             "kv_bytes_per_token": shape["kv_bytes_per_token"],
             "shared_tokens": shape["shared_tokens"],
-            "questions": list(QUESTIONS),
+            "questions": list(self.options.questions),
             "answers": {name: answer.text for name, answer in self.answers.items()},
             "copy_bytes_per_s": self.facts["copy_bytes_per_s"],
             "read_bytes_per_s": self.facts["read_bytes_per_s"],

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from rich.padding import Padding
+from rich.text import Text
+
 _NEAR_TIE = 1e-4
 
 
@@ -27,6 +30,12 @@ class Answer:
     @property
     def tokens_loaded(self) -> int:
         return self.tokens_from_host + self.tokens_from_disk
+
+
+def conversation(question: str, text: str) -> list[Padding]:
+    """Question and answer for a console, below the line of their act."""
+    answer = " ".join(text.split())
+    return [Padding(Text(said, style="dim"), (0, 0, 0, 15)) for said in (f"question: {question}", f"answer: {answer}")]
 
 
 def compare_tokens(answer: Answer, reference: Answer) -> tuple[bool, str]:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kvferry.cli.child import EngineProcess
-from kvferry.cli.demo_answer import Answer, compare_tokens
+from kvferry.cli.demo_answer import Answer, compare_tokens, conversation
 from kvferry.cli.demo_report import Handover, Proof
 
 if TYPE_CHECKING:
@@ -53,6 +53,8 @@ class HandoverAct:
             num_bytes = answer.pop("num_bytes")
             handed = Answer(**answer)
             self._say("handed over", handed.ttft_s)
+            for line in conversation(self.question, handed.text):
+                self.console.print(line)
             self._prove_moved(emptied, source, handed, num_bytes)
             self._prove_given_back(prefill)
             rate = decode.call("copy_rate", num_bytes=num_bytes.get("shm", 0))["bytes_per_s"]

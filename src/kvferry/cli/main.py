@@ -13,7 +13,7 @@ import kvferry
 from kvferry.cli import options as opt
 from kvferry.cli.bench_decode import decode
 from kvferry.cli.connectors import connectors
-from kvferry.cli.demo import DemoOptions, run_demo
+from kvferry.cli.demo import DemoOptions, run_demo, three_questions
 from kvferry.cli.doctor import doctor
 from kvferry.cli.explain import explain
 from kvferry.cli.proxy import proxy
@@ -48,6 +48,13 @@ def demo(
     document: Annotated[
         Path | None, typer.Option(help="Text file to ask about; by default a text kvferry ships.")
     ] = None,
+    question: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="What to ask about the document; up to three times, for the cold, host and disk acts. By default "
+            "three questions about the shipped text."
+        ),
+    ] = None,
     json_path: Annotated[
         Path | None,
         typer.Option("--json", metavar="FILE", help="Also write the figures to this file. Not written by default."),
@@ -66,7 +73,8 @@ def demo(
     The exit status is 0 when every proof held, 1 when one failed, 2 when the demo could not run.
     """
     console = Console()
-    report = run_demo(DemoOptions(model=model, document=document, host_bytes=host_bytes), console)
+    options = DemoOptions(model, document, host_bytes, three_questions(question or ()))
+    report = run_demo(options, console)
     report.print(console)
     if json_path is not None:
         report.write_json(json_path)
