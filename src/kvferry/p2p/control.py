@@ -8,9 +8,11 @@ Messages may be lost (not connected, queue full) but not altered; what comes fro
 every connection is CURVE: both key pairs are derived from the shared key, the listener admits that client key alone,
 and all is encrypted. Without one only loopback addresses are bound.
 
-What strangers can cost is bounded: frame size, time for a handshake, connections, bytes of messages that wait for
-`poll` (per peer and in all), and, since ZMQ buffers a message until its last part, bytes a connection may send
-without completing one.
+What peers can cost is bounded: frame size, time for a handshake, connections, bytes of messages that wait for `poll`
+(per peer and in all), and bytes that ZMQ has received but not yet handed to this thread (per connection and in all).
+ZMQ's own bound on what it receives, RCVHWM, is off: it stops reading from a connection at that mark, and libzmq 4.3.5
+aborts the process (`Assertion failed: !_io_error`) when a connection hangs up while its input is stopped. The thread
+compares what the kernel received (TCP_INFO) with what ZMQ handed over, and cuts connections with too large a backlog.
 """
 
 from __future__ import annotations
@@ -38,7 +40,10 @@ logger = logging.getLogger(__name__)
 _RECONNECT_MS = 5000
 _LONGEST_S = 1_000_000.0  # zmq counts milliseconds in an int
 _HEARTBEAT_MS = 2000
-_HIGH_WATER = 16  # messages per connection
+_HIGH_WATER = 16  # messages per connection that wait to be sent
+_MAX_RECEIVED = 256  # messages taken from a socket before the others have their turn
+_RECEIVE_BUFFER_BYTES = 256 << 10  # of the kernel, per connection
+_FRAME_HEADER_BYTES = 2  # of ZMTP, at least
 _TICK_MS = 500
 _JOIN_S = 5.0
 _MAX_WARNED = 1000
@@ -63,6 +68,8 @@ class ControlSettings:
     """A connection whose handshake takes longer is closed, by either side."""
     max_connections: int = 1024
     max_dialled: int = 1024
+    max_backlog_bytes: int = 64 << 20
+    """Received by ZMQ and not yet read by the channel's thread, over all connections."""
     max_inbox_bytes: int = 32 << 20
     max_peer_inbox_bytes: int = 4 << 20
     max_outbox: int = 4096
@@ -100,6 +107,9 @@ _LOST = {
         "it closed during the handshake, or has another key in its key_file", _SAME_KEY
     ),
 }
+
+
+_REPORTED = (_CONNECTED, *_LOST)
 
 
 @dataclass(slots=True)
@@ -221,8 +231,8 @@ class ControlChannel(Generic[M]):
 
     def _socket(self, kind: int) -> zmq.Socket[bytes]:
         made = self._context.socket(kind)
-        made.set_hwm(_HIGH_WATER)
         for option, value in (
+            (zmq.SNDHWM, _HIGH_WATER), (zmq.RCVHWM, 0), (zmq.RCVBUF, _RECEIVE_BUFFER_BYTES),
             (zmq.LINGER, 0), (zmq.MAXMSGSIZE, self._codec.max_bytes), (zmq.IPV6, 1),
             (zmq.HANDSHAKE_IVL, round(min(max(0.001, self._settings.handshake_s), _LONGEST_S) * 1000)),
             (zmq.HEARTBEAT_IVL, _HEARTBEAT_MS), (zmq.HEARTBEAT_TIMEOUT, round(self._settings.silence_s * 1000)),
@@ -252,9 +262,8 @@ class ControlChannel(Generic[M]):
         port = int(self._router.getsockopt_string(zmq.LAST_ENDPOINT).rpartition(":")[2])
         bound = socket.gethostname() if settings.host in ("*", "", "0.0.0.0", "::") else settings.host
         self.address = Address(settings.advertised_host or bound, port)
-        # What has been received but not given to us can be in ZMQ's queue, which holds at most _HIGH_WATER messages.
-        limit_bytes = (_HIGH_WATER + 4) * self._codec.max_bytes
-        self._connections = _Connections(monitor, port, settings.max_connections, limit_bytes)
+        self._monitor, self._port = monitor, port
+        self._connections = _Connections(3 * self._codec.max_bytes, settings.max_backlog_bytes)
 
     def _dial(self, peer: str) -> _Dialled:
         dealer = self._socket(zmq.DEALER)
@@ -265,7 +274,7 @@ class ControlChannel(Generic[M]):
             dealer.curve_serverkey = self._keys.server_public
             dealer.curve_publickey = self._keys.client_public
             dealer.curve_secretkey = self._keys.client_secret
-        monitor = dealer.get_monitor_socket(_CONNECTED | sum(_LOST))
+        monitor = dealer.get_monitor_socket(_CONNECTED | sum(_LOST) | zmq.EVENT_CONNECTED | zmq.EVENT_CLOSED)
         dealer.connect(f"tcp://{peer}")
         self._poller.register(dealer, zmq.POLLIN)
         self._poller.register(monitor, zmq.POLLIN)
@@ -294,7 +303,7 @@ class ControlChannel(Generic[M]):
 
     def _main(self) -> None:
         self._poller = zmq.Poller()
-        for each in (self._wake_out, self._zap, self._router, self._connections.monitor):
+        for each in (self._wake_out, self._zap, self._router, self._monitor):
             self._poller.register(each, zmq.POLLIN)
         while not self._is_closing:
             try:
@@ -310,15 +319,16 @@ class ControlChannel(Generic[M]):
         with suppress(BlockingIOError):
             self._wake_out.recv(4096)
         self._authenticate()
-        self._connections.watch()
+        for event in _events(self._monitor):
+            self._follow_connection("", event)
+        self._connections.cut_overdue()
         while self._outbox:
             self._send(*self._outbox.popleft())
-        for frames in _receive(self._router):
-            self._connections.delivered(frames[-1])
+        for frames in self._receive("", self._router):
             self._take(f"@{frames[0].bytes.hex()}", frames[1:])
         for peer, dialled in list(self._dialled.items()):
             self._follow(peer, dialled)
-            for frames in _receive(dialled.socket):
+            for frames in self._receive(peer, dialled.socket):
                 self._take(peer, frames)
         if self._has_news and self._on_news is not None:
             self._has_news = False
@@ -357,12 +367,36 @@ class ControlChannel(Generic[M]):
             self._put_inbox(peer, Lost(str(error)))
 
     def _follow(self, peer: str, dialled: _Dialled) -> None:
-        """Tell changes of a dialled connection, not every attempt."""
+        """Report changes of a dialled connection, not every attempt."""
         for event in _events(dialled.monitor):
+            self._follow_connection(peer, event)
+            if event["event"] not in _REPORTED:
+                continue
             is_connected = event["event"] == _CONNECTED
             if is_connected is not dialled.is_connected:
                 dialled.is_connected = is_connected
                 self._put_inbox(peer, Connected() if is_connected else _LOST[event["event"]])
+
+    def _follow_connection(self, owner: str, event: Any) -> None:
+        """Watch a connection from now on, or no longer. `owner`: the peer that was dialled; empty: it was accepted."""
+        number = event["value"]
+        if event["event"] == zmq.EVENT_CONNECTED:
+            self._connections.opened(number, owner, Address.parse(owner).port)
+        elif event["event"] == zmq.EVENT_ACCEPTED:
+            self._connections.opened(number, "", self._port, self._settings.max_connections)
+        elif event["event"] in (zmq.EVENT_DISCONNECTED, zmq.EVENT_CLOSED):
+            self._connections.closed(number)
+
+    def _receive(self, owner: str, from_: zmq.Socket[bytes]) -> list[list[zmq.Frame]]:
+        """At most `_MAX_RECEIVED` messages, so that one peer cannot keep the thread."""
+        messages: list[list[zmq.Frame]] = []
+        try:
+            while len(messages) < _MAX_RECEIVED:
+                messages.append(from_.recv_multipart(zmq.NOBLOCK, copy=False))
+                self._connections.delivered(messages[-1])
+        except zmq.Again:
+            self._connections.drained(owner)
+        return messages
 
     def _take(self, peer: str, frames: list[zmq.Frame]) -> None:
         """One message of exactly one frame, if there is room for it."""
@@ -402,84 +436,93 @@ class _CurveKeys:
 @dataclass(slots=True)
 class _Connection:
     socket: socket.socket
-    base_bytes: int = 0  # received when it last delivered a message
+    owner: str
+    delivered_bytes: int = 0
+    """Received, and known to have been handed to the channel's thread."""
+    received_bytes: int = 0
+    """Received when it last delivered a message."""
+
+    def backlog_bytes(self) -> int:
+        """What the kernel received, less what was handed over."""
+        return self.count() - self.delivered_bytes
+
+    def count(self) -> int:
+        """Bytes that the kernel has received (Linux; 0 on kernels that do not count)."""
+        info = self.socket.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _TCP_BYTES_RECEIVED + 8)
+        return struct.unpack_from("<Q", info, _TCP_BYTES_RECEIVED)[0] if len(info) >= _TCP_BYTES_RECEIVED + 8 else 0
 
 
 class _Connections:
-    """Cuts connections that are too many, or send on and on without completing a message. ZMQ bounds neither.
+    """Cuts connections that are too many, or whose backlog is too large; whole messages and parts of one count alike.
 
     Works on a duplicate of the connection's descriptor, so that it can never hit another one that took its number.
     """
 
-    def __init__(self, monitor: zmq.Socket[bytes], port: int, max_connections: int, limit_bytes: int) -> None:
-        self.monitor = monitor
-        self._port = port
-        self._max_connections = max_connections
+    def __init__(self, limit_bytes: int, total_limit_bytes: int) -> None:
         self._limit_bytes = limit_bytes
+        self._total_limit_bytes = total_limit_bytes
         self._open: dict[int, _Connection] = {}
 
-    def watch(self) -> None:
-        """Follow what came and went; cut what must be."""
-        for event in _events(self.monitor):
-            number = event["value"]
-            if (old := self._open.pop(number, None)) is not None:
-                old.socket.close()
-            if event["event"] == zmq.EVENT_ACCEPTED:
-                self._add(number)
-        for connection in self._open.values():
-            if self._received(connection) - connection.base_bytes > self._limit_bytes:
-                _cut(connection.socket)
+    def opened(self, number: int, owner: str, port: int, limit: int | None = None) -> None:
+        """Descriptor `number` is a connection now, from or to `port`; above `limit` of its owner's it is cut."""
+        self.closed(number)
+        try:
+            found = socket.fromfd(number, socket.AF_INET, socket.SOCK_STREAM)
+        except OSError:  # gone already
+            return
+        if not _is_connection(found, port, is_accepted=not owner):  # gone already, and its number is another's now
+            found.close()
+        elif limit is not None and sum(x.owner == owner for x in self._open.values()) >= limit:
+            _cut(found)
+            found.close()
+        else:
+            self._open[number] = _Connection(found, owner)
 
-    def delivered(self, frame: zmq.Frame) -> None:
-        """A whole message came through; `frame` knows from where."""
+    def closed(self, number: int) -> None:
+        """Nothing comes from this descriptor any more."""
+        if (old := self._open.pop(number, None)) is not None:
+            old.socket.close()
+
+    def delivered(self, frames: list[zmq.Frame]) -> None:
+        """A whole message came through; its last frame knows from where."""
         with suppress(zmq.ZMQError, KeyError):  # sent without a connection, or by one that has gone
-            connection = self._open[frame.get(zmq.SRCFD)]
-            connection.base_bytes = self._received(connection)
+            connection = self._open[frames[-1].get(zmq.SRCFD)]
+            connection.delivered_bytes += len(frames[-1]) + _FRAME_HEADER_BYTES
+            connection.received_bytes = connection.count()
+
+    def drained(self, owner: str) -> None:
+        """ZMQ holds no whole message of this owner's connections."""
+        for connection in self._open.values():
+            if connection.owner == owner:
+                connection.delivered_bytes = connection.received_bytes
+
+    def cut_overdue(self) -> None:
+        """Cut each connection above its limit, and the largest ones until the total is within its own."""
+        backlogs = [(connection.backlog_bytes(), connection) for connection in self._open.values()]
+        total = sum(size for size, _ in backlogs)
+        for size, connection in sorted(backlogs, key=lambda each: -each[0]):
+            if size <= self._limit_bytes and total <= self._total_limit_bytes:
+                return
+            _cut(connection.socket)
+            total -= size
 
     def close(self) -> None:
         """Let go of all."""
-        for connection in self._open.values():
-            connection.socket.close()
+        for number in list(self._open):
+            self.closed(number)
 
-    def _add(self, number: int) -> None:
-        try:
-            accepted = socket.fromfd(number, socket.AF_INET, socket.SOCK_STREAM)
-        except OSError:  # gone already
-            return
-        if not self._is_ours(accepted):  # gone already, and its number is another's now
-            accepted.close()
-        elif len(self._open) >= self._max_connections:
-            _cut(accepted)
-            accepted.close()
-        else:
-            self._open[number] = _Connection(accepted)
 
-    def _is_ours(self, accepted: socket.socket) -> bool:
-        try:
-            families = (socket.AF_INET, socket.AF_INET6)
-            is_tcp = accepted.getsockopt(socket.SOL_SOCKET, socket.SO_DOMAIN) in families
-            return is_tcp and accepted.getsockname()[1] == self._port
-        except OSError:  # no socket at all
-            return False
-
-    @staticmethod
-    def _received(connection: _Connection) -> int:
-        info = connection.socket.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _TCP_BYTES_RECEIVED + 8)
-        return struct.unpack_from("<Q", info, _TCP_BYTES_RECEIVED)[0] if len(info) >= _TCP_BYTES_RECEIVED + 8 else 0
+def _is_connection(found: socket.socket, port: int, *, is_accepted: bool) -> bool:
+    try:
+        is_tcp = found.getsockopt(socket.SOL_SOCKET, socket.SO_DOMAIN) in (socket.AF_INET, socket.AF_INET6)
+        return is_tcp and (found.getsockname() if is_accepted else found.getpeername())[1] == port
+    except OSError:  # no socket at all, or closed by the other side
+        return False
 
 
 def _cut(connection: socket.socket) -> None:
     with suppress(OSError):
         connection.shutdown(socket.SHUT_RDWR)
-
-
-def _receive(from_: zmq.Socket[bytes]) -> list[list[zmq.Frame]]:
-    """At most as many messages as fit the queue, so that one peer cannot keep the thread."""
-    messages: list[list[zmq.Frame]] = []
-    with suppress(zmq.Again):
-        while len(messages) < _HIGH_WATER:
-            messages.append(from_.recv_multipart(zmq.NOBLOCK, copy=False))
-    return messages
 
 
 def _events(monitor: zmq.Socket[bytes]) -> list[Any]:

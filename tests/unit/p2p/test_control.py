@@ -5,6 +5,8 @@ from __future__ import annotations
 import random
 import select
 import socket
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -17,7 +19,6 @@ import pytest
 import zmq
 
 from kvferry.errors import ConfigError, TransferError
-from kvferry.p2p import control
 from kvferry.p2p.control import Connected, ControlChannel, ControlSettings, Lost
 from kvferry.p2p.wire import Codec
 
@@ -96,14 +97,14 @@ def test_what_comes_while_the_owner_polls_is_told(channel, monkeypatch: pytest.M
     peer = connected(client, server)
     client.send(peer, Note("not polled yet"))
     until(lambda: wakes)
-    receive, polled = control._receive, []
+    receive, polled = server._receive, []
 
-    def poll_before_it_is_taken(from_: Any) -> Any:
-        if (messages := receive(from_)) and from_ is server._router:
+    def poll_before_it_is_taken(owner: str, from_: Any) -> Any:
+        if (messages := receive(owner, from_)) and from_ is server._router:
             polled.extend(server.poll())
         return messages
 
-    monkeypatch.setattr(control, "_receive", poll_before_it_is_taken)
+    monkeypatch.setattr(server, "_receive", poll_before_it_is_taken)
     wakes.clear()
     client.send(peer, Note("now"))
     until(lambda: wakes)
@@ -493,3 +494,62 @@ def test_with_a_key_nobody_on_the_way_reads_along(channel, key: str | None) -> N
         assert (what, wait_for(client, bool)[0][1]) == (Note("to: open sesame"), Note("fro: open sesame"))
         assert [text in said for text in (b"to: open sesame", b"fro: open sesame")] == [key is None] * 2
         client.close()  # ends the relay
+
+
+@contextmanager
+def answering_process() -> Iterator[tuple[subprocess.Popen[bytes], int]]:
+    """A listener in another process (libzmq ends the process it fails in), and its port."""
+    child = subprocess.Popen(
+        [sys.executable, str(Path(__file__).with_name("flooded_child.py"))],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    )  # fmt: skip
+    assert child.stdin is not None
+    assert child.stdout is not None
+    assert child.stderr is not None
+    try:
+        yield child, int(child.stdout.readline())
+    finally:
+        child.stdin.close()
+        child.wait(30)
+        child.stdout.close()
+        child.stderr.close()
+
+
+def test_who_floods_never_reads_and_hangs_up_does_not_end_the_process() -> None:
+    """With a high-water mark on what is received, libzmq 4.3.5 aborts in most runs (`Assertion failed: !_io_error`)."""
+    frame = Codec(Note).encode(Note("h" * 200))
+    with answering_process() as (child, port):
+        for _ in range(4):
+            with zmq.Context() as context, context.socket(zmq.DEALER) as stranger:
+                stranger.set_hwm(1000)
+                stranger.setsockopt(zmq.LINGER, 0)
+                stranger.connect(f"tcp://127.0.0.1:{port}")
+                end_s = time.monotonic() + 2
+                while time.monotonic() < end_s:
+                    try:
+                        stranger.send(frame, zmq.NOBLOCK)
+                    except zmq.Again:
+                        stranger.poll(1, zmq.POLLOUT)
+        with zmq.Context() as context, context.socket(zmq.DEALER) as honest:
+            honest.setsockopt(zmq.LINGER, 0)
+            honest.connect(f"tcp://127.0.0.1:{port}")
+            deadline_s = time.monotonic() + 30
+            while not honest.poll(200):  # the answer is dropped while those to the stranger fill the queue
+                assert child.poll() is None, "the process ended"
+                assert time.monotonic() < deadline_s, "no answer"
+                honest.send(Codec(Note).encode(Note("alive?")))
+
+
+def test_who_sends_faster_than_the_channel_reads_is_cut(channel) -> None:
+    """Small messages: each costs ZMQ more than its bytes, and its queue has no limit of its own."""
+    server = channel(max_bytes=1000)
+    with socket.create_connection(("127.0.0.1", server.address.port)) as stranger:
+        stranger.sendall(GREETING + READY)
+        stranger.settimeout(30)
+        with server._lock:  # the channel's thread waits for it with its first message
+            stranger.sendall(b"\0\4KVF\1" * 100_000)
+        with pytest.raises(OSError):  # noqa: PT012  the connection is reset once the thread sees the backlog
+            while True:
+                stranger.sendall(b"\0\4KVF\1")
+                time.sleep(0.001)
+    is_alive(server, channel, max_bytes=1000)
