@@ -24,6 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import plots
 import record
 import torch
 from transformers import AutoModelForCausalLM
@@ -191,29 +192,6 @@ def summarise(samples: dict[str, dict[str, list[float]]]) -> dict[str, Any]:
     return out
 
 
-def plot(summary: dict[str, Any], clock: str, path: Path) -> None:
-    """Ratios as bars, one panel; 1.0 is the peer."""
-    import matplotlib as mpl
-
-    mpl.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axis = plt.subplots(figsize=(11, 4), layout="constrained")
-    peers = list(next(iter(summary.values()))["ratio"])
-    for i, peer in enumerate(peers):
-        places = [x + 0.4 * i / len(peers) for x in range(len(summary))]
-        bars = axis.bar(
-            places, [s["ratio"][peer] for s in summary.values()], 0.38 / len(peers), label=f"against {peer}"
-        )
-        axis.bar_label(bars, fmt="%.2f", fontsize=8)
-    axis.axhline(1.0, color="black", linewidth=0.8)
-    axis.set_xticks([x + 0.2 * (len(peers) - 1) / len(peers) for x in range(len(summary))], list(summary))
-    axis.set_ylabel(f"kvferry tokens/s over peer's ({clock} time)")
-    axis.set_title("Embedded engine, SmolLM2-135M bfloat16")
-    axis.legend()
-    figure.savefig(path, dpi=120)
-
-
 def main() -> None:
     """Measure, print, write bench/results/engine.json and engine.png."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -248,7 +226,7 @@ def main() -> None:
         "samples_tokens_per_s": samples,
     }
     name = "engine" if (args.threads, args.clock) == (1, "cpu") else f"engine_{args.threads}_threads_{args.clock}"
-    plot(summary, args.clock, record.write(name, content).with_suffix(".png"))
+    plots.save(record.write(name, content), "engine")
 
 
 if __name__ == "__main__":

@@ -16,13 +16,12 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
+import plots
 import record
 import torch
-from matplotlib.figure import Figure
 
 from kvferry.connectors.offloading.messages import ChunkPart, CopyJob, StepMetadata
 from kvferry.connectors.offloading.worker import OffloadingWorkerSide
@@ -198,24 +197,6 @@ def measure(shape: Shape, rounds: int, seed: int) -> dict[str, Any]:
     }
 
 
-def plot(results: list[dict[str, Any]], path: Path) -> None:
-    """Connector beside bound, per shape and direction."""
-    figure = Figure(figsize=(8, 3), layout="constrained")
-    axes = figure.subplots()
-    labels = [f"{result['shape']}\n{kind}" for result in results for kind in ("store", "load")]
-    pairs = [("kvferry", ("store", "load"), "#4a9a5b"), ("bare gather / scatter", ("gather", "scatter"), "#b0b0b0")]
-    for i, (label, kinds, colour) in enumerate(pairs):
-        rates = [result["median_gb_per_s"][kind] for result in results for kind in kinds]
-        bars = axes.bar([x + 0.4 * i for x in range(len(labels))], rates, width=0.38, label=label, color=colour)
-        axes.bar_label(bars, fmt="%.1f", fontsize=8)
-    axes.set_xticks([x + 0.2 for x in range(len(labels))], labels, fontsize=8)
-    axes.set_ylabel("GB/s, median")
-    axes.margins(y=0.15)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False, fontsize=8)
-    figure.savefig(path, dpi=130)
-
-
 def main() -> None:
     """Measure, print, write bench/results/host_tier.{json,png}."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -233,7 +214,7 @@ def main() -> None:
                 f"   ratio {result['ratio_to_bound'][kind]:.2f}"
             )
     path = record.write("host_tier", {"machine": record.machine(), "seed": options.seed, "results": results})
-    plot(results, path.with_suffix(".png"))
+    plots.save(path)
 
 
 if __name__ == "__main__":

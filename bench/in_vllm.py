@@ -31,6 +31,7 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
+import plots
 import record
 import xxhash
 
@@ -275,23 +276,6 @@ def summarise(bench: Bench, seed: int) -> dict[str, Any]:
     }
 
 
-def plot(medians: dict[str, dict[int, float]], path: Path) -> None:
-    """Bars on a logarithmic scale, one panel per size."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(11, 4), layout="constrained")
-    for axis, size in zip(figure.subplots(1, len(SIZES)), SIZES, strict=True):
-        bars = axis.barh(list(medians), [by_size[size] * 1000 for by_size in medians.values()])
-        axis.bar_label(bars, fmt="%.0f ms", fontsize=8, padding=2)
-        axis.set_xscale("log")
-        axis.invert_yaxis()
-        axis.margins(x=0.2)
-        axis.set_title(f"{size} tokens")
-        axis.set_xlabel("time to first token (ms)")
-    figure.suptitle("A known prefix in real vLLM on CPU, SmolLM2-135M bfloat16")
-    figure.savefig(path, dpi=120)
-
-
 def main() -> None:
     """Measure, print, write bench/results/vllm.json and vllm.png."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
@@ -324,7 +308,7 @@ def main() -> None:
         "samples_hook_share": bench.hook_shares,
         "samples_ratio_to_no_connector": bench.with_connector,
     }
-    plot(summary["median_s"], record.write("vllm", content).with_suffix(".png"))
+    plots.save(record.write("vllm", content))
 
 
 if __name__ == "__main__":

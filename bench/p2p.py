@@ -45,16 +45,9 @@ SHM_GOAL = 0.8
 SHM_TO_NIXL_GOAL = 3.0
 NIXL_GOAL = 0.95
 Samples = dict[str, dict[int, list[float]]]
-COLOURS = {
-    "gather bound": "#b0b0b0",
-    "shm, gather": "#4a9a5b",
-    "shm, scatter": "#6fb57e",
-    "shm, both": "#97cba3",
-    "shm, busy host": "#c3e2ca",
-    "raw nixl": "#d08a3c",
-    "nixl": "#3d6fb4",
-    "nixl, merged": "#8fb1de",
-}
+KINDS = (
+    "gather bound", "shm, gather", "shm, scatter", "shm, both", "shm, busy host", "raw nixl", "nixl", "nixl, merged",
+)  # fmt: skip
 
 
 def some_pieces(num_bytes: int, piece_bytes: int, seed: int, shape: str = "gather") -> Pieces:
@@ -235,7 +228,7 @@ def measure(num_bytes: int, rounds: int) -> dict[str, Any]:
     torch.set_num_threads(1)
     subject = Subject(num_bytes)
     sizes = {"raw nixl": RAW_BYTES, "nixl, merged": (MERGED_BYTES,)}
-    samples: Samples = {name: {size: [] for size in sizes.get(name, PIECE_BYTES)} for name in COLOURS}
+    samples: Samples = {name: {size: [] for size in sizes.get(name, PIECE_BYTES)} for name in KINDS}
     try:
         for seed in range(rounds + 1):
             subject.round(seed, samples)
@@ -277,27 +270,8 @@ def _name(size: int) -> str:
     return f"{size >> 10} KiB" if size < 1 << 20 else f"{size >> 20} MiB"
 
 
-def plot(medians: dict[str, dict[str, float]], path: Path) -> None:
-    """Rates by piece size."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(12, 3.6), layout="constrained")
-    axes = figure.subplots()
-    for i, (name, colour) in enumerate(COLOURS.items()):
-        places = {size: x + 0.11 * i for x, size in enumerate(RAW_BYTES) if str(size) in medians[name]}
-        rates = [medians[name][str(size)] for size in places]
-        bars = axes.bar(list(places.values()), rates, 0.1, label=name, color=colour)
-        axes.bar_label(bars, fmt="%.1f", fontsize=6)
-    axes.set_xticks([x + 0.385 for x in range(len(RAW_BYTES))], [_name(size) for size in RAW_BYTES])
-    axes.set_xlabel("piece size")
-    axes.set_ylabel("GB/s, median")
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False, fontsize=7, ncols=3, loc="upper left")
-    axes.set_ylim(top=1.25 * axes.get_ylim()[1])
-    figure.savefig(path, dpi=130)
-
-
 def _transports(native_python: Path, num_bytes: int, rounds: int) -> None:
+    import plots
     import record
 
     machine = record.machine()
@@ -316,7 +290,7 @@ def _transports(native_python: Path, num_bytes: int, rounds: int) -> None:
     machine["load_average_at_end"] = list(os.getloadavg())
     machine["versions"] |= result["versions"]
     content = {"machine": machine, "bytes_per_sample": num_bytes, **said, "samples_gb_per_s": samples}
-    plot(said["median_gb_per_s"], record.write("p2p_transports", content).with_suffix(".png"))
+    plots.save(record.write("p2p_transports", content))
 
 
 def main() -> None:

@@ -363,26 +363,9 @@ def summary(samples: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
     }
 
 
-def plot(medians: dict[str, dict[str, float]], path: Any) -> None:
-    """Where the time to the first decode token goes, by case."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(8, 0.6 + 0.32 * len(medians)), layout="constrained")
-    axes = figure.subplots()
-    left = [0.0] * len(medians)
-    for part, colour in (("transfer_ms", "#4a9a5b"), ("decode_step_ms", "#b0b0b0"), ("overhead_ms", "#b5483a")):
-        values = [max(0.0, each[part]) for each in medians.values()]
-        axes.barh(list(medians), values, left=left, color=colour, label=part.removesuffix("_ms").replace("_", " "))
-        left = [a + b for a, b in zip(left, values, strict=True)]
-    axes.invert_yaxis()
-    axes.set_xlabel("ms from the end of prefill to the first decode token, medians")
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False, fontsize=7)
-    figure.savefig(path, dpi=130)
-
-
 def main() -> None:
     """Measure, print, write the results. The exit status is 1 when the goal is missed."""
+    import plots
     import record
 
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -401,7 +384,7 @@ def main() -> None:
     print(f"goal: {said['goal']}: {'met' if said['met'] else 'MISSED'}, worst {said['worst_overhead_ms']:.1f} ms")
     if not options.dry:
         content = {"machine": machine, **said, "first_hand_overs": first, "samples": samples}
-        plot(said["median_ms"], record.write("p2p_handover", content).with_suffix(".png"))
+        plots.save(record.write("p2p_handover", content))
     raise SystemExit(not said["met"])
 
 

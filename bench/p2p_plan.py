@@ -25,6 +25,7 @@ from importlib.metadata import version
 from itertools import pairwise
 from typing import Any
 
+import plots
 import record
 
 from kvferry.layout import GroupLayout, KVLayout, LayerLayout
@@ -153,29 +154,6 @@ def line_ms(num_blocks: int) -> float:
     return GOAL_MS * num_blocks / GOAL_BLOCKS
 
 
-def plot(cases_out: dict[str, Any], path: Any) -> None:
-    """CPU time over blocks, and the line through the goal."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(8, 4.5), layout="constrained")
-    axes = figure.subplots()
-    for name, case in cases_out.items():
-        times_ms = [entry["median_cpu_ms"] for entry in case["sizes"].values()]
-        axes.plot(list(case["sizes"]), times_ms, marker="o", markersize=3, label=name)
-    axes.plot(
-        SIZES,
-        [line_ms(size) for size in SIZES],
-        color="black",
-        linestyle="--",
-        label=f"linear, {GOAL_MS:.0f} ms at {GOAL_BLOCKS}",
-    )
-    axes.set(xscale="log", yscale="log", xlabel=f"blocks of {NUM_LAYERS} layers", ylabel="ms of CPU, medians")
-    axes.set_xticks(SIZES, [str(size) for size in SIZES])
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False, fontsize=7)
-    figure.savefig(path, dpi=130)
-
-
 def main() -> None:
     """Measure, print, write the results. Exit status 1 when the goal is missed."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -194,7 +172,7 @@ def main() -> None:
         "and_its_share_from_there_on": True,
     }
     content = {"machine": machine, "settings": vars(args), "goal": goal | {"met": met}, "cases": result}
-    plot(result, record.write("p2p_plan", content).with_suffix(".png"))
+    plots.save(record.write("p2p_plan", content))
     sys.exit(0 if met else 1)
 
 

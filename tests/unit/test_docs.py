@@ -125,3 +125,31 @@ def test_picture_in_readme_is_that_of_the_committed_run() -> None:
 
 def test_console_pages_are_found() -> None:
     assert len(COMMANDS) >= 5, "the pattern for console blocks finds nothing"
+
+
+def test_every_picture_stands_in_a_document_with_words_for_who_cannot_see_it() -> None:
+    pictures = {path.resolve() for folder in ("bench/results", "docs/images") for path in (ROOT / folder).glob("*.png")}
+    shown = {
+        ((ROOT / name).parent / link).resolve(): words
+        for name, text in TEXT.items()
+        for words, link in re.findall(r"!\[(.*?)\]\((.+?)\)", text)
+    }
+    assert len(pictures) >= 7
+    assert {path.name for path in pictures - shown.keys()} == set()
+    assert all(len(words.split()) > 4 for words in shown.values())
+
+
+def test_no_page_installs_from_an_index_that_has_no_kvferry() -> None:
+    assert [name for name, text in TEXT.items() if "install 'kvferry" in text or "install kvferry" in text] == []
+
+
+def test_messages_in_the_quickstart_are_those_of_the_source() -> None:
+    """The words outside of ellipses and capitals, which stand for values."""
+    _, _, table = TEXT["docs/quickstart.md"].partition("| you see |")
+    messages = re.findall(r"^\| `(.+?)` \|", table, re.MULTILINE)
+    source = " ".join(path.read_text() for path in (ROOT / "src").rglob("*.py"))
+    plain = re.sub(r"\s+", " ", re.sub(r'"\s+f?"', "", source))
+    assert len(messages) >= 3
+    for message in messages:
+        for piece in re.split(r"\.\.\.|\b[A-Z]+\b|[()]", message.replace("tier fs", "")):
+            assert piece.strip(" :") in plain, message
