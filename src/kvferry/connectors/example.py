@@ -26,8 +26,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 
 from kvferry.config import parse_settings
-from kvferry.connectors.offloading.identity import model_identity
-from kvferry.connectors.offloading.requests import KeyMaker
+from kvferry.connectors.identity import KeyMaker, model_identity
 from kvferry.contract.base import (
     KVConnectorBase_V1,
     KVConnectorMetadata,

@@ -13,8 +13,8 @@ import xxhash
 from tests.kv_event_client import Fold
 from tests.unit.connectors.mini_host import OTHER_TABLE, TABLE, TOKENS, MiniHost, chain_of
 
+from kvferry.connectors.identity import KeyMaker
 from kvferry.connectors.offloading.events import ChunkEvents
-from kvferry.connectors.offloading.requests import KeyMaker
 from kvferry.errors import TierUnavailable
 from kvferry.hashing import store_key
 from kvferry.kv_events import encode

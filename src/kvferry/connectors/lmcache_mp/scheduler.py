@@ -16,6 +16,7 @@ from itertools import count
 from typing import Any
 
 from kvferry.clock import Clock, SystemClock
+from kvferry.connectors.identity import KeyMaker, model_identity
 from kvferry.connectors.lmcache_mp.messages import (
     ChunkMove,
     LMCacheHandshake,
@@ -25,8 +26,7 @@ from kvferry.connectors.lmcache_mp.messages import (
     TransferReport,
 )
 from kvferry.connectors.lmcache_mp.worker import only_group
-from kvferry.connectors.offloading.identity import model_identity
-from kvferry.connectors.offloading.requests import KeyMaker, LoadState
+from kvferry.connectors.offloading.requests import LoadState
 from kvferry.contract.base import KVConnectorHandshakeMetadata
 from kvferry.contract.host import HostInfo
 from kvferry.contract.kv_cache import KVConnectorOutput

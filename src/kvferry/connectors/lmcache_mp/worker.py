@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from kvferry.connectors.identity import model_identity
 from kvferry.connectors.lmcache_mp.messages import (
     LMCacheHandshake,
     LMCacheMetadata,
@@ -22,7 +23,6 @@ from kvferry.connectors.lmcache_mp.messages import (
 )
 from kvferry.connectors.lmcache_mp.session import ChunkCorrupt, ChunkGeometry, ServerSession, TransferRefused
 from kvferry.connectors.offloading.copier import Copier, make_copier
-from kvferry.connectors.offloading.identity import model_identity
 from kvferry.contract.base import KVConnectorMetadata, KVConnectorTransferResults
 from kvferry.contract.host import HostInfo
 from kvferry.contract.sides import WorkerSide

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterator
 
-from kvferry.connectors.offloading.requests import KeyMaker
+from kvferry.connectors.identity import KeyMaker
 from kvferry.kv_events import MEDIUM_CPU, MEDIUM_STORAGE, BlockRemoved, BlockStored, KVCacheEvent
 from kvferry.store.tiered import HOST, TieredStore
 from kvferry.types import StoreKey

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from kvferry.connectors.identity import KeyMaker
 from kvferry.connectors.offloading.config import ChunkGeometry
-from kvferry.connectors.offloading.requests import KeyMaker, LoadState, RequestState
+from kvferry.connectors.offloading.requests import LoadState, RequestState
 from kvferry.contract.explain import PrefixRange
 from kvferry.store.tiered import TieredStore
 from kvferry.types import AttentionKind, GroupInfo

@@ -1,23 +1,17 @@
-"""What the scheduler side remembers of a request and of a copy job, and how a prefix becomes store keys."""
+"""What the scheduler side remembers of a request and of a copy job, and which groups a hit reads."""
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from enum import Enum
-from pathlib import Path
 from typing import Any
 
 from kvferry.connectors.offloading.config import ChunkGeometry
 from kvferry.connectors.offloading.messages import CopyJob, JobReport
 from kvferry.contract.views import RequestView
-from kvferry.errors import ConfigError
-from kvferry.fingerprint import fingerprint_folder
-from kvferry.hashing import Identity, KeyChain, store_key
+from kvferry.hashing import KeyChain
 from kvferry.types import AttentionKind, GroupInfo, SlotRef, StoreKey
-
-logger = logging.getLogger(__name__)
 
 
 class LoadState(Enum):
@@ -66,41 +60,6 @@ class Job:
     """Stores: which chunk of its request."""
     is_tainted: bool = False
     """Stores: computed in a step that read KV which had failed to load."""
-
-
-class KeyMaker:
-    """From requests to keys."""
-
-    def __init__(self, model_fingerprint: str, groups: tuple[GroupInfo, ...], world_size: int) -> None:
-        self._model = model_fingerprint
-        self._groups = groups
-        self._world_size = world_size
-        self._unreadable_loras: set[str] = set()
-
-    def chain(self, request: RequestView) -> KeyChain | None:
-        """An empty chain with the request's identity, or None when it must not be cached."""
-        if request.has_unhashable_input:
-            return None
-        lora = None
-        if (path := request.lora_path) is not None:
-            lora = self._lora_fingerprint(path)
-            if lora is None:
-                return None
-        return KeyChain(Identity(self._model, request.cache_salt, lora), request.multimodal_items)
-
-    def _lora_fingerprint(self, path: str) -> str | None:
-        """Of the adapter's files as they are now (hosts reload adapters in place); None, logged once, if unreadable."""
-        try:
-            return fingerprint_folder(Path(path))
-        except (ConfigError, OSError) as err:
-            if path not in self._unreadable_loras:
-                self._unreadable_loras.add(path)
-                logger.warning("KV of LoRA adapter %s is not cached: %s", path, err)
-            return None
-
-    def shards(self, chain_value: bytes, group_id: int) -> list[StoreKey]:
-        """The keys of one chunk of one group: one per worker, in rank order."""
-        return [store_key(chain_value, group_id, rank) for rank in range(self._world_size)]
 
 
 def groups_needed(

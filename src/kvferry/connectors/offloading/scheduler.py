@@ -21,14 +21,14 @@ from pathlib import Path
 from typing import Any
 
 from kvferry.clock import Clock, SystemClock
+from kvferry.connectors.identity import KeyMaker, model_identity
 from kvferry.connectors.offloading.config import EXTRA_CONFIG, ChunkGeometry, OffloadingConfig, check_groups
 from kvferry.connectors.offloading.events import ChunkEvents
 from kvferry.connectors.offloading.explain import explain_prefix
-from kvferry.connectors.offloading.identity import model_identity, store_namespace
+from kvferry.connectors.offloading.identity import store_namespace
 from kvferry.connectors.offloading.messages import ChunkPart, CopyJob, StepMetadata, WorkerHandshake, WorkerReport
 from kvferry.connectors.offloading.requests import (
     Job,
-    KeyMaker,
     LoadState,
     RequestState,
     groups_needed,
