@@ -89,18 +89,18 @@ def did_you_mean(name: str, known: Iterable[str], *, list_all: bool = False) -> 
     return f" ({' '.join(parts)})" if parts else ""
 
 
-def install_hint(extra: str) -> str:
-    """What to install for one of kvferry's extras, as pip takes it from an index: the packages themselves.
+def install_hint(*extras: str) -> str:
+    """What to install for some of kvferry's extras, as pip takes it from an index: the packages themselves.
 
     kvferry is on no index, so that "kvferry[...]" can only be installed from a clone.
     """
-    marks = (f'extra == "{extra}"', f"extra == '{extra}'")
-    in_clone = f"in a clone of kvferry: pip install '.[{extra}]'"
+    marks = tuple(f"extra == {quote}{extra}{quote}" for extra in extras for quote in "\"'")
+    in_clone = f"in a clone of kvferry: pip install '.[{','.join(extras)}]'"
     try:
         needed = metadata.requires("kvferry") or []
     except metadata.PackageNotFoundError:  # run from a folder, not installed
         return in_clone
-    names = [text.partition(";")[0].strip() for text in needed if text.endswith(marks)]
+    names = dict.fromkeys(text.partition(";")[0].strip() for text in needed if text.endswith(marks))
     return f"pip install {' '.join(repr(name) for name in names)}, or {in_clone}"
 
 

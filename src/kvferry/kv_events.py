@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any
 import msgpack
 
 from kvferry.config import parse_json_object, parse_settings
-from kvferry.errors import ConfigError
+from kvferry.errors import ConfigError, install_hint
 
 if TYPE_CHECKING:
     import zmq
@@ -176,7 +176,7 @@ class EventPublisher:
         try:
             import zmq
         except ModuleNotFoundError as err:
-            raise ConfigError("pyzmq is not installed, which KV events need: pip install 'kvferry[events]'") from err
+            raise ConfigError(f"pyzmq is not installed, which KV events need: {install_hint('events')}") from err
         self.num_dropped = 0
         """Messages given up since the queue was full, or what they held could not be sent. They leave gaps in the
         numbers."""

@@ -98,4 +98,4 @@ def test_wrong_numbers(arguments):
 def test_a_missing_matplotlib_is_told_before_the_work(tiny_llama, tmp_path, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "matplotlib.figure", None)
     done = bench("--model", "/nowhere", "--plot", tmp_path / "b.png")
-    assert "pip install 'kvferry[plot]'" in str(done.exception)
+    assert "pip install 'matplotlib" in str(done.exception)

@@ -22,7 +22,7 @@ from rich.table import Table
 
 from kvferry.cli import options as opt
 from kvferry.cli.demo_report import new_figure
-from kvferry.errors import ConfigError, HostError
+from kvferry.errors import ConfigError, HostError, install_hint
 
 if TYPE_CHECKING:
     from kvferry.engine import LLM
@@ -94,7 +94,7 @@ def decode(
         from kvferry.engine.config import EngineOptions
         from kvferry.engine.model_loader import load_model
     except ModuleNotFoundError as err:
-        raise ConfigError(f"{err.name} is not installed: pip install 'kvferry[engine]'") from err
+        raise ConfigError(f"{err.name} is not installed: {install_hint('engine')}") from err
     if plot is not None:
         new_figure((1, 1))  # says what is missing before the work, not after it
     if num_threads is not None:
@@ -204,13 +204,20 @@ def print_results(results: list[BatchResult], context: dict[str, Any], console: 
 
 def write_plot(results: list[BatchResult], prompt_tokens: int, path: Path) -> None:
     """Tokens/s and ms/step over the batch size as a PNG. ConfigError when matplotlib is missing."""
-    figure = new_figure((8, 3.2))
+    figure = new_figure((8, 3.5))
+    figure.suptitle("Decoding alone, by the number of requests that decode at once", fontsize=11)
     rate, step = figure.subplots(1, 2)
     sizes = [result.batch_size for result in results]
     rate.plot(sizes, [statistics.median(result.tokens_per_s) for result in results], "o-")
-    rate.set_ylabel("tokens/s")
+    rate.set_ylabel("tokens/s, median of the runs")
     for percent in _PERCENTILES:
-        step.plot(sizes, [result.percentile_ms(percent) for result in results], "o-", label=f"p{percent}")
+        label = f"{percent} % of the steps take no longer"
+        step.plot(
+            sizes,
+            [result.percentile_ms(percent) for result in results],
+            "o-",
+            label=f"{percent} % of the steps take no longer",
+        )
     step.set_ylabel("ms per step")
     step.legend(frameon=False)
     for axes in (rate, step):

@@ -11,7 +11,7 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from rich.text import Text
 
-from kvferry.errors import ConfigError
+from kvferry.errors import ConfigError, install_hint
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -182,7 +182,7 @@ def new_figure(inches: tuple[float, float]) -> Any:
     try:
         from matplotlib.figure import Figure
     except ModuleNotFoundError:
-        raise ConfigError("--plot needs matplotlib: pip install 'kvferry[plot]'") from None
+        raise ConfigError(f"--plot needs matplotlib: {install_hint('plot')}") from None
     return Figure(figsize=inches, layout="constrained")
 
 

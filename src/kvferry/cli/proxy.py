@@ -12,7 +12,7 @@ import typer
 
 from kvferry.cli import options as opt
 from kvferry.config import read_secret
-from kvferry.errors import ConfigError
+from kvferry.errors import ConfigError, install_hint
 from kvferry.proxy.config import ProxyConfig
 
 
@@ -72,7 +72,7 @@ def proxy(
         from kvferry.proxy.app import Proxy, make_server
         from kvferry.proxy.tokens import peer_signer
     except ModuleNotFoundError as err:
-        raise ConfigError(f"{err.name} is not installed: pip install 'kvferry[proxy]'") from err
+        raise ConfigError(f"{err.name} is not installed: {install_hint('proxy')}") from err
     config = _parsed({f.name: context.params[f.name] for f in fields(ProxyConfig)})
     sign_peer = None if shared_key_file is None else peer_signer(read_secret(shared_key_file, "shared_key_file"))
     router = Proxy(config, sign_peer=sign_peer, probe_headers=_authorization(probe_key_file))

@@ -9,7 +9,7 @@ import typer
 
 from kvferry.cli import options as opt
 from kvferry.config import transfer_config
-from kvferry.errors import ConfigError
+from kvferry.errors import ConfigError, install_hint
 from kvferry.kv_events import KVEventsConfig
 
 _SERVER_OPTIONS = ("host", "port", "max_queued_requests", "max_body_bytes", "drain_timeout_s")
@@ -88,7 +88,7 @@ def _run(model: str, engine: dict[str, Any], server: dict[str, Any], num_threads
         from kvferry.engine.server.run import serve as run_server
         from kvferry.http import bind_socket, url_of
     except ModuleNotFoundError as err:
-        raise ConfigError(f"{err.name} is not installed: pip install 'kvferry[engine,server]'") from err
+        raise ConfigError(f"{err.name} is not installed: {install_hint('engine', 'server')}") from err
     options = ServerOptions(**server)
     if num_threads is not None:
         torch.set_num_threads(num_threads)
