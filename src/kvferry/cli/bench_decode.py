@@ -212,12 +212,7 @@ def write_plot(results: list[BatchResult], prompt_tokens: int, path: Path) -> No
     rate.set_ylabel("tokens/s, median of the runs")
     for percent in _PERCENTILES:
         label = f"{percent} % of the steps take no longer"
-        step.plot(
-            sizes,
-            [result.percentile_ms(percent) for result in results],
-            "o-",
-            label=f"{percent} % of the steps take no longer",
-        )
+        step.plot(sizes, [result.percentile_ms(percent) for result in results], "o-", label=label)
     step.set_ylabel("ms per step")
     step.legend(frameon=False)
     for axes in (rate, step):
