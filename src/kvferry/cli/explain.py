@@ -19,7 +19,9 @@ _TIMEOUT_S = 30.0
 
 
 def explain(
-    request_id: Annotated[str, typer.Argument(help="`id` of a reply (cmpl-..., chatcmpl-...), or of a choice.")],
+    request_id: Annotated[
+        str, typer.Argument(metavar="ID", help="The `id` of a reply (cmpl-..., chatcmpl-...) or of one of its choices.")
+    ],
     url: Annotated[str, typer.Option(help="Address of the `kvferry serve` to ask.")] = "http://127.0.0.1:8000",
     as_json: Annotated[bool, typer.Option("--json", help="Print the server's JSON instead.")] = False,
 ) -> None:

@@ -18,7 +18,7 @@ _ENGINE_OPTIONS = ("enable_prefix_caching", "explain_requests", "seed")  # besid
 
 def serve(
     context: typer.Context,
-    model: Annotated[str, typer.Argument(help="A model folder, a .gguf file, or smollm2.")],
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="A model folder, a .gguf file, or smollm2.")],
     host: opt.ListenHost = "127.0.0.1",
     port: opt.ListenPort = 8000,
     served_model_name: Annotated[
