@@ -76,7 +76,7 @@ class TransferMismatch(TransferError):
 
 
 class HostError(KVFerryError):
-    """The host lacks something kvferry needs, or is a version kvferry does not support."""
+    """The host lacks something kvferry needs, is a version kvferry does not support, or has failed."""
 
 
 def did_you_mean(name: str, known: Iterable[str], *, list_all: bool = False) -> str:

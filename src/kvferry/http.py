@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
+_LINGER_S = 2.0
 _BACKLOG = 512
 
 
@@ -198,11 +199,19 @@ class Server(uvicorn.Server):
         super().__init__(config)
         self._refuse_new = refuse_new
         self._on_listening = on_listening
+        self.linger_s = _LINGER_S
+        self.failure: str | None = None
+        """Why the server ended by itself; None when it was told to."""
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """A first signal drains, a second one does not wait."""
         self._refuse_new("the server is stopping")
         super().handle_exit(sig, frame)
+
+    def fail(self, reason: str) -> None:
+        """End `linger_s` from now, so that clients and probes hear why. For the event loop's thread only."""
+        self.failure = reason
+        asyncio.get_running_loop().call_later(self.linger_s, setattr, self, "should_exit", True)
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Listen, then say so."""

@@ -23,7 +23,7 @@ from typer.testing import CliRunner
 
 from kvferry import LLM
 from kvferry.cli.main import app as cli
-from kvferry.engine.server.run import ServerOptions, make_server
+from kvferry.engine.server.run import ServerOptions, make_server, serve
 from kvferry.errors import HostError
 from kvferry.http import bind_socket
 from kvferry.metrics import METRICS, Kind
@@ -370,6 +370,7 @@ def test_every_metric_is_there_from_the_start_and_counts() -> None:
 
 def test_engine_that_breaks_is_told_and_seen() -> None:
     with running() as server:
+        server.server.linger_s = 240.0
         server.model.fault = RuntimeError("the model broke")
         for stream in (True, False):
             with pytest.raises(openai.APIError, match="engine failed: RuntimeError: the model broke"):
@@ -380,6 +381,28 @@ def test_engine_that_breaks_is_told_and_seen() -> None:
         assert server.http("GET", "/ready")[0] == 503
         assert server.http("POST", "/reset_prefix_cache")[0] == 503
         assert server.metrics()["kvferry:engine_up"] == 0
+
+
+def test_engine_that_breaks_ends_its_server_with_an_error() -> None:
+    """A supervisor starts a new one; a server that only says 503 for ever would have to be found."""
+    tokenizer = small_tokenizer.byte_level()
+    model = GatedModel(vocab_size=len(tokenizer), max_model_len=4096)
+    model.tokenizer = tokenizer
+    model.fault = RuntimeError("the model broke")
+    llm = LLM(model, num_kv_blocks=64)
+    bound = bind_socket("127.0.0.1", 0)
+    asking = threading.Thread(target=lambda: ask_and_fail(bound.getsockname()[1]))
+    with bound, pytest.raises(HostError, match="engine failed: RuntimeError: the model broke"):
+        serve(llm, ServerOptions(model_names=("stub",)), bound, asking.start)
+    asking.join(60)
+    with pytest.raises(HostError, match=r"earlier step \(RuntimeError: the model broke\)"):
+        llm.generate([1, 2, 3])
+
+
+def ask_and_fail(port: int) -> None:
+    client = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0, timeout=60)
+    with pytest.raises(openai.APIError, match="the model broke"):
+        client.completions.create(model="stub", prompt=PROMPT)
 
 
 # ---- clients that ask for too much, or leave ----------------------------------------------------------------------

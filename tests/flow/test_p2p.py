@@ -31,6 +31,8 @@ from kvferry.p2p.transport import Completion, TransferOp
 from kvferry.testing.stub_model import StubModel
 from kvferry.testing.transports import FakeNetwork, FakeTransport, Faults
 
+pytestmark = pytest.mark.usefixtures("runner")
+
 BLOCK = 4
 MODES = ("pull", "push")
 QUICK = {"quarantine_s": 0.2, "retry_s": 0.05, "handshake_s": 15.0, "liveness_s": 15.0, "claim_s": 15.0}

@@ -67,7 +67,7 @@ def serve(
 
     The routes are /v1/completions, /v1/chat/completions and /v1/models, also /health, /ready, /metrics (Prometheus),
     /debug/requests and /reset_prefix_cache. The exit status is 0 after SIGTERM or Ctrl-C, 2 when the server could not
-    start. There is no authentication: whoever reaches the port may use the model.
+    start or its engine failed. There is no authentication: whoever reaches the port may use the model.
     """
     transfer = transfer_config(kv_transfer_config, kv_offloading_size, kv_offloading_backend)
     events = KVEventsConfig.parse(kv_events_config)

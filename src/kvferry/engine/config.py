@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import enum
 import math
+import sys
 from bisect import bisect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -304,7 +305,8 @@ def _require_int(name: str, value: object, minimum: int) -> None:
 
 
 def _require_number(name: str, value: object, minimum: float, maximum: float = math.inf) -> None:
-    is_number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-    if not is_number or not minimum <= value <= maximum:  # type: ignore[operator]
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    # Whole numbers may be larger than any float.
+    if not is_number or not minimum <= value <= min(maximum, sys.float_info.max):  # type: ignore[operator]
         what = f"of at least {minimum:g}" if maximum == math.inf else f"from {minimum:g} to {maximum:g}"
         raise ConfigError(f"{name}={value!r} must be a number {what}")

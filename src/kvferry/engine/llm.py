@@ -30,7 +30,7 @@ from kvferry.engine.prompts import Prompt, PromptInput, is_conversation, read_pr
 from kvferry.engine.request import Request
 from kvferry.engine.runner import make_runner
 from kvferry.engine.scheduler import Scheduler
-from kvferry.errors import ConfigError
+from kvferry.errors import ConfigError, HostError
 from kvferry.kv_events import AllBlocksCleared, EventPublisher, KVCacheEvent, KVEventsConfig
 
 if TYPE_CHECKING:
@@ -88,6 +88,7 @@ class LLM:
         clock: Clock | None = None,
     ) -> None:
         self._is_shut_down = True  # until everything stands
+        self._failure: str | None = None
         options = EngineOptions(
             block_size=block_size,
             num_kv_blocks=num_kv_blocks,
@@ -187,8 +188,17 @@ class LLM:
         """Run one step. Blocks for one forward.
 
         Returns the requests that finished, and of the others what their `SamplingParams.output_kind` asks for.
+        Raises what a part of the engine raised; from then on every call raises HostError that names it, for scheduler
+        and model may disagree about what was computed. KeyboardInterrupt does not count: the engine can go on.
         """
         self._require_running()
+        try:
+            return self._step()
+        except Exception as err:  # whatever it was, the engine cannot go on
+            self._failure = f"{type(err).__name__}: {err}"
+            raise
+
+    def _step(self) -> list[RequestOutput]:
         unclaimed, self._unclaimed = self._unclaimed, []
         plan = self.scheduler.schedule()
         result = self.runner.execute(plan)
@@ -454,6 +464,8 @@ class LLM:
     # ---- in and out -------------------------------------------------------------------------------------------
 
     def _require_running(self) -> None:
+        if self._failure is not None:
+            raise HostError(f"the engine failed in an earlier step ({self._failure}): make a new one")
         if self._is_shut_down:
             raise ConfigError("the engine is shut down")
 

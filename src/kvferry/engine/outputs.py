@@ -8,7 +8,7 @@ from typing import Any
 from kvferry.contract import KVConnectorMetadata, KVConnectorOutput
 from kvferry.engine.config import RequestOutputKind, SamplingParams
 from kvferry.engine.kv_manager import BlockIds, KVManager
-from kvferry.engine.request import Logprob, Request, RequestStatus, SampledToken
+from kvferry.engine.request import Logprob, Request, RequestStatus, Sampled
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,6 +20,8 @@ class NewRequestData:
     block_ids: BlockIds
     num_computed_tokens: int
     sampling_params: SamplingParams
+    prefill_token_ids: list[int]
+    """All of its tokens so far: the prompt, and first tokens that a prefill engine chose."""
     mm_features: tuple[Any, ...] = ()
     lora_request: None = None
 
@@ -111,6 +113,7 @@ class StepPlan:
                     all_block_ids,
                     request.num_computed_tokens,
                     request.sampling_params,
+                    list(request.all_token_ids),
                 )
             )
             return
@@ -138,7 +141,7 @@ class ForwardContext:
 class StepResult:
     """What the runner made of a plan."""
 
-    sampled: dict[str, SampledToken] = field(default_factory=dict)
+    sampled: dict[str, Sampled] = field(default_factory=dict)
     """Next token of each request whose last token was reached."""
     connector_output: KVConnectorOutput = field(default_factory=KVConnectorOutput)
     sync_loads_unproved: bool = False

@@ -66,6 +66,16 @@ class SampledToken:
     """By token id: the chosen token's and the likeliest ones'; None unless asked for."""
 
 
+@dataclass(frozen=True, slots=True)
+class NoToken:
+    """The model's output for a request allows no choice of a token; the request ends with an error."""
+
+    reason: str
+
+
+Sampled = SampledToken | NoToken
+
+
 class Request:
     """One sequence: its tokens, how far their KV is computed, and how it is to be sampled.
 

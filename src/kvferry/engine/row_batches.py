@@ -21,7 +21,7 @@ from kvferry.engine.attention import PackedBatch, PackedSequence
 from kvferry.engine.config import EngineConfig
 from kvferry.engine.kv_manager import BlockIds, KVManager
 from kvferry.engine.outputs import SchedulerOutput
-from kvferry.engine.request import Request, SampledToken
+from kvferry.engine.request import Request, Sampled, SampledToken
 from kvferry.types import NULL_BLOCK_ID
 
 Ints = npt.NDArray[np.int64]
@@ -55,7 +55,7 @@ class RowBatches:
         for request_id in gone & self._rows.keys():
             self._free_rows.append(self._rows.pop(request_id))
         for new in plan.scheduled_new_reqs:
-            self._add(new.req_id, new.prompt_token_ids, len(new.prompt_token_ids), new.block_ids)
+            self._add(new.req_id, new.prefill_token_ids, len(new.prompt_token_ids), new.block_ids)
             self.num_computed[self._rows[new.req_id]] = new.num_computed_tokens
         self._update_cached(plan)
         rows = [self._rows[request_id] for request_id in plan.num_scheduled_tokens]
@@ -138,9 +138,11 @@ class RowBatches:
             "num_tokens": plan.total_num_scheduled_tokens,
         }
 
-    def note_sampled(self, sampled: dict[str, SampledToken]) -> None:
+    def note_sampled(self, sampled: dict[str, Sampled]) -> None:
         """Write chosen tokens behind their request's last one; the next plan says whether they count."""
         for request_id, token in sampled.items():
+            if not isinstance(token, SampledToken):
+                continue
             row = self._rows[request_id]
             self.token_ids[row, self.num_tokens[row]] = token.token_id
 

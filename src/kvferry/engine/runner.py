@@ -18,7 +18,7 @@ from kvferry.engine.kv_groups import KVBuffer
 from kvferry.engine.kv_manager import KVManager
 from kvferry.engine.model_loader import EngineModel
 from kvferry.engine.outputs import BatchItem, SchedulerOutput, StepResult
-from kvferry.engine.request import Request, SampledToken
+from kvferry.engine.request import Request, Sampled
 from kvferry.engine.row_batches import RowBatches
 from kvferry.engine.sampler import sample
 
@@ -32,8 +32,8 @@ class Batches(Protocol):
     def load_kwargs(self, plan: SchedulerOutput) -> dict[str, Any]:
         """What `start_load_kv` gets by keyword in the step that was packed last."""
 
-    def note_sampled(self, sampled: dict[str, SampledToken]) -> None:
-        """Tokens were chosen, by request id."""
+    def note_sampled(self, sampled: dict[str, Sampled]) -> None:
+        """What was chosen, by request id."""
 
     def check_integrity(self, requests: Iterable[Request], manager: KVManager) -> None:
         """Assert that what is remembered agrees with the scheduler's running requests and their block tables."""
@@ -59,7 +59,7 @@ class ListBatches:
         """None in this runner."""
         return {}
 
-    def note_sampled(self, sampled: dict[str, SampledToken]) -> None:
+    def note_sampled(self, sampled: dict[str, Sampled]) -> None:
         """The requests know."""
 
     def check_integrity(self, requests: Iterable[Request], manager: KVManager) -> None:
@@ -89,7 +89,7 @@ class ModelRunner:
         output, sync_loads_unproved, failures_lost = self._connector.end_step(plan)
         return StepResult(sampled, output, sync_loads_unproved, failures_lost)
 
-    def _forward(self, batch: PackedBatch, plan: SchedulerOutput) -> dict[str, SampledToken]:
+    def _forward(self, batch: PackedBatch, plan: SchedulerOutput) -> dict[str, Sampled]:
         self.num_forwards += 1
         logits = self._model.forward(batch, self._kv, self._connector)
         self._connector.after_forward(plan)
@@ -100,7 +100,7 @@ class ModelRunner:
         self._batches.check_integrity(requests, manager)
 
 
-def _sample(logits: torch.Tensor, items: list[BatchItem]) -> dict[str, SampledToken]:
+def _sample(logits: torch.Tensor, items: list[BatchItem]) -> dict[str, Sampled]:
     requests = [item.request for item in items if item.samples]
     if not requests:
         return {}

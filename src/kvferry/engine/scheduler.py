@@ -29,7 +29,7 @@ from kvferry.engine.handover import take_over
 from kvferry.engine.kv_manager import KVCacheBlocks, KVManager
 from kvferry.engine.outputs import BatchItem, BlockState, SchedulerOutput, SchedulerStats, StepPlan, StepResult
 from kvferry.engine.recovery import SharedRepairs, leave_unknown_out, read_failures
-from kvferry.engine.request import Request, RequestStatus, SampledToken
+from kvferry.engine.request import NoToken, Request, RequestStatus, Sampled, SampledToken
 from kvferry.engine.transfers import Transfers
 from kvferry.errors import ConfigError
 from kvferry.types import NULL_BLOCK_ID
@@ -339,11 +339,14 @@ class Scheduler:
         news, self._news = self._news, {}
         return list(news.values())
 
-    def _advance(self, item: BatchItem, sampled: dict[str, SampledToken]) -> None:
+    def _advance(self, item: BatchItem, sampled: dict[str, Sampled]) -> None:
         request = item.request
+        token = sampled.get(request.request_id)
+        if isinstance(token, NoToken):
+            self._finish(request, RequestStatus.FINISHED_ERROR, token.reason)
+            return
         request.num_computed_tokens += item.num_tokens
         self.manager.cache_blocks(request, request.num_computed_tokens)
-        token = sampled.get(request.request_id)
         if token is not None:
             self._take_token(request, token)
 

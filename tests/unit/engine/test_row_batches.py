@@ -49,7 +49,7 @@ def plan(num_scheduled: dict[str, int], **fields: Any) -> SchedulerOutput:
 
 
 def new(request_id: str, tokens: list[int], block_ids: tuple[list[int], ...], num_computed: int = 0) -> NewRequestData:
-    return NewRequestData(request_id, tokens, block_ids, num_computed, GREEDY)
+    return NewRequestData(request_id, tokens, block_ids, num_computed, GREEDY, tokens)
 
 
 def cached(request_id: str, computed: int, output: int, ids: Any, tokens: list[int] | None = None) -> CachedRequestData:
@@ -113,3 +113,11 @@ def test_the_check_allows_what_a_window_gave_back_and_nothing_else(batches: RowB
         manager.tables = {"a": wrong}
         with pytest.raises(AssertionError, match="wrong blocks"):
             batches.check_integrity([request], manager)
+
+
+def test_a_new_row_has_the_tokens_that_a_prefill_engine_chose(batches: RowBatches) -> None:
+    """A decode engine's new request may have output tokens already; the prompt alone ended the sampler (IndexError)."""
+    handed = NewRequestData("r", [5, 6, 7], ([3], [6]), 3, GREEDY, [5, 6, 7, 8])
+    batch = batches.pack(plan({"r": 1}, scheduled_new_reqs=[handed]))
+    assert batch is not None
+    assert (batch.input_ids.tolist(), batch.positions.tolist(), batch.logits_rows.tolist()) == ([8], [3], [0])

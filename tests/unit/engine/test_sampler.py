@@ -7,11 +7,14 @@ import math
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from transformers import TopPLogitsWarper
 
 from kvferry.engine.config import SamplingParams
-from kvferry.engine.request import Request, SampledToken
+from kvferry.engine.request import NoToken, Request, SampledToken
 from kvferry.engine.sampler import nucleus, sample
+from kvferry.errors import ConfigError
 
 LOGITS = [2.0, 1.5, 0.5, 0.0, -1.0, -3.0]
 
@@ -108,3 +111,58 @@ def test_logprobs_are_of_the_unprocessed_logits():
     (token,) = sample(logits, [request(temperature=0, logprobs=20)])
     assert list(token.logprobs) == [0, 1, 2, 3, 4, 5]
     assert sample(logits, [request(temperature=0)])[0].logprobs is None
+
+
+FLOAT_EDGES = [5e-324, 1e-310, 7e-46, 1.2e-38, 1e-7, 0.5, 1 - 2**-53, 1.0]
+LOGIT_EDGES = [-math.inf, -3e38, -1.0, 0.0, 1e-40, 1.0, 3e38]
+
+
+@given(
+    logits=st.lists(st.sampled_from(LOGIT_EDGES) | st.floats(-50, 50, width=32), min_size=1, max_size=40),
+    temperature=st.sampled_from([0, 5e-324, 1e-6, 1e-5, 1.0, 1e30, 1e308]),
+    top_p=st.sampled_from(FLOAT_EDGES),
+    min_p=st.sampled_from([0, *FLOAT_EDGES]),
+    top_k=st.sampled_from([-1, 0, 1, 2, 10**30]),
+    repetition_penalty=st.sampled_from([0.01, 1.0, 100.0]),
+    presence_penalty=st.sampled_from([-2.0, 5e-324, 2.0]),
+    frequency_penalty=st.sampled_from([-2.0, 0.0, 2.0]),
+    seed=st.integers(0, 2**70),
+)
+@settings(max_examples=600, deadline=None)
+def test_every_setting_at_its_edge_gives_a_possible_token_or_an_error_of_that_request(logits, seed, **params):
+    """A token of the vocabulary that the model holds possible; the row beside it is what it is alone."""
+    neighbour = request(3, temperature=1.0, top_p=0.9)
+    (alone,) = chosen(LOGITS, neighbour)
+    rows = torch.tensor([logits, (LOGITS * len(logits))[: len(logits)]])
+    first, second = sample(rows, [request(seed, output=(0,), logprobs=2, **params), neighbour])
+    if max(logits) == -math.inf:
+        assert isinstance(first, NoToken)
+    elif isinstance(first, SampledToken):
+        assert 0 <= first.token_id < len(logits)
+        assert logits[first.token_id] > -math.inf
+        assert all(math.isfinite(entry.logprob) for entry in first.logprobs.values())
+    else:  # penalties and temperature can take a logit near the largest float beyond it
+        assert max(map(abs, (x for x in logits if x > -math.inf))) > 1e37
+    if len(logits) >= len(LOGITS) and len(logits) % len(LOGITS) == 0:
+        assert isinstance(second, SampledToken)
+    if len(logits) == len(LOGITS):
+        assert second.token_id == alone
+
+
+@pytest.mark.parametrize("params", [{"temperature": 0}, {"temperature": 1}, {"presence_penalty": 1, "temperature": 0}])
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.nan])
+def test_a_row_that_is_not_finite_is_an_error_of_that_request_alone(bad, params):
+    rows = torch.tensor([LOGITS, [*LOGITS[:-1], bad], [-math.inf] * 6, LOGITS])
+    first, second, third, fourth = sample(rows, [request(7, **params) for _ in range(4)])
+    assert isinstance(first, SampledToken)
+    assert first == fourth
+    assert isinstance(second, NoToken)
+    assert "no token can be chosen" in second.reason
+    assert isinstance(third, NoToken)
+
+
+@pytest.mark.parametrize("name", ["temperature", "top_p", "min_p", "repetition_penalty", "presence_penalty"])
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, 10**400, -(10**400), "1", True])
+def test_what_is_no_number_of_that_range_is_refused_by_name(name, value):
+    with pytest.raises(ConfigError, match=name):
+        SamplingParams(**{name: value})

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from kvferry.engine.llm import LLM
 from kvferry.engine.server.app import ModelInfo, create_app
 from kvferry.engine.server.service import EngineService
-from kvferry.errors import ConfigError
+from kvferry.errors import ConfigError, HostError
 from kvferry.http import Server, run_until_signal
 from kvferry.metrics import Metrics
 
@@ -52,12 +52,20 @@ def make_server(llm: LLM, options: ServerOptions, on_listening: Callable[[], Non
         tokenizer=copy.deepcopy(llm.tokenizer),
     )
     app = create_app(service, model, metrics, options.max_body_bytes)
-    return Server(app, options.drain_timeout_s, service.refuse_new, on_listening)
+    server = Server(app, options.drain_timeout_s, service.refuse_new, on_listening)
+    service.on_failure = server.fail
+    return server
 
 
 def serve(llm: LLM, options: ServerOptions, bound: socket.socket, on_listening: Callable[[], None]) -> None:
-    """Serve until SIGTERM or SIGINT; then drain, flush and return. Blocks; main thread only."""
+    """Serve until SIGTERM or SIGINT; then drain, flush and return. Blocks; main thread only.
+
+    Raises HostError when the engine failed: the server has ended then, so that a supervisor starts a new one.
+    """
+    server = make_server(llm, options, on_listening)
     try:
-        run_until_signal(make_server(llm, options, on_listening), bound)
+        run_until_signal(server, bound)
     finally:
         llm.shutdown()
+    if server.failure is not None:
+        raise HostError(server.failure)

@@ -100,6 +100,8 @@ class EngineService:
 
     def __init__(self, llm: LLM, metrics: Metrics, max_unfinished: int) -> None:
         self.max_unfinished = max_unfinished
+        self.on_failure: Callable[[str], None] = lambda reason: None
+        """Called once on the event loop's thread, with the reason, when a fault has ended the engine."""
         self._llm = llm
         self._metrics = metrics
         self._observer = EngineObserver(llm, metrics)
@@ -108,7 +110,7 @@ class EngineService:
         self._streams: dict[str, Generation] = {}
         self._pending: set[Future[Any]] = set()
         self._refusal: str | None = None
-        self._has_ended = False
+        self._has_ended = self._has_failed = False
         self._is_stopping = False  # read and written by the engine's thread only
 
     def start(self) -> None:
@@ -211,8 +213,9 @@ class EngineService:
                     break
                 self._step()
         except Exception as err:  # thread main: clients must hear of it
-            logger.exception("the engine failed; the server answers no more")
+            logger.exception("the engine failed; the server ends")
             reason = f"the engine failed: {type(err).__name__}: {err}"
+            self._has_failed = True
         self._metrics.set("kvferry:engine_up", 0)
         self._tell(lambda: self._end(reason))
         try:
@@ -289,6 +292,8 @@ class EngineService:
         for future in self._pending:  # of orders that nobody will carry out
             if not future.done():
                 future.set_exception(EngineStopped(reason))
+        if self._has_failed:
+            self.on_failure(reason)
 
 
 def _run(order: Callable[[], T], future: Future[T]) -> None:
