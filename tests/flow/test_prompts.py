@@ -121,6 +121,25 @@ def test_all_else_is_refused_and_nothing_is_started(engine, name):
     assert not engine.llm.has_requests()
 
 
+@pytest.mark.parametrize("params", [{"max_tokens": 4}, "greedy", 4, [GREEDY, {"max_tokens": 4}], SamplingParams])
+def test_sampling_params_of_another_type_are_refused(engine, params):
+    with pytest.raises(ConfigError, match="must be a SamplingParams"):
+        engine.llm.generate([TEXT, OTHER], params)
+    with pytest.raises(ConfigError, match="must be a SamplingParams"):
+        engine.llm.add_request(TEXT, params)
+    with pytest.raises(ConfigError, match="must be a SamplingParams"):
+        engine.llm.stream(TEXT, params)
+    assert not engine.llm.has_requests()
+
+
+@pytest.mark.parametrize(
+    "setting", [{"stop": 5}, {"stop_token_ids": 5}, {"stop_token_ids": {5: 1}}, {"stop": {"a": 1}}]
+)
+def test_stops_of_another_type_are_refused(setting):
+    with pytest.raises(ConfigError, match=f"{next(iter(setting))}=.* must be a list"):
+        SamplingParams(**setting)
+
+
 def test_one_prompt_is_wanted_where_one_is_answered(engine):
     with pytest.raises(ConfigError, match="one prompt is wanted here, not 2"):
         engine.llm.add_request(batch("left"), GREEDY)
@@ -132,6 +151,13 @@ def test_the_salt_of_a_prompt_keeps_its_kv_apart(engine):
     assert [engine.llm.generate(prompt, GREEDY)[0].num_cached_tokens for prompt in prompts] == [0, 0, 0]
     assert all(engine.llm.generate(prompt, GREEDY)[0].num_cached_tokens > 0 for prompt in prompts)
     assert engine.llm.generate(text, GREEDY, cache_salt="a")[0].num_cached_tokens > 0
+
+
+def test_salts_and_ids_that_are_no_text_are_refused(engine):
+    with pytest.raises(ConfigError, match="cache_salt=7 must be text"):
+        engine.llm.generate(TEXT, GREEDY, cache_salt=7)
+    with pytest.raises(ConfigError, match="request_id=7 must be text"):
+        engine.llm.add_request(TEXT, GREEDY, request_id=7)
 
 
 def test_a_conversation_is_what_the_chat_template_makes_of_it(engine):

@@ -10,7 +10,7 @@ import enum
 import math
 import sys
 from bisect import bisect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
@@ -77,8 +77,11 @@ class SamplingParams:
     """Completions of each prompt, at most 128. With a seed they are repeatable, but not all the same."""
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "stop", (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ()))
-        object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids))
+        for name in ("stop", "stop_token_ids"):
+            value = getattr(self, name)
+            if not isinstance(value, Iterable | None) or isinstance(value, Mapping):
+                raise ConfigError(f"{name}={value!r} must be a list")
+            object.__setattr__(self, name, (value,) if isinstance(value, str) else tuple(value or ()))
         _require_int("n", self.n, 1)
         if self.n > MAX_COMPLETIONS:
             raise ConfigError(f"n={self.n} must be at most {MAX_COMPLETIONS}")

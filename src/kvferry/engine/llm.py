@@ -172,7 +172,7 @@ class LLM:
         `request_id` must be new to this engine; one is made up unless given. For several completions (`n`) add the
         prompt once for each of `SamplingParams.per_completion()`.
         """
-        params = sampling_params or SamplingParams()
+        params = _params(sampling_params)
         if params.n != 1:
             raise ConfigError(f"n={params.n}: add one request for each of SamplingParams.per_completion(), or generate")
         request = self._make_request(read_prompt(prompt), params, cache_salt, request_id)
@@ -283,7 +283,7 @@ class LLM:
         With `n` above 1 an output has one completion, whose `index` says which. A prompt that cannot run is a
         ConfigError at once; the work starts with the first `next`, and ends when the iterator is closed.
         """
-        params = sampling_params or SamplingParams()
+        params = _params(sampling_params)
         family = self._make_family(read_prompt(prompt), params, cache_salt, RequestOutputKind.DELTA)
         return self._stream(family)
 
@@ -342,8 +342,10 @@ class LLM:
         cache_salt: str | None,
     ) -> list[list[Request]]:
         """For each prompt the requests that complete it; all of them checked, none added."""
-        params = sampling_params or SamplingParams()
-        per_prompt = [params] * len(prompts) if isinstance(params, SamplingParams) else list(params)
+        if isinstance(sampling_params, list | tuple):
+            per_prompt = [_params(one) for one in sampling_params]
+        else:
+            per_prompt = [_params(sampling_params)] * len(prompts)
         if len(per_prompt) != len(prompts):
             raise ConfigError(f"{len(prompts)} prompts but {len(per_prompt)} sampling_params")
         return [
@@ -488,6 +490,9 @@ class LLM:
         self, prompt: PromptInput, params: SamplingParams, cache_salt: str | None, request_id: str | None = None
     ) -> Request:
         self._require_running()
+        for name, value in (("cache_salt", cache_salt), ("request_id", request_id)):
+            if value is not None and not isinstance(value, str):
+                raise ConfigError(f"{name}={value!r} must be text")
         token_ids = self._token_ids(prompt)
         if params.stop and self.tokenizer is None:
             raise ConfigError(f"stop={params.stop!r}: the model has no tokenizer; use stop_token_ids")
@@ -507,3 +512,12 @@ class LLM:
         )
         request.handed_over_token_ids = handed_over_tokens(request, self._model.vocab_size)
         return request
+
+
+def _params(given: object) -> SamplingParams:
+    """`given`, or the defaults for None. ConfigError for anything else."""
+    if given is None:
+        return SamplingParams()
+    if not isinstance(given, SamplingParams):
+        raise ConfigError(f"sampling_params of type {type(given).__name__} must be a SamplingParams, or a list of them")
+    return given
