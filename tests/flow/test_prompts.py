@@ -221,6 +221,15 @@ def test_n_is_checked(n):
         SamplingParams(n=n)
 
 
+@pytest.mark.parametrize("asked", ["do_remote_prefill", "do_remote_decode"])
+def test_a_hand_over_is_for_one_completion(asked):
+    params = {"kv_transfer_params": {asked: True}}
+    assert SamplingParams(extra_args=params).n == 1
+    assert SamplingParams(n=2, extra_args={"kv_transfer_params": {"other": True}}).n == 2
+    with pytest.raises(ConfigError, match="n=2: one hand-over"):
+        SamplingParams(n=2, extra_args=params)
+
+
 def test_a_single_request_has_one_completion(engine):
     with pytest.raises(ConfigError, match="n=2: add one request for each"):
         engine.llm.add_request(IDS, SamplingParams(n=2))

@@ -102,8 +102,11 @@ class SamplingParams:
             if self.logprobs > MAX_LOGPROBS:
                 raise ConfigError(f"logprobs={self.logprobs} must be at most {MAX_LOGPROBS}")
         self._check_stops()
-        if not isinstance((self.extra_args or {}).get("kv_transfer_params", {}), dict):
+        transfer = (self.extra_args or {}).get("kv_transfer_params", {})
+        if not isinstance(transfer, dict):
             raise ConfigError("extra_args['kv_transfer_params'] must be an object")
+        if self.n > 1 and (transfer.get("do_remote_prefill") or transfer.get("do_remote_decode")):
+            raise ConfigError(f"n={self.n}: one hand-over (kv_transfer_params) serves one completion; ask with n=1")
 
     def per_completion(self) -> list[SamplingParams]:
         """`n` settings of one completion each; a seed grows by one from each to the next."""
