@@ -67,7 +67,7 @@ CURRENT: list[Script] = []
 @dataclass
 class Meta(KVConnectorMetadata):
     saves: list[tuple[Key, int]] = field(default_factory=list)
-    loads: dict[str, list[tuple[Key, int]]] = field(default_factory=dict)
+    loads: dict[str, list[tuple[Key, int, int]]] = field(default_factory=dict)
     is_async: bool = False
 
 
@@ -80,8 +80,8 @@ class FakeConnector(KVConnectorBase_V1, SupportsHMA):
         self.block_size = vllm_config.cache_config.block_size
         self.requests: dict[str, Any] = {}
         self.local: dict[str, int] = {}
-        self.loads: dict[str, list[tuple[Key, int]]] = {}
-        self.in_flight: dict[str, tuple[int, list[tuple[Key, int]]]] = {}
+        self.loads: dict[str, list[tuple[Key, int, int]]] = {}  # content, block, tokens of it that are loaded
+        self.in_flight: dict[str, tuple[int, list[tuple[Key, int, int]]]] = {}
         self.sending: set[str] = set()
         self.errors: set[int] = set()
         self.failures: set[LoadFailure] = set()
@@ -144,9 +144,12 @@ class FakeConnector(KVConnectorBase_V1, SupportsHMA):
         if num_external_tokens:
             table, size = blocks.get_block_ids()[0], self.block_size
             first = self.local[request.request_id] // size
-            last = (self.local[request.request_id] + num_external_tokens) // size
+            end = self.local[request.request_id] + num_external_tokens
             tokens = request.all_token_ids
-            self.loads[request.request_id] = [(tuple(tokens[: (i + 1) * size]), table[i]) for i in range(first, last)]
+            self.loads[request.request_id] = [
+                (tuple(tokens[: (i + 1) * size]), table[i], min(size, end - i * size))
+                for i in range(first, -(-end // size))
+            ]
 
     def build_connector_meta(self, scheduler_output: Any) -> Meta:
         self.note("build_connector_meta")
@@ -215,14 +218,16 @@ class FakeConnector(KVConnectorBase_V1, SupportsHMA):
             else:
                 self.load(req_id, items)
 
-    def load(self, req_id: str, items: list[tuple[Key, int]]) -> None:
+    def load(self, req_id: str, items: list[tuple[Key, int, int]]) -> None:
         any_bad = False
-        for key, block_id in items:
+        for key, block_id, num_tokens in items:
             index = len(key) // self.block_size - 1
             is_bad = index in self.script.bad_block_indexes and self.script.num_failures_left > 0
             self.script.block_ids_loaded.append(block_id)
             for layer, saved in zip(self.kv_caches, self.script.store[key], strict=True):
-                layer[block_id] = 7.0 if is_bad else saved
+                layer[block_id] = 7.0
+                if not is_bad:
+                    layer[block_id, :, :num_tokens] = saved[:, :num_tokens]
             if is_bad and self.script.by_position:
                 self.failures.add(LoadFailure(req_id, 0, index))
             elif is_bad:

@@ -29,7 +29,7 @@ BLOCK_SIZE = 4
 CHILDREN = ("a", "b")
 STUCK_AFTER_S = 60 + 300 + 300 + 100  # lookup, load and stall deadlines one after the other, and some
 BAD_ANSWERS: list[Any] = [
-    (10_000, False), (10_000, True), (-4, False), (0, True), ("many", False), (True, False), None, (3, False), 7,
+    (10_000, False), (10_000, True), (-4, False), (0, True), ("many", False), (True, False), None, 7,
 ]  # fmt: skip
 LOAD_FAULTS = [fault for fault in LoadFault if fault is not LoadFault.NONE]
 RAISING_HOOKS = ("on_new_request", "wait_for_layer_load", "wait_for_save", "request_finished", "get_transfer_results")

@@ -118,7 +118,7 @@ def test_claims_keep_the_contract(num_tokens, num_local):
     side, _ = sides()
     if num_local < num_tokens:
         claim = side.get_num_new_matched_tokens(view(num_tokens), num_local)
-        assert broken_match(claim, num_local, num_tokens, alignment_tokens=8) is None
+        assert broken_match(claim, num_local, num_tokens) is None
         assert num_tokens - num_local - claim[0] <= 8 or claim[0] == 0
 
 

@@ -368,30 +368,36 @@ def test_late_reports_of_old_requests_are_counted_and_harmless(make_engine, toke
     assert engine.llm.counters.contract_errors == {}
 
 
-@pytest.mark.parametrize(
-    ("num_local", "answer", "is_good"),
-    [
-        (0, (6, False), False),
-        (0, (6, True), False),
-        (0, (8, False), True),
-        (0, (8, True), True),
-        (0, (11, True), True),
-        (0, (11, False), False),
-        (8, (2, True), False),
-        (8, (3, True), True),
-    ],
-)
-def test_claims_end_at_block_boundaries(make_engine, script, tokens, num_local, answer, is_good, caplog):
-    engine = make_engine(script(is_async=answer[1]))
+@pytest.mark.parametrize("is_async", [False, True])
+@pytest.mark.parametrize("num_local", [0, 8])
+@pytest.mark.parametrize("num_external", range(1, 16))
+def test_claims_may_end_within_a_block(make_engine, script, tokens, is_async, num_local, num_external):
+    """Only the claimed tokens of the last block are loaded; the engine computes the rest, as vLLM does."""
+    engine = make_engine(script(is_async=is_async))
+    prompt = tokens(num_local + 16)
+    warm(engine, prompt)
     if num_local:
-        engine.run(tokens(9), max_tokens=1)
-    engine.script.match_override = lambda request, local: answer if local == num_local else (0, False)
+        engine.run(prompt[: num_local + 1], max_tokens=1)
+    engine.script.match_override = lambda request, local: (num_external, is_async)
+    steps = watch(engine)
+    output = engine.run(prompt, max_tokens=3)
+    assert (output.num_external_tokens, output.num_cached_tokens) == (num_external, num_local + num_external)
+    assert next(num for step in steps for num in step.values()) == 16 - num_external
+    engine.script.match_override = lambda request, local: (0, False)
+    again = engine.run([*prompt, 1], max_tokens=3)  # reads the blocks that were loaded and those completed
+    assert again.num_cached_tokens == num_local + 16
+    assert engine.llm.counters.contract_errors == {}
+
+
+@pytest.mark.parametrize(
+    ("num_external", "is_async", "is_good"), [(11, True, True), (11, False, False), (12, True, False)]
+)
+def test_claims_end_with_the_prompt(make_engine, script, tokens, num_external, is_async, is_good):
+    engine = make_engine(script(is_async=is_async))
+    engine.script.match_override = lambda request, local: (num_external, is_async)
     request_id = engine.add(tokens(11))
     engine.step()
     assert (engine.llm.counters.contract_errors == {}) is is_good
-    assert ("must end at a multiple of cache_hit_alignment_tokens=4" in caplog.text) is (
-        not is_good and answer[0] != 11
-    )
     engine.llm.abort_request(request_id)
     engine.script.extra_received = {request_id}
     engine.step()

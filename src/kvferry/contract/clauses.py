@@ -14,8 +14,11 @@ from kvferry.contract.explain import PrefixRange
 Clause = Callable[[Any], str | None]
 
 
-def broken_match(answer: Any, num_local: int, num_tokens: int, alignment_tokens: int) -> str | None:
-    """Of `get_num_new_matched_tokens` for a request of `num_tokens` tokens, the first `num_local` of them at hand."""
+def broken_match(answer: Any, num_local: int, num_tokens: int) -> str | None:
+    """Of `get_num_new_matched_tokens` for a request of `num_tokens` tokens, the first `num_local` of them at hand.
+
+    A claim may end within a block: the host computes the rest of that block, as vLLM does.
+    """
     if not (isinstance(answer, tuple) and len(answer) == 2 and isinstance(answer[1], bool)):
         return "must be (number of tokens or None, bool)"
     num_external, is_async = answer
@@ -30,10 +33,8 @@ def broken_match(answer: Any, num_local: int, num_tokens: int, alignment_tokens:
     left = num_tokens - num_local
     if num_external > left:
         return f"claims more than the {left} tokens that are left"
-    if num_external == left:
-        return None if is_async else "a synchronous load must leave at least one token to compute"
-    if (num_local + num_external) % alignment_tokens:
-        return f"must end at a multiple of cache_hit_alignment_tokens={alignment_tokens}, or at the last token if async"
+    if num_external == left and not is_async:
+        return "a synchronous load must leave at least one token to compute"
     return None
 
 

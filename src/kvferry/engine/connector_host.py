@@ -119,13 +119,12 @@ class SchedulerConnector:
         if self._guard is None or request.request_id in self._refused_ids:
             return NO_MATCH
         self._guard.failed_hooks.clear()
-        alignment = self._kv_cache_config.cache_hit_alignment_tokens or 1
         num_tokens, is_async = self._guard.call(
             "get_num_new_matched_tokens",
             (0, False),
             request,
             num_local_tokens,
-            check=lambda answer: broken_match(answer, num_local_tokens, request.num_tokens, alignment),
+            check=lambda answer: broken_match(answer, num_local_tokens, request.num_tokens),
         )
         if self._guard.failed_hooks:
             self._refused_ids.add(request.request_id)

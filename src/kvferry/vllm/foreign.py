@@ -2,35 +2,40 @@
 
     LLM("smollm2", kv_transfer_config={"kv_connector": "their_package.module:TheirConnector", "kv_role": "kv_both"})
 
-`adapt` wraps such a class into one of ours. Each hook is passed on; what goes in is shown as vLLM would show it: its
-roles, transfer, cache and parallel configurations, KV specs and request states are vLLM's own classes; requests, block
-tables and step plans are the engine's, which bear vLLM's attribute names. What this engine lacks is an AttributeError
-that names it, so a connector that asks with `getattr(..., default)` goes on. Statistics in vLLM's classes are
-dropped; KV events are translated.
+`adapt` wraps such a class into one of ours. Each hook is passed on; what goes in is shown as vLLM would show it
+(`kvferry.vllm.shown`). vLLM's state of tensor and pipeline parallelism is set up for one rank, since connectors ask for
+their rank. Statistics in vLLM's classes are dropped; KV events are translated.
 
 The contract's resolver imports this module when it meets a subclass of vLLM's base (`contract.resolver.HOST_ADAPTERS`).
 """
 
 from __future__ import annotations
 
+import copy
 import functools
-from collections.abc import Callable
 from dataclasses import fields
 from typing import Any, ClassVar
 from weakref import WeakKeyDictionary
 
-from vllm.config import CacheConfig, KVTransferConfig, ParallelConfig
+import torch
+from torch.distributed import HashStore  # type: ignore[attr-defined]
+from vllm.config import set_current_vllm_config
+from vllm.distributed import parallel_state
 from vllm.distributed.kv_transfer.kv_connector.v1 import base as vllm_base
-from vllm.v1 import kv_cache_interface as vllm_kv
 from vllm.v1.outputs import KVConnectorOutput as VllmConnectorOutput
-from vllm.v1.request import RequestStatus as VllmRequestStatus
 
 from kvferry import kv_events
+from kvferry.config import KVTransferConfig
 from kvferry.contract import KVCacheConfig, KVConnectorBase_V1, KVConnectorOutput, KVConnectorRole, SupportsHMA
 from kvferry.contract.hooks import HOOKS, Hook, HookSide
 from kvferry.contract.views import request_view
-
-_OWN_TRANSFER_KEYS = {"on_shadow"}
+from kvferry.vllm.shown import (
+    ShownRequest,
+    show_config,
+    show_kv_cache_config,
+    show_scheduler_output,
+    show_transfer_config,
+)
 
 
 @functools.cache
@@ -70,19 +75,24 @@ class _ForeignConnector(KVConnectorBase_V1):
 
     def __init__(self, vllm_config: Any, role: KVConnectorRole, kv_cache_config: KVCacheConfig) -> None:
         super().__init__(vllm_config, role, kv_cache_config)
-        self._requests: WeakKeyDictionary[Any, _View] = WeakKeyDictionary()
+        self._requests: WeakKeyDictionary[Any, ShownRequest] = WeakKeyDictionary()
+        shown = show_config(vllm_config, kv_cache_config)
+        _ensure_one_rank(shown)
         self.foreign = self.foreign_class(
-            show_config(vllm_config, kv_cache_config),
+            shown,
             vllm_base.KVConnectorRole[role.name],
             kv_cache_config=show_kv_cache_config(kv_cache_config),
         )
 
-    def show_request(self, request: Any) -> _View:
+    def show_request(self, request: Any) -> ShownRequest:
         """The engine's request with vLLM's states; one view for the request's whole life."""
         view = self._requests.get(request)
         if view is None:
-            view = self._requests[request] = _RequestView(request, "request")
+            view = self._requests[request] = ShownRequest(request, "request")
         return view
+
+    def build_connector_meta(self, scheduler_output: Any) -> Any:
+        return self.foreign.build_connector_meta(show_scheduler_output(scheduler_output))
 
     def update_connector_output(self, connector_output: KVConnectorOutput) -> None:
         names = {f.name for f in fields(VllmConnectorOutput)} & {f.name for f in fields(connector_output)}
@@ -95,6 +105,13 @@ class _ForeignConnector(KVConnectorBase_V1):
 
     def take_events(self) -> list[kv_events.KVCacheEvent]:
         return [event for event in map(_event, self.foreign.take_events()) if event is not None]
+
+    @classmethod
+    def supports_hma_config(cls, kv_transfer_config: KVTransferConfig) -> bool:
+        """vLLM's MultiConnector asks its children; for all others the class decides."""
+        ask_children = getattr(cls.foreign_class, "all_children_support_hma", None)
+        is_able = vllm_base.supports_hma(cls.foreign_class)
+        return is_able and (ask_children is None or bool(ask_children(show_transfer_config(kv_transfer_config))))
 
     @classmethod
     def get_required_kvcache_layout(cls, vllm_config: Any) -> str | None:
@@ -111,89 +128,14 @@ def _event(event: Any) -> kv_events.KVCacheEvent | None:
     return None if own is None else own(**{f.name: getattr(event, f.name, None) for f in fields(own)})
 
 
-# ---- the engine's objects as vLLM would show them -------------------------------------------------------------
-
-
-class _View:
-    """One of the engine's objects, `path` in messages, with a few attributes of its own. What is written stays here."""
-
-    def __init__(self, shown: Any, path: str, **own: Any) -> None:
-        vars(self).update(own, _shown=shown, _path=path)
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return getattr(self._shown, name)
-        except AttributeError:
-            raise AttributeError(
-                f"{self._path}.{name} is not offered by kvferry's embedded engine; run this connector in vLLM"
-            ) from None
-
-
-class _RequestView(_View):
-    @property
-    def status(self) -> Any:
-        return VllmRequestStatus[self._shown.status.name]
-
-    @property
-    def _all_token_ids(self) -> list[int]:
-        return self._shown.all_token_ids  # type: ignore[no-any-return]
-
-
-def show_config(config: Any, kv_cache_config: KVCacheConfig | None) -> Any:
-    """The engine's configuration as a VllmConfig to the extent connectors read it.
-
-    Without `kv_cache_config` (asked of a class, before there is one) the model's shape is not offered.
-    """
-    transfer = config.kv_transfer_config
-    cache = CacheConfig(
-        block_size=config.cache_config.block_size,
-        enable_prefix_caching=config.cache_config.enable_prefix_caching,
-        cache_dtype=config.cache_config.cache_dtype,
-    )
-    cache.num_gpu_blocks = config.cache_config.num_gpu_blocks
-    return _View(
-        config,
-        "vllm_config",
-        kv_transfer_config=KVTransferConfig(
-            **{f.name: getattr(transfer, f.name) for f in fields(transfer) if f.name not in _OWN_TRANSFER_KEYS}
-        ),
-        cache_config=cache,
-        parallel_config=ParallelConfig(),
-        model_config=_View(config.model_config, "vllm_config.model_config", **_shape(kv_cache_config)),
-        scheduler_config=_View(config.scheduler_config, "vllm_config.scheduler_config"),
-    )
-
-
-def _shape(kv_cache_config: KVCacheConfig | None) -> dict[str, Callable[..., int]]:
-    """What vLLM's ModelConfig answers about the model's shape, from the KV cache."""
-    if kv_cache_config is None:
-        return {}
-    spec: Any = kv_cache_config.kv_cache_groups[0].kv_cache_spec
-    num_layers = sum(len(group.layer_names) for group in kv_cache_config.kv_cache_groups)
-    return {
-        "get_num_layers": lambda parallel_config: num_layers,
-        "get_num_kv_heads": lambda parallel_config: int(spec.num_kv_heads),
-        "get_total_num_kv_heads": lambda: int(spec.num_kv_heads),
-        "get_head_size": lambda: int(spec.head_size),
-    }
-
-
-def show_kv_cache_config(config: KVCacheConfig) -> Any:
-    """The engine's KVCacheConfig in vLLM's classes: groups, specs by class name, tensors."""
-    tensors = [
-        vllm_kv.KVCacheTensor(t.size, list(t.layers), t.layer_stride, t.block_stride, t.offset)
-        for t in config.kv_cache_tensors
-    ]
-    groups = [
-        vllm_kv.KVCacheGroupSpec(list(group.layer_names), _spec(group.kv_cache_spec))
-        for group in config.kv_cache_groups
-    ]
-    shown = vllm_kv.KVCacheConfig(config.num_blocks, tensors, groups)
-    for name in ("kv_cache_layout", "hash_block_size", "cache_hit_alignment_tokens"):
-        setattr(shown, name, getattr(config, name))
-    return shown
-
-
-def _spec(spec: Any) -> Any:
-    kind = getattr(vllm_kv, type(spec).__name__)
-    return kind(**{f.name: getattr(spec, f.name) for f in fields(spec)})
+def _ensure_one_rank(vllm_config: Any) -> None:
+    """vLLM's parallel state of one rank, unless this process has one. It stays: other connectors may be using it."""
+    if not parallel_state.model_parallel_is_initialized():
+        if not torch.distributed.is_initialized():
+            store = HashStore()
+            torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+        without_model = copy.copy(vllm_config)
+        without_model.model_config = None
+        with set_current_vllm_config(without_model):
+            parallel_state.init_distributed_environment(world_size=1, rank=0, local_rank=0, backend="gloo")
+            parallel_state.initialize_model_parallel(1, 1, backend="gloo")

@@ -135,13 +135,7 @@ class MultiSchedulerHooks(MultiBase):
 
         Once one child has a hit, that wait takes at most `lookup_wait_s`. Bad claims count as none.
         """
-        alignment = self._kv_cache_config.cache_hit_alignment_tokens or 1
-        check = partial(
-            broken_match,
-            num_local=num_computed_tokens,
-            num_tokens=request.num_tokens,
-            alignment_tokens=alignment,
-        )
+        check = partial(broken_match, num_local=num_computed_tokens, num_tokens=request.num_tokens)
         answers: list[Match] = [
             (0, False)
             if child.is_off
