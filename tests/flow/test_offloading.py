@@ -259,3 +259,70 @@ def test_reset_with_the_connector_forgets_every_tier(make_llm: Any, tmp_path: Pa
     run(llm, prompt(300))
     assert llm.reset_prefix_cache(reset_connector=True)
     assert run(llm, prompt(300)).num_external_tokens == 0
+
+
+def flip_in_host_memory(llm: LLM, where: float) -> int:
+    """Flip one bit of every chunk, at `where` of its bytes (0: first, 1: last); returns the number of chunks."""
+    assert llm.connector is not None
+    store = llm.connector.side.store
+    chunks = store._host.chunks()
+    for chunk in chunks:
+        view = store._host.view(chunk, chunk.payload_bytes)
+        view[int(where * (len(view) - 1))] ^= 0x10
+    return len(chunks)
+
+
+@pytest.mark.parametrize("load_async", [True, False])
+@pytest.mark.parametrize("where", [0, 0.5, 0.77, 1])
+def test_one_flipped_bit_in_host_memory_is_refused(make_llm: Any, load_async: bool, where: float) -> None:
+    llm = make_llm({"load_async": load_async})
+    tokens = prompt(300)
+    run(llm, tokens)
+    assert llm.reset_prefix_cache()
+    assert flip_in_host_memory(llm, where) == 4
+    output = run(llm, tokens)  # checks the tokens
+    assert output.num_external_tokens == 0
+    assert llm.connector is not None
+    stats = llm.connector.side.store.stats()
+    assert sum(stats.invalidated.values()) == 4
+    assert llm.reset_prefix_cache()
+    assert run(llm, prompt(300, 1)).num_external_tokens == 0
+    again = run(llm, tokens)  # the chunks were stored anew, or are computed; never loaded as they were
+    assert again.outputs[0].token_ids == output.outputs[0].token_ids
+
+
+def test_a_part_of_a_flipped_chunk_is_refused(make_llm: Any) -> None:
+    """The engine has the chunk's first blocks itself; the bit that flipped is in them, and is not even to be loaded."""
+    llm = make_llm()
+    tokens = prompt(200)
+    run(llm, tokens)
+    assert llm.reset_prefix_cache()
+    run(llm, tokens[:33])  # two blocks of the first chunk, from host memory or computed: here either way
+    flip_in_host_memory(llm, 0)
+    assert run(llm, tokens).num_external_tokens == 0
+
+
+def test_without_the_proof_a_flipped_bit_is_loaded(make_llm: Any) -> None:
+    """What `verify_host_loads` is for."""
+    llm = make_llm({"verify_host_loads": False})
+    tokens = prompt(300)
+    run(llm, tokens)
+    assert llm.reset_prefix_cache()
+    flip_in_host_memory(llm, 0.5)
+    output = llm.generate(tokens, greedy(5))[0]
+    assert output.num_external_tokens == 256
+    assert output.outputs[0].token_ids != StubModel().expected_tokens(tokens, 5)
+
+
+def test_what_flipped_in_host_memory_comes_back_from_disk(make_llm: Any, tmp_path: Path) -> None:
+    llm = make_llm(fs(tmp_path / "kv"))
+    tokens = prompt(300)
+    run(llm, tokens)
+    assert llm.connector is not None
+    assert llm.connector.side.store.flush(30)
+    assert llm.reset_prefix_cache()
+    flip_in_host_memory(llm, 0.3)
+    assert run(llm, tokens).num_external_tokens == 0
+    assert llm.reset_prefix_cache()
+    llm.connector.side.store.prove([chunk.key for chunk in llm.connector.side.store._host.chunks()])
+    assert run(llm, tokens).num_external_tokens == 256

@@ -15,7 +15,7 @@ from __future__ import annotations
 import logging
 import time
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Sequence, Set
+from collections.abc import Callable, Iterable, Sequence, Set
 from dataclasses import dataclass, field, replace
 
 from kvferry.clock import Clock, SystemClock
@@ -251,6 +251,13 @@ class TieredStore:
         self._num_host_hits += 1
         return chunk.ref
 
+    def digest(self, ref: SlotRef) -> bytes:
+        """What the bytes in a pinned chunk's slot were proved to have for a digest. ValueError when it is not pinned."""
+        chunk = self._host.held(ref)
+        if chunk is None or not chunk.num_pins:
+            raise ValueError(f"{ref} is not pinned")
+        return chunk.digest
+
     def unpin(self, ref: SlotRef) -> None:
         """Let go of one pin. ValueError when there is none."""
         chunk = self._host.held(ref)
@@ -363,11 +370,19 @@ class TieredStore:
 
     def scrub(self, max_slots: int) -> list[StoreKey]:
         """Digest the next `max_slots` host chunks again (about 20 GB/s); drop those that changed, return their keys."""
+        return self._drop_changed(self._host.take_for_scrub(max_slots), "scrub")
+
+    def prove(self, keys: Iterable[StoreKey]) -> list[StoreKey]:
+        """Digest these chunks in host memory again; drop those that changed (there only), return their keys."""
+        found = (self._host.get(key) for key in keys)
+        return self._drop_changed([x for x in found if x is not None and x.state is ChunkState.READY], "load")
+
+    def _drop_changed(self, chunks: list[Chunk], found_by: str) -> list[StoreKey]:
         bad = []
-        for chunk in self._host.take_for_scrub(max_slots):
+        for chunk in chunks:
             if digest_of(self._host.view(chunk, chunk.payload_bytes)) != chunk.digest:
                 self._forget(chunk)
-                self._invalidated["scrub"] += 1
+                self._invalidated[found_by] += 1
                 self._lost.note(chunk.key, "it changed in host memory")
                 logger.error("chunk %s changed in host memory and was dropped", chunk.key.hex())
                 bad.append(chunk.key)

@@ -29,6 +29,9 @@ class OffloadingConfig:
     """Tokens per stored chunk: a multiple of 16 and of every block size; by default the smallest from 64 on."""
     secondary_tiers: tuple[Mapping[str, Any], ...] = ()
     """Tiers below host memory, nearest first, e.g. {"type": "fs", "path": ..., "max_bytes": ...}."""
+    verify_host_loads: bool = True
+    """Prove each chunk against its digest whenever it is loaded from host memory, not only when it comes from a tier
+    below. Without it, a bit that flips in host memory is found by the scrubbing of idle steps alone."""
     weights_version: str | None = None
     """Names the weights in keys instead of a fingerprint of the files; required for random weights."""
     arena_dir: str | None = None

@@ -23,6 +23,10 @@ class ChunkPart:
     block_ids: tuple[int, ...]
     slots: tuple[SlotRef, ...]
     first_position: int = 0
+    payload_bytes: int = 0
+    """Loads only: bytes of the whole chunk in a slot."""
+    digests: tuple[bytes, ...] = ()
+    """Loads only: per worker, what the whole chunk in its slot must have for a digest; empty: not proved again."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -126,12 +126,9 @@ class OffloadingSchedulerSide(SchedulerSide):
         if self.host.wants_kv_events:
             self._events = ChunkEvents(self._store, self._keys, geometry.chunk_tokens)
         logger.info(
-            "offloading: %d slots of %d bytes, chunks of %d tokens, tiers: host%s",
-            geometry.num_slots,
-            geometry.slot_bytes,
-            geometry.chunk_tokens,
-            "".join(f", {tier.name}" for tier in tiers),
-        )
+            "offloading: %d slots of %d bytes, chunks of %d tokens, tiers: %s",
+            geometry.num_slots, geometry.slot_bytes, geometry.chunk_tokens, ", ".join((HOST, *(t.name for t in tiers))),
+        )  # fmt: skip
 
     def _agreed_layout(self, metadata: dict[int, KVConnectorHandshakeMetadata]) -> WorkerHandshake:
         shakes = [shake for _, shake in sorted(metadata.items()) if isinstance(shake, WorkerHandshake)]
@@ -356,7 +353,10 @@ class OffloadingSchedulerSide(SchedulerSide):
             first += 1
         if first >= last:
             return None
-        return ChunkPart(group.group_id, first - chunk * per_chunk, tuple(table[first:last]), slots, first)
+        digests = tuple(map(self.store.digest, slots)) if self.config.verify_host_loads else ()
+        payload_bytes = self.geometry.payload_bytes[group.group_id]
+        blocks = tuple(table[first:last])
+        return ChunkPart(group.group_id, first - chunk * per_chunk, blocks, slots, first, payload_bytes, digests)
 
     def get_external_cache_hit_sources(
         self, request: RequestView, num_external_tokens: int
@@ -530,12 +530,15 @@ class OffloadingSchedulerSide(SchedulerSide):
             state.num_chunks_seen = min(state.num_chunks_seen, record.chunk)
 
     def _end_load(self, record: Job, ended: list[Job]) -> None:
-        """Release what the load held. A failed one makes its request claim nothing more; the stored bytes are not
-        known to be bad (the worker may be at fault), so they stay.
+        """Release what the load held. A failed one makes its request claim nothing more; of what it was to load,
+        chunks whose bytes are no longer those of their digest are dropped from host memory, and the others stay.
         """
         state = self._requests.get(record.job.request_id)
         num_failed = sum(report.digests.count(None) for report in record.reports.values())
         self.counters.failed_loads += num_failed
+        for i, keys in enumerate(record.keys):
+            if any(report.digests[i] is None for report in record.reports.values()):
+                self.store.prove(keys)
         if num_failed and not record.job.is_async:
             # The step went on over KV that never came; what it, and steps planned since, computed is worthless.
             self._taint(ended, after_job_id=record.job.job_id)
