@@ -1,10 +1,11 @@
 """Host tier: store and load through the OffloadingConnector's own worker, against a bare paged gather and scatter.
 
 store   pool blocks -> arena slots, digest of each slot included, on the connector's copy thread
-load    arena slots -> pool blocks, generation checks included, on the connector's copy thread
+load    arena slots -> pool blocks, generation checks and the proof of each chunk's digest included, as `store`
+unproved  as load, without the proof (`verify_host_loads` false)
 bound   numpy: `take(pool, ids, out=host)` and `pool[ids] = host`, whole blocks, one thread, all memory touched before
 
-Both move the same shuffled blocks; every round measures all four in turn, so that other work on the machine hits all
+All move the same shuffled blocks; every round measures all five in turn, so that other work on the machine hits all
 alike. Ratios are per round. Rates are in GB/s (1e9) of wall time.
 """
 
@@ -76,6 +77,7 @@ class Subject:
         self.host = np.zeros((len(self.ids), self.pool.shape[1]), dtype=np.int64)
         self.host.fill(1)  # touched, so that no page fault is timed
         self.arena = self._arena()
+        self.digests: dict[int, bytes] = {}  # of the slots, by chunk
         self.worker = OffloadingWorkerSide(_host_info(names, num_blocks))
         self.worker.register_kv_caches(_views(storage, config, spec))
 
@@ -83,12 +85,14 @@ class Subject:
         slot_bytes = -(-BLOCKS_PER_CHUNK * self.block_bytes // 4096) * 4096
         return Arena.create(engine_id="bench", num_slots=self.num_chunks, slot_bytes=slot_bytes)
 
-    def jobs(self) -> list[CopyJob]:
+    def jobs(self, *, is_proved: bool = False) -> list[CopyJob]:
         """One job per chunk, as the scheduler side makes them."""
-        return [
-            CopyJob(i, f"request{i}", (ChunkPart(0, 0, self._blocks(i), (self._slot(i),)),))
+        size = BLOCKS_PER_CHUNK * self.block_bytes
+        parts = [
+            ChunkPart(0, 0, self._blocks(i), (self._slot(i),), 0, size, (self.digests[i],) if is_proved else ())
             for i in range(self.num_chunks)
         ]
+        return [CopyJob(i, f"request{i}", (part,)) for i, part in enumerate(parts)]
 
     def _blocks(self, chunk: int) -> tuple[int, ...]:
         return tuple(self.block_ids[chunk * BLOCKS_PER_CHUNK : (chunk + 1) * BLOCKS_PER_CHUNK])
@@ -103,6 +107,11 @@ class Subject:
 
     def load(self) -> None:
         """Arena -> pool through the connector's worker."""
+        self.worker.start_load_kv(StepMetadata(self.arena.info, self.jobs(is_proved=True), []))
+        self._wait()
+
+    def unproved(self) -> None:
+        """As `load`, without the digest."""
         self.worker.start_load_kv(StepMetadata(self.arena.info, self.jobs(), []))
         self._wait()
 
@@ -113,6 +122,7 @@ class Subject:
             report = self.worker.build_connector_worker_meta()
             for item in report.reports if report is not None else ():
                 assert item.error is None, item.error
+                self.digests.update({item.job_id: value for value in item.digests if value})
                 waiting -= 1
             time.sleep(0.0002)
 
@@ -162,6 +172,7 @@ def _host_info(names: list[str], num_blocks: int) -> HostInfo:
         rank=0,
         load_failure_policy="recompute",
         extra_config={},
+        numerics={},
     )
 
 
@@ -176,7 +187,7 @@ def measure(shape: Shape, rounds: int, seed: int) -> dict[str, Any]:
     subject = Subject(shape, seed)
     try:
         subject.check()
-        actions = {name: getattr(subject, name) for name in ("store", "gather", "load", "scatter")}
+        actions = {name: getattr(subject, name) for name in ("store", "gather", "load", "unproved", "scatter")}
         samples: dict[str, list[float]] = {name: [] for name in actions}
         for _ in range(rounds):
             for name, action in actions.items():
@@ -185,7 +196,7 @@ def measure(shape: Shape, rounds: int, seed: int) -> dict[str, Any]:
         subject.close()
     ratios = {
         name: statistics.median(a / b for a, b in zip(samples[name], samples[bound], strict=True))
-        for name, bound in (("store", "gather"), ("load", "scatter"))
+        for name, bound in (("store", "gather"), ("load", "scatter"), ("unproved", "scatter"))
     }
     return {
         "shape": shape.name,
@@ -207,10 +218,10 @@ def main() -> None:
     results = [measure(shape, options.rounds, options.seed) for shape in SHAPES]
     for result in results:
         print(result["shape"])
-        for kind, bound in (("store", "gather"), ("load", "scatter")):
+        for kind, bound in (("store", "gather"), ("load", "scatter"), ("unproved", "scatter")):
             rates = result["median_gb_per_s"]
             print(
-                f"  {kind:5} {rates[kind]:6.2f} GB/s   {bound:7} {rates[bound]:6.2f} GB/s"
+                f"  {kind:8} {rates[kind]:6.2f} GB/s   {bound:7} {rates[bound]:6.2f} GB/s"
                 f"   ratio {result['ratio_to_bound'][kind]:.2f}"
             )
     path = record.write("host_tier", {"machine": record.machine(), "seed": options.seed, "results": results})

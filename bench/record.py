@@ -11,7 +11,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-RESULTS = Path(__file__).parent / "results"
+RESULTS = Path(os.environ.get("KVFERRY_BENCH_RESULTS") or Path(__file__).parent / "results")
+"""Where results are written; a trial run sets KVFERRY_BENCH_RESULTS to another folder."""
 
 
 def machine() -> dict[str, Any]:
@@ -42,5 +43,5 @@ def write(name: str, content: dict[str, Any]) -> Path:
 
 
 def _commit() -> str:
-    command = ["git", "-C", str(RESULTS.parent), "describe", "--always", "--dirty"]
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
     return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip() or "unknown"

@@ -252,7 +252,7 @@ class TieredStore:
         return chunk.ref
 
     def digest(self, ref: SlotRef) -> bytes:
-        """What the bytes in a pinned chunk's slot were proved to have for a digest. ValueError when it is not pinned."""
+        """The proved digest of the bytes in a pinned chunk's slot. ValueError when the chunk is not pinned."""
         chunk = self._host.held(ref)
         if chunk is None or not chunk.num_pins:
             raise ValueError(f"{ref} is not pinned")

@@ -290,7 +290,7 @@ def test_a_stuck_tier_costs_a_request_no_more_than_the_stall_timeout(make_host: 
     ("extra", "texts"),
     [
         ({}, ["cpu_bytes_to_use", "missing"]),
-        ({"cpu_bytes_to_use": "1GB"}, ["cpu_bytes_to_use", "int", "'1GB'"]),
+        ({"cpu_bytes_to_use": "1 pound"}, ["cpu_bytes_to_use", "'1 pound'", "8GB"]),
         ({"cpu_bytes_to_use": 0}, ["cpu_bytes_to_use=0", "at least 1"]),
         ({"cpu_bytes_to_use": 1e9, "load_asynch": True}, ["load_asynch", "'load_async'"]),
         ({"cpu_bytes_to_use": 1, "load_async": "false"}, ["load_async", "bool", "'false'"]),
