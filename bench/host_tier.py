@@ -122,7 +122,8 @@ class Subject:
             report = self.worker.build_connector_worker_meta()
             for item in report.reports if report is not None else ():
                 assert item.error is None, item.error
-                self.digests.update({item.job_id: value for value in item.digests if value})
+                if item.digests[0]:
+                    self.digests[item.job_id] = item.digests[0]
                 waiting -= 1
             time.sleep(0.0002)
 
