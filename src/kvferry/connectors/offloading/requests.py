@@ -8,10 +8,10 @@ from enum import Enum
 from typing import Any
 
 from kvferry.connectors.offloading.config import ChunkGeometry
-from kvferry.connectors.offloading.messages import CopyJob, JobReport
+from kvferry.connectors.offloading.messages import ChunkPart, CopyJob, JobReport
 from kvferry.contract.views import RequestView
 from kvferry.hashing import KeyChain
-from kvferry.types import AttentionKind, GroupInfo, SlotRef, StoreKey
+from kvferry.types import NULL_BLOCK_ID, AttentionKind, GroupInfo, SlotRef, StoreKey
 
 
 class LoadState(Enum):
@@ -75,6 +75,28 @@ def groups_needed(
     for group in groups:
         if group.kind is AttentionKind.FULL or chunk_end > hit_tokens - ((group.window_tokens or 1) - 1):
             yield group
+
+
+def load_part(
+    group: GroupInfo,
+    geometry: ChunkGeometry,
+    chunk: int,
+    table: list[int],
+    slots: tuple[SlotRef, ...],
+    digests: tuple[bytes, ...],
+    span: tuple[int, int],
+) -> ChunkPart | None:
+    """The blocks of `chunk` within tokens `span` that the request really owns (null blocks lead the list)."""
+    per_chunk = geometry.chunk_tokens // group.block_tokens
+    first = max(chunk * per_chunk, span[0] // group.block_tokens)
+    last = min((chunk + 1) * per_chunk, span[1] // group.block_tokens)
+    while first < last and table[first] == NULL_BLOCK_ID:
+        first += 1
+    if first >= last:
+        return None
+    payload_bytes = geometry.payload_bytes[group.group_id]
+    blocks = tuple(table[first:last])
+    return ChunkPart(group.group_id, first - chunk * per_chunk, blocks, slots, first, payload_bytes, digests)
 
 
 def starts_with_a_block(group: GroupInfo) -> bool:

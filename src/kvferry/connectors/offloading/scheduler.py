@@ -32,6 +32,7 @@ from kvferry.connectors.offloading.requests import (
     LoadState,
     RequestState,
     groups_needed,
+    load_part,
     starts_with_a_block,
 )
 from kvferry.connectors.offloading.stats import OffloadingCounters
@@ -332,7 +333,9 @@ class OffloadingSchedulerSide(SchedulerSide):
             for group in groups_needed(self.host.groups, self.geometry, chunk, end):
                 part_keys = tuple(self._chunk_keys(state, chunk, (group,)))
                 slots = tuple(state.pins[key] for key in part_keys)
-                part = self._load_part(group, chunk, block_ids[group.group_id], slots, (start, end))
+                digests = tuple(map(self.store.digest, slots)) if self.config.verify_host_loads else ()
+                table = block_ids[group.group_id]
+                part = load_part(group, self.geometry, chunk, table, slots, digests, (start, end))
                 if part is not None:
                     parts.append(part)
                     keys.append(part_keys)
@@ -341,22 +344,6 @@ class OffloadingSchedulerSide(SchedulerSide):
         state.load = LoadState.RUNNING
         self.counters.hit_tokens.update(self._tokens_by_medium(state, num_external_tokens))
         self._new_loads.append(job.job)
-
-    def _load_part(
-        self, group: GroupInfo, chunk: int, table: list[int], slots: tuple[SlotRef, ...], span: tuple[int, int]
-    ) -> ChunkPart | None:
-        """The blocks of `chunk` within tokens `span` that the request really owns (null blocks lead the list)."""
-        per_chunk = self.geometry.chunk_tokens // group.block_tokens
-        first = max(chunk * per_chunk, span[0] // group.block_tokens)
-        last = min((chunk + 1) * per_chunk, span[1] // group.block_tokens)
-        while first < last and table[first] == NULL_BLOCK_ID:
-            first += 1
-        if first >= last:
-            return None
-        digests = tuple(map(self.store.digest, slots)) if self.config.verify_host_loads else ()
-        payload_bytes = self.geometry.payload_bytes[group.group_id]
-        blocks = tuple(table[first:last])
-        return ChunkPart(group.group_id, first - chunk * per_chunk, blocks, slots, first, payload_bytes, digests)
 
     def get_external_cache_hit_sources(
         self, request: RequestView, num_external_tokens: int
@@ -544,6 +531,8 @@ class OffloadingSchedulerSide(SchedulerSide):
             self._taint(ended, after_job_id=record.job.job_id)
         if state is not None:
             self._release_pins(state)
+            if num_failed:
+                state.num_chunks_seen = 0  # what it computes now is stored wherever it is missing
             state.load = LoadState.FAILED if num_failed else LoadState.NONE
             if state.is_finished:
                 del self._requests[record.job.request_id]

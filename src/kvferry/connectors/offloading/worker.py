@@ -205,15 +205,14 @@ class OffloadingWorkerSide(WorkerSide):
         group = layout.groups[part.group_id]
         start = arena.slot_address(slot.slot) + part.first_block * group.block_bytes
         if arena.generation(slot.slot) == slot.generation:
-            # Pinned, so that nobody writes to it between the proof and the copy.
-            if (
-                part.digests
-                and digest(arena.slot_view(slot.slot)[: part.payload_bytes]) != part.digests[self.host.rank]
-            ):
-                raise TierCorrupt(f"the chunk in slot {slot.slot} changed in host memory")
             copier.scatter(order.mark, start, group.block_ranges(part.block_ids))
         if arena.generation(slot.slot) != slot.generation:
             raise TierCorrupt(f"slot {slot.slot} was given to another chunk while it was to be loaded")
+        # Proved after the copy: the slot is pinned, so a changed byte that was copied is still there, and is seen. The
+        # digest is of the whole chunk, also where a load wants only some of its blocks.
+        payload = arena.slot_view(slot.slot)[: part.payload_bytes]
+        if part.digests and digest(payload) != part.digests[self.host.rank]:
+            raise TierCorrupt(f"the chunk in slot {slot.slot} changed in host memory")
         return b""
 
     def _resources(self, info: ArenaInfo) -> tuple[Arena, KVLayout, Copier]:
