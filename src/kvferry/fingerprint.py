@@ -3,7 +3,7 @@
 SHA-256 over, for `config.json` and each `*.safetensors` (adapters: `adapter_config.json` too) in name order:
 u32-LE length of the file name, the name, u64-LE size, and the file's bytes. Folders over 8 GiB: of each weight file
 only its safetensors header and 64 pages of 64 KiB, evenly spread, are read, and the fingerprint says so ("sampled:").
-Results are cached by path, size, mtime and inode of every file.
+Results are cached by path and stamp (size, mtime, ctime and inode) of every file.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import logging
 import os
 import struct
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from kvferry.config import cache_dir
@@ -35,7 +35,7 @@ Progress = Callable[[int, int], None]
 def fingerprint_folder(folder: Path, progress: Progress | None = None) -> str:
     """The fingerprint of a model or LoRA folder (hex, with a prefix saying how it was made). Reads all weights once.
 
-    Raises ConfigError when the folder holds no safetensors weights.
+    Raises ConfigError when the folder holds no safetensors weights, or they change while they are read.
     """
     files = _files(folder)
     stamp = [_stamp(file) for file in files]
@@ -55,15 +55,37 @@ def fingerprint_folder(folder: Path, progress: Progress | None = None) -> str:
             done += len(piece)
             if progress is not None:
                 progress(done, total)
+    if stamp_folder(folder) != stamp:
+        raise ConfigError(f"files in {str(folder)!r} changed while they were read: start again when they are complete")
     result = ("sampled:" if sampled else "sha256:") + hasher.hexdigest()
     _remember(memo, stamp, result)
     return result
 
 
+def stamp_folder(folder: Path) -> list[list[object]]:
+    """What changes when one of the files does that `fingerprint_folder` reads. Cheap; errors are as there."""
+    return [_stamp(file) for file in _files(folder)]
+
+
+def newest_change_s(folder: Path) -> float:
+    """When one of those files, or its inode, was changed last (seconds since the epoch, by the file system's clock)."""
+    return max(file.stat().st_ctime for file in _files(folder))
+
+
+def fingerprint_files(files: Iterable[Path]) -> str | None:
+    """SHA-256 over names and bytes of those of some small files that there are; None when there are none."""
+    found = [file for file in files if file.is_file()]
+    hasher = hashlib.sha256()
+    for file in found:
+        name, data = file.name.encode(), file.read_bytes()
+        hasher.update(struct.pack("<I", len(name)) + name + struct.pack("<Q", len(data)) + data)
+    return f"sha256:{hasher.hexdigest()}" if found else None
+
+
 def _stamp(file: Path) -> list[object]:
-    """What changes when a file does (as JSON gives it back)."""
+    """As JSON gives it back. The inode's own time tells a rewrite of which the file's time was set back."""
     status = file.stat()
-    return [file.name, status.st_size, status.st_mtime_ns, status.st_ino]
+    return [file.name, status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino]
 
 
 def _files(folder: Path) -> list[Path]:

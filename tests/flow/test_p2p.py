@@ -558,6 +558,37 @@ def test_other_weights_are_refused(cluster: Cluster, caplog: pytest.LogCaptureFi
     cluster.check_idle()
 
 
+class ScaledModel(StubModel):
+    """A stub with a configuration, of which one key is given."""
+
+    def __init__(self, **rope: Any) -> None:
+        super().__init__()
+        keys = {"transformers_version": "5", "hidden_size": 8, "rope_parameters": {"rope_type": "default"}, **rope}
+        self.hf_config = SimpleNamespace(to_dict=lambda: keys, architectures=["Stub"])
+
+
+@pytest.mark.parametrize(
+    ("rope", "words"),
+    [
+        ({"rope_parameters": {"rope_type": "yarn"}}, ['{"rope_type":"default"}', '{"rope_type":"yarn"}']),
+        ({"rope_scaling": 2.0}, ["nothing", "2.0"]),
+    ],
+)
+def test_other_settings_of_the_model_are_refused_by_name(
+    cluster: Cluster, caplog: pytest.LogCaptureFixture, rope: dict[str, Any], words: list[str]
+) -> None:
+    prefill, decode = cluster.start(model=ScaledModel(), lease_s=0.5), cluster.start(model=ScaledModel(**rope))
+    cluster.add(decode, "d", cluster.prefill(prefill, "p"))
+    assert tokens(cluster.finish("d")[0]) == expected(PROMPT, 8)
+    (name,) = rope
+    sides = [
+        f"{engine_id(decode)} {words[1]}, its peer {words[0]}",
+        f"{engine_id(prefill)} {words[0]}, its peer {words[1]}",
+    ]
+    assert any(f"cannot exchange KV: hf_config.{name}: {text}; computing it here" in caplog.text for text in sides)
+    cluster.check_idle()
+
+
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("fault", ["fails", "forgets"])
 @pytest.mark.parametrize("policy", ["recompute", "fail"])

@@ -26,7 +26,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 
 from kvferry.config import parse_settings
-from kvferry.connectors.identity import KeyMaker, model_identity
+from kvferry.connectors.identity import KeyMaker, settings_identity
 from kvferry.contract.base import (
     KVConnectorBase_V1,
     KVConnectorMetadata,
@@ -109,17 +109,18 @@ class ExampleSchedulerSide(SchedulerSide):
         config = parse_settings(ExampleConfig, host.extra_config, _WHERE)
         group = _only_group(host)
         self._block_tokens = group.block_tokens
-        self._keys = KeyMaker(model_identity(host, config.weights_version), host.groups, host.world_size)
+        self._keys = KeyMaker.of(host, config.weights_version)
         self._file_names = {_file_name(layer, r) for layer in group.layer_names for r in range(host.world_size)}
-        description = [_FORMAT, group.block_tokens, host.world_size, group.layer_names, sorted(host.numerics.items())]
+        settings = sorted(settings_identity(host).items())
+        description = [_FORMAT, group.block_tokens, host.world_size, group.layer_names, settings]
         namespace = hashlib.sha256(json.dumps(description).encode()).hexdigest()[:32]
         self._root = Path(config.shared_storage_path).absolute() / namespace
         self._tmp = self._root / f"tmp-{uuid.uuid4().hex}"
         self._tmp_numbers = count()
         self._requests: dict[str, _RequestState] = {}
         self._loads: list[BlockMove] = []
-        self._unpublished: dict[str, str] = {}
-        """Temporary folder -> key, of the saves that are ordered and may become visible."""
+        self._unpublished: dict[str, tuple[str, str | None]] = {}
+        """Temporary folder -> key and LoRA adapter, of the saves that are ordered and may become visible."""
         self._unloadable: set[str] = set()
         """Keys whose load failed. They are no hits until they are saved again, so that nothing loops."""
         try:
@@ -136,7 +137,8 @@ class ExampleSchedulerSide(SchedulerSide):
     def get_num_new_matched_tokens(self, request: RequestView, num_computed_tokens: int) -> tuple[int | None, bool]:
         """Claim the stored blocks behind the local ones, leaving a token to compute."""
         state = self._requests.get(request.request_id)
-        if state is None or request.skip_reading_prefix_cache:
+        is_known = state is not None and self._keys.is_certain(request.lora_path)
+        if state is None or not is_known or request.skip_reading_prefix_cache:
             return 0, False
         state.num_local_tokens = num_computed_tokens
         num_hits = 0
@@ -162,7 +164,7 @@ class ExampleSchedulerSide(SchedulerSide):
                 for move in self._moves(state, item.num_computed_tokens, end, item.block_ids):
                     if not self._is_hit(move.key):
                         tmp = str(self._tmp / str(next(self._tmp_numbers)))
-                        self._unpublished[tmp] = move.key
+                        self._unpublished[tmp] = move.key, state.view.lora_path
                         metadata.saves.append(replace(move, folder=tmp))
         return metadata
 
@@ -175,8 +177,9 @@ class ExampleSchedulerSide(SchedulerSide):
         if isinstance(report, ExampleReport):
             self._unloadable |= report.unloaded
             for tmp in report.saved | report.unsaved:
-                key = self._unpublished.pop(tmp, None)
-                if key is not None and tmp in report.saved and not self._is_hit(key):
+                key, lora_path = self._unpublished.pop(tmp, (None, None))
+                is_good = key is not None and tmp in report.saved and self._keys.is_certain(lora_path)
+                if key is not None and is_good and not self._is_hit(key):
                     self._publish(tmp, key)
                 shutil.rmtree(tmp, ignore_errors=True)
 

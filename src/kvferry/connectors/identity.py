@@ -1,21 +1,26 @@
 """What makes equal tokens mean equal KV: the one maker of identities, for all built-in connectors.
 
-`model_identity` names the model, `KeyMaker.chain` a request: model, cache salt, LoRA adapter, media and tokens.
+`model_identity` names the weights, `settings_identity` the host's settings, `peer_facts` both for a peer, and
+`KeyMaker.chain` a request: model, cache salt, LoRA adapter, media and tokens.
 """
 
 from __future__ import annotations
 
 import logging
+import time
 from pathlib import Path
 
 from kvferry.contract.host import HostInfo
 from kvferry.contract.views import RequestView
 from kvferry.errors import ConfigError
-from kvferry.fingerprint import fingerprint_folder
+from kvferry.fingerprint import fingerprint_files, fingerprint_folder, newest_change_s, stamp_folder
 from kvferry.hashing import Identity, KeyChain, store_key
+from kvferry.p2p.geometry import CONFIG_MAKER
 from kvferry.types import GroupInfo, StoreKey
 
 logger = logging.getLogger(__name__)
+
+_PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json")
 
 
 def model_identity(host: HostInfo, weights_version: str | None) -> str:
@@ -28,17 +33,124 @@ def model_identity(host: HostInfo, weights_version: str | None) -> str:
     if not Path(host.model).is_dir():
         raise ConfigError(f"model {host.model!r} is not a folder, so its weights cannot be fingerprinted: {where}")
     logger.info("taking the fingerprint of %s", host.model)
-    return fingerprint_folder(Path(host.model))
+    folder = Path(host.model)
+    fingerprint = fingerprint_folder(folder)
+    is_loaded = host.weights_stamp is None or stamp_folder(folder) == host.weights_stamp
+    if not is_loaded or (host.loaded_after_s is not None and newest_change_s(folder) > host.loaded_after_s):
+        raise ConfigError(
+            f"files of the model in {host.model!r} changed while this engine loaded them, so what it loaded is "
+            f"uncertain: start it again when they are complete, or {where}"
+        )
+    return fingerprint
+
+
+def settings_identity(host: HostInfo) -> dict[str, str]:
+    """Everything beside the weights that the numbers in the KV cache depend on: settings, media processor, draft."""
+    out = dict(host.numerics)
+    folder = Path(host.model)
+    processor = fingerprint_files(folder / name for name in _PROCESSOR_FILES)
+    if processor is not None:
+        out["media_processor"] = processor
+    if host.draft_model is not None:
+        draft = Path(host.draft_model)
+        has_weights = any(draft.glob("*.safetensors"))
+        out["draft_model"] = fingerprint_folder(draft) if has_weights else host.draft_model
+    return out
+
+
+def peer_facts(host: HostInfo, weights_version: str | None) -> tuple[tuple[str, str], ...]:
+    """(name, value) of what two engines must agree on before either takes KV of the other.
+
+    How a name counts that only one side has, `kvferry.p2p.geometry` says. Where the weights cannot be told, they are
+    not compared.
+    """
+    facts = settings_identity(host)
+    if host.config_maker:
+        facts[CONFIG_MAKER] = host.config_maker
+    if weights_version is not None or (not host.weights_are_random and Path(host.model).is_dir()):
+        facts["weights"] = model_identity(host, weights_version)
+    else:
+        logger.warning("P2P: %s is no folder of weights: peers cannot check theirs", host.model)
+    return tuple(sorted(facts.items()))
+
+
+class _Adapters:
+    """What adapters' files hold, as far as it is certain that the host has loaded just that.
+
+    Hosts load an adapter at some time after the engine's start, again when it was evicted, and say nothing of it. So
+    what its files hold is known while they have not changed since the engine's start, or never again.
+    """
+
+    def __init__(self, settings: str, started_s: float) -> None:
+        self._settings = settings
+        self._started_s = started_s
+        self._known: dict[str, tuple[list[list[object]], str]] = {}
+        self._refused: dict[str, str] = {}
+
+    def fingerprint(self, path: str) -> str | None:
+        """Of an adapter's files; None when they do not say what was loaded, which `why_not` explains."""
+        if path not in self._known and path not in self._refused:
+            self._look_at(path)
+        return self._known[path][1] if self.is_certain(path) else None
+
+    def is_certain(self, path: str) -> bool:
+        """False from the first change of its files on."""
+        known = self._known.get(path)
+        if known is None or path in self._refused:
+            return False
+        try:
+            is_same = stamp_folder(Path(path)) == known[0]
+        except (ConfigError, OSError):
+            is_same = False
+        if not is_same:
+            self._refuse(path, "its files have changed since the engine began to use them")
+        return is_same
+
+    def why_not(self, path: str) -> str:
+        """Why requests of this adapter are not cached."""
+        return self._refused.get(path, "it is not known")
+
+    def _look_at(self, path: str) -> None:
+        folder = Path(path)
+        try:
+            stamp = stamp_folder(folder)
+            if newest_change_s(folder) > self._started_s:
+                self._refuse(path, "its files are younger than the engine, so what it loaded of them is uncertain")
+                return
+            fingerprint = fingerprint_folder(folder)
+        except (ConfigError, OSError) as err:
+            self._refuse(path, f"it cannot be read: {err}")
+            return
+        self._known[path] = stamp, f"{fingerprint} {self._settings}" if self._settings else fingerprint
+
+    def _refuse(self, path: str, why: str) -> None:
+        self._refused[path] = why
+        logger.warning(
+            "KV of LoRA adapter %s is neither stored nor loaded until the engine is restarted: %s", path, why
+        )
 
 
 class KeyMaker:
     """From requests to keys."""
 
-    def __init__(self, model_fingerprint: str, groups: tuple[GroupInfo, ...], world_size: int) -> None:
+    def __init__(
+        self,
+        model_fingerprint: str,
+        groups: tuple[GroupInfo, ...],
+        world_size: int,
+        adapter_settings: str = "",
+        started_s: float | None = None,
+    ) -> None:
+        """`started_s`: when the engine may have begun to load adapters, in seconds since the epoch; now if None."""
         self._model = model_fingerprint
         self._groups = groups
         self._world_size = world_size
-        self._unreadable_loras: set[str] = set()
+        self._adapters = _Adapters(adapter_settings, time.time() if started_s is None else started_s)
+
+    @classmethod
+    def of(cls, host: HostInfo, weights_version: str | None) -> KeyMaker:
+        """For an engine's weights and settings. ConfigError when its weights cannot be told."""
+        return cls(model_identity(host, weights_version), host.groups, host.world_size, host.adapter_settings)
 
     def chain(self, request: RequestView) -> KeyChain | None:
         """An empty chain with the request's identity, or None when it must not be cached."""
@@ -46,20 +158,21 @@ class KeyMaker:
             return None
         lora = None
         if (path := request.lora_path) is not None:
-            lora = self._lora_fingerprint(path)
+            lora = self._adapters.fingerprint(path)
             if lora is None:
                 return None
         return KeyChain(Identity(self._model, request.cache_salt, lora), request.multimodal_items)
 
-    def _lora_fingerprint(self, path: str) -> str | None:
-        """Of the adapter's files as they are now (hosts reload adapters in place); None, logged once, if unreadable."""
-        try:
-            return fingerprint_folder(Path(path))
-        except (ConfigError, OSError) as err:
-            if path not in self._unreadable_loras:
-                self._unreadable_loras.add(path)
-                logger.warning("KV of LoRA adapter %s is not cached: %s", path, err)
-            return None
+    def is_certain(self, lora_path: str | None) -> bool:
+        """False when what was computed with this adapter may not be what its files held when its chain was begun.
+
+        Ask before a chain's keys are looked up, and once more when what was computed is about to become findable.
+        """
+        return lora_path is None or self._adapters.is_certain(lora_path)
+
+    def why_not(self, lora_path: str) -> str:
+        """Why requests of this adapter are not cached."""
+        return self._adapters.why_not(lora_path)
 
     def shards(self, chain_value: bytes, group_id: int) -> list[StoreKey]:
         """The keys of one chunk of one group: one per worker, in rank order."""

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import os
+import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
+from multiprocessing import parent_process
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from kvferry.contract.numerics import adapter_settings, hf_maker, numerics_of
 from kvferry.errors import ConfigError
 from kvferry.types import AttentionKind, GroupInfo
 
@@ -33,7 +38,11 @@ class HostInfo:
     load_failure_policy: str
     extra_config: Mapping[str, Any]
     numerics: Mapping[str, str]
-    """Host settings beside the weights on which KV bytes depend (KV dtype, model dtype, quantisation)."""
+    """All of the host's settings beside the weights on which KV bytes depend (`kvferry.contract.numerics`)."""
+    config_maker: str = ""
+    """Class and version that resolved the model's configuration."""
+    adapter_settings: str = ""
+    """How the host applies LoRA adapters, where that is not as their files say."""
     wants_kv_events: bool = False
     """True when the host publishes KV events, so that `take_events` is worth its work."""
     kv_role: str = "kv_both"
@@ -47,6 +56,12 @@ class HostInfo:
     page_form: Callable[[str], str] = lambda name: "content"
     """Attention layer -> how its kernels place tokens and elements within a page (`kvferry.p2p.geometry.PageForm`).
     The host knows it when the KV cache is registered."""
+    draft_model: str | None = None
+    """Folder or hub name of the draft model, where it is another than the model: its KV lies in the cache too."""
+    weights_stamp: Any = None
+    """What `kvferry.fingerprint.stamp_folder` said of the model's folder before its weights were read, or None."""
+    loaded_after_s: float | None = None
+    """Else: a time before the weights were read (seconds since the epoch), or None when there is no telling."""
     reads_failed_blocks: bool = False
     """True when the host reads `LoadFailure` records, of synchronous loads too; vLLM does not."""
     takes_first_tokens: bool = False
@@ -81,13 +96,18 @@ def host_info(vllm_config: Any, kv_cache_config: KVCacheConfig) -> HostInfo:
         rank=int(getattr(parallel, "rank", 0)),
         load_failure_policy=str(transfer.kv_load_failure_policy),
         extra_config=dict(transfer.kv_connector_extra_config),
-        numerics=_numerics(vllm_config),
+        numerics=numerics_of(vllm_config),
+        config_maker=hf_maker(vllm_config),
+        adapter_settings=adapter_settings(vllm_config),
         wants_kv_events=bool(getattr(getattr(vllm_config, "kv_events_config", None), "enable_kv_cache_events", False)),
         kv_role=str(transfer.kv_role),
         total_kv_heads=_total_kv_heads(vllm_config, kv_cache_config),
         key_elements={name: int(spec.head_size) for name, spec in _attention_specs(kv_cache_config)},
         hidden_state_layers=_hidden_state_layers(vllm_config),
         page_form=partial(_page_form, vllm_config),
+        draft_model=_draft_model(vllm_config),
+        weights_stamp=getattr(model, "weights_stamp", None),
+        loaded_after_s=None if hasattr(model, "weights_stamp") else _process_started_s(),
         reads_failed_blocks=bool(getattr(vllm_config, "reads_failed_blocks", False)),
         takes_first_tokens=bool(getattr(vllm_config, "takes_first_tokens", False)),
         steps_for_held_blocks=bool(getattr(vllm_config, "steps_for_held_blocks", False)),
@@ -127,6 +147,25 @@ def _hidden_state_layers(vllm_config: Any) -> tuple[int, ...]:
     return tuple(getattr(vllm_config, "hidden_state_layers", ()))
 
 
+def _draft_model(vllm_config: Any) -> str | None:
+    draft = getattr(getattr(vllm_config, "speculative_config", None), "draft_model_config", None)
+    name = getattr(draft, "model", None)
+    return None if name is None or str(name) == str(vllm_config.model_config.model) else str(name)
+
+
+def _process_started_s() -> float | None:
+    """When this process began, where it was made for an engine. One that its user runs may have written the weights."""
+    if parent_process() is None:
+        return None
+    try:
+        fields = Path("/proc/self/stat").read_text().rpartition(")")[2].split()
+        uptime_s = float(Path("/proc/uptime").read_text().split()[0])
+    except OSError:
+        return None
+    started_s = int(fields[19]) / os.sysconf("SC_CLK_TCK")  # since the machine's start
+    return time.time() - (uptime_s - started_s)
+
+
 def _page_form(vllm_config: Any, name: str) -> str:
     """vLLM's attention on CPU takes the registered [H, N, C] for what its instruction set likes, and notes which."""
     context = getattr(getattr(vllm_config, "compilation_config", None), "static_forward_context", {})
@@ -134,18 +173,6 @@ def _page_form(vllm_config: Any, name: str) -> str:
     if isa is None:
         return "content"
     return "k by element" if isa in ("vec", "vec16") else f"of vLLM's {isa} kernels"
-
-
-def _numerics(vllm_config: Any) -> dict[str, str]:
-    model = vllm_config.model_config
-    cache_dtype = str(getattr(getattr(vllm_config, "cache_config", None), "cache_dtype", "auto"))
-    overrides = getattr(model, "hf_overrides", None)
-    return {
-        "cache_dtype": cache_dtype,
-        "model_dtype": str(getattr(model, "dtype", None)).removeprefix("torch."),
-        "quantization": str(getattr(model, "quantization", None)),
-        "hf_overrides": repr(overrides) if overrides else "None",
-    }
 
 
 def _group_info(group_id: int, group: Any) -> GroupInfo:

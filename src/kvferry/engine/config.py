@@ -193,6 +193,8 @@ class ModelConfig:
     seed: int
     hf_config: Any
     use_mla: bool = False
+    weights_stamp: Any = None
+    """Of the weights' files before they were read (`kvferry.fingerprint.stamp_folder`); None without files."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -41,6 +41,7 @@ from kvferry.engine.attention import (
 from kvferry.engine.kv_groups import KVBuffer, LayerGeometry, full_attention_specs, kv_cache_config_for
 from kvferry.engine.linears import pack_linears
 from kvferry.errors import ConfigError
+from kvferry.fingerprint import stamp_folder
 
 logger = logging.getLogger(__name__)
 
@@ -196,6 +197,7 @@ def load_model(source: str | Path, dtype: str, device: str) -> HFModel:
     """Load a model and prove that it runs paged. Raises ConfigError naming the architecture and what is missing."""
     folder, config = read_model_config(find_model_folder(source))
     name = architecture_of(config)
+    weights_stamp = _stamp(folder)
     try:
         with _no_progress_bars():
             model = AutoModelForCausalLM.from_pretrained(
@@ -203,7 +205,14 @@ def load_model(source: str | Path, dtype: str, device: str) -> HFModel:
             )
     except _LOADING_ERRORS as err:
         raise ConfigError(f"model={str(source)!r} ({name}) cannot be loaded: {err}") from err
-    return HFModel(model.to(device).eval(), folder, name, device)
+    return HFModel(model.to(device).eval(), folder, name, device, weights_stamp)
+
+
+def _stamp(folder: Path) -> Any:
+    try:
+        return stamp_folder(folder)
+    except ConfigError:  # no safetensors: connectors say so when they want a fingerprint
+        return None
 
 
 @contextmanager
@@ -239,12 +248,13 @@ class HFModel:
 
     load_format = "auto"
 
-    def __init__(self, model: Any, folder: Path, architecture: str, device: str) -> None:
+    def __init__(self, model: Any, folder: Path, architecture: str, device: str, weights_stamp: Any = None) -> None:
         self._model = model
         self._architecture = architecture
         self._device = device
         self.hf_config = model.config
         self.path = str(folder)
+        self.weights_stamp = weights_stamp
         self.dtype: torch.dtype = model.dtype
         self.vocab_size = int(model.get_input_embeddings().num_embeddings)
         self.max_model_len = max_tokens_of(model.config)

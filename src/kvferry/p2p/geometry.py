@@ -12,7 +12,7 @@ All checks are made when an object is made, thus also when one is decoded: after
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from enum import Enum
 from itertools import groupby
 from typing import Annotated, NamedTuple
@@ -30,7 +30,9 @@ MAX_ENCODED_BYTES = 1 << 20
 _Size = Annotated[int, Meta(ge=1, lt=1 << REGION_BITS)]
 _PageSize = Annotated[int, Meta(ge=1, le=1 << 20)]
 _Text = Annotated[str, Meta(max_length=512)]
-_MAX_PAGE_DIMENSION, _MAX_COUNT = 1 << 20, 1 << 12
+_MAX_PAGE_DIMENSION, _MAX_COUNT, _MAX_FACTS = 1 << 20, 1 << 12, 1 << 10
+CONFIG_MAKER = "hf_config.made_by"
+"""The fact that says which code resolved the model's configuration."""
 
 
 class GroupGeometry(msgspec.Struct, frozen=True):
@@ -152,8 +154,9 @@ class EngineGeometry(msgspec.Struct, frozen=True, cache_hash=True):
     """All workers of an engine, by rank. Raises ValueError when they contradict each other."""
 
     ranks: Annotated[tuple[RankGeometry, ...], Meta(min_length=1, max_length=_MAX_COUNT)]
-    facts: Annotated[tuple[tuple[_Text, _Text], ...], Meta(max_length=64)] = ()
-    """(name, value) of what else must be equal, as the weights' fingerprint. Names on one side only do not count."""
+    facts: Annotated[tuple[tuple[_Text, _Text], ...], Meta(max_length=_MAX_FACTS)] = ()
+    """(name, value) of what else must be equal, as the weights' fingerprint. A name on one side only does not count,
+    but for the keys of the model's configuration, "hf_config.*", where equal code (CONFIG_MAKER) resolved both."""
     version: int = GEOMETRY_VERSION
 
     def __post_init__(self) -> None:
@@ -271,10 +274,7 @@ def differences(
     a, b = sides
     if source.version != destination.version:
         return [f"geometry version: {a} {source.version}, {b} {destination.version}"]
-    theirs = dict(destination.facts)
-    out = [
-        f"{name}: {a} {value}, {b} {theirs[name]}" for name, value in source.facts if theirs.get(name, value) != value
-    ]
+    out = [f"{name}: {a} {value}, {b} {other}" for name, value, other in _other_facts(source, destination)]
     ours, others = _engine_layers(source), _engine_layers(destination)
     for side, missing in ((a, others.keys() - ours.keys()), (b, ours.keys() - others.keys())):
         out += [f"layers: {side} lacks {_some(sorted(missing))}"] if missing else []
@@ -287,6 +287,17 @@ def differences(
     out += [f"{text} ({_some(name for _, name in run)})" for text, run in groupby(sorted(found), lambda item: item[0])]
     has_other = any(group.kind is AttentionKind.OTHER for group in source.ranks[0].groups)
     return out + [f"attention: {a} has layers that do not keep KV by tokens (kind 'other')"] * has_other
+
+
+def _other_facts(source: EngineGeometry, destination: EngineGeometry) -> Iterator[tuple[str, str, str]]:
+    ours, theirs = dict(source.facts), dict(destination.facts)
+    names = (ours.keys() & theirs.keys()) - {CONFIG_MAKER}
+    if CONFIG_MAKER in ours and ours[CONFIG_MAKER] == theirs.get(CONFIG_MAKER):
+        names |= {name for name in ours.keys() | theirs.keys() if name.startswith("hf_config.")}
+    for name in sorted(names):
+        value, other = ours.get(name, "nothing"), theirs.get(name, "nothing")
+        if value != other:
+            yield name, value, other
 
 
 def misfits(source: EngineGeometry, destination: EngineGeometry, sides: tuple[str, str]) -> list[str]:

@@ -152,9 +152,9 @@ class MiniHost:
             assert time.monotonic() < deadline, "the copies never ended"
             self.step([])
 
-    def run_and_store(self, name: str, tokens: list[int], tables: tuple[list[int], ...]) -> None:
+    def run_and_store(self, name: str, tokens: list[int], tables: tuple[list[int], ...], **fields: Any) -> None:
         """Prefill in one step, store, finish."""
-        request = self.request(name, tokens)
+        request = self.request(name, tokens, **fields)
         view = RequestView(request)
         self.side.on_new_request(view)
         assert self.side.get_num_new_matched_tokens(view, 0)[0] == 0

@@ -140,19 +140,27 @@ def test_two_requests_may_save_one_block_in_one_step(host):
     assert list(host.side._tmp.iterdir()) == []
 
 
-def test_adapters_media_and_embeddings_separate(host, tmp_path, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    weights = tmp_path / "adapter.safetensors"
-    weights.write_bytes(bytes(100))
-    lora = SimpleNamespace(lora_path=str(tmp_path))
+@pytest.fixture
+def adapter(tmp_path_factory, monkeypatch):
+    """Weights of an adapter that is older than the engine."""
+    folder = tmp_path_factory.mktemp("adapter")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(folder / "cache"))
+    (folder / "adapter.safetensors").write_bytes(bytes(100))
+    return folder / "adapter.safetensors"
+
+
+def test_adapters_media_and_embeddings_separate(adapter, host):
+    weights = adapter
+    lora = SimpleNamespace(lora_path=str(adapter.parent))
     host.work(host.order_saves(host.add("one", lora_request=lora)))
     assert host.hit(host.add("two")) == 0
     assert host.hit(host.add("three", lora_request=lora)) == 64
+    picture = SimpleNamespace(identifier="p", mm_position=SimpleNamespace(offset=20, length=4))
+    assert host.hit(host.add("five", lora_request=lora, mm_features=[picture])) == 16, "the block before it"
+    assert host.hit(host.add("salted", lora_request=lora, cache_salt="s")) == 0
+    assert host.hit(host.add("six", prompt_embeds=object())) == 0
     weights.write_bytes(bytes(99) + b"x")
     assert host.hit(host.add("four", lora_request=lora)) == 0, "another content under the same path"
-    picture = SimpleNamespace(identifier="p", mm_position=SimpleNamespace(offset=20, length=4))
-    assert host.hit(host.add("five", lora_request=lora, mm_features=[picture])) == 0
-    assert host.hit(host.add("six", prompt_embeds=object())) == 0
 
 
 def test_never_a_negative_claim(host):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,6 +17,7 @@ from tests.unit.connectors.mini_host import (
     chain_of,
 )
 
+from kvferry.connectors.identity import KeyMaker
 from kvferry.connectors.offloading.config import ChunkGeometry, OffloadingConfig
 from kvferry.contract import CacheHitSource
 from kvferry.contract.views import RequestView, ScheduledRequest, StepView
@@ -215,20 +217,70 @@ def test_reset_forgets_everything_also_copies_under_way(make_host: Any, tmp_path
     host.side.store.check_integrity()
 
 
-def test_an_adapter_reloaded_in_place_has_other_keys(
-    make_host: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def adapter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The weights' file of an adapter, written before any engine starts."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     weights = tmp_path / "adapter.safetensors"
     weights.write_bytes(bytes(1000))
+    wait_for_file_clock(weights)
+    return weights
+
+
+def wait_for_file_clock(file: Path) -> None:
+    """Until files that are written now are younger than this one, by the file system's clock."""
+    probe, deadline_s = file.with_name("probe"), time.monotonic() + 10
+    while not probe.exists() or probe.stat().st_ctime_ns <= file.stat().st_ctime_ns:
+        assert time.monotonic() < deadline_s
+        probe.write_text("")
+
+
+def test_an_adapter_whose_files_changed_is_neither_stored_nor_loaded(
+    make_host: Any, adapter: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     host = make_host()
-    fields = {"lora_request": SimpleNamespace(lora_path=str(tmp_path))}
-    before = host.side._keys.chain(RequestView(host.request("a", TOKENS, **fields)))
-    weights.write_bytes(bytes(999) + b"x")
-    after = host.side._keys.chain(RequestView(host.request("b", TOKENS, **fields)))
-    for chain in (before, after):
-        chain.extend(TOKENS)
-    assert before.value_at(64) != after.value_at(64)
+    fields = {"lora_request": SimpleNamespace(lora_path=str(adapter.parent))}
+    host.run_and_store("a", TOKENS, TABLE, **fields)
+    assert host.lookup("b", TOKENS, **fields)[1] == 192
+    status = adapter.stat()
+    adapter.write_bytes(bytes(999) + b"x")
+    os.utime(adapter, ns=(status.st_atime_ns, status.st_mtime_ns))  # as copying tools do; the size is the same too
+    assert host.lookup("b", TOKENS, **fields)[1] == 0, "nobody knows what the host has loaded"
+    other_tokens = [*reversed(TOKENS)]
+    host.run_and_store("c", other_tokens, OTHER_TABLE, **fields)
+    adapter.write_bytes(bytes(1000))
+    os.utime(adapter, ns=(status.st_atime_ns, status.st_mtime_ns))
+    assert host.lookup("d", other_tokens, **fields)[1] == 0, "the files of old are back, and the host has others"
+    assert caplog.text.count(f"KV of LoRA adapter {adapter.parent} is neither stored nor loaded") == 1
+
+
+def test_files_that_change_between_the_forward_and_the_end_of_the_copy_end_the_store(
+    make_host: Any, adapter: Path
+) -> None:
+    host = make_host()
+    fields = {"lora_request": SimpleNamespace(lora_path=str(adapter.parent))}
+    chain = host.side._keys.chain(RequestView(host.request("a", TOKENS, **fields)))
+    chain.extend(TOKENS)
+    host.compute(TOKENS, TABLE, range(12))
+    host.lookup("a", TOKENS, **fields)
+    host.side.update_state_after_alloc(RequestView(host.request("a", TOKENS, **fields)), TABLE, 0)
+    host.step([ScheduledRequest("a", 0, 200, TABLE)])
+    adapter.write_bytes(bytes(999) + b"x")
+    host.settle(lambda: not host.side.has_pending_push_work())
+    assert [host.side.store.lookup(store_key(chain.value_at(64 * n), 0, 0)) for n in (1, 2, 3)] == [Presence.MISS] * 3
+
+
+def test_an_adapter_younger_than_the_engine_is_not_cached(make_host: Any, adapter: Path) -> None:
+    host = make_host()
+    adapter.write_bytes(bytes(999) + b"x")
+    request = RequestView(host.request("a", TOKENS, lora_request=SimpleNamespace(lora_path=str(adapter.parent))))
+    assert host.side._keys.chain(request) is None, "the host may have loaded the files of before"
+
+
+def test_adapter_settings_are_part_of_its_identity(adapter: Path) -> None:
+    view = RequestView(SimpleNamespace(lora_request=SimpleNamespace(lora_path=str(adapter.parent))))
+    plain, fewer = (KeyMaker("m", (), 1, settings).chain(view) for settings in ("", 'target_modules=["q"]'))
+    assert plain.root != fewer.root
 
 
 def test_media_that_join_a_running_request_end_its_caching(make_host: Any) -> None:

@@ -43,7 +43,11 @@ def test_settings_that_change_kv_bytes_are_told_apart() -> None:
         host(cache_dtype="fp8_e4m3"),
         host(cache_dtype="fp8_e5m2"),
         host({"quantization": "awq"}),
-        host({"hf_overrides": {"rope_theta": 1}}),
+        host({"hf_config": SimpleNamespace(to_dict=lambda: {"rope_theta": 1})}),
+        host({"hf_config": SimpleNamespace(to_dict=lambda: {"rope_theta": 2})}),
+        host({"hf_config": SimpleNamespace(to_dict=lambda: {"text_config": {"rope_theta": 2}})}),
+        host({"trust_remote_code": True}),
+        host({"convert_type": "embed"}),
     ]
     numerics = [str(sorted(host_info(variant, caches()).numerics.items())) for variant in variants]
     assert len(set(numerics)) == len(variants)

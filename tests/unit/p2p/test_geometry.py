@@ -80,6 +80,18 @@ def test_facts_that_do_not_fit_the_tensors_are_refused(options: dict[str, Any], 
         make(**options)
 
 
+def test_a_key_of_the_configuration_on_one_side_counts_where_equal_code_made_both() -> None:
+    ours = make(("hf_config.made_by", "A 1"), ("hf_config.a", "1"))
+    theirs = make(("hf_config.made_by", "A 1"), ("hf_config.a", "1"), ("hf_config.rope", "2"), ("elsewhere", "3"))
+    assert differences(ours, theirs) == ["hf_config.rope: source nothing, destination 2"]
+    assert differences(theirs, ours) == ["hf_config.rope: source 2, destination nothing"]
+    for maker in ("A 2", "B 1"):
+        others = make(("hf_config.made_by", maker), ("hf_config.a", "1"), ("hf_config.rope", "2"))
+        assert differences(ours, others) == []
+        others = make(("hf_config.made_by", maker), ("hf_config.a", "7"), ("hf_config.rope", "2"))
+        assert differences(ours, others) == ["hf_config.a: source 1, destination 7"]
+
+
 def test_equal_and_mappable_geometries_have_no_differences() -> None:
     assert differences(make(), make()) == []
     assert differences(make(("weights", "abc")), make(("other", "x"))) == [], "a fact one side does not tell"

@@ -16,7 +16,7 @@ from itertools import count
 from typing import Any
 
 from kvferry.clock import Clock, SystemClock
-from kvferry.connectors.identity import KeyMaker, model_identity
+from kvferry.connectors.identity import KeyMaker
 from kvferry.connectors.lmcache_mp.messages import (
     ChunkMove,
     LMCacheHandshake,
@@ -77,6 +77,7 @@ class _Job:
     deadline_s: float
     pinned: list[Any] = field(default_factory=list)
     step: int = 0
+    lora_path: str | None = None
     ranks: set[int] = field(default_factory=set)
     has_failed: bool = False
 
@@ -89,7 +90,7 @@ class LMCacheSchedulerSide(SchedulerSide):
         self.config = builtin_config(host.extra_config, "scheduler")
         self._block_tokens = only_group(host).block_tokens
         self._clock = clock or SystemClock()
-        self._keys = KeyMaker(model_identity(host, self.config.weights_version), host.groups, host.world_size)
+        self._keys = KeyMaker.of(host, self.config.weights_version)
         self._name = secrets.token_hex(8)
         self._epoch = ""
         self._numbers = count(1)
@@ -177,6 +178,8 @@ class LMCacheSchedulerSide(SchedulerSide):
         """Hash the tokens known by now. False when the request must not be cached (any more)."""
         if state.chain is not None and state.chain.num_media != len(state.view.multimodal_items):
             state.chain = None  # media came later: the chain does not know them
+        if not self._keys.is_certain(state.view.lora_path):
+            state.chain = None  # the adapter's files changed
         if state.chain is None:
             return False
         state.chain.extend(state.view.token_ids)
@@ -305,6 +308,9 @@ class LMCacheSchedulerSide(SchedulerSide):
         metadata = LMCacheMetadata(None, loads)
         while self._computed and self._computed[0].step <= self._known_step:
             record = self._computed.popleft()
+            if not self._keys.is_certain(record.lora_path):
+                self._end(record)
+                continue
             self._jobs[record.job.job_id] = record
             metadata.stores.append(record.job)
         for scheduled in step.scheduled:
@@ -332,7 +338,7 @@ class LMCacheSchedulerSide(SchedulerSide):
         self._num_pinned += len(blocks)
         cuts = [(chunk, tuple(table[chunk * per_chunk : (chunk + 1) * per_chunk])) for chunk in range(first, end)]
         record = self._new_job(state, tuple(self._move(state, chunk, 0, cut) for chunk, cut in cuts), is_load=False)
-        record.pinned = blocks
+        record.pinned, record.lora_path = blocks, state.view.lora_path
         return record
 
     # ---- ends -------------------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from kvferry.connectors.identity import model_identity
+from kvferry.connectors.identity import model_identity, settings_identity
 from kvferry.connectors.lmcache_mp.messages import (
     LMCacheHandshake,
     LMCacheMetadata,
@@ -240,7 +240,7 @@ def _model_name(host: HostInfo, config: LMCacheConfig, geometry: ChunkGeometry, 
         model_identity(host, config.weights_version),
         host.tp_size,
         host.pp_size,
-        sorted(host.numerics.items()),
+        sorted(settings_identity(host).items()),
         geometry.row_bytes,
         layout.payload_description(),
     ]

@@ -21,8 +21,8 @@ def explain_prefix(
     start, end = state.num_local_tokens, state.view.num_tokens
     if start >= end:
         return []
-    if state.chain is None:
-        return [PrefixRange(start, end, NOWHERE, _why_not_cacheable(state))]
+    if state.chain is None or not keys.is_certain(state.view.lora_path):
+        return [PrefixRange(start, end, NOWHERE, _why_not_cacheable(state, keys))]
     num_chunks = state.chain.num_hashed_tokens // geometry.chunk_tokens
     ranges: list[PrefixRange] = []
     for group in groups:
@@ -41,11 +41,11 @@ def explain_prefix(
     return _merged(ranges)
 
 
-def _why_not_cacheable(state: RequestState) -> str:
+def _why_not_cacheable(state: RequestState, keys: KeyMaker) -> str:
     if state.view.has_unhashable_input:
         return "not cacheable: the prompt is not (only) token ids"
     if state.view.lora_path is not None:
-        return f"not cacheable: LoRA adapter {state.view.lora_path} cannot be read"
+        return f"not cacheable: LoRA adapter {state.view.lora_path}: {keys.why_not(state.view.lora_path)}"
     return "not cacheable: the request was given further media"
 
 

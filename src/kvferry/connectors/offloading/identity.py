@@ -6,6 +6,7 @@ import hashlib
 import json
 from typing import Any
 
+from kvferry.connectors.identity import settings_identity
 from kvferry.connectors.offloading.config import ChunkGeometry
 from kvferry.contract.host import HostInfo
 from kvferry.types import Namespace
@@ -20,7 +21,7 @@ def store_namespace(host: HostInfo, geometry: ChunkGeometry, payload: dict[str, 
         "chunk_tokens": geometry.chunk_tokens,
         "tp_size": host.tp_size,
         "pp_size": host.pp_size,
-        "numerics": dict(host.numerics),
+        "numerics": settings_identity(host),
         "kinds": [[group.kind.value, group.window_tokens, list(group.layer_names[:1])] for group in host.groups],
         **payload,
     }

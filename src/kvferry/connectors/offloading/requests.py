@@ -60,6 +60,8 @@ class Job:
     """Stores: which chunk of its request."""
     is_tainted: bool = False
     """Stores: computed in a step that read KV which had failed to load."""
+    lora_path: str | None = None
+    """Stores: the adapter that computed it."""
 
 
 def groups_needed(

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from kvferry.clock import Clock, SystemClock
-from kvferry.connectors.identity import KeyMaker, model_identity
+from kvferry.connectors.identity import KeyMaker
 from kvferry.connectors.offloading.config import EXTRA_CONFIG, ChunkGeometry, OffloadingConfig, check_groups
 from kvferry.connectors.offloading.events import ChunkEvents
 from kvferry.connectors.offloading.explain import explain_prefix
@@ -74,7 +74,7 @@ class OffloadingSchedulerSide(SchedulerSide):
         # vLLM cannot be told that a synchronous load into several groups failed.
         self._is_async = self.config.load_async or (len(host.groups) > 1 and not host.reads_failed_blocks)
         self._may_claim_all = self._is_async and not any(map(starts_with_a_block, host.groups))
-        self._keys = KeyMaker(model_identity(host, self.config.weights_version), host.groups, host.world_size)
+        self._keys = KeyMaker.of(host, self.config.weights_version)
         self._requests: dict[str, RequestState] = {}
         self._jobs: dict[int, Job] = {}
         self._next_job_id = 0
@@ -191,7 +191,7 @@ class OffloadingSchedulerSide(SchedulerSide):
         if state.chain is None or state.load is LoadState.FAILED or request.skip_reading_prefix_cache:
             return 0, False
         self.store.poll()
-        if not self._extend(state):
+        if not self._keys.is_certain(request.lora_path) or not self._extend(state):
             return 0, False
         limit = request.num_tokens if self._may_claim_all else request.num_tokens - 1
         hit = self._ready_hit(state, limit)
@@ -381,7 +381,7 @@ class OffloadingSchedulerSide(SchedulerSide):
         metadata = StepMetadata(self._arena.info, loads)
         for scheduled in step.scheduled:
             state = self._requests.get(scheduled.request_id)
-            if state is not None and state.chain is not None:
+            if state is not None and state.chain is not None and self._keys.is_certain(state.view.lora_path):
                 metadata.stores.extend(self._plan_stores(state, scheduled))
         return metadata
 
@@ -423,7 +423,7 @@ class OffloadingSchedulerSide(SchedulerSide):
         self._pool.touch(pinned)
         self._num_pinned_blocks += len(pinned)
         record = self._new_job(state, (part,), (keys,), is_load=False, pinned=pinned)
-        record.chunk = chunk
+        record.chunk, record.lora_path = chunk, state.view.lora_path
         return record.job
 
     def _drop_store(self, keys: tuple[StoreKey, ...], reason: str) -> None:
@@ -496,7 +496,7 @@ class OffloadingSchedulerSide(SchedulerSide):
         for i, (part, keys) in enumerate(zip(record.job.parts, record.keys, strict=True)):
             payload = self.geometry.payload_bytes[part.group_id]
             digests = [record.reports[rank].digests[i] for rank in range(len(keys))]
-            is_good = None not in digests and not record.is_tainted
+            is_good = None not in digests and not record.is_tainted and self._keys.is_certain(record.lora_path)
             for key, ref, value in zip(keys, part.slots, digests, strict=True):
                 if is_good and value is not None:
                     self.store.commit(ref, value, payload)

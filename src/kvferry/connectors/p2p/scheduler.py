@@ -19,10 +19,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import Enum
 from functools import lru_cache, partial
-from pathlib import Path
 from typing import Any
 
 from kvferry.clock import Clock, SystemClock
+from kvferry.connectors.identity import peer_facts
 from kvferry.connectors.p2p.agent import P2PAgent
 from kvferry.connectors.p2p.config import P2PConfig
 from kvferry.connectors.p2p.messages import OpenOrder, StepMetadata, WorkerHandshake, WorkerReport
@@ -36,7 +36,6 @@ from kvferry.contract.sides import SchedulerSide
 from kvferry.contract.stats import ConnectorStats
 from kvferry.contract.views import BlockIds, RequestView, StepView
 from kvferry.errors import ConfigError, TransferError
-from kvferry.fingerprint import fingerprint_folder
 from kvferry.p2p.actions import (
     BlocksSafe,
     ClosePeer,
@@ -149,7 +148,7 @@ class P2PSchedulerSide(SchedulerSide):
                 "all must run the same P2P connector"
             )
         ranks = tuple(decode_geometry(shake.geometry).ranks[0] for shake in shakes)
-        self._geometry = encode_geometry(EngineGeometry(ranks, self._facts()))
+        self._geometry = encode_geometry(EngineGeometry(ranks, peer_facts(self.host, self.config.weights_version)))
         names = set.intersection(*(set(shake.blobs) for shake in shakes))
         blobs = {name: tuple(shake.blobs[name] for shake in shakes) for name in sorted(names)}
         self._check_fits(blobs)
@@ -183,15 +182,6 @@ class P2PSchedulerSide(SchedulerSide):
         # The peer reads the same words, so they say who is who. Peers introduce themselves more than once.
         check = lru_cache(_MAX_CHECKED)(partial(check_geometries, sides=(self.host.engine_id, "its peer")))
         return P2PCore(local, check, self.config.waits())
-
-    def _facts(self) -> tuple[tuple[str, str], ...]:
-        """What two engines must agree on beside the layout. Where the weights cannot be told, they are not compared."""
-        if self.config.weights_version is not None:
-            return (("weights", f"version:{self.config.weights_version}"),)
-        if self.host.weights_are_random or not Path(self.host.model).is_dir():
-            logger.warning("P2P: %s is no folder of weights: peers cannot check theirs", self.host.model)
-            return ()
-        return (("weights", fingerprint_folder(Path(self.host.model))),)
 
     @property
     def agent(self) -> P2PAgent:

@@ -1,0 +1,216 @@
+"""Of a host's configuration, all that the numbers in the KV cache depend on, field by field.
+
+Whatever a configuration object bears is part of it unless it stands in `HARMLESS` with the reason, so that a setting
+which a later host adds costs a miss at first, and never a wrong answer. `tests/vllm/test_identity.py` fails when vLLM
+has a field that nobody has judged yet.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+import hashlib
+import json
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+_ROUNDING = "changes the order of additions only, as batching does"
+_MEMORY = "says how much memory is taken, not what stands in it"
+_TEXT = "acts on text and media before they are tokens, and keys are made of tokens"
+_SAMPLING = "acts on logits, thus after the KV"
+_RESOLVED = "what it leads to is read from the resolved configuration"
+_WEIGHTS = "the weights' fingerprint says which model it is"
+_LAYOUT = "where bytes lie is compared with the layout"
+_STATE = "layers without KV by tokens are neither stored nor handed over"
+_ADAPTERS = "capacity for adapters; each adapter's own files are part of a request's key"
+_EMBEDDED = "prompts that are not tokens are never cached"
+_SPEED = "changes when things run, not what they compute"
+
+HARMLESS: Mapping[str, Mapping[str, str]] = {
+    "ModelConfig": {
+        "model": _WEIGHTS, "model_weights": _WEIGHTS, "served_model_name": _TEXT, "seed": _SAMPLING,
+        "runner": "runner_type is read", "convert": "convert_type is read", "hf_config": "each of its keys is read",
+        "hf_text_config": "part of hf_config", "hf_config_path": _RESOLVED, "hf_overrides": _RESOLVED,
+        "config_format": _RESOLVED, "max_model_len": "read where positions depend on it (_reads_length)",
+        "spec_target_max_model_len": "of drafts, whose max_model_len is the target's",
+        "tokenizer": _TEXT, "tokenizer_mode": _TEXT, "tokenizer_revision": _TEXT, "skip_tokenizer_init": _TEXT,
+        "allowed_local_media_path": _TEXT, "allowed_media_domains": _TEXT, "renderer_num_workers": _SPEED,
+        "io_processor_plugin": _TEXT, "hf_token": _TEXT, "allow_deprecated_quantization": "only permits",
+        "enforce_eager": _ROUNDING, "disable_cascade_attn": _ROUNDING, "return_sampling_mask": _SAMPLING,
+        "max_logprobs": _SAMPLING, "logprobs_mode": _SAMPLING, "use_fp64_gumbel": _SAMPLING,
+        "enable_trace_replay": _SAMPLING, "generation_config": _SAMPLING, "override_generation_config": _SAMPLING,
+        "logits_processors": _SAMPLING, "pooler_config": _SAMPLING, "enable_prompt_embeds": _EMBEDDED,
+        "word_embeddings_untied_by_checkpoint": _SAMPLING, "enable_sleep_mode": _MEMORY,
+        "sleep_preserve_parameter_names": _MEMORY, "sleep_mode_backend": _MEMORY,
+        "sleep_mode_offload_cudagraph": _MEMORY, "enable_nccl_comm_suspend": _MEMORY,
+        "enable_cumem_allocator": _MEMORY, "multimodal_config": "each of its fields is read", "use_mla": _LAYOUT,
+        "weights_stamp": _WEIGHTS,
+    },
+    "CacheConfig": {
+        "cache_dtype": "read with auto resolved", "block_size": _LAYOUT, "user_specified_block_size": _LAYOUT,
+        "_block_size_resolved": _LAYOUT, "kernel_block_size": _LAYOUT, "kv_cache_layout": _LAYOUT,
+        "prefix_match_unit": _LAYOUT, "mamba_page_size_padded": _STATE, "skip_page_size_padded": _LAYOUT,
+        "effective_attention_block_size": _LAYOUT, "hash_block_size": _LAYOUT, "cache_hit_alignment_tokens": _LAYOUT,
+        "gpu_memory_utilization": _MEMORY, "num_gpu_blocks_override": _MEMORY, "num_gpu_blocks": _MEMORY,
+        "num_cpu_blocks": _MEMORY, "kv_cache_size_tokens": _MEMORY, "kv_cache_max_concurrency": _MEMORY,
+        "kv_cache_memory_bytes": _MEMORY, "kv_offloading_size": _MEMORY, "kv_offloading_backend": _MEMORY,
+        "swap_space": _MEMORY, "cpu_offload_gb": _MEMORY, "swap_space_bytes": _MEMORY,
+        "is_attention_free": _STATE, "sliding_window": "each group's window is compared with the layout",
+        "enable_prefix_caching": _MEMORY, "prefix_caching_hash_algo": _MEMORY,
+        "prefix_cache_retention_interval": _MEMORY, "mamba_block_size": _STATE, "mamba_cache_dtype": _STATE,
+        "mamba_ssm_cache_dtype": _STATE, "mamba_cache_mode": _STATE, "enable_mamba_shared_prefix_checkpoint": _STATE,
+        "replayssm_buffer_len": _STATE, "use_replayssm": _STATE, "use_kda_recoverssm": _STATE,
+    },
+    "AttentionConfig": {
+        "backend": _ROUNDING, "backend_per_kind": _ROUNDING, "minimax_m3_msa_decode_backend": _ROUNDING,
+        "flash_attn_version": _ROUNDING, "flash_attn_max_num_splits_for_cuda_graph": _ROUNDING,
+        "tokenspeed_mla_min_split_kv": _ROUNDING, "tq_max_kv_splits_for_cuda_graph": _ROUNDING,
+        "mla_prefill_backend": _ROUNDING, "sparse_mla_force_mqa": _ROUNDING,
+        "sparse_mla_prefill_workspace_factor": _MEMORY, "flex_attn_block_m": _ROUNDING,
+        "flex_attn_block_n": _ROUNDING, "flex_attn_q_block_size": _ROUNDING, "flex_attn_kv_block_size": _ROUNDING,
+    },
+    "MultiModalConfig": {
+        "limit_per_prompt": "only permits", "enable_mm_embeds": "only permits", "mm_processor_cache_gb": _MEMORY,
+        "mm_processor_cache_type": _MEMORY, "mm_shm_cache_max_object_size_mb": _MEMORY,
+        "mm_encoder_tp_mode": _ROUNDING, "mm_encoder_attn_backend": _ROUNDING,
+        "mm_encoder_fp8_scale_save_path": "where to write", "mm_encoder_fp8_scale_save_margin": "what to write",
+        "interleave_mm_strings": _TEXT, "skip_mm_profiling": _MEMORY, "mm_tensor_ipc": _SPEED,
+        "allow_missing_mm_embeddings": "only permits", "mm_ipc_gpu_memory_gb": _MEMORY,
+    },
+    "LoRAConfig": {
+        "max_lora_rank": _ADAPTERS, "max_loras": _ADAPTERS, "max_cpu_loras": _ADAPTERS,
+        "fully_sharded_loras": _ROUNDING, "specialize_active_lora": _ROUNDING, "max_lora_cls_labels": _SAMPLING,
+        "default_mm_loras": "the request itself names the adapter that is used",
+        "enable_mixed_moe_lora_format": "says how files are laid out", "enable_moe_shared_loras": _ADAPTERS,
+        "lora_extra_vocab_size": _ADAPTERS, "bias_enabled": _ADAPTERS,
+    },
+}  # fmt: skip
+"""By class and field of a host's configuration: why KV of engines that differ in it may be shared."""
+
+_HARMLESS_HF_KEYS = frozenset(
+    ("transformers_version", "torch_dtype", "dtype", "id2label", "label2id", "problem_type", "return_dict",
+     "output_hidden_states", "output_attentions", "use_cache", "initializer_range", "chunk_size_feed_forward",
+     "bos_token_id", "eos_token_id", "pad_token_id", "sep_token_id", "pretraining_tp", "tie_word_embeddings",
+     "finetuning_task", "task_specific_params", "use_bfloat16", "unsloth_version", "unsloth_fixed")
+)  # fmt: skip
+"""Keys of a model's configuration that act on training, loading or output alone, or are named elsewhere (dtype)."""
+
+_LENGTHLESS_ROPE = frozenset(("default", "linear", "llama3", "yarn", "deepseek_yarn", "mrope", "proportional", "None"))
+"""Kinds of rope scaling whose factors depend on the model's configuration alone, not on the longest request."""
+
+_MAX_CHARACTERS = 480
+
+
+def numerics_of(vllm_config: Any) -> dict[str, str]:
+    """Field -> value as text, of a host's whole configuration. Equal settings give equal texts in every process."""
+    model = vllm_config.model_config
+    cache = getattr(vllm_config, "cache_config", None)
+    model_dtype = str(getattr(model, "dtype", None)).removeprefix("torch.")
+    cache_dtype = str(getattr(cache, "cache_dtype", "auto"))
+    hf_config = hf_keys(getattr(model, "hf_config", None))
+    out = {
+        "model_dtype": model_dtype,
+        "cache_dtype": model_dtype if cache_dtype == "auto" else cache_dtype,
+        "quantization": str(getattr(model, "quantization", None)),
+        "convert_type": str(getattr(model, "convert_type", "none")),
+        "pooling": str(getattr(model, "runner_type", "generate") == "pooling"),
+        **{f"hf_config.{key}": value for key, value in hf_config.items()},
+    }
+    if _reads_length(hf_config) or getattr(model, "trust_remote_code", False):
+        out["max_model_len"] = str(model.max_model_len)
+    for where, config in (
+        ("", model),
+        ("cache.", cache),
+        ("attention.", getattr(vllm_config, "attention_config", None)),
+        ("multimodal.", getattr(model, "multimodal_config", None)),
+    ):
+        out.update((where + name, text) for name, text in _fields(config) if where + name not in out)
+    for name in ("additional_config", "engram_config", "diffusion_config"):
+        if value := getattr(vllm_config, name, None):
+            out[name] = _text(value)
+    return out
+
+
+def adapter_settings(vllm_config: Any) -> str:
+    """How the host applies adapters, beside their files; empty when it does so as it stands in the files."""
+    lora_config = getattr(vllm_config, "lora_config", None)
+    settings = dict(_fields(lora_config))
+    if settings.get("lora_dtype") in (_text(getattr(vllm_config.model_config, "dtype", None)), _text("auto")):
+        del settings["lora_dtype"]
+    return " ".join(f"{name}={text}" for name, text in sorted(settings.items()) if text not in ("null", "false"))
+
+
+def hf_maker(vllm_config: Any) -> str:
+    """Who made the model's configuration: of equal makers, a key that only one side has is a difference too."""
+    hf_config: Any = getattr(vllm_config.model_config, "hf_config", None)
+    if not hasattr(hf_config, "to_dict"):
+        return ""
+    return f"{type(hf_config).__name__}, transformers {hf_config.to_dict().get('transformers_version')}"
+
+
+def hf_keys(hf_config: Any) -> dict[str, str]:
+    """The resolved configuration of transformers, nested ones by dotted names. None is as if it were not there."""
+    if not hasattr(hf_config, "to_dict"):
+        return {}
+    return {name: _text(value) for name, value in _flat(hf_config.to_dict()) if value is not None}
+
+
+def _flat(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in config.items():
+        name = str(key)
+        if name in _HARMLESS_HF_KEYS or name.startswith("_") or name.endswith(("dropout", "_implementation")):
+            continue
+        if isinstance(value, Mapping) and name.endswith("_config"):
+            yield from _flat(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name, value
+
+
+def _reads_length(hf_config: Mapping[str, str]) -> bool:
+    """True when positions may depend on the longest request that the engine was started for.
+
+    So does longrope, which picks its factors by that; what is not known is taken to do so.
+    """
+    for name, text in hf_config.items():
+        key = name.rpartition(".")[2]
+        if key.startswith("dual_chunk"):
+            return True
+        if key.startswith("rope_"):
+            kinds = re.findall(r'"(?:rope_type|type)":"?([\w-]+)', text)
+            if any(kind not in _LENGTHLESS_ROPE and kind != "null" for kind in kinds):
+                return True
+    return False
+
+
+def _fields(config: Any) -> Iterable[tuple[str, str]]:
+    if config is None:
+        return
+    harmless = HARMLESS.get(type(config).__name__, {})
+    names = [field.name for field in dataclasses.fields(config)] if dataclasses.is_dataclass(config) else [*harmless]
+    for name in names:
+        if name not in harmless:
+            yield name, _text(getattr(config, name, None))
+
+
+def _text(value: Any) -> str:
+    """Canonical; long ones end in a digest of the whole."""
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), default=_plain)
+    if len(text) <= _MAX_CHARACTERS:
+        return text
+    return f"{text[: _MAX_CHARACTERS - 80]}... sha256:{hashlib.sha256(text.encode()).hexdigest()}"
+
+
+def _plain(value: Any) -> Any:
+    """What JSON does not know. Addresses and the order of sets are no part of what a value says."""
+    if isinstance(value, type):
+        return f"{value.__module__}.{value.__qualname__}"
+    if hasattr(value, "to_dict"):
+        return value.to_dict()
+    if dataclasses.is_dataclass(value):
+        return {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
+    if isinstance(value, enum.Enum):
+        return value.name
+    if isinstance(value, set | frozenset):
+        return sorted(map(str, value))
+    return re.sub(r" at 0x[0-9a-f]+", "", str(value)).removeprefix("torch.")

@@ -1,0 +1,165 @@
+"""What the identity of KV takes from vLLM's configuration: every field of it is judged."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import vllm.config
+from conftest import TINY, StartEngines
+from engine_process import PATIENT, random_prompt
+
+from kvferry.contract.numerics import HARMLESS, adapter_settings, numerics_of
+
+# Fields that make KV another one, by class. A field that stands neither here nor among the harmless fails the test.
+COUNTED = {
+    "ModelConfig": {
+        "trust_remote_code", "dtype", "is_submodel_config", "revision", "code_revision", "quantization",
+        "quantization_config", "disable_sliding_window", "model_class_overrides", "model_impl",
+    },
+    "CacheConfig": {"kv_cache_dtype_skip_layers", "kv_sharing_fast_prefill", "swa_bounded_replay"},
+    "AttentionConfig": {
+        "use_trtllm_attention", "disable_flashinfer_q_quantization", "use_prefill_query_quantization",
+        "indexer_kv_dtype", "indexer_sparse_logits", "hisparse_config", "use_non_causal",
+    },
+    "MultiModalConfig": {
+        "language_model_only", "media_io_kwargs", "mm_processor_kwargs", "mm_device_do_normalize",
+        "mm_hasher_algorithm", "mm_encoder_only", "mm_encoder_attn_dtype", "mm_encoder_fp8_scale_path",
+        "video_pruning_rate", "video_pruning_method",
+    },
+    "LoRAConfig": {"lora_dtype", "target_modules", "enable_tower_connector_lora"},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", COUNTED)
+def test_every_field_is_counted_or_harmless_for_a_reason(name: str) -> None:
+    fields = {field.name for field in dataclasses.fields(getattr(vllm.config, name))}
+    unjudged = fields - COUNTED[name] - HARMLESS[name].keys()
+    assert not unjudged, f"say of each of {sorted(unjudged)} whether KV depends on it"
+    assert not COUNTED[name] & HARMLESS[name].keys()
+
+
+@pytest.fixture(scope="module")
+def make_config(tiny_llama: str) -> Any:
+    def make(cache: dict[str, Any] | None = None, **model: Any) -> Any:
+        settings = {"skip_tokenizer_init": True, "dtype": "float32", "max_model_len": 512, **model}
+        return SimpleNamespace(
+            model_config=vllm.config.ModelConfig(model=tiny_llama, **settings),
+            cache_config=vllm.config.CacheConfig(block_size=32, **(cache or {})),
+            attention_config=vllm.config.AttentionConfig(),
+        )
+
+    return make
+
+
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 512, "rope_theta": 10000.0}
+
+
+def test_overrides_and_settings_are_told_apart_by_name(make_config: Any, tmp_path: Path, tiny_llama: str) -> None:
+    plain = numerics_of(make_config())
+    assert plain == numerics_of(make_config())
+    other = tmp_path / "config"
+    vllm.config.ModelConfig(model=tiny_llama, skip_tokenizer_init=True).hf_config.save_pretrained(other)
+    text = (other / "config.json").read_text()
+    (other / "config.json").write_text(text.replace('"rms_norm_eps": 1e-06', '"rms_norm_eps": 0.5'))
+    for field, config in {
+        "hf_config.rope_parameters": make_config(hf_overrides={"rope_parameters": YARN}),
+        "hf_config.rms_norm_eps": make_config(hf_config_path=str(other)),
+        "model_dtype": make_config(dtype="bfloat16"),
+        "model_impl": make_config(model_impl="transformers"),
+        "revision": make_config(revision="main"),
+        "cache_dtype": make_config({"cache_dtype": "fp8_e4m3"}),
+        "cache.kv_cache_dtype_skip_layers": make_config({"kv_cache_dtype_skip_layers": ["1"]}),
+    }.items():
+        assert field in {name for name, value in numerics_of(config).items() if plain[name] != value}, field
+
+
+def test_the_longest_request_counts_where_positions_depend_on_it(make_config: Any) -> None:
+    assert numerics_of(make_config(max_model_len=256)) == numerics_of(make_config(max_model_len=512))
+    yarn = {"hf_overrides": {"rope_parameters": YARN}}
+    assert numerics_of(make_config(max_model_len=256, **yarn)) == numerics_of(make_config(max_model_len=512, **yarn))
+    half = [1.0] * 16
+    longrope = {
+        "rope_type": "longrope", "short_factor": half, "long_factor": half, "rope_theta": 10000.0,
+        "original_max_position_embeddings": 256, "factor": 4.0,
+    }  # fmt: skip
+    options = {"hf_overrides": {"rope_parameters": longrope}}
+    short, long = (numerics_of(make_config(max_model_len=n, **options)) for n in (256, 512))
+    assert {name for name in short if short[name] != long[name]} == {"max_model_len"}
+
+
+def test_settings_of_adapters(make_config: Any) -> None:
+    config = make_config()
+    assert adapter_settings(config) == ""
+    config.lora_config = vllm.config.LoRAConfig(lora_dtype="auto", max_loras=2)
+    assert adapter_settings(config) == ""
+    config.lora_config = vllm.config.LoRAConfig(target_modules=["q_proj"])
+    assert adapter_settings(config) == 'target_modules=["q_proj"]'
+
+
+LONGROPE_TOKENS = 256
+DECODE = {"do_remote_decode": True}
+
+
+def engine_args(model: str, connector: str, extra: dict[str, Any], **more: Any) -> dict[str, Any]:
+    return {
+        "model": model, "skip_tokenizer_init": True, "dtype": "float32", "enforce_eager": True, "block_size": 32,
+        "num_gpu_blocks_override": 64, "max_model_len": 512, "disable_log_stats": False,
+        "kv_transfer_config": {
+            "kv_connector": connector, "kv_connector_module_path": "kvferry.vllm", "kv_role": "kv_both",
+            "kv_load_failure_policy": "recompute", "kv_connector_extra_config": extra,
+        },
+        **more,
+    }  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def tiny_longrope(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A random Phi-3 whose rope has one set of factors up to 256 tokens, and another for engines that go further."""
+    from transformers import Phi3Config, Phi3ForCausalLM
+
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("tiny-phi3")
+    rope = {"rope_type": "longrope", "rope_theta": 10000.0, "short_factor": [1.0] * 16, "long_factor": [8.0] * 16}
+    config = Phi3Config(
+        num_hidden_layers=2, initializer_range=0.2, original_max_position_embeddings=LONGROPE_TOKENS,
+        rope_parameters={**rope, "original_max_position_embeddings": LONGROPE_TOKENS}, **TINY,
+    )  # fmt: skip
+    Phi3ForCausalLM(config).save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.mark.timeout(900)
+def test_a_store_is_read_only_with_the_length_it_was_filled_with(
+    start_engines: StartEngines, tiny_longrope: str, tmp_path: Path
+) -> None:
+    extra = {"cpu_bytes_to_use": 1 << 24, "secondary_tiers": [{"type": "fs", "path": str(tmp_path / "kv")}]}
+    prompt = random_prompt(7, 200)
+
+    def ask(max_model_len: int) -> tuple[int, list[int]]:
+        (engine,) = start_engines(engine_args(tiny_longrope, "OffloadingConnector", extra, max_model_len=max_model_len))
+        got = engine.ask(generate=prompt, max_tokens=8)
+        engine.stop()
+        return got["external_hits"], got["token_ids"]
+
+    assert ask(LONGROPE_TOKENS)[0] == 0
+    assert ask(2 * LONGROPE_TOKENS)[0] == 0, "it computes with other factors"
+    assert ask(LONGROPE_TOKENS)[0] > 0
+
+
+@pytest.mark.timeout(900)
+def test_engines_of_which_one_has_overrides_exchange_nothing(start_engines: StartEngines, tiny_llama: str) -> None:
+    args = engine_args(tiny_llama, "P2PConnector", {"transport": "shm", **PATIENT})
+    prefill, decode = start_engines(args, {**args, "hf_overrides": {"rope_parameters": YARN}})
+    prompt = random_prompt(7, 200)
+    params = prefill.ask(generate=prompt, max_tokens=1, transfer=DECODE)["kv_transfer_params"]
+    got = decode.ask(generate=prompt, max_tokens=8, transfer=params)
+    assert got["external_hits"] == 0, got
+    reason = got["kv_transfer_params"]["load_error"]
+    assert "hf_config.rope_parameters: " in reason
+    assert '"rope_type":"yarn"' in reason
+    assert '"rope_type":"default"' in reason
