@@ -36,12 +36,15 @@ logger = logging.getLogger(__name__)
 
 MAX_QUEUED_STORES = 512
 MAX_QUARANTINED = 16
-PAUSE_S = 5.0  # no stores for so long after the disk refused one
+PAUSE_S = 5.0  # no stores for so long after the disk refused one; twice as long each time it refuses again
+MAX_PAUSE_S = 60.0
 CLOSE_S = 5.0
 _NOTES_PER_BATCH = 64
 _MAX_NOTES = 1 << 16
+_IS_FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
 _REFUSALS = frozenset(
     {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG, errno.ENOENT, errno.EMFILE}
+    | {errno.ENOTDIR, errno.ELOOP, errno.ESTALE, errno.ENODEV, errno.ENOTCONN}
 )
 
 
@@ -61,6 +64,7 @@ class _Store:
     job: TierJob
     room: Room
     is_removed: bool = False  # `remove` came while it was under way
+    is_second_try: bool = False  # the disk was full; chunks that were used least recently make room
 
 
 @dataclass(slots=True)
@@ -75,9 +79,17 @@ class _Chore:
     """Delete these, and write the notes."""
 
     victims: list[Victim]
+    is_new_folder: bool = False
 
 
-_Work = _Store | _Load | _Chore
+@dataclass(slots=True)
+class _Probe:
+    """See whether a tier that is down can be written to again, so many bytes."""
+
+    num_bytes: int
+
+
+_Work = _Store | _Load | _Chore | _Probe
 
 
 def _check_quota(name: str, max_bytes: int | None, payload_bytes: int) -> None:
@@ -123,6 +135,11 @@ class DiskTier:
         self._notes: deque[Note] = deque(maxlen=_MAX_NOTES)  # filled here, emptied by the tier's threads
         self._is_noting = False
         self._paused_until_s = float("-inf")
+        self._pause_s = PAUSE_S
+        self._is_up = True
+        self._is_probing = False
+        self._refused_bytes = 0
+        self._num_losses = 0  # of the folder, as the books know
         self._is_closed = False
         self._counts: Counter[str] = Counter()
         self._lost: list[tuple[StoreKey, str]] = []
@@ -205,6 +222,7 @@ class DiskTier:
             num_evicted=self._counts["evicted"],
             num_corrupt=self._counts["corrupt"],
             num_unknown_format=self._counts["unknown_format"],
+            is_up=self._is_up,
             details={
                 "num_chunks_all_namespaces": len(self._index.entries),
                 "num_quarantined": len(self._index.quarantine),
@@ -237,14 +255,17 @@ class DiskTier:
         room = self._index.make_room(entry, cost_bytes, lambda other: other not in self._loading)
         if room is None:
             raise TierBusy("all chunks that could make room are in use")
-        for victim in room.victims:
-            if victim.entry is not None:
-                self._counts["evicted"] += victim.entry != entry
-                self._note_lost(victim.entry, "evicted" if victim.entry != entry else "being written anew")
-                self._notes.append((Use.GONE, self._chunk_id(victim.entry)))
+        self._note_victims(room)
         work = _Store(job, room)
         self._writing[entry] = work
         self._threads.submit(Urgency.STORE, work)
+
+    def _note_victims(self, room: Room) -> None:
+        for victim in room.victims:
+            if victim.entry is not None:
+                self._counts["evicted"] += victim.entry != room.entry
+                self._note_lost(victim.entry, "evicted" if victim.entry != room.entry else "being written anew")
+                self._notes.append((Use.GONE, self._chunk_id(victim.entry)))
 
     def submit_load(self, job: TierJob) -> None:
         """TierUnavailable when there is no such chunk."""
@@ -256,11 +277,17 @@ class DiskTier:
         self._threads.submit(Urgency.LOAD, _Load(job, entry))
 
     def poll(self) -> list[TierResult]:
-        """Enter what the threads did into the books."""
+        """Enter what the threads did into the books; see now and then whether a tier that is down is back."""
         results = []
-        for done in self._threads.take_done():
-            if isinstance(done.work, _Store):
-                results.append(self._finish_store(done.work, done))
+        all_done = self._threads.take_done()
+        self._forget_lost_folder()
+        for done in all_done:
+            if isinstance(done.work, _Probe):
+                self._is_probing = False
+                self._note_health(done.error)
+            elif isinstance(done.work, _Store):
+                if not self._try_again(done.work, done.error):
+                    results.append(self._finish_store(done.work, done))
             elif isinstance(done.work, _Load):
                 results.append(self._finish_load(done.work, done))
             else:
@@ -269,6 +296,9 @@ class DiskTier:
                     self._index.end_removal(victim)
         if len(self._index.quarantine) > MAX_QUARANTINED:
             self._delete([self._index.begin_quarantine_removal()])
+        if not (self._is_up or self._is_probing or self._is_closed) and self._clock.now() >= self._paused_until_s:
+            self._is_probing = True
+            self._threads.submit(Urgency.CHORE, _Probe(self._refused_bytes))
         return results
 
     def touch(self, keys: Sequence[StoreKey]) -> None:
@@ -327,6 +357,8 @@ class DiskTier:
                 self._load(work)
             case _Chore():
                 self._do_chore(work)
+            case _Probe():
+                self._folder.probe(work.num_bytes)
 
     def _store(self, work: _Store) -> None:
         job = work.job
@@ -351,6 +383,8 @@ class DiskTier:
                 self._unlink(victim)
             except OSError as error:
                 logger.warning("tier %s: cannot delete a file: %s", self.name, error)
+        if work.is_new_folder:
+            self._journal.begin_anew()
         self._write_notes([])
 
     def _unlink(self, victim: Victim) -> None:
@@ -373,13 +407,64 @@ class DiskTier:
             if victim.entry is not None and not victim.is_deleted:  # it is back
                 self._note_lost(victim.entry, "evicted")
         error = done.error
-        if isinstance(error, OSError) and error.errno in _REFUSALS:
-            self._paused_until_s = self._clock.now() + PAUSE_S
-            self._counts["pauses"] += 1
-        elif error is None and work.is_removed:
+        self._refused_bytes = len(work.job.buffer)
+        self._note_health(error)
+        if error is None and work.is_removed:
             self.remove((work.job.key,))
             error = TierUnavailable(f"chunk {work.job.key.hex()} was removed while it was written")
         return _result(work.job, error, done.seconds)
+
+    def _try_again(self, work: _Store, error: Exception | None) -> bool:
+        """On a full disk the chunks that were used least recently make room, and the chunk is written once more."""
+        if not (isinstance(error, OSError) and error.errno in _IS_FULL) or work.is_second_try or self._is_closed:
+            return False
+        entry = work.room.entry
+        cost_bytes = work.room.cost_bytes
+        entries = self._index.entries.items()
+        if work.is_removed or sum(cost for other, cost in entries if other not in self._loading) < cost_bytes:
+            return False
+        self._index.settle(work.room, is_written=False)
+        for victim in work.room.victims:
+            if victim.entry is not None and not victim.is_deleted:
+                self._note_lost(victim.entry, "evicted")
+        room = self._index.make_room(entry, cost_bytes, lambda other: other not in self._loading, cost_bytes)
+        assert room is not None, "what may go is enough"
+        self._note_victims(room)
+        work.room, work.is_second_try = room, True
+        self._threads.submit(Urgency.STORE, work)
+        return True
+
+    def _note_health(self, error: Exception | None) -> None:
+        """A write, or the probe of one, ended so: the tier is up or down now; one line in the log when that changes."""
+        if error is None:
+            if not self._is_up:
+                logger.warning("tier %s: back: %s can be written to again", self.name, self._folder.path)
+            self._is_up, self._pause_s, self._paused_until_s = True, PAUSE_S, float("-inf")
+            return
+        is_refused = isinstance(error, OSError) and error.errno in _REFUSALS
+        if self._is_closed or not (is_refused or isinstance(error, TierUnavailable)):
+            return
+        if self._is_up:
+            logger.warning(
+                "tier %s: down, nothing can be written to %s: %s; it is tried again in %.0f s, and less often later",
+                self.name, self._folder.path, error, self._pause_s,
+            )  # fmt: skip
+            self._is_up = False
+        if self._clock.now() < self._paused_until_s:
+            return  # it was under way when another one was refused
+        self._paused_until_s = self._clock.now() + self._pause_s
+        self._pause_s = min(2 * self._pause_s, MAX_PAUSE_S)
+        self._counts["pauses"] += 1
+
+    def _forget_lost_folder(self) -> None:
+        """The folder was gone and is made anew: nothing that the books say of its files is true any more."""
+        if self._num_losses == self._folder.num_losses:
+            return
+        self._num_losses = self._folder.num_losses
+        for entry in self._index.forget_files():
+            self._note_lost(entry, "its file is gone")
+        self._threads.submit(Urgency.CHORE, _Chore([], is_new_folder=True))
+        logger.warning("tier %s: %s was gone with all its chunks and was made anew", self.name, self._folder.path)
 
     def _finish_load(self, work: _Load, done: Done[_Work]) -> TierResult:
         entry = work.entry

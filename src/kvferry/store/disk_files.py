@@ -17,13 +17,14 @@ import itertools
 import os
 import re
 import socket
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
-from kvferry.errors import ConfigError, TierCorrupt
+from kvferry.errors import ConfigError, TierCorrupt, TierUnavailable
 from kvferry.hashing import digest as digest_of
 from kvferry.store.disk_format import HEADER_BYTES, ChunkFormat
 from kvferry.types import Namespace, StoreKey
@@ -67,9 +68,13 @@ class ChunkFolder:
         self._fsync = fsync
         self._on_step = on_step
         self._tmp_number = itertools.count()
+        self._restoring = threading.Lock()
+        self.num_losses = 0
+        """How often the folder was gone with all that was in it, and was made anew."""
         try:
             path.mkdir(mode=0o700, parents=True, exist_ok=True)
             self._lock_fd = _lock(path / "LOCK")
+            self._device = os.fstat(self._lock_fd).st_dev
         except OSError as error:
             raise ConfigError(f"cannot use {path} as a store, it is no writable folder: {error.strerror}") from error
         try:
@@ -107,9 +112,16 @@ class ChunkFolder:
         return [ChunkFile(f"quarantine/{name}", status.st_size) for status, name in files]
 
     def write(self, key: StoreKey, payload: memoryview, digest: bytes) -> None:
-        """Write the chunk under its name; when this returns it survives the process. OSError: nothing is left of it."""
+        """Write the chunk under its name; when this returns it survives the process. OSError: nothing is left of it.
+
+        A folder that is gone, or lacks its `tmp`, is made again first (`restore`).
+        """
         tmp = f"{self.path}/tmp/{next(self._tmp_number)}"
-        fd = os.open(tmp, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        try:
+            fd = _create(tmp)
+        except FileNotFoundError:
+            self.restore()
+            fd = _create(tmp)
         try:
             try:
                 self._write_payload(fd, self._format.header(key, len(payload), digest), payload)
@@ -160,6 +172,51 @@ class ChunkFolder:
             return None
         return name
 
+    def restore(self) -> None:
+        """Make again what is missing of the folder, and lock it where the locked one is gone.
+
+        OSError, TierUnavailable: it cannot be; the folder is as before. On another file system than at the start (the
+        disk is not mounted) only a folder that holds a store already is taken.
+        """
+        with self._restoring:
+            if not self._is_mine():
+                if _device_of(self.path) != self._device and not (self.path / "FORMAT").exists():
+                    raise TierUnavailable(f"{self.path} is not on the file system it was on: is it mounted?")
+                self.path.mkdir(mode=0o700, parents=True, exist_ok=True)
+                was_empty = not (self.path / "FORMAT").exists()
+                try:
+                    lock_fd = _lock(self.path / "LOCK")
+                except ConfigError as error:  # another process was quicker
+                    raise TierUnavailable(str(error)) from error
+                os.close(self._lock_fd)
+                self._lock_fd = lock_fd
+                self._device = os.fstat(lock_fd).st_dev
+                self.num_losses += was_empty
+            try:
+                self._prepare_marker()
+            except ConfigError as error:
+                raise TierUnavailable(str(error)) from error
+            self._make_folders()
+
+    def probe(self, num_bytes: int) -> None:
+        """See whether a file of so many bytes can be written: as `restore`, and OSError when it cannot."""
+        self.restore()
+        tmp = f"{self.path}/tmp/{next(self._tmp_number)}"
+        fd = _create(tmp)
+        try:
+            _write_all(fd, [memoryview(bytes(num_bytes))])
+        finally:
+            os.close(fd)
+            os.unlink(tmp)
+
+    def _is_mine(self) -> bool:
+        """The lock that this process holds is the folder's."""
+        try:
+            found = os.stat(self.path / "LOCK", follow_symlinks=False)
+        except FileNotFoundError:
+            return False
+        return os.path.samestat(found, os.fstat(self._lock_fd))
+
     def _write_payload(self, fd: int, header: bytes, payload: memoryview) -> None:
         if self._on_step is None:
             _write_all(fd, [memoryview(header), payload])
@@ -184,6 +241,16 @@ class ChunkFolder:
                 raise
 
     def _prepare(self) -> None:
+        self._prepare_marker()
+        self._make_folders()
+        for leftover in (self.path / "tmp").iterdir():
+            leftover.unlink()
+
+    def _make_folders(self) -> None:
+        for name in ("tmp", "quarantine", self._namespace):
+            (self.path / name).mkdir(mode=0o700, exist_ok=True)
+
+    def _prepare_marker(self) -> None:
         marker = self.path / "FORMAT"
         try:
             found = marker.read_text("utf-8", "replace").strip()
@@ -200,10 +267,6 @@ class ChunkFolder:
                 f"{self.path} holds a store of format {found[:80]!r}, this program knows {FOLDER_FORMAT!r}; nothing "
                 "was changed: set path to another folder"
             )
-        for name in ("tmp", "quarantine", self._namespace):
-            (self.path / name).mkdir(mode=0o700, exist_ok=True)
-        for leftover in (self.path / "tmp").iterdir():
-            leftover.unlink()
 
     def _step(self, name: str) -> None:
         if self._on_step is not None:
@@ -214,6 +277,19 @@ def chunk_name(namespace: str, key: bytes) -> str:
     """Name of a chunk's file, relative to the store's folder."""
     key_hex = key.hex()
     return f"{namespace}/{key_hex[:2]}/{key_hex}.kv"
+
+
+def _create(path: str) -> int:
+    return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+
+
+def _device_of(path: Path) -> int:
+    """Of the file system that the path is on, or would be made on."""
+    while True:
+        try:
+            return os.stat(path).st_dev
+        except FileNotFoundError:
+            path = path.parent
 
 
 def _lock(path: Path) -> int:

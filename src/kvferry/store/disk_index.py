@@ -79,6 +79,16 @@ class DiskIndex:
         self.used_bytes -= cost_bytes
         return cost_bytes
 
+    def forget_files(self) -> list[Entry]:
+        """The folder is empty: no entry is left, nor anything set aside. What is under way is settled as usual."""
+        gone = list(self.entries)
+        for entry in gone:
+            self.discard(entry)
+        self.used_bytes -= sum(self.unknown.values()) + sum(refused.cost_bytes for refused in self.quarantine)
+        self.unknown.clear()
+        self.quarantine.clear()
+        return gone
+
     def touch(self, entry: Entry) -> bool:
         """It was used; False when there is no such entry."""
         self._order.touch(entry)
@@ -125,12 +135,16 @@ class DiskIndex:
         else:
             self.unknown[victim.entry] = victim.cost_bytes
 
-    def make_room(self, entry: Entry, cost_bytes: int, is_evictable: Callable[[Entry], bool]) -> Room | None:
+    def make_room(
+        self, entry: Entry, cost_bytes: int, is_evictable: Callable[[Entry], bool], at_least_bytes: int = 0
+    ) -> Room | None:
         """Take the victims it needs out of the index: the chunk's own older file, quarantine, then by order of use.
 
-        The victims are to be deleted before anything is written; then `settle`. None (and no change): not enough.
+        The victims are to be deleted before anything is written; then `settle`. `at_least_bytes` of them go, whatever
+        the quota says (the disk is full). None (and no change): not enough.
         """
-        needed_bytes = 0 if self.limit_bytes is None else self.used_bytes + cost_bytes - self.limit_bytes
+        over_bytes = 0 if self.limit_bytes is None else self.used_bytes + cost_bytes - self.limit_bytes
+        needed_bytes = max(over_bytes, at_least_bytes)
         evicted: list[Entry] = []
         num_quarantined = freed_bytes = 0
         if entry in self.entries:

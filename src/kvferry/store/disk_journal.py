@@ -74,6 +74,14 @@ class Journal:
                 logger.warning("the order of use could not be written to %s: %s", self._path, error)
                 self._cut_back()
 
+    def begin_anew(self) -> None:
+        """The file is gone, with all that it told of."""
+        with self._lock:
+            try:
+                self._rewrite([])
+            except OSError as error:
+                logger.warning("no order of use is kept in %s: %s", self._path, error)
+
     def close(self) -> None:
         """Idempotent."""
         with self._lock:

@@ -88,6 +88,7 @@ class TierStats:
     num_evicted: int = 0
     num_corrupt: int = 0  # refused: bytes did not match digest or header
     num_unknown_format: int = 0  # refused by format version, left untouched
+    is_up: bool = True  # False from a refused write on until one succeeds; the tier tries again by itself
     details: Mapping[str, int] = field(default_factory=dict)  # counters only this kind of tier has
 
 

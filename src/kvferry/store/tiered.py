@@ -537,6 +537,7 @@ class TieredStore:
     def _count_failure(self, lane: _Lane, what: str, error: TierError) -> None:
         lane.traffic.failures[f"{what} {type(error).__name__}"] += 1
         now_s = self._clock.now()
-        if isinstance(error, TierCorrupt) or now_s - lane.logged_at_s >= _LOG_EVERY_S:
+        is_told = not lane.tier.stats().is_up  # by the tier itself, once
+        if isinstance(error, TierCorrupt) or (not is_told and now_s - lane.logged_at_s >= _LOG_EVERY_S):
             lane.logged_at_s = now_s
             logger.warning("tier %s: %s failed: %s", lane.tier.name, what, error)

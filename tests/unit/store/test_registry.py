@@ -37,7 +37,7 @@ def test_fs_with_all_settings(tmp_path: Path, kit) -> None:
         ({"type": "fs"}, ["secondary_tiers[3].path", "missing"]),
         ({"type": "fs", "path": ""}, ["secondary_tiers[3].path", "empty"]),
         ({"type": "fs", "path": "x", "max_byte": 1}, ["secondary_tiers[3].max_byte", "'max_bytes'"]),
-        ({"type": "fs", "path": "x", "max_bytes": "1 GB"}, ["secondary_tiers[3].max_bytes", "int", "'1 GB'"]),
+        ({"type": "fs", "path": "x", "max_bytes": "1 pound"}, ["secondary_tiers[3].max_bytes", "'1 pound'"]),
         ({"type": "fs", "path": "x", "max_bytes": True}, ["secondary_tiers[3].max_bytes", "True"]),
         ({"type": "fs", "path": "x", "fsync": 1}, ["secondary_tiers[3].fsync", "bool"]),
         ({"type": "fs", "path": "/proc/kvferry"}, ["secondary_tiers[3]", "/proc/kvferry", "writable"]),
