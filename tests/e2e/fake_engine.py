@@ -29,6 +29,7 @@ class FakeEngine:
         self.seen: list[dict[str, Any]] = []
         self.headers: list[dict[str, str]] = []
         self.num_left = 0
+        self.retry_after = "1"
         self.release = asyncio.Event()
 
     def app(self) -> Starlette:
@@ -49,6 +50,20 @@ class FakeEngine:
             except BaseException:
                 self.num_left += 1
                 raise
+        if self.mode == "full":  # as `kvferry serve` says it
+            error = {"message": "64 unfinished requests of at most 64", "type": "server_error", "code": "overloaded"}
+            return JSONResponse({"error": error}, 503, {"Retry-After": self.retry_after})
+        if self.mode == "vllm_full":
+            error = {"message": "The engine is currently busy", "type": "Service Unavailable", "code": 503}
+            return JSONResponse({"error": error}, 503)
+        if self.mode in ("engine_ended", "vllm_dead"):
+            told = (
+                "EngineCore encountered an issue. See stack trace" if self.mode == "vllm_dead" else "the engine failed"
+            )
+            error = {"message": told, "code": 500 if self.mode == "vllm_dead" else self.mode}
+            return JSONResponse({"error": error}, 500 if self.mode == "vllm_dead" else 503)
+        if self.mode == "drop":  # the connection breaks in the middle of the reply
+            return StreamingResponse(self._broken(), media_type="application/json")
         if self.mode.isdigit():
             return JSONResponse({"error": {"message": f"it is {self.mode}", "code": "c"}}, int(self.mode))
         if body.get("stream"):
@@ -56,6 +71,10 @@ class FakeEngine:
         is_prefill = (body.get("kv_transfer_params") or {}).get("do_remote_decode")
         content = self._prefill(body) if is_prefill else self._whole(body, "chat" in request.url.path)
         return JSONResponse(content, headers={"Set-Cookie": "session=1"})
+
+    async def _broken(self) -> AsyncIterator[bytes]:
+        yield b"{"
+        raise ConnectionResetError
 
     def _prefill(self, body: dict[str, Any]) -> dict[str, Any]:
         params = {

@@ -227,7 +227,7 @@ def test_dead_decode_engine_never_saw_the_hand_over_so_it_is_used_again() -> Non
     ("role", "mode", "status", "message"),
     [
         ("prefill", "500", 502, "it is 500"),
-        ("prefill", "429", 503, "it is 429"),
+        ("prefill", "429", 429, "it is 429"),
         ("prefill", "hang", 504, "no answer within 0.75 s"),
         ("prefill", "no_params", 502, "without kv_transfer_params that hand KV over: start it with a P2P connector"),
         ("prefill", "other_params", 502, "that hand KV over"),
@@ -249,7 +249,8 @@ def test_error_names_engine_and_remedy(role: str, mode: str, status: int, messag
         assert caught.value.status_code == status
         assert f"{role} engine {failing.url}" in caught.value.message
         assert r.num_asked() == ([1], [role == "decode"]), "no second prefill, no second try"
-        assert r.metric('kvferry:proxy_requests_total{outcome="failed"}') == 1
+        outcome = "full" if mode == "429" else "failed"
+        assert r.metric(f'kvferry:proxy_requests_total{{outcome="{outcome}"}}') == 1
         assert r.metric('kvferry:proxy_recomputed_total{reason="decode_engine"}') == (mode == "recomputed")
 
 

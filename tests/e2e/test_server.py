@@ -373,8 +373,9 @@ def test_engine_that_breaks_is_told_and_seen() -> None:
         server.server.linger_s = 240.0
         server.model.fault = RuntimeError("the model broke")
         for stream in (True, False):
-            with pytest.raises(openai.APIError, match="engine failed: RuntimeError: the model broke"):
+            with pytest.raises(openai.APIError, match="engine failed: RuntimeError: the model broke") as caught:
                 list(server.client.completions.create(model="stub", prompt=PROMPT, stream=stream))
+            assert caught.value.code == ("engine_ended" if stream else "unavailable"), "the second one found it so"
         status, headers, body = server.http("GET", "/health")
         assert (status, headers["retry-after"]) == (503, "1")
         assert "the model broke" in json.loads(body)["error"]["message"]

@@ -33,6 +33,12 @@ def proxy(
     ] = 600.0,
     max_attempts: Annotated[int, typer.Option(help="Tries of a request, the first included.")] = 3,
     retry_deadline_s: Annotated[float, typer.Option(help="Seconds after which a request is not tried again.")] = 60.0,
+    hand_over_s: Annotated[
+        float,
+        typer.Option(
+            help="While all decode engines are full, a prefill is kept for so many seconds; below the engines' lease_s."
+        ),
+    ] = 25.0,
     probe_interval_s: Annotated[
         float, typer.Option(help="Seconds between two probes (tiny requests) of each pair of engines; 0 for none.")
     ] = 10.0,

@@ -23,7 +23,7 @@ from kvferry.proxy.config import ProxyConfig
 from kvferry.proxy.fleet import Fleet
 from kvferry.proxy.metrics import ProxyMetrics
 from kvferry.proxy.probes import probe_for_ever
-from kvferry.proxy.relay import Relay, Reply
+from kvferry.proxy.relay import EngineFull, Relay, Reply
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -164,6 +164,8 @@ def _headers(request: Request) -> dict[str, str]:
 
 def _outcome(error: BaseException) -> str:
     if isinstance(error, ApiError):
+        if isinstance(error.__cause__, EngineFull):
+            return "full"
         return "refused" if error.status < 500 else "failed"
     return "client_gone" if isinstance(error, ClientDisconnect | asyncio.CancelledError) else "failed"
 

@@ -17,6 +17,8 @@ Params = dict[str, Any]
 SignPeer = Callable[[Params], str | None]
 """Makes the token that proves to the decode engine that the proxy named this peer; None: the params name none."""
 
+_VLLM_ENGINE_DEAD = "EngineCore encountered an issue"  # the text of its EngineDeadError, which has no code of its own
+_ENDED_BY_ERROR = 'it ended the request with finish_reason="error", as for KV that failed to load'
 _REMOTE_FIELDS = ("remote_engine_id", "remote_block_ids", "remote_host", "remote_port", "remote_request_id")
 # Only for the answer, which the prefill engine does not give; min_tokens stays as far as it shapes the first token.
 _ANSWER_FIELDS = ("stream_options", "stop", "logprobs", "top_logprobs", "return_token_ids", "best_of", "echo")
@@ -115,6 +117,8 @@ class Verdict:
     """Where the KV is, of a prefill engine's reply."""
     load_error: str = ""
     """Why KV was not loaded, where the engine says so."""
+    is_death: bool = False
+    """The error is that the engine itself has ended."""
 
 
 def judge(content: Any) -> Verdict:
@@ -125,17 +129,54 @@ def judge(content: Any) -> Verdict:
     params = params if isinstance(params, dict) and params else None
     error = content.get("error")
     message = error.get("message") if isinstance(error, dict) else error
+    is_death = message is not None and _is_death(error)
+    load_error = str((params or {}).get("load_error", ""))
     choices = [choice for choice in content.get("choices") or () if isinstance(choice, dict)]
     if any(choice.get("finish_reason") == "error" for choice in choices):
-        message = message or 'it ended the request with finish_reason="error", as for KV that failed to load'
+        message = message or load_error or _ENDED_BY_ERROR
     num_recomputed = (params or {}).get("num_recomputed_tokens", 0)
     return Verdict(
         error=None if message is None else str(message),
         num_recomputed_tokens=num_recomputed if isinstance(num_recomputed, int) else 0,
         has_content=not choices or any(_says_something(choice) for choice in choices),
         hand_over=params if params and params.get("do_remote_prefill") else None,
-        load_error=str((params or {}).get("load_error", "")),
+        load_error=load_error,
+        is_death=is_death,
     )
+
+
+@dataclass(frozen=True, slots=True)
+class EngineError:
+    """What the body of an error reply says."""
+
+    message: str
+    code: str = ""
+    is_full: bool = False
+    """With status 503: there is no room now, for an engine that works."""
+    is_death: bool = False
+    """The engine itself has ended."""
+
+
+def error_of(data: bytes) -> EngineError:
+    """Read an error reply, as JSON of OpenAI's or as the text it is."""
+    try:
+        content = json.loads(data)
+    except (ValueError, RecursionError):
+        content = None
+    error = content.get("error") if isinstance(content, dict) else None
+    fields = error if isinstance(error, dict) else {}
+    text = str(fields.get("message") or error or data.decode(errors="replace"))
+    code = fields.get("code")
+    # `kvferry serve` says it with a code, vLLM (max_num_queued_reqs, max_num_queued_tokens) with a type.
+    is_full = code == "overloaded" or fields.get("type") == "Service Unavailable"
+    message = " ".join(text.split())[:1000]
+    return EngineError(message, code if isinstance(code, str) else "", is_full, _is_death(error))
+
+
+def _is_death(error: Any) -> bool:
+    if not isinstance(error, dict):
+        return False
+    return error.get("code") == "engine_ended" or _VLLM_ENGINE_DEAD in str(error.get("message"))
 
 
 def _says_something(choice: Mapping[str, Any]) -> bool:

@@ -36,6 +36,8 @@ class ProxyConfig:
     """Tries of a request, the first included."""
     retry_deadline_s: float = _at_least(0, 60.0)
     """Nothing is tried again when so long has passed since the request came."""
+    hand_over_s: float = _at_least(0, 25.0)
+    """How long a hand-over is kept while all decode engines are full; below the prefill engines' `lease_s`."""
     probe_interval_s: float = _at_least(0, 10.0)
     """Between tiny requests through each pair of engines; 0: none, for engines that cost by the token."""
     probe_timeout_s: float = _at_least(0.01, 10.0)

@@ -30,6 +30,8 @@ class Engine:
     """Of prefill engines, pieces of prompts to be computed; of decode engines, requests."""
     num_in_flight: int = 0
     num_begun: int = 0
+    full_until_s: float = -math.inf
+    """It said that it has no room, and when to ask again."""
     has_worked: bool = False
     last_failure: str = "not tried yet"
     """Of the last time it was tried; empty when that worked."""
@@ -86,12 +88,18 @@ class Fleet:
         `tried` ones come last. None: there is none in rotation that some decode engine can take KV from.
         """
         able = [p for p in self.prefill if p.breaker.is_available and self._partners(p)]
-        return min(able, key=lambda p: (p in tried, p.load + p.cost(hashes), p.num_begun), default=None)
+        now_s = self.clock.now()
+        return min(
+            able,
+            key=lambda p: (p.full_until_s > now_s, p in tried, p.load + p.cost(hashes), p.num_begun),
+            default=None,
+        )
 
     def pick_decode(self, prefill: Engine | None, tried: Collection[Engine] = ()) -> Engine | None:
         """The least busy one that can take KV from `prefill` (None: no KV is to be taken); `tried` ones come last."""
         able = self._partners(prefill) if prefill else [d for d in self.decode if d.breaker.is_available]
-        return min(able, key=lambda d: (d in tried, d.load, d.num_begun), default=None)
+        now_s = self.clock.now()
+        return min(able, key=lambda d: (d.full_until_s > now_s, d in tried, d.load, d.num_begun), default=None)
 
     def _partners(self, prefill: Engine) -> list[Engine]:
         return [d for d in self.decode if d.breaker.is_available and self.pairs[prefill, d].breaker.is_available]
@@ -128,6 +136,18 @@ class Fleet:
             engine.memory.clear()  # with its process, its cache
         if engine.breaker.failed():
             logger.warning("%s engine %s is out of rotation: %s", engine.role, engine.url, why)
+
+    def full(self, engine: Engine, retry_after_s: float) -> None:
+        """It works and has no room: neither a success nor a failure."""
+        engine.full_until_s = self.clock.now() + retry_after_s
+
+    def until_room_s(self, full: Engine, prefill: Engine | None) -> float:
+        """Seconds until an engine of the role of `full` may be asked; `prefill`: it is to take KV from there."""
+        if full.role == "prefill":
+            able = [p for p in self.prefill if p.breaker.is_available and self._partners(p)]
+        else:
+            able = self._partners(prefill) if prefill else [d for d in self.decode if d.breaker.is_available]
+        return max(0.0, min((engine.full_until_s for engine in {full, *able}), default=0.0) - self.clock.now())
 
     def transferred(self, pair: Pair) -> None:
         """KV came over from one engine to the other."""

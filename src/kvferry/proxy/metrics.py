@@ -5,7 +5,7 @@ from __future__ import annotations
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
 LEGS = ("prefill", "decode")
-OUTCOMES = ("ok", "refused", "failed", "cut", "client_gone")
+OUTCOMES = ("ok", "refused", "full", "failed", "cut", "client_gone")
 RECOMPUTE_REASONS = ("no_params", "decode_engine", "not_split", "no_prefill_engine")
 _BUCKETS_S = tuple(step * 10.0**power for power in range(-3, 3) for step in (1, 2.5, 5))
 
@@ -17,7 +17,8 @@ class ProxyMetrics:
         self._registry = registry = CollectorRegistry()
         self.requests = Counter(
             "kvferry:proxy_requests",
-            "Requests by how they ended: refused is an engine's or our 4xx, cut a stream that broke off.",
+            "Requests by how they ended: refused is an engine's or our 4xx, full that engines had no room, cut a "
+            "stream that broke off.",
             ["outcome"], registry=registry,
         )  # fmt: skip
         self.in_flight = Gauge("kvferry:proxy_in_flight", "Requests under way.", registry=registry)

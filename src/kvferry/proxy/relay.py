@@ -1,8 +1,12 @@
 """A request's way: a prefill leg, a decode leg with what the first one answered, and both again where that helps.
 
 Nothing is tried again once the client has been sent anything, and a leg's connection is closed before the next one
-begins. What the prefill engine handed over is used again only when the decode engine never saw it; else it may be
+begins. What the prefill engine handed over is used again only when the decode engine never took it; else it may be
 spent, and the prefill engine is asked anew.
+
+An engine that is full has not failed: the hand-over is kept, another engine is asked, and if all are full, the request
+waits for as long as they say. A request during which two engines went away is not tried a third time: it may be what
+ends them.
 """
 
 from __future__ import annotations
@@ -10,6 +14,8 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import math
+import re
 import uuid
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import AsyncExitStack, aclosing, asynccontextmanager
@@ -21,7 +27,17 @@ import httpx2
 
 from kvferry.clock import Clock
 from kvferry.http import ApiError
-from kvferry.proxy.bodies import Call, Params, SignPeer, Verdict, decode_body, judge, prefill_body
+from kvferry.proxy.bodies import (
+    Call,
+    EngineError,
+    Params,
+    SignPeer,
+    Verdict,
+    decode_body,
+    error_of,
+    judge,
+    prefill_body,
+)
 from kvferry.proxy.config import ProxyConfig
 from kvferry.proxy.events import DONE, is_end, may_tell, verdicts, whole_events
 from kvferry.proxy.fleet import Engine, Fleet, Pair
@@ -33,6 +49,8 @@ logger = logging.getLogger(__name__)
 Timeout = Literal["prefill_timeout_s", "decode_timeout_s", "answer_timeout_s", "probe_timeout_s"]
 """The setting that limits a leg; the option of that name sets it."""
 _KEEPALIVE_S = 2.0  # below uvicorn's 5 s: a connection that the engine is about to close is not used
+_RETRY_AFTER_S = 1.0  # where a full engine does not say when to come again
+_MIN_WAIT_S = 0.1
 
 
 @dataclass(slots=True)
@@ -55,19 +73,39 @@ class Reply:
 class LegFailed(Exception):
     """A leg failed before the client was sent anything."""
 
-    def __init__(self, engine: Engine, why: str, status: int = 502, *, was_sent: bool = True) -> None:
+    def __init__(
+        self, engine: Engine, why: str, status: int = 502, *, was_taken: bool = True, is_death: bool = False
+    ) -> None:
+        """`was_taken`: the engine may have begun; `is_death`: it went away while it had the request."""
         super().__init__(why)
         self.engine = engine
         self.why = why
         self.status = status
-        self.was_sent = was_sent
+        self.was_taken = was_taken
+        self.is_death = is_death
+
+
+class EngineFull(LegFailed):
+    """An engine has no room for the request now: nothing was begun, and it may be asked again."""
+
+    def __init__(self, engine: Engine, why: str, status: int, code: str, retry_after_s: float) -> None:
+        super().__init__(engine, why, status, was_taken=False)
+        self.code = code
+        self.retry_after_s = retry_after_s
+
+    def for_client(self) -> ApiError:
+        """The engine's own answer, with its name."""
+        return ApiError(
+            self.status, f"{self.engine.role} engine {self.engine.url} is full: {self.why}", code=self.code,
+            headers={"Retry-After": str(max(1, math.ceil(self.retry_after_s)))},
+        )  # fmt: skip
 
 
 class Refused(Exception):
     """An engine says that the request is wrong: the client's to know."""
 
     def __init__(self, engine: Engine, reply: Reply) -> None:
-        super().__init__(f"{engine.role} engine {engine.url}: {reply.status} {_message(reply.content)}")
+        super().__init__(f"{engine.role} engine {engine.url}: {reply.status} {error_of(reply.content).message}")
         self.reply = reply
 
 
@@ -78,14 +116,19 @@ class HandOver:
     engine: Engine
     transfer_id: str
     params: Params | None
+    made_s: float = 0.0
 
 
 @dataclass(slots=True)
 class _Attempts:
     hashes: list[int]
     is_split: bool
+    begun_s: float
     tried: set[Engine] = field(default_factory=set)
     hand_over: HandOver | None = None
+    has_lapsed: bool = False
+    """Whether a hand-over was given up because all decode engines were full for longer than it is kept."""
+    deaths: list[LegFailed] = field(default_factory=list)
 
 
 @dataclass(slots=True)
@@ -128,24 +171,57 @@ class Relay:
                     "or start the proxy with --no-strict, which lets the decode engine compute the prompt",
                 )  # fmt: skip
             self._recomputed("not_split")
-        attempts, begun_s = _Attempts(piece_hashes(call.body), is_split=why_whole is None), self._clock.now()
-        for number in range(1, self._config.max_attempts + 1):
+        attempts = _Attempts(piece_hashes(call.body), why_whole is None, self._clock.now())
+        number = 1
+        while True:
             try:
                 return await self._attempt(call, attempts)
             except Refused as refused:
                 return refused.reply
+            except EngineFull as full:
+                await self._wait_for_room(full, attempts)
             except LegFailed as failure:
-                is_late = self._clock.now() - begun_s >= self._config.retry_deadline_s
-                if is_late or number == self._config.max_attempts:
-                    raise _gave_up(failure, number) from failure
-                logger.info("%s engine %s: %s; trying again", failure.engine.role, failure.engine.url, failure.why)
-                self._metrics.retries.labels(failure.engine.role).inc()
-                attempts.tried.add(failure.engine)
-                if failure.was_sent:
-                    attempts.hand_over = None
-                if failure.engine.role == "prefill" and number + 1 == self._config.max_attempts:
+                self._check_retry(failure, attempts, number)
+                number += 1
+                if failure.engine.role == "prefill" and number == self._config.max_attempts:
                     self._skip_prefill(attempts)
-        raise AssertionError("max_attempts is at least 1")
+
+    def _check_retry(self, failure: LegFailed, attempts: _Attempts, number: int) -> None:
+        """Note the failure of attempt `number`; ApiError when nothing is to be tried any more."""
+        if failure.is_death:
+            attempts.deaths.append(failure)
+        if len(attempts.deaths) > 1:
+            raise _ended_engines(attempts.deaths) from failure
+        is_late = self._clock.now() - attempts.begun_s >= self._config.retry_deadline_s
+        if is_late or number == self._config.max_attempts:
+            raise _gave_up(failure, number) from failure
+        self._note_retry(failure, attempts)
+        if failure.was_taken:
+            attempts.hand_over = None
+
+    def _note_retry(self, failure: LegFailed, attempts: _Attempts) -> None:
+        logger.info("%s engine %s: %s; trying again", failure.engine.role, failure.engine.url, failure.why)
+        self._metrics.retries.labels(failure.engine.role).inc()
+        attempts.tried.add(failure.engine)
+
+    async def _wait_for_room(self, full: EngineFull, attempts: _Attempts) -> None:
+        """Return when some engine may have room for the leg; ApiError when that would be too late.
+
+        The hand-over is kept meanwhile. When it has grown too old for that, there is one new prefill, not two.
+        """
+        hand_over, now_s = attempts.hand_over, self._clock.now()
+        wait_s = self._fleet.until_room_s(full.engine, hand_over.engine if hand_over else None)
+        if now_s + wait_s - attempts.begun_s > self._config.retry_deadline_s:
+            if full.engine.role == "decode" or self._config.strict:
+                raise full.for_client() from full
+            self._skip_prefill(attempts)
+            return
+        if hand_over is not None and now_s + wait_s - hand_over.made_s > self._config.hand_over_s:
+            if attempts.has_lapsed:
+                raise full.for_client() from full
+            attempts.has_lapsed, attempts.hand_over = True, None
+        self._note_retry(full, attempts)
+        await asyncio.sleep(wait_s)
 
     def _skip_prefill(self, attempts: _Attempts) -> None:
         """Not strict, an answer without any prefill engine is better than none."""
@@ -190,7 +266,7 @@ class Relay:
                 verdict = self._judge(engine, await self._content(engine, response))
             self._metrics.leg_seconds.labels("prefill").observe(self._clock.now() - begun_s)
         if verdict.error is not None:
-            raise self._failed(engine, verdict.error)
+            raise self._failed(engine, verdict.error, is_death=verdict.is_death)
         if verdict.hand_over is None:
             if self._config.strict:
                 raise self._failed(
@@ -199,7 +275,7 @@ class Relay:
                 )  # fmt: skip
             self._recomputed("no_params")
         self._fleet.worked(engine)
-        return HandOver(engine, transfer_id, verdict.hand_over)
+        return HandOver(engine, transfer_id, verdict.hand_over, self._clock.now())
 
     async def decode(self, call: Call, engine: Engine, hand_over: HandOver | None, timeout: Timeout) -> Reply:
         """Let one engine decode, up to a stream's first token. Raises LegFailed, Refused; ApiError for a recompute."""
@@ -249,11 +325,11 @@ class Relay:
                     leg.has_begun |= has_ended
                     yield news
         except httpx2.RequestError as err:
-            raise self._failed(leg.engine, f"its stream broke off: {_text(err)}") from err
+            raise self._failed(leg.engine, f"its stream broke off: {_text(err)}", is_death=True) from err
         except ValueError as err:
             raise self._failed(leg.engine, f"its stream has an event that is no JSON: {err}") from err
         if not has_ended:
-            raise self._failed(leg.engine, "its stream ended without [DONE]")
+            raise self._failed(leg.engine, "its stream ended without [DONE]", is_death=True)
 
     async def _pass_on(self, reply: Reply, held: bytes, events: AsyncIterator[bytes]) -> AsyncGenerator[bytes]:
         """All events; where they break off, an error as the last one."""
@@ -306,32 +382,43 @@ class Relay:
             )
             response = await self._client.send(request, stream=True)
         except (httpx2.ConnectError, httpx2.ConnectTimeout) as err:
-            raise self._failed(engine, f"cannot connect: {_text(err)}", was_sent=False) from err
+            raise self._failed(engine, f"cannot connect: {_text(err)}", was_taken=False) from err
         except httpx2.TimeoutException as err:
             raise self._too_late(engine, timeout) from err
         except httpx2.RequestError as err:
-            raise self._failed(engine, _text(err)) from err
+            raise self._failed(engine, _text(err), is_death=True) from err
         except httpx2.InvalidURL as err:  # the engine's: paths are known ones, or quoted
-            raise self._failed(engine, f"its URL cannot be used: {err}", was_sent=False) from err
+            raise self._failed(engine, f"its URL cannot be used: {err}", was_taken=False) from err
         stack.push_async_callback(response.aclose)
         if response.status_code == 200:
             return response
         data = await self._content(engine, response)
-        if 400 <= response.status_code < 500 and response.status_code != 429:
+        error = error_of(data)
+        if response.status_code == 429 or (response.status_code == 503 and error.is_full):
+            raise self._full(engine, response, error)
+        if 400 <= response.status_code < 500:
             self._fleet.worked(engine)
             kind = response.headers.get("content-type", "application/json")
             raise Refused(engine, Reply(response.status_code, kind, data, outcome="refused"))
-        why = f"status {response.status_code}: {_message(data)}"
-        if pair is not None and response.status_code == 500:
+        why = f"status {response.status_code}: {error.message}"
+        if pair is not None and response.status_code == 500 and not error.is_death:
             self._fleet.not_transferred(pair, why)
             raise LegFailed(engine, why)
-        raise self._failed(engine, why, 503 if response.status_code in (429, 503) else 502)
+        raise self._failed(engine, why, 503 if response.status_code == 503 else 502, is_death=error.is_death)
+
+    def _full(self, engine: Engine, response: httpx2.Response, error: EngineError) -> EngineFull:
+        """No failure: neither the breaker nor readiness hears of it."""
+        seconds = response.headers.get("retry-after", "")
+        retry_after_s = float(seconds) if re.fullmatch("[0-9]{1,6}", seconds) else _RETRY_AFTER_S
+        self._fleet.full(engine, max(retry_after_s, _MIN_WAIT_S))
+        return EngineFull(engine, error.message, response.status_code, error.code or "overloaded", retry_after_s)
 
     async def _content(self, engine: Engine, response: httpx2.Response) -> bytes:
         try:
             return await response.aread()
         except httpx2.RequestError as err:  # DecodingError too: the engine names a Content-Encoding that it is not
-            raise self._failed(engine, f"its reply broke off: {_text(err)}") from err
+            is_death = not isinstance(err, httpx2.DecodingError | httpx2.TimeoutException)
+            raise self._failed(engine, f"its reply broke off: {_text(err)}", is_death=is_death) from err
 
     def _judge(self, engine: Engine, data: bytes) -> Verdict:
         try:
@@ -342,8 +429,8 @@ class Relay:
     def _check(self, leg: _DecodeLeg, verdict: Verdict) -> None:
         """Raise what a decode engine's word means."""
         if verdict.error is not None:
-            if leg.pair is None:
-                raise self._failed(leg.engine, verdict.error)
+            if leg.pair is None or verdict.is_death:
+                raise self._failed(leg.engine, verdict.error, is_death=verdict.is_death)
             self._fleet.not_transferred(leg.pair, verdict.error)  # most probably; the engine did answer
             raise LegFailed(leg.engine, verdict.error)
         if verdict.num_recomputed_tokens <= 0 or leg.pair is None or leg.has_recomputed:
@@ -359,9 +446,11 @@ class Relay:
                 code="recomputed",
             )  # fmt: skip
 
-    def _failed(self, engine: Engine, why: str, status: int = 502, *, was_sent: bool = True) -> LegFailed:
-        self._fleet.failed(engine, why, is_gone=not was_sent)
-        return LegFailed(engine, why, status, was_sent=was_sent)
+    def _failed(
+        self, engine: Engine, why: str, status: int = 502, *, was_taken: bool = True, is_death: bool = False
+    ) -> LegFailed:
+        self._fleet.failed(engine, why, is_gone=not was_taken)
+        return LegFailed(engine, why, status, was_taken=was_taken, is_death=is_death)
 
     def _recomputed(self, reason: str) -> None:
         self._metrics.recomputed.labels(reason).inc()
@@ -379,17 +468,10 @@ class Relay:
                 return Reply(200, "application/json", await self._content(engine, response), outcome="ok")
             except Refused as refused:
                 return refused.reply
+            except EngineFull as full:
+                raise full.for_client() from full
             except LegFailed as failure:
                 raise _gave_up(failure, 1) from failure
-
-
-def _message(data: bytes) -> str:
-    """What an error reply says, as JSON of OpenAI's or as it is."""
-    try:
-        error = judge(json.loads(data)).error
-    except ValueError:
-        error = None
-    return " ".join((error or data.decode(errors="replace")).split())[:1000]
 
 
 def _text(error: Exception) -> str:
@@ -405,3 +487,12 @@ def _gave_up(failure: LegFailed, num_attempts: int) -> ApiError:
         code="engine_failed",
         headers={"Retry-After": "1"} if failure.status == 503 else None,
     )
+
+
+def _ended_engines(deaths: list[LegFailed]) -> ApiError:
+    named = "; ".join(f"{death.engine.role} engine {death.engine.url}: {death.why}" for death in deaths)
+    return ApiError(
+        502, f"{len(deaths)} engines in a row went away while they had this request ({named}). It is not tried again, "
+        "for it may be what ends them: look at the engines' logs before you send it once more",
+        code="engines_ended",
+    )  # fmt: skip

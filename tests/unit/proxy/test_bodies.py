@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from kvferry.http import ApiError
-from kvferry.proxy.bodies import Call, decode_body, judge, prefill_body
+from kvferry.proxy.bodies import Call, decode_body, error_of, judge, prefill_body
 
 PATH = "/v1/completions"
 HANDED = {"do_remote_prefill": True, "remote_host": "h", "remote_port": 5, "remote_first_token_ids": [9]}
@@ -149,3 +149,26 @@ def test_errors_and_recomputes_are_seen() -> None:
     assert judge({**chunk(text="a"), "kv_transfer_params": HANDED}).hand_over == HANDED
     why = {"load_error": "gone", "num_recomputed_tokens": 5}
     assert judge({**chunk(text="a"), "kv_transfer_params": why}).load_error == "gone"
+
+
+@pytest.mark.parametrize(
+    ("body", "message", "is_full", "is_death"),
+    [
+        ({"error": {"message": "64 of 64", "type": "server_error", "code": "overloaded"}}, "64 of 64", True, False),
+        ({"error": {"message": "busy", "type": "Service Unavailable", "code": 503}}, "busy", True, False),
+        ({"error": {"message": "stopping", "type": "server_error", "code": "unavailable"}}, "stopping", False, False),
+        ({"error": {"message": "it broke", "code": "engine_ended"}}, "it broke", False, True),
+        ({"error": {"message": "EngineCore encountered an issue. See", "type": "InternalServerError", "code": 500}},
+         "EngineCore encountered an issue. See", False, True),
+        ({"error": "scaling"}, "scaling", False, False),
+        ([], "[]", False, False),
+    ],
+)  # fmt: skip
+def test_error_reply_tells_full_from_broken(body: Any, message: str, is_full: bool, is_death: bool) -> None:
+    error = error_of(json.dumps(body).encode())
+    assert (error.message, error.is_full, error.is_death) == (message, is_full, is_death)
+
+
+def test_error_reply_that_is_no_json_is_neither_full_nor_dead() -> None:
+    error = error_of(b"<h1>Service\n Unavailable</h1>")
+    assert (error.message, error.is_full, error.is_death) == ("<h1>Service Unavailable</h1>", False, False)

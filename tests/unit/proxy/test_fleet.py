@@ -214,3 +214,21 @@ def test_retry_after_is_the_shortest_wait() -> None:
     clock.advance(1)
     take_out(fleet, fleet.decode[0])
     assert fleet.wait_s == 4
+
+
+def test_full_engine_stays_in_rotation_and_comes_last_until_it_may_be_asked() -> None:
+    fleet, clock = make(failure_threshold=1, probe_interval_s=0)
+    first, second = fleet.decode
+    fleet.full(first, 3.0)
+    assert fleet.is_ready
+    assert fleet.problems() == []
+    with fleet.using(second, 5):
+        assert fleet.pick_decode(None) is second, "busy, yet with room"
+        assert fleet.until_room_s(first, fleet.prefill[0]) == 0.0
+        fleet.full(second, 2.0)
+        assert fleet.pick_decode(None) is first, "all are full: somebody is still asked"
+        assert fleet.until_room_s(first, fleet.prefill[0]) == 2.0
+        clock.advance(2.5)
+        assert fleet.pick_decode(None) is second
+        clock.advance(0.5)
+        assert fleet.pick_decode(None) is first

@@ -20,7 +20,7 @@ from kvferry.engine.outputs import RequestOutput
 from kvferry.engine.prompts import render_messages
 from kvferry.engine.server.protocol import ChatBody, CompletionBody, GenerationBody, TokenIds, parse_body
 from kvferry.engine.server.replies import ChatDialect, Choice, CompletionDialect, Dialect, Reply
-from kvferry.engine.server.service import EngineService, EngineStopped, Generation, Job, Overloaded
+from kvferry.engine.server.service import EngineFailed, EngineService, EngineStopped, Generation, Job, Overloaded
 from kvferry.errors import ConfigError
 from kvferry.http import ERROR_HANDLERS, ApiError, EventStream, api_error, read_body, unless_gone
 from kvferry.metrics import Metrics
@@ -263,7 +263,7 @@ async def _events(generation: Generation, reply: Reply, with_usage: bool) -> Asy
     except ApiError as error:
         yield _event(error.body())
     except EngineStopped as error:
-        yield _event(ApiError(503, str(error)).body())
+        yield _event(ApiError(503, str(error), code=_code(error)).body())
     yield b"data: [DONE]\n\n"
 
 
@@ -272,9 +272,15 @@ def _event(content: Mapping[str, Any]) -> bytes:
 
 
 def _unavailable(request: Request, error: Exception) -> Response:
-    code = "overloaded" if isinstance(error, Overloaded) else "unavailable"
     headers = {"Retry-After": str(_RETRY_AFTER_S)}
-    return api_error(request, ApiError(503, str(error), code=code, headers=headers))
+    return api_error(request, ApiError(503, str(error), code=_code(error), headers=headers))
+
+
+def _code(error: Exception) -> str:
+    """For clients and routers: is it full, does it stop, or has it ended, perhaps by this request."""
+    if isinstance(error, Overloaded):
+        return "overloaded"
+    return "engine_ended" if isinstance(error, EngineFailed) else "unavailable"
 
 
 _HANDLERS = {**ERROR_HANDLERS, Overloaded: _unavailable, EngineStopped: _unavailable}

@@ -40,6 +40,10 @@ class EngineStopped(KVFerryError):
     """The engine is stopping, or its thread has ended; the text says why."""
 
 
+class EngineFailed(EngineStopped):
+    """The engine's thread has ended by a fault while it had the request, which may be the cause."""
+
+
 @dataclass(frozen=True, slots=True)
 class Job:
     """One prompt to complete. `params.output_kind` must be DELTA."""
@@ -287,7 +291,7 @@ class EngineService:
     def _end(self, reason: str) -> None:
         self._refusal, self._has_ended = reason, True
         for generation in set(self._streams.values()):
-            generation.put(EngineStopped(reason))
+            generation.put(EngineFailed(reason) if self._has_failed else EngineStopped(reason))
         self._streams.clear()
         for future in self._pending:  # of orders that nobody will carry out
             if not future.done():
