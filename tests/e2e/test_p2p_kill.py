@@ -16,6 +16,7 @@ import pytest
 from p2p_kill import KillCases
 from tests.e2e.test_proxy_process import proxying, wait_for_status
 from tests.e2e.test_serve import NAMED, model_folder, serving
+from tests.patience import PATIENCE_S
 
 __all__ = ["model_folder"]  # a fixture
 
@@ -46,7 +47,7 @@ def wait_until_idle(engine: openai.OpenAI) -> None:
         "vllm:kv_cache_usage_perc",
         "kvferry:held_blocks",
     )
-    deadline_s = time.monotonic() + 60
+    deadline_s = time.monotonic() + PATIENCE_S
     while any(figures := {name: figure(engine, name) for name in names}.values()):
         assert time.monotonic() < deadline_s, dict(zip(names, figures, strict=True))
         time.sleep(0.1)

@@ -19,6 +19,7 @@ from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response
 from starlette.routing import Route
 from tests.e2e.fake_engine import WORDS, FakeEngine, engine, serving
+from tests.patience import PATIENCE_S
 
 from kvferry.http import bind_socket, url_of
 from kvferry.proxy.app import Proxy
@@ -66,7 +67,7 @@ class Running:
 
 
 def wait_until(holds: Callable[[], bool]) -> None:
-    deadline_s = time.monotonic() + 60
+    deadline_s = time.monotonic() + PATIENCE_S
     while not holds():
         assert time.monotonic() < deadline_s
         time.sleep(0.01)

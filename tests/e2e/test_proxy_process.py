@@ -16,6 +16,7 @@ import httpx2
 import openai
 import pytest
 from tests.e2e.test_serve import KVFERRY, NAMED, fenced, model_folder, run_python, serving
+from tests.patience import PATIENCE_S
 
 __all__ = ["model_folder"]  # a fixture
 PROMPT = [2 + i % 300 for i in range(120)]
@@ -50,7 +51,7 @@ def urls(engines: list[openai.OpenAI]) -> list[str]:
 
 
 def wait_for_status(url: str, status: int) -> None:
-    deadline_s = time.monotonic() + 90
+    deadline_s = time.monotonic() + PATIENCE_S
     while (reply := httpx2.get(url, timeout=60)).status_code != status:
         assert time.monotonic() < deadline_s, reply.text
         time.sleep(0.05)

@@ -19,6 +19,7 @@ import openai
 import pytest
 import torch
 from tests import small_tokenizer
+from tests.patience import PATIENCE_S
 from typer.testing import CliRunner
 
 from kvferry import LLM
@@ -85,7 +86,7 @@ class Running:
         return found
 
     def wait_for(self, name: str, value: float) -> None:
-        deadline_s = time.monotonic() + 60
+        deadline_s = time.monotonic() + PATIENCE_S
         while self.metrics()[name] != value:
             assert time.monotonic() < deadline_s, f"{name} is {self.metrics()[name]}, not {value}"
             time.sleep(0.01)
@@ -326,7 +327,7 @@ def test_second_request_is_loaded_by_the_connector() -> None:
             assert reply.usage is not None
             assert reply.usage.prompt_tokens_details is not None
             cached.append(reply.usage.prompt_tokens_details.cached_tokens)
-            deadline_s = time.monotonic() + 60
+            deadline_s = time.monotonic() + PATIENCE_S
             while json.loads(server.http("POST", "/reset_prefix_cache")[2]) != {"success": True}:
                 assert time.monotonic() < deadline_s
         assert cached == [0, 128]
@@ -395,7 +396,7 @@ def test_engine_that_breaks_ends_its_server_with_an_error() -> None:
     asking = threading.Thread(target=lambda: ask_and_fail(bound.getsockname()[1]))
     with bound, pytest.raises(HostError, match="engine failed: RuntimeError: the model broke"):
         serve(llm, ServerOptions(model_names=("stub",)), bound, asking.start)
-    asking.join(60)
+    asking.join(PATIENCE_S)
     with pytest.raises(HostError, match=r"earlier step \(RuntimeError: the model broke\)"):
         llm.generate([1, 2, 3])
 
@@ -420,7 +421,7 @@ def test_overload_is_refused_at_once_and_passes() -> None:
         threads = [threading.Thread(target=ask) for _ in range(2)]
         for thread in threads:
             thread.start()
-        deadline_s = time.monotonic() + 60
+        deadline_s = time.monotonic() + PATIENCE_S
         while server.http("GET", "/ready")[0] == 200:
             assert time.monotonic() < deadline_s
         with pytest.raises(openai.InternalServerError, match="at most 2") as caught:
@@ -577,7 +578,7 @@ def test_clients_learn_why_their_prefix_was_a_hit() -> None:
     with running(transfer=transfer, llm_settings={"explain_requests": True}) as server:
         prompt = [*PROMPT, *PROMPT]
         first = server.client.completions.create(model="stub", prompt=prompt, max_tokens=2)
-        deadline_s = time.monotonic() + 60
+        deadline_s = time.monotonic() + PATIENCE_S
         while json.loads(server.http("POST", "/reset_prefix_cache")[2]) != {"success": True}:
             assert time.monotonic() < deadline_s
         second = server.client.completions.create(model="stub", prompt=prompt, max_tokens=2)

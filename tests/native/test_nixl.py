@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import pytest
+from tests.patience import wait_until
 
 from kvferry.errors import ConfigError
 from kvferry.p2p.nixl import NixlTransport
@@ -157,7 +158,10 @@ def test_a_hung_peer_is_closed_and_others_go_on(start_owner, monkeypatch: pytest
             assert wait_for(here.transport, ticket)[ticket].status is TransferStatus.OK
         hung.signal(signal.SIGSTOP)
         ticket = here.transport.submit(peers[0], op, copies(WHOLE))
-        _until(lambda: any(each.state and each.state.open for each in list(here.transport._active)))  # it has begun
+        wait_until(
+            "it has begun",
+            lambda: any(each.state and each.state.open for each in list(here.transport._active)),
+        )
         time.sleep(1)
         assert here.transport.poll() == [], "no end can be known"
         close = here.transport.close_peer(peers[0])
@@ -175,7 +179,7 @@ def test_a_hung_peer_is_closed_and_others_go_on(start_owner, monkeypatch: pytest
         if not is_read:
             assert not here.transport.peer_has_ended(peers[0])
             hung.kill()
-            _until(lambda: here.transport.peer_has_ended(peers[0]))
+            wait_until("the peer has ended", lambda: here.transport.peer_has_ended(peers[0]))
             assert peers[0].life._is_closed
             assert here.transport.peer_has_ended(peers[0])
     finally:
@@ -248,13 +252,6 @@ def test_a_peer_whose_end_is_known_before_the_library_knows_is_closed_for_certai
         _read_all(start_owner(), here)
     finally:
         here.transport.close()
-
-
-def _until(holds: Callable[[], bool]) -> None:
-    deadline_s = time.monotonic() + 20
-    while not holds():
-        assert time.monotonic() < deadline_s
-        time.sleep(0.01)
 
 
 def _read_all(owner: Owner, here: End) -> None:

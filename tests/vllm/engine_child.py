@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 ANSWER = "kvferry-answer "
-WAIT_S = 60
+WAIT_S = 300
 METRICS = {
     "external_hits": "vllm:external_prefix_cache_hits",
     "local_hits": "vllm:prefix_cache_hits",

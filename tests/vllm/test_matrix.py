@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 from conftest import StartEngine
-from engine_process import EngineChild, assert_same_tokens, offloading, random_prompt, wait_until
+from engine_process import EngineChild, assert_same_tokens, offloading, random_prompt
+from tests.patience import wait_until
 
 BLOCK_SIZE = 32
 CHUNK_TOKENS = 64

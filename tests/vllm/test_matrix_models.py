@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 from conftest import StartEngine
-from engine_process import TWO_RANKS, assert_same_tokens, offloading, random_prompt, wait_until
+from engine_process import TWO_RANKS, assert_same_tokens, offloading, random_prompt
+from tests.patience import wait_until
 
 BLOCK_SIZE = 32
 CHUNK_TOKENS = 64

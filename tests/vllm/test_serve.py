@@ -8,7 +8,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from engine_process import assert_same_tokens, wait_until
+from engine_process import assert_same_tokens
+from tests.patience import PATIENCE_S, wait_until
 from vllm_server import Server, complete
 
 CHUNK_TOKENS = 64
@@ -27,6 +28,7 @@ def readme_command(model: str, folder: Path) -> list[str]:
     extra["cpu_bytes_to_use"] = 1 << 28
     extra["secondary_tiers"][0]["path"] = str(folder)
     words[place] = json.dumps(transfer)
+    words[words.index("--shutdown-timeout") + 1] = str(int(PATIENCE_S))
     return words
 
 

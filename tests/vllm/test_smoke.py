@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 from conftest import StartEngine, StartEngines
+from tests.patience import wait_until
 
 BLOCK_SIZE = 32
 CHUNK_TOKENS = 64
@@ -17,13 +17,8 @@ MAX_TOKENS = 12
 
 def wait_for_files(folder: Path, count: int) -> list[Path]:
     """Chunks are written in the background: wait (bounded) until `count` of them are there."""
-    deadline = time.monotonic() + 60
-    while time.monotonic() < deadline:
-        files = list(folder.rglob("*.kv"))
-        if len(files) >= count:
-            return files
-        time.sleep(0.05)
-    raise AssertionError(f"only {len(list(folder.rglob('*.kv')))} of {count} chunks were written in 60 s")
+    wait_until(f"{count} chunks are written", lambda: len(list(folder.rglob("*.kv"))) >= count)
+    return list(folder.rglob("*.kv"))
 
 
 def assert_same_tokens(got: dict[str, Any], reference: dict[str, Any]) -> None:

@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import openai
-from engine_process import vllm_environment, wait_until
+from engine_process import vllm_environment
 from tests.lmcache_server import free_ports
+from tests.patience import PATIENCE_S, wait_until
 
 START_S = 500
-STOP_S = 120
 
 
 def vllm_metadata(folder: Path) -> str:
@@ -58,7 +58,7 @@ class Server:
         self.url = f"http://127.0.0.1:{port}"
         self.folder = log.parent
         self._log = log
-        self.client = openai.OpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0, timeout=60)
+        self.client = openai.OpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0, timeout=PATIENCE_S)
 
     def wait_until_up(self) -> None:
         """AssertionError, with the end of its log, when it ends or does not come up in time."""
@@ -72,7 +72,9 @@ class Server:
 
     def ask(self, path: str, *, method: str = "GET") -> str:
         """Body of the answer."""
-        with urllib.request.urlopen(urllib.request.Request(self.url + path, method=method), timeout=30) as answer:
+        with urllib.request.urlopen(
+            urllib.request.Request(self.url + path, method=method), timeout=PATIENCE_S
+        ) as answer:
             body: bytes = answer.read()
         return body.decode()
 
@@ -108,8 +110,8 @@ class Server:
     def terminate(self) -> None:
         """SIGTERM, as a service manager sends it, until all has ended."""
         self.process.terminate()
-        assert self.process.wait(timeout=STOP_S) == 0, self._log.read_text()[-6000:]
-        wait_until("all its processes have ended", lambda: not self.processes(), STOP_S)
+        assert self.process.wait(timeout=2 * PATIENCE_S) == 0, self._log.read_text()[-6000:]
+        wait_until("all its processes have ended", lambda: not self.processes(), PATIENCE_S)
 
     def stop(self) -> None:
         """End it and all it started."""
