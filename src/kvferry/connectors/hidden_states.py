@@ -12,6 +12,7 @@ the rows of each step (`kvferry.engine.hidden_states`), and they are kept here u
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import os
@@ -19,7 +20,7 @@ import re
 import secrets
 import stat
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -30,6 +31,7 @@ from safetensors.torch import load_file, save
 
 from kvferry.clock import Clock, SystemClock
 from kvferry.config import parse_settings
+from kvferry.connectors.identity import KeyMaker, settings_identity
 from kvferry.contract.base import (
     KVConnectorBase_V1,
     KVConnectorMetadata,
@@ -42,7 +44,7 @@ from kvferry.contract.host import HostInfo
 from kvferry.contract.kv_cache import KVConnectorOutput
 from kvferry.contract.sides import SchedulerSide, WorkerSide
 from kvferry.contract.views import BlockIds, RequestView, StepView
-from kvferry.errors import ConfigError, TierUnavailable
+from kvferry.errors import ConfigError, TierCorrupt, TierUnavailable
 from kvferry.store.io_threads import IoThreads, Urgency
 from kvferry.types import GroupInfo
 
@@ -105,6 +107,8 @@ class PromptFile:
     name: str
     token_ids: list[int]
     block_ids: list[int]
+    identity: str
+    """Of settings, cache salt, adapter and media, beside the tokens; empty when the adapter's content is uncertain."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,6 +135,7 @@ class HiddenStatesMetadata(KVConnectorMetadata):
 @dataclass(slots=True)
 class _Prompt:
     token_ids: list[int]
+    identity: str
     name: str = ""
     """Of its file, once that is ordered."""
     block_ids: frozenset[int] = frozenset()
@@ -143,14 +148,21 @@ class HiddenStatesSchedulerSide(SchedulerSide):
         super().__init__(host)
         self._folder = HiddenStatesConfig.parse(host).folder()
         self._group = _hidden_group(host) or host.groups[0]
+        settings = json.dumps([host.model, settings_identity(host)], sort_keys=True)
+        self._keys = KeyMaker(settings, host.groups, host.world_size, host.adapter_settings)
         self._prompts: dict[str, _Prompt] = {}
         self._discards: list[str] = []
 
     def on_new_request(self, request: RequestView) -> None:
         """All its tokens so far are its prompt."""
-        self._prompts[request.request_id] = _Prompt(list(request.token_ids))
+        self._prompts[request.request_id] = _Prompt(list(request.token_ids), self._identity(request))
         if (request.kv_transfer_params or {}).get("hidden_states_path") is not None:
             logger.warning("%s: hidden_states_path is ignored: the engine names files", request.request_id)
+
+    def _identity(self, request: RequestView) -> str:
+        chain = self._keys.chain(request)
+        about = None if chain is None else repr((chain.root.hex(), request.multimodal_items))
+        return "" if about is None else hashlib.sha256(about.encode()).hexdigest()
 
     def get_num_new_matched_tokens(self, request: RequestView, num_computed_tokens: int) -> tuple[int | None, bool]:
         """Nothing."""
@@ -174,7 +186,8 @@ class HiddenStatesSchedulerSide(SchedulerSide):
             if end >= num_prompt:
                 prompt.name = _file_name(item.request_id)
                 prompt.block_ids = frozenset().union(*item.block_ids)
-                file = PromptFile(prompt.name, prompt.token_ids, table[: -(-num_prompt // size)])
+                blocks = table[: -(-num_prompt // size)]
+                file = PromptFile(prompt.name, prompt.token_ids, blocks, prompt.identity)
             metadata.parts.append(StepPart(item.request_id, first, end - first, table[first // size], file))
         return metadata
 
@@ -295,14 +308,15 @@ class HiddenStatesWorkerSide(WorkerSide):
             if rows.device.type != "cpu":
                 ready = torch.Event(device=rows.device)
                 ready.record(torch.accelerator.current_stream(rows.device))
-            self._submit(partial(self._write, path, file.token_ids, rows, ready))
+            self._submit(partial(self._write, path, file, rows, ready))
 
-    def _write(self, path: Path, token_ids: list[int], rows: torch.Tensor, ready: Any) -> None:
+    def _write(self, path: Path, file: PromptFile, rows: torch.Tensor, ready: Any) -> None:
         """On the writer's thread."""
         if ready is not None:
             ready.synchronize()
-        tensors = {"hidden_states": rows.cpu().contiguous(), "token_ids": torch.tensor(token_ids)}
-        about = {"hidden_state_layers": json.dumps(self.host.hidden_state_layers), "model": self.host.model}
+        tensors = {"hidden_states": rows.cpu().contiguous(), "token_ids": torch.tensor(file.token_ids)}
+        layers = json.dumps(self.host.hidden_state_layers)
+        about = {"hidden_state_layers": layers, "model": self.host.model, "identity": file.identity}
         try:
             _write_file(path, save(tensors, about))
         except OSError as err:
@@ -327,10 +341,13 @@ class HiddenStatesWorkerSide(WorkerSide):
         self._writer.close(0.0)
 
 
-def load_hidden_states(path: str | Path, timeout_s: float = 30.0) -> dict[str, torch.Tensor]:
+def load_hidden_states(
+    path: str | Path, timeout_s: float = 30.0, token_ids: Sequence[int] | None = None
+) -> dict[str, torch.Tensor]:
     """What is in the file of a path that a request returned: "hidden_states" [tokens, states, hidden], "token_ids".
 
-    Waits for the file, at most `timeout_s` seconds. Raises TierUnavailable when it did not come, or will not.
+    Waits for the file, at most `timeout_s` seconds. Raises TierUnavailable when it did not come, or will not, and
+    TierCorrupt when `token_ids` are given and the file is of another prompt.
     """
     deadline_s, failure = time.monotonic() + timeout_s, Path(f"{path}.error")
     while not Path(path).exists():
@@ -340,6 +357,10 @@ def load_hidden_states(path: str | Path, timeout_s: float = 30.0) -> dict[str, t
             raise TierUnavailable(f"{path} did not appear within {timeout_s} s: see the engine's log")
         time.sleep(_POLL_S)
     tensors: dict[str, torch.Tensor] = load_file(path)
+    if token_ids is not None and tensors["token_ids"].tolist() != list(token_ids):
+        raise TierCorrupt(
+            f"{path} has the hidden states of {len(tensors['token_ids'])} other tokens than were asked for"
+        )
     return tensors
 
 

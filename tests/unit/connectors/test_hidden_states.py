@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file
 
 from kvferry.clock import FakeClock
@@ -25,7 +26,7 @@ from kvferry.contract import FullAttentionSpec, KVConnectorFactory, make_kv_cach
 from kvferry.contract.host import host_info
 from kvferry.contract.kv_cache import KVConnectorOutput
 from kvferry.contract.views import RequestView, ScheduledRequest, StepView
-from kvferry.errors import ConfigError, TierUnavailable
+from kvferry.errors import ConfigError, TierCorrupt, TierUnavailable
 
 BLOCK, KERNEL_BLOCK, STATES, HIDDEN, NUM_BLOCKS = 8, 4, 2, 3, 16
 KV = FullAttentionSpec(block_size=16, num_kv_heads=1, head_size=4, dtype=torch.float32)
@@ -309,3 +310,27 @@ def test_the_host_tells_the_states_in_the_order_of_the_rows() -> None:
 def test_it_supports_hybrid_caches() -> None:
     transfer = KVTransferConfig("ExampleHiddenStatesConnector", kv_role="kv_producer")
     assert KVConnectorFactory.supports_hma_config(transfer)
+
+
+def test_a_file_says_what_it_is_of(host: Host, tmp_path: Path) -> None:
+    adapter = SimpleNamespace(lora_path=str(tmp_path / "none"))
+    picture = SimpleNamespace(identifier="p", mm_position=SimpleNamespace(offset=0, length=2))
+    variants: list[dict[str, Any]] = [
+        {}, {}, {"cache_salt": "a"}, {"mm_features": [picture]}, {"lora_request": adapter},
+    ]  # fmt: skip
+    identities = []
+    for number, fields in enumerate(variants):
+        request = host.add(f"r{number}", 5, **fields)
+        (part,) = host.step((f"r{number}", 0, 5, [5])).parts
+        path = host.finish(f"r{number}")
+        assert path is not None
+        host.settle()
+        with safe_open(path, "pt") as file:
+            assert file.metadata()["identity"] == part.file.identity
+        identities.append(part.file.identity)
+        assert load_hidden_states(path, token_ids=request.all_token_ids)["token_ids"].tolist() == [*range(100, 105)]
+        with pytest.raises(TierCorrupt, match="of 5 other tokens"):
+            load_hidden_states(path, token_ids=[*range(101, 106)])
+    assert identities[0] == identities[1] != ""
+    assert len(set(identities)) == 4
+    assert identities[-1] == "", "nobody knows what the adapter held"
