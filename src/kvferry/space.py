@@ -15,6 +15,13 @@ class Space(NamedTuple):
     is_writable: bool
 
 
+def unwritable(folder: Path, setting: str) -> list[str]:
+    """The problem, naming `setting`, when this process cannot make files in the folder, or cannot make the folder."""
+    if space_at(folder).is_writable:
+        return []
+    return [f"{setting}={str(folder)!r} is no writable folder: give one, or correct its permissions"]
+
+
 def space_at(folder: Path) -> Space:
     """The space at `folder`, or at the nearest of its parents that exists. Makes nothing."""
     path = folder.expanduser().absolute()

@@ -76,6 +76,12 @@ class DecodeBenchSchedulerSide(SchedulerSide):
         self._fills: dict[int, list[int]] = {}
         logger.warning("DecodeBenchConnector: the KV of prompts is made up, so answers mean nothing")
 
+    @classmethod
+    def check(cls, host: HostInfo) -> list[str]:
+        """Settings and layers."""
+        DecodeBenchConfig.parse(host)
+        return []
+
     def get_num_new_matched_tokens(self, request: RequestView, num_computed_tokens: int) -> tuple[int | None, bool]:
         """All but the last token, or the last few where claims must be aligned."""
         self._num_local_tokens[request.request_id] = num_computed_tokens

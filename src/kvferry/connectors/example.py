@@ -26,7 +26,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 
 from kvferry.config import parse_settings
-from kvferry.connectors.identity import KeyMaker, settings_identity
+from kvferry.connectors.identity import KeyMaker, check_identity, settings_identity
 from kvferry.contract.base import (
     KVConnectorBase_V1,
     KVConnectorMetadata,
@@ -42,6 +42,7 @@ from kvferry.contract.views import BlockIds, RequestView, StepView
 from kvferry.errors import ConfigError, TierCorrupt
 from kvferry.hashing import UNIT_TOKENS, KeyChain, digest
 from kvferry.layout import KVLayout
+from kvferry.space import unwritable
 from kvferry.types import NULL_BLOCK_ID, AttentionKind
 
 logger = logging.getLogger(__name__)
@@ -128,6 +129,14 @@ class ExampleSchedulerSide(SchedulerSide):
                 folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         except OSError as err:
             raise ConfigError(f"{_WHERE}.shared_storage_path={config.shared_storage_path!r}: {err}") from err
+
+    @classmethod
+    def check(cls, host: HostInfo) -> list[str]:
+        """Settings, block size, identity; and whether the folder can be written."""
+        config = parse_settings(ExampleConfig, host.extra_config, _WHERE)
+        _only_group(host)
+        check_identity(host, config.weights_version)
+        return unwritable(Path(config.shared_storage_path), f"{_WHERE}.shared_storage_path")
 
     def on_new_request(self, request: RequestView) -> None:
         """Begin the request's chain of keys; None when its tokens do not tell what its KV is."""

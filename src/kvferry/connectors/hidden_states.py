@@ -45,6 +45,7 @@ from kvferry.contract.kv_cache import KVConnectorOutput
 from kvferry.contract.sides import SchedulerSide, WorkerSide
 from kvferry.contract.views import BlockIds, RequestView, StepView
 from kvferry.errors import ConfigError, TierCorrupt, TierUnavailable
+from kvferry.space import unwritable
 from kvferry.store.io_threads import IoThreads, Urgency
 from kvferry.types import GroupInfo
 
@@ -152,6 +153,12 @@ class HiddenStatesSchedulerSide(SchedulerSide):
         self._keys = KeyMaker(settings, host.groups, host.world_size, host.adapter_settings)
         self._prompts: dict[str, _Prompt] = {}
         self._discards: list[str] = []
+
+    @classmethod
+    def check(cls, host: HostInfo) -> list[str]:
+        """Settings, what the engine hands on; and whether the folder can be written."""
+        config = HiddenStatesConfig.parse(host)
+        return unwritable(Path(config.shared_storage_path), f"{_WHERE}.shared_storage_path")
 
     def on_new_request(self, request: RequestView) -> None:
         """All its tokens so far are its prompt."""

@@ -20,6 +20,7 @@ from kvferry.types import GroupInfo, StoreKey
 
 logger = logging.getLogger(__name__)
 
+_REMEDY = "set weights_version in kv_connector_extra_config to a name that changes with the weights"
 _PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json")
 
 
@@ -27,11 +28,7 @@ def model_identity(host: HostInfo, weights_version: str | None) -> str:
     """The model's part of every key: the user's `weights_version`, or a fingerprint of the files."""
     if weights_version is not None:
         return f"version:{weights_version}"
-    where = "set weights_version in kv_connector_extra_config to a name that changes with the weights"
-    if host.weights_are_random:
-        raise ConfigError(f"the model's weights are random (load_format dummy), so KV has no lasting identity: {where}")
-    if not Path(host.model).is_dir():
-        raise ConfigError(f"model {host.model!r} is not a folder, so its weights cannot be fingerprinted: {where}")
+    check_identity(host, weights_version)
     logger.info("taking the fingerprint of %s", host.model)
     folder = Path(host.model)
     fingerprint = fingerprint_folder(folder)
@@ -39,9 +36,21 @@ def model_identity(host: HostInfo, weights_version: str | None) -> str:
     if not is_loaded or (host.loaded_after_s is not None and newest_change_s(folder) > host.loaded_after_s):
         raise ConfigError(
             f"files of the model in {host.model!r} changed while this engine loaded them, so what it loaded is "
-            f"uncertain: start it again when they are complete, or {where}"
+            f"uncertain: start it again when they are complete, or {_REMEDY}"
         )
     return fingerprint
+
+
+def check_identity(host: HostInfo, weights_version: str | None) -> None:
+    """ConfigError when the weights have no name and cannot be given one. Reads none of them."""
+    if weights_version is not None:
+        return
+    if host.weights_are_random:
+        raise ConfigError(
+            f"the model's weights are random (load_format dummy), so KV has no lasting identity: {_REMEDY}"
+        )
+    if not Path(host.model).is_dir():
+        raise ConfigError(f"model {host.model!r} is not a folder, so its weights cannot be fingerprinted: {_REMEDY}")
 
 
 def settings_identity(host: HostInfo) -> dict[str, str]:

@@ -122,6 +122,12 @@ class LoadRecoverySchedulerSide(SchedulerSide):
         self._loads: dict[str, list[BlockMove]] = {}
         self._forget_all = False
 
+    @classmethod
+    def check(cls, host: HostInfo) -> list[str]:
+        """Settings and block size."""
+        LoadRecoveryConfig.parse(host)
+        return []
+
     def on_new_request(self, request: RequestView) -> None:
         """Begin to hash the request, if its tokens alone (and its salt and media) tell what its KV is."""
         if not request.has_unhashable_input and request.lora_path is None:

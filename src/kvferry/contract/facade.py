@@ -8,7 +8,7 @@ from typing import Any
 from kvferry.contract.hooks import HOOKS, Hook, HookSide
 from kvferry.contract.host import host_info
 from kvferry.contract.sides import SchedulerSide, WorkerSide
-from kvferry.errors import ContractError
+from kvferry.errors import ConfigError, ContractError
 
 
 def facade_mixin(scheduler_side: type[SchedulerSide], worker_side: type[WorkerSide], scheduler_role: Any) -> type[Any]:
@@ -26,6 +26,8 @@ def facade_mixin(scheduler_side: type[SchedulerSide], worker_side: type[WorkerSi
             super().__init__(vllm_config, role, kv_cache_config)  # type: ignore[call-arg]  # the host's base is next
             host = host_info(vllm_config, kv_cache_config)
             is_scheduler = role == scheduler_role
+            if is_scheduler and (problems := scheduler_side.check(host)):
+                raise ConfigError("; ".join(problems))
             self._scheduler_side = scheduler_side(host) if is_scheduler else None
             self._worker_side = None if is_scheduler else worker_side(host)
 

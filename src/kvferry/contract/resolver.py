@@ -34,6 +34,7 @@ from kvferry.errors import (
     ConnectorModuleNotFound,
     ConnectorNotFound,
     did_you_mean,
+    install_hint,
 )
 from kvferry.lmcache.config import check_builtin
 
@@ -79,7 +80,9 @@ class Target:
         return (self.module, self.class_name) == (other.module, other.class_name)
 
 
-_P2P_HINT = "install what P2P needs with: pip install 'kvferry[p2p]'"
+_TORCH_HINT = f"torch comes with the host; for the embedded engine: {install_hint('engine')}"
+_P2P_HINT = f"P2P needs more packages: {install_hint('p2p')}"
+_LMCACHE_HINT = f"{install_hint('lmcache')}; torch comes with the host"
 
 BUILT_INS = (
     Target(
@@ -88,7 +91,7 @@ BUILT_INS = (
         "OffloadingConnector",
         Origin.BUILT_IN,
         "Keeps KV in host memory and in tiers below it, and loads it for requests with the same prefix.",
-        "torch comes with the host; for the embedded engine: pip install 'kvferry[engine]'",
+        _TORCH_HINT,
     ),
     *(
         Target(name, "kvferry.connectors.p2p", name, Origin.BUILT_IN, description, _P2P_HINT)
@@ -112,7 +115,7 @@ BUILT_INS = (
         "LoadRecoveryExampleConnector",
         Origin.BUILT_IN,
         "Drops chosen blocks of its loads on purpose, to show how an engine recovers.",
-        "torch comes with the host; for the embedded engine: pip install 'kvferry[engine]'",
+        _TORCH_HINT,
     ),
     Target(
         "ExampleConnector",
@@ -120,7 +123,7 @@ BUILT_INS = (
         "ExampleConnector",
         Origin.BUILT_IN,
         "Keeps KV in a shared folder, one safetensors file per block and layer; the one to read first.",
-        "torch and safetensors come with the host; for the embedded engine: pip install 'kvferry[engine]'",
+        _TORCH_HINT,
     ),
     Target(
         "ExampleHiddenStatesConnector",
@@ -128,7 +131,7 @@ BUILT_INS = (
         "ExampleHiddenStatesConnector",
         Origin.BUILT_IN,
         "Writes chosen layers' hidden states of each prompt to a safetensors file.",
-        "torch and safetensors come with the host; for the embedded engine: pip install 'kvferry[engine]'",
+        _TORCH_HINT,
     ),
     Target(
         "DecodeBenchConnector",
@@ -136,7 +139,7 @@ BUILT_INS = (
         "DecodeBenchConnector",
         Origin.BUILT_IN,
         "Fills the KV of prompts with noise, so that decoding alone is measured; answers mean nothing.",
-        "torch comes with the host; for the embedded engine: pip install 'kvferry[engine]'",
+        _TORCH_HINT,
     ),
     Target(
         "LMCacheMPConnector",
@@ -144,7 +147,7 @@ BUILT_INS = (
         "LMCacheMPConnector",
         Origin.BUILT_IN,
         "Keeps KV in an LMCache server; in vLLM with LMCache's own class where that is installed.",
-        "pip install 'kvferry[lmcache]'; torch comes with the host",
+        _LMCACHE_HINT,
     ),
     Target(
         "LMCacheMPConnectorUpstream",
@@ -152,11 +155,18 @@ BUILT_INS = (
         "LMCacheMPConnectorUpstream",
         Origin.BUILT_IN,
         "Keeps KV in an LMCache server, always with kvferry's own client.",
-        "pip install 'kvferry[lmcache]'; torch comes with the host",
+        _LMCACHE_HINT,
     ),
 )
 """All connectors kvferry ships."""
 
+
+VLLM_FORMS = "kvferry.vllm"
+"""Module of the built-ins' forms for vLLM. In another host its names mean the built-ins themselves."""
+FERRY_NAMES = {f"Ferry{target.name}": target.name for target in BUILT_INS} | {
+    "FerryMultiConnectorNoHMA": "MultiConnector"
+}
+"""What vLLM's registry calls the built-ins -> their names."""
 
 HOST_ADAPTERS = {"vllm.distributed.kv_transfer.kv_connector.v1.base": "kvferry.vllm.foreign"}
 """Module of another host's KVConnectorBase_V1 -> module whose `adapt` makes one of our classes out of its subclasses.
@@ -227,13 +237,25 @@ class ConnectorResolver:
 
     def resolve(self, transfer: KVTransferConfig) -> ResolvedConnector:
         """The record of the connector that a configuration means."""
-        target = self._target(transfer)
-        connector_class = _load(target)
+        target, connector_class = self._loaded(transfer)
         return _record(target, connector_class, transfer)
 
     def find_class(self, transfer: KVTransferConfig) -> type[KVConnectorBase_V1]:
         """The class that a configuration means."""
-        return _load(self._target(transfer))
+        return self._loaded(transfer)[1]
+
+    def _loaded(self, transfer: KVTransferConfig) -> tuple[Target, type[KVConnectorBase_V1]]:
+        target = self._target(transfer)
+        shadows = self._shadows(target)
+        if shadows and transfer.on_shadow == "error":
+            raise ConfigError(
+                f"{shadows}: write 'module:Class' for the one you mean, or allow it with on_shadow='warn'"
+            )
+        connector_class = _load(target)
+        if shadows and (target.name, target.module) not in self._told:
+            self._told.add((target.name, target.module))
+            logger.warning("%s", shadows)
+        return target, connector_class
 
     def find_class_by_name(self, name: str) -> type[KVConnectorBase_V1]:
         """The class registered, or offered by an entry point, as `name`."""
@@ -252,18 +274,19 @@ class ConnectorResolver:
             raise ConnectorNotFound("kv_connector_module_path is empty: give a module, or leave the key out")
         if ":" in name:
             return _explicit(name, path)
+        if (own := built_in_meant(name, path)) is not None and not (path is None and self._offers(name)):
+            name, path = own, None
         if path is None:
-            target = self._named(name, transfer.on_shadow)
+            target = self._named(name)
             if target.module == "kvferry.connectors.lmcache_mp":
                 check_builtin(transfer.kv_connector_extra_config)
             return target
         target = Target(name, path, name, Origin.MODULE)
         if name == "LMCacheMPConnector" and lmcache_upstream_environment():
             logger.warning("LMCACHE_USE_UPSTREAM_MP is set, but kv_connector_module_path=%r is what counts", path)
-        self._tell_shadows([target, *self._offers(name)], transfer.on_shadow)
         return target
 
-    def _named(self, name: str, on_shadow: str = "warn") -> Target:
+    def _named(self, name: str) -> Target:
         offers = self._offers(name)
         if not offers:
             known = {*self._registry, *(target.name for target in _entry_points())}
@@ -271,25 +294,25 @@ class ConnectorResolver:
                 f"kv_connector={name!r} is not registered{did_you_mean(name, known, list_all=True)}; "
                 "for a connector of your own set kv_connector_module_path, or write 'module:Class'"
             )
-        target = _first(offers)
-        self._tell_shadows(offers, on_shadow)
-        return target
+        return _first(offers)
 
     def _offers(self, name: str) -> list[Target]:
         registered = [self._registry[name]] if name in self._registry else []
         return [*registered, *(target for target in _entry_points() if target.name == name)]
 
-    def _tell_shadows(self, offers: list[Target], on_shadow: str) -> None:
-        used = offers[0]
-        hidden = [str(other) for other in offers[1:] if not other.is_same_class(used)]
-        if not hidden:
-            return
-        text = f"kv_connector={used.name!r} is the {used}, which hides the {' and the '.join(hidden)}"
-        if on_shadow == "error":
-            raise ConfigError(f"{text}: write 'module:Class' for the one you mean, or allow it with on_shadow='warn'")
-        if (used.name, used.module) not in self._told:
-            self._told.add((used.name, used.module))
-            logger.warning("%s", text)
+    def _shadows(self, used: Target) -> str:
+        """What to say of equally named connectors that the used one hides; empty: it hides none."""
+        if ":" in used.name:
+            return ""
+        hidden = [str(other) for other in self._offers(used.name) if not other.is_same_class(used)]
+        return f"kv_connector={used.name!r} is the {used}, which hides the {' and the '.join(hidden)}" if hidden else ""
+
+
+def built_in_meant(name: str, path: str | None) -> str | None:
+    """The built-in that a configuration written for vLLM means; None when it means none of kvferry's."""
+    if path == VLLM_FORMS and (name in FERRY_NAMES.values() or FERRY_NAMES.get(name) == "MultiConnector"):
+        return FERRY_NAMES.get(name, name)
+    return FERRY_NAMES.get(name) if path is None else None
 
 
 def _explicit(name: str, path: str | None) -> Target:
@@ -370,6 +393,11 @@ def _load(target: Target) -> type[KVConnectorBase_V1]:
 
 
 def _import(target: Target) -> ModuleType:
+    if target.module.startswith("."):
+        raise ConnectorModuleNotFound(
+            f"{_given(target)} is a relative module path, and there is no package that it could be relative to: write "
+            "the whole path, such as 'my_package.my_module'"
+        )
     try:
         return importlib.import_module(target.module)
     except ModuleNotFoundError as err:
@@ -427,9 +455,9 @@ def _check_constructible(found: type[Any], where: str) -> None:
         raise ConnectorNotFound(f"{where} does not implement: {missing}")
     problems = _signature_problems(found)
     if problems:
-        raise ConnectorNotFound(
-            f"{where} must be constructible as (vllm_config, role, kv_cache_config): {'; '.join(problems)}"
-        )
+        text = f"{where} must be constructible as (vllm_config, role, kv_cache_config): {'; '.join(problems)}"
+        logger.error("%s", text)
+        raise ConnectorNotFound(text)
 
 
 def _check_api(api: Any, where: str) -> None:
@@ -463,7 +491,10 @@ def _signature_problems(connector_class: type) -> list[str]:
     if inspect.Parameter.VAR_POSITIONAL not in kinds:
         problems += [f"it takes no {name} (by position)" for name in ("vllm_config", "role")[len(before) :]]
     if named is None and inspect.Parameter.VAR_KEYWORD not in kinds:
-        problems.append("it has neither kv_cache_config nor **kwargs")
+        problems.append(
+            "it has neither kv_cache_config nor **kwargs (the two-argument form is deprecated: take kv_cache_config as "
+            "third argument, and pass it on with super().__init__(vllm_config, role, kv_cache_config))"
+        )
     elif named is not None and named.kind in (named.POSITIONAL_ONLY, named.VAR_POSITIONAL):
         problems.append("it does not take kv_cache_config by keyword")
     elif named in by_position and by_position.index(named) != 2 and len(before) == 2:

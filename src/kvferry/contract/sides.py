@@ -40,6 +40,14 @@ class SchedulerSide(ABC):
     def __init__(self, host: HostInfo) -> None:
         self.host = host
 
+    @classmethod
+    def check(cls, host: HostInfo) -> list[str]:
+        """What this machine lacks for such a connector, each with its remedy. Makes nothing; asked before every start.
+
+        ConfigError for settings that are wrong on any machine: it runs the parser that the constructor runs.
+        """
+        return []
+
     @abstractmethod
     def get_num_new_matched_tokens(self, request: RequestView, num_computed_tokens: int) -> tuple[int | None, bool]:
         """(tokens that can be loaded beyond `num_computed_tokens` or None for "ask again", asynchronously?)."""

@@ -76,6 +76,14 @@ def choose(requested: str, transports: Mapping[str, Transport], blobs: Mapping[s
     raise TransferError(f"no transport ({requested}) reaches the peer: {'; '.join(reasons)}")
 
 
+def check_transport(requested: str) -> None:
+    """ConfigError when a transport that is named cannot be had here. Opens nothing."""
+    if requested == "nixl":
+        from kvferry.p2p.nixl import load_nixl
+
+        load_nixl()
+
+
 def _nixl(engine_id: str, ucx_params: Mapping[str, str] | None) -> Transport:
     from kvferry.p2p.nixl import NixlTransport
 

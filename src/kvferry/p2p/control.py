@@ -119,6 +119,40 @@ class _Dialled:
     is_connected: bool | None = None  # None: not known yet
 
 
+def check_listening(settings: ControlSettings) -> None:
+    """ConfigError when the address cannot be bound, or may not be without a key. It is free again afterwards."""
+    _check_key(settings)
+    context = zmq.Context()
+    router = context.socket(zmq.ROUTER)
+    try:
+        router.setsockopt(zmq.LINGER, 0)
+        router.setsockopt(zmq.IPV6, 1)
+        _bind(router, settings)
+    finally:
+        router.close()
+        context.term()
+
+
+def _check_key(settings: ControlSettings) -> None:
+    if settings.key is None and not is_allowed(settings.host, LOOPBACK):
+        raise ConfigError(
+            f"kv_connector_extra_config.host={settings.host!r} can be reached from other machines, which could "
+            "then read and write KV memory: set key_file (the same key in all engines and the proxy), or bind "
+            "127.0.0.1"
+        )
+
+
+def _bind(router: Any, settings: ControlSettings) -> None:
+    host = {"localhost": "127.0.0.1", "0.0.0.0": "0.0.0.0", "": "*"}.get(settings.host, settings.host)
+    try:
+        router.bind(f"tcp://{f'[{host}]' if ':' in host else host}:{settings.port or '*'}")
+    except zmq.ZMQError as error:
+        raise ConfigError(
+            f"kv_connector_extra_config.host={settings.host!r}, port={settings.port} cannot be bound: {error}; "
+            "give an address of this machine, and a port that is free (0: any)"
+        ) from error
+
+
 class ControlChannel(Generic[M]):
     """`on_news` is called on the channel's thread whenever `poll` has something; it must not block.
 
@@ -126,13 +160,7 @@ class ControlChannel(Generic[M]):
     """
 
     def __init__(self, settings: ControlSettings, codec: Codec[M], on_news: Callable[[], None] | None = None) -> None:
-        is_loopback = is_allowed(settings.host, LOOPBACK)
-        if settings.key is None and not is_loopback:
-            raise ConfigError(
-                f"kv_connector_extra_config.host={settings.host!r} can be reached from other machines, which could "
-                "then read and write KV memory: set key_file (the same key in all engines and the proxy), or bind "
-                "127.0.0.1"
-            )
+        _check_key(settings)
         self.num_dropped = 0
         """Messages given up: not connected, queue or inbox full, not understood."""
         self._settings = settings
@@ -250,15 +278,8 @@ class ControlChannel(Generic[M]):
             self._router.curve_server = True
             self._router.curve_secretkey = self._keys.server_secret
             self._router.setsockopt(zmq.ZAP_DOMAIN, b"kvferry")
-        host = {"localhost": "127.0.0.1", "0.0.0.0": "0.0.0.0", "": "*"}.get(settings.host, settings.host)
         monitor = self._router.get_monitor_socket(zmq.EVENT_ACCEPTED | zmq.EVENT_DISCONNECTED | zmq.EVENT_CLOSED)
-        try:
-            self._router.bind(f"tcp://{f'[{host}]' if ':' in host else host}:{settings.port or '*'}")
-        except zmq.ZMQError as error:
-            raise ConfigError(
-                f"kv_connector_extra_config.host={settings.host!r}, port={settings.port} cannot be bound: {error}; "
-                "give an address of this machine, and a port that is free (0: any)"
-            ) from error
+        _bind(self._router, settings)
         port = int(self._router.getsockopt_string(zmq.LAST_ENDPOINT).rpartition(":")[2])
         bound = socket.gethostname() if settings.host in ("*", "", "0.0.0.0", "::") else settings.host
         self.address = Address(settings.advertised_host or bound, port)

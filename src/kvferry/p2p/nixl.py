@@ -1,4 +1,4 @@
-"""NIXL (UCX): between hosts, and where KV lies in GPU memory. Needs `pip install 'kvferry[nixl]'`.
+"""NIXL (UCX): between hosts, and where KV lies in GPU memory. Needs the packages of the extra "nixl".
 
     target      an agent that peers reach: its metadata is our blob; it never starts anything
     initiator   an agent that starts our transfers; thrown away and made anew when a hung peer is closed
@@ -35,7 +35,7 @@ from typing import Annotated, Any, Literal
 import msgspec
 import numpy as np
 
-from kvferry.errors import ConfigError, HostError, TransferError
+from kvferry.errors import ConfigError, HostError, TransferError, install_hint
 from kvferry.p2p.threaded import Step, ThreadedTransport, Transfer, decode_blob
 from kvferry.p2p.transport import Capabilities, Ints, PeerHandle, TransferOp
 from kvferry.segment import PAGE_BYTES, SHM_DIRECTORY, Segment, is_segment_path
@@ -86,6 +86,14 @@ class _Posts:
         self.open: list[tuple[Any, tuple[int, int]]] = []
 
 
+def load_nixl() -> Any:
+    """NIXL's Python API. ConfigError, with the remedy, when it cannot be imported."""
+    try:
+        return importlib.import_module("nixl._api")
+    except ImportError as error:  # also its own, when it does not fit the CUDA found
+        raise ConfigError(f"the NIXL transport cannot be used ({error}): {install_hint('nixl')}") from error
+
+
 class NixlTransport(ThreadedTransport):
     """Memory of one kind (all CPU, or all CUDA). `ucx_params` go to the UCX backend as they are."""
 
@@ -94,11 +102,7 @@ class NixlTransport(ThreadedTransport):
 
     def __init__(self, engine_id: str, ucx_params: Mapping[str, str] | None = None) -> None:
         super().__init__()
-        try:
-            nixl_api = importlib.import_module("nixl._api")
-        except ImportError as error:  # also its own, when it does not fit the CUDA found
-            raise ConfigError(f"the NIXL transport cannot be used ({error}): pip install 'kvferry[nixl]'") from error
-        self._api: Any = nixl_api
+        self._api = load_nixl()
         bindings = self._api.nixlBind
         names = [name for name in dir(bindings) if name.startswith("nixl") and name.endswith("Error")]
         self._errors = tuple(getattr(bindings, name) for name in names)

@@ -13,7 +13,7 @@ import logging
 from collections import Counter, deque
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from kvferry.config import parse_settings
 from kvferry.errors import ConfigError, TierBusy, TierCorrupt, TierError, TierUnavailable
 from kvferry.hashing import digest as digest_of
 from kvferry.space import space_at
-from kvferry.store.disk_files import ChunkFolder, FoundChunk, OnStep, chunk_name
+from kvferry.store.disk_files import ChunkFolder, FoundChunk, OnStep, chunk_name, why_unusable
 from kvferry.store.disk_format import HEADER_BYTES, UnknownFormat
 from kvferry.store.disk_index import FOLDER_BYTES, OWN, DiskIndex, Entry, Room, Victim, chunk_cost_bytes
 from kvferry.store.disk_journal import Journal, Note, Use, read_order
@@ -54,7 +54,7 @@ class DiskSettings:
 
     path: str  # the folder; made if missing
     max_bytes: int | None = None  # quota of all files in it, of all namespaces; None: as much as the disk gives
-    num_threads: int = 2
+    num_threads: int = field(default=2, metadata={"minimum": 1})
     fsync: bool = False  # True: chunks survive power loss too (several ms each); False: the death of the process
     name: str = "fs"
 
@@ -197,6 +197,8 @@ class DiskTier:
             problem = f"{where}.path={settings.path!r} is no writable folder: give one, or correct its permissions"
         elif limit_bytes > space.total_bytes:
             problem = f"{where}.max_bytes={limit_bytes} is more than the whole disk ({space.total_bytes}): lower it"
+        else:
+            problem = why_unusable(Path(settings.path))
         return TierRoom(settings.name, num_chunks, f"{reason}, {payload_bytes} bytes a chunk", problem)
 
     def check_fits(self, payload_bytes: int) -> None:

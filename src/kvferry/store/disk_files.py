@@ -292,16 +292,36 @@ def _device_of(path: Path) -> int:
             path = path.parent
 
 
+def why_unusable(path: Path) -> str | None:
+    """Why the folder cannot be opened as a store now, with the remedy; None: it can. Makes and changes nothing."""
+    try:
+        fd = os.open(path / "LOCK", os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        return f"cannot use {path} as a store: {error}"
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return _in_use(path, fd)
+    finally:
+        os.close(fd)
+    return None
+
+
+def _in_use(path: Path, fd: int) -> str:
+    holder = os.pread(fd, _LOCK_TEXT_BYTES, 0).decode("utf-8", "replace").strip() or "unknown"
+    return f"{path} is in use by another process (pid {holder}); end it, or set path to another folder"
+
+
 def _lock(path: Path) -> int:
     fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        holder = os.pread(fd, _LOCK_TEXT_BYTES, 0).decode("utf-8", "replace").strip() or "unknown"
+        text = _in_use(path.parent, fd)
         os.close(fd)
-        raise ConfigError(
-            f"{path.parent} is in use by another process (pid {holder}); end it, or set path to another folder"
-        ) from None
+        raise ConfigError(text) from None
     except BaseException:
         os.close(fd)
         raise

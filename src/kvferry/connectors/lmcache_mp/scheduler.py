@@ -16,7 +16,7 @@ from itertools import count
 from typing import Any
 
 from kvferry.clock import Clock, SystemClock
-from kvferry.connectors.identity import KeyMaker
+from kvferry.connectors.identity import KeyMaker, check_identity
 from kvferry.connectors.lmcache_mp.messages import (
     ChunkMove,
     LMCacheHandshake,
@@ -35,7 +35,7 @@ from kvferry.contract.stats import ConnectorStats, MediumStats
 from kvferry.contract.views import BlockIds, RequestView, ScheduledRequest, StepView
 from kvferry.errors import ConfigError
 from kvferry.hashing import KeyChain
-from kvferry.lmcache.config import builtin_config
+from kvferry.lmcache.config import LMCacheConfig, builtin_config, check_builtin
 from kvferry.lmcache.lookups import Lookups
 from kvferry.lmcache.wire import ServerKey
 from kvferry.types import NULL_BLOCK_ID
@@ -84,6 +84,14 @@ class _Job:
 
 class LMCacheSchedulerSide(SchedulerSide):
     """One instance per engine, in the scheduler's thread; the questions to the server run on another."""
+
+    @classmethod
+    def check(cls, host: HostInfo) -> list[str]:
+        """Settings and identity; the server may come up later."""
+        check_builtin(host.extra_config)
+        only_group(host)
+        check_identity(host, LMCacheConfig.parse(host.extra_config).weights_version)
+        return []
 
     def __init__(self, host: HostInfo, clock: Clock | None = None) -> None:
         super().__init__(host)

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from kvferry.clock import Clock, SystemClock
-from kvferry.connectors.identity import KeyMaker
+from kvferry.connectors.identity import KeyMaker, check_identity
 from kvferry.connectors.offloading.config import EXTRA_CONFIG, ChunkGeometry, OffloadingConfig, check_groups
 from kvferry.connectors.offloading.events import ChunkEvents
 from kvferry.connectors.offloading.explain import explain_prefix
@@ -86,6 +86,12 @@ class OffloadingSchedulerSide(SchedulerSide):
         self._store: TieredStore | None = None
         self._arena: Arena | None = None
         self._events: ChunkEvents | None = None
+
+    @classmethod
+    def check(cls, host: HostInfo) -> list[str]:
+        """Settings and identity; what the tiers lack `offloading_capacity` knows, and they say when they are opened."""
+        check_identity(host, OffloadingConfig.parse(host.extra_config).weights_version)
+        return []
 
     # ---- start and stop ---------------------------------------------------------------------------------------
 

@@ -10,7 +10,8 @@ from typing import Any, Literal
 from kvferry.config import parse_settings, read_secret
 from kvferry.errors import ConfigError
 from kvferry.p2p.actions import P2PSettings
-from kvferry.p2p.control import ControlSettings
+from kvferry.p2p.choice import check_transport
+from kvferry.p2p.control import ControlSettings, check_listening
 from kvferry.p2p.wire import LOOPBACK, parse_network
 
 EXTRA_CONFIG = "kv_connector_extra_config"
@@ -86,6 +87,21 @@ class P2PConfig:
     def key(self) -> str | None:
         """The shared secret; reads the file. ConfigError when that cannot be read."""
         return None if self.key_file is None else read_secret(self.key_file, f"{EXTRA_CONFIG}.key_file")
+
+    def problems(self) -> list[str]:
+        """What this machine lacks for them, each with its remedy. Holds nothing afterwards."""
+        found = []
+        key = "unreadable" if self.key_file is not None else None
+        for check in (
+            self.key,
+            lambda: check_transport(self.transport),
+            lambda: check_listening(self.control(key)),
+        ):
+            try:
+                check()
+            except ConfigError as error:
+                found.append(str(error))
+        return found
 
     def waits(self) -> P2PSettings:
         """The core's deadlines. ConfigError when one is not above 0.

@@ -133,6 +133,11 @@ class P2PSchedulerSide(SchedulerSide):
         self._closing: dict[int, tuple[str, set[int], float]] = {}  # peer, ranks that have closed, deadline
         self._jobs: dict[str, tuple[set[int], TransferOp, float]] = {}  # ranks that have ended, and its deadline
 
+    @classmethod
+    def check(cls, host: HostInfo) -> list[str]:
+        """Settings; key, transport and address."""
+        return P2PConfig.parse(host.extra_config, cls.variant).problems()
+
     # ---- start and stop ---------------------------------------------------------------------------------------
 
     def bind_gpu_block_pool(self, gpu_block_pool: Any) -> None:
