@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import re
+import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,11 @@ import pytest
 from typer.testing import CliRunner
 
 from kvferry import LLM, SamplingParams
+from kvferry.cli.diagnosis import diagnose
 from kvferry.cli.main import app
+from kvferry.cli.options import Host
+from kvferry.config import parse_size, transfer_config
+from kvferry.engine.config import EngineOptions
 from kvferry.errors import ConfigError
 from kvferry.testing.stub_model import StubModel
 
@@ -225,6 +231,87 @@ CASES: list[Case] = [
 ]
 
 
+def named(name: str, **settings: Any) -> dict[str, Any]:
+    """Another connector than the OffloadingConnector, with these settings alone."""
+    return raw({"kv_connector": name, "kv_role": "kv_both", "kv_connector_extra_config": settings})
+
+
+def held(tmp: Path) -> dict[str, Any]:
+    """A folder that somebody holds for as long as the test runs."""
+    (tmp / "kv").mkdir()
+    HELD.append(os.open(tmp / "kv" / "LOCK", os.O_RDWR | os.O_CREAT, 0o600))
+    os.write(HELD[-1], b"4711 on a host")
+    fcntl.flock(HELD[-1], fcntl.LOCK_EX)
+    return tier(tmp)
+
+
+def taken_port() -> dict[str, Any]:
+    """A port that is listened on for as long as the test runs."""
+    TAKEN.append(socket.create_server(("127.0.0.1", 0)))
+    return named("P2PConnector", port=TAKEN[-1].getsockname()[1])
+
+
+@pytest.fixture(autouse=True)
+def _let_go() -> Iterator[None]:
+    yield
+    while HELD:
+        os.close(HELD.pop())
+    while TAKEN:
+        TAKEN.pop().close()
+
+
+HELD: list[int] = []
+TAKEN: list[socket.socket] = []
+CASES += [
+    # settings and needs of the other connectors
+    ("P2P key", named("P2PConnector", trnsport="shm"), ["kv_connector_extra_config.trnsport", "'transport'"]),
+    ("P2P transport", named("P2PConnector", transport="harbour"), ["transport='harbour'", "auto, shm, nixl"]),
+    ("P2P peers", named("P2PConnector", allowed_peers=[1]), ["allowed_peers=[1]", "list of texts"]),
+    ("P2P key file", named("P2PConnector", key_file="/nowhere"), ["key_file='/nowhere'", "cannot be read"]),
+    ("P2P key file in a list", named("MultiConnector", connectors=[{
+        "kv_connector": "P2PConnector", "kv_connector_extra_config": {"key_file": "/nowhere"},
+    }]), ["connector", "[0]", "key_file='/nowhere'"]),
+    ("P2P without key", named("P2PConnector", host="0.0.0.0"), ["host='0.0.0.0'", "set key_file"]),
+    ("P2P port taken", lambda tmp: taken_port(), ["cannot be bound", "a port that is free"]),
+    ("P2P mode", named("NixlPullConnector", mode="push"), ["mode='push'", "NixlConnector"]),
+    ("example without folder", named("ExampleConnector", weights_version="1"), ["shared_storage_path is missing"]),
+    (
+        "example in a file",
+        lambda tmp: named("ExampleConnector", weights_version="1", shared_storage_path=str(_file(tmp))),
+        ["shared_storage_path=", "no writable folder"],
+    ),
+    ("example without version", lambda tmp: named("ExampleConnector", shared_storage_path=str(tmp)), ["set weights_v"]),
+    ("hidden states", named("ExampleHiddenStatesConnector", shared_storage_path="x"), ["hidden_state_layers"]),
+    ("noise", named("DecodeBenchConnector", fill_stdd=1), ["fill_stdd", "'fill_std'"]),
+    ("recovery", named("LoadRecoveryExampleConnector", report_by="letter"), ["report_by='letter'"]),
+    ("LMCache", named("LMCacheMPConnector", weights_version="1", prt=1), ["kv_connector_extra_config.prt", "'port'"]),
+    ("LMCache version", named("LMCacheMPConnector"), ["set weights_version"]),
+    ("no children", named("MultiConnector", connectors=[]), ["connectors is empty"]),
+    ("child's key", named("MultiConnector", connectors=[{
+        "kv_connector": "OffloadingConnector", "kv_connector_extra_config": {"cpu_byte_to_use": 1},
+    }]), ["[0]", "cpu_byte_to_use"]),
+    # configurations written for vLLM
+    ("vLLM's name", named("FerryOffloadingConnector", cpu_byte_to_use=1), ["cpu_byte_to_use", "'cpu_bytes_to_use'"]),
+    (
+        "vLLM's form",
+        lambda tmp: connector(
+            kv_connector_module_path="kvferry.vllm",
+            kv_connector_extra_config={
+                "cpu_bytes_to_use": MiB, "weights_version": "1", **disk(path=str(tmp), max_byte=1)
+            },
+        ),
+        ["secondary_tiers[0].max_byte is unknown", "'max_bytes'"],
+    ),
+    (
+        "no such form",
+        connector(kv_connector="OfloadingConnector", kv_connector_module_path="kvferry.vllm"),
+        ["'OfloadingConnector'"],
+    ),
+    ("relative module", connector(kv_connector_module_path=".mine"), ["'.mine'", "relative", "my_package.my_module"]),
+    ("folder in use", held, ["is in use by another process (pid 4711", "set path to another folder"]),
+]  # fmt: skip
+
+
 def _file(tmp: Path) -> Path:
     (tmp / "file").write_text("")
     return tmp / "file"
@@ -245,6 +332,103 @@ def test_errors_name_key_value_and_remedy(settings: Any, texts: list[str], tmp_p
         assert text in str(caught.value)
     assert own_segments() <= segments, "memory was left behind"
     assert threading.active_count() == num_threads, "a thread was left behind"
+
+
+def doctors_word(given: dict[str, Any], host: Host = Host.EMBEDDED) -> list[str]:
+    """What `kvferry doctor` finds wrong with arguments of `LLM`: its error, or the problems it lists."""
+    settings = {"num_kv_blocks": 32, **given}
+    transfer = [
+        settings.pop(f"kv_{name}", None) for name in ("transfer_config", "offloading_size", "offloading_backend")
+    ]
+    try:
+        if settings.get("kv_cache_bytes") is not None:
+            settings["kv_cache_bytes"] = parse_size(settings["kv_cache_bytes"], "kv_cache_bytes")
+        return diagnose(StubModel(), EngineOptions(**settings), transfer_config(*transfer), host).problems
+    except ConfigError as error:
+        return [str(error)]
+
+
+@pytest.mark.parametrize(("settings", "texts"), [c[1:] for c in CASES], ids=[c[0] for c in CASES])
+def test_doctor_finds_what_ends_a_start(settings: Any, texts: list[str], tmp_path: Path) -> None:
+    given = settings(tmp_path) if callable(settings) else settings
+    files = set(tmp_path.rglob("*"))
+    found = "\n".join(doctors_word(given))
+    for text in texts:
+        assert text in found
+    assert set(tmp_path.rglob("*")) == files, "doctor has made something"
+
+
+@pytest.mark.parametrize("name", ["NixlConnector", "NixlPullConnector", "NixlPushConnector", "P2PConnector"])
+def test_a_transport_that_is_not_installed(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "nixl._api", None)  # importing it is an ImportError, wherever the test runs
+    given = named(name, weights_version="1", **({"transport": "nixl"} if name == "P2PConnector" else {}))
+    with pytest.raises(ConfigError) as caught:
+        LLM(StubModel(), num_kv_blocks=32, **given)
+    for host in Host:
+        (problem,) = [text for text in doctors_word(given if host is Host.EMBEDDED else in_vllm(given), host)
+                      if "vLLM is not installed" not in text]  # fmt: skip
+        for text in (problem, str(caught.value)):
+            assert "NIXL transport cannot be used" in text
+            assert "pip install" in text
+            assert "'kvferry[" not in text
+
+
+def in_vllm(given: dict[str, Any]) -> dict[str, Any]:
+    """The same connector as vLLM takes it."""
+    transfer = given["kv_transfer_config"]
+    return {**given, "kv_transfer_config": {**transfer, "kv_connector_module_path": "kvferry.vllm"}}
+
+
+FOR_VLLM = [
+    case
+    for case in CASES
+    if callable(case[1])
+    or (isinstance(case[1].get("kv_transfer_config"), dict) and "kv_offloading_size" not in case[1])
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("settings", "texts"), [c[1:] for c in FOR_VLLM], ids=[c[0] for c in FOR_VLLM])
+def test_doctor_judges_the_same_settings_for_vllm(
+    settings: Any, texts: list[str], tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    given = settings(tmp_path) if callable(settings) else settings
+    if "kv_connector_module_path" not in given["kv_transfer_config"] and "kv_connector" in given["kv_transfer_config"]:
+        is_ferry = str(given["kv_transfer_config"]["kv_connector"]).startswith("Ferry")
+        given = given if is_ferry else in_vllm(given)
+    if "hidden states" in request.node.name:
+        return_value = doctors_word(given, Host.VLLM)  # vLLM's speculative_config says which, and doctor has none
+        assert all("vLLM is not installed" in text for text in return_value)
+        return
+    found = "\n".join(doctors_word(given, Host.VLLM))
+    for text in texts:
+        assert text in found
+
+
+def test_what_vllm_alone_refuses() -> None:
+    for given, word in (
+        (transfer(kv_connector="kvferry.vllm:OffloadingConnector"), "kv_connector_module_path"),
+        (transfer(on_shadow="error", kv_connector_module_path="kvferry.vllm"), "on_shadow"),
+        (transfer(kv_connector="Plain", kv_connector_module_path="kvferry.testing.recorder"), "Plain"),
+    ):
+        assert any(word in text for text in doctors_word(raw(given), Host.VLLM)), given
+
+
+@pytest.mark.parametrize("fields", [
+    {"kv_connector": "FerryOffloadingConnector"}, {"kv_connector_module_path": "kvferry.vllm"},
+    {"kv_connector": "FerryMultiConnector", "kv_connector_extra_config": {"connectors": [transfer()]}},
+    {"kv_connector": "FerryMultiConnectorNoHMA", "kv_connector_module_path": "kvferry.vllm",
+     "kv_connector_extra_config": {"connectors": [transfer(kv_connector_module_path="kvferry.vllm")]}},
+], ids=str)  # fmt: skip
+def test_a_configuration_written_for_vllm_starts_the_embedded_engine(fields: dict[str, Any]) -> None:
+    given = connector(**fields)
+    assert doctors_word(given) == []
+    assert [text for text in doctors_word(given, Host.VLLM) if "vLLM is not installed" not in text] == []
+    with LLM(StubModel(), num_kv_blocks=32, **given) as llm:
+        tokens = list(range(100))
+        greedy = SamplingParams(max_tokens=2, temperature=0)
+        llm.generate(tokens, greedy)
+        llm.reset_prefix_cache()
+        assert llm.generate(tokens, greedy)[0].num_external_tokens == 64
 
 
 SERVE_CASES: list[tuple[list[str], list[str]]] = [

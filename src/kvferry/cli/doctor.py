@@ -13,7 +13,7 @@ from rich.text import Text
 
 from kvferry.cli import options as opt
 from kvferry.config import transfer_config
-from kvferry.errors import ConfigError
+from kvferry.errors import ConfigError, install_hint
 
 if TYPE_CHECKING:
     from kvferry.cli.diagnosis import Diagnosis
@@ -37,6 +37,9 @@ def doctor(
     disable_hybrid_kv_cache_manager: opt.DisableHybrid = None,
     kv_cache_layout: opt.KVCacheLayout = "auto",
     kernel_block_size: opt.KernelBlockSize = None,
+    host: Annotated[
+        opt.Host, typer.Option(help="Whose start is judged: kvferry's own engine, or vLLM's with kvferry's connectors.")
+    ] = opt.Host.EMBEDDED,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead.")] = False,
 ) -> None:
     """Say what an engine with these settings would decide and hold.
@@ -52,9 +55,9 @@ def doctor(
         from kvferry.engine.config import EngineOptions
         from kvferry.engine.model_facts import read_model_facts
     except ModuleNotFoundError as err:
-        raise ConfigError(f"{err.name} is not installed: pip install 'kvferry[engine]'") from err
+        raise ConfigError(f"{err.name} is not installed: {install_hint('engine')}") from err
     options = EngineOptions(**{name: context.params[name] for name in opt.ENGINE_OPTIONS})
-    diagnosis = diagnose(read_model_facts(model, dtype), options, transfer)
+    diagnosis = diagnose(read_model_facts(model, dtype), options, transfer, host)
     if as_json:
         typer.echo(json.dumps(dataclasses.asdict(diagnosis), indent=2))
     else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from enum import Enum
 from typing import Annotated, Any
 
 import typer
@@ -99,6 +100,15 @@ ListenPort = Annotated[int, typer.Option(help="Port to listen on; 0 takes any fr
 MaxBodyBytes = Annotated[int, size_option("Largest request body.", default="8MiB")]
 DrainTimeout = Annotated[float, typer.Option(help="Seconds that requests under way may take to end after SIGTERM.")]
 TRANSFER_OPTIONS = ("kv_transfer_config", "kv_offloading_size", "kv_offloading_backend")
+
+
+class Host(Enum):
+    """Whose start `doctor` judges."""
+
+    EMBEDDED = "embedded"
+    VLLM = "vllm"
+
+
 ENGINE_OPTIONS = (
     "max_model_len", "max_num_seqs", "max_num_batched_tokens", "block_size", "num_kv_blocks", "kv_cache_bytes", "dtype",
     "device", "use_v2_model_runner", "disable_hybrid_kv_cache_manager", "kv_cache_layout", "kernel_block_size",

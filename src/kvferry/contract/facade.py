@@ -26,7 +26,8 @@ def facade_mixin(scheduler_side: type[SchedulerSide], worker_side: type[WorkerSi
             super().__init__(vllm_config, role, kv_cache_config)  # type: ignore[call-arg]  # the host's base is next
             host = host_info(vllm_config, kv_cache_config)
             is_scheduler = role == scheduler_role
-            if is_scheduler and (problems := scheduler_side.check(host)):
+            # Once per engine and role: ranks that probe one port at one time would find it taken.
+            if host.rank == 0 and (problems := scheduler_side.check(host)):
                 raise ConfigError("; ".join(problems))
             self._scheduler_side = scheduler_side(host) if is_scheduler else None
             self._worker_side = None if is_scheduler else worker_side(host)

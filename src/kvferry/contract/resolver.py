@@ -35,6 +35,7 @@ from kvferry.errors import (
     ConnectorNotFound,
     did_you_mean,
     install_hint,
+    require_packages,
 )
 from kvferry.lmcache.config import check_builtin
 
@@ -70,6 +71,8 @@ class Target:
     """Of the package that offers it, where known without importing."""
     package: str | None = None
     """The package that offers it (entry points)."""
+    needs: str | None = None
+    """A module, and extra of kvferry's, without which it does not start unless its settings say otherwise."""
 
     def __str__(self) -> str:
         where = f"{self.origin.value} {self.module}:{self.class_name}"
@@ -94,7 +97,15 @@ BUILT_INS = (
         _TORCH_HINT,
     ),
     *(
-        Target(name, "kvferry.connectors.p2p", name, Origin.BUILT_IN, description, _P2P_HINT)
+        Target(
+            name,
+            "kvferry.connectors.p2p",
+            name,
+            Origin.BUILT_IN,
+            description,
+            _P2P_HINT,
+            needs="nixl" if name.startswith("Nixl") else None,
+        )
         for name, description in {
             "P2PConnector": "Moves KV from a prefill engine to a decode engine, over what is fastest between them.",
             "NixlConnector": "The same over NIXL, where the decode engine reads unless configured otherwise.",
@@ -343,6 +354,8 @@ def _row(target: Target, offers: list[Target]) -> KnownConnector:
         if not used.is_same_class(target):
             return KnownConnector(target, None, f"hidden by the {used} of the same name; write 'module:Class' for it")
         connector_class = _load(target)
+        if target.needs is not None:
+            require_packages(target.name, target.needs, [target.needs])
     except ConfigError as err:
         return KnownConnector(target, None, str(err))
     return KnownConnector(target, _record(target, connector_class, None), None)

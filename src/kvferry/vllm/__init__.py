@@ -30,6 +30,7 @@ _SIDED = [target.name for target in BUILT_INS if target.name not in MULTI_CONNEC
 CONNECTOR_NAMES = tuple(sorted([*_SIDED, *MULTI_CONNECTORS]))
 FERRY_NAMES = {f"Ferry{name}": name for name in _SIDED} | {name: name for name in set(MULTI_CONNECTORS.values())}
 """The name vLLM's registry knows -> the name here."""
+__all__ = list(CONNECTOR_NAMES)
 
 
 def __getattr__(name: str) -> Any:

@@ -54,7 +54,7 @@ def _host_capacity(config: OffloadingConfig, geometry: ChunkGeometry, parts: int
     if space.free_bytes < arena.total_bytes:
         problem = str(no_room(arena, folder, have=f"{space.free_bytes} bytes are free"))
     elif not space.is_writable:
-        problem = f"cannot make an arena in {folder}: it is no writable folder; set arena_dir to another one"
+        problem = f"cannot make an arena in {folder}: it is no writable folder; set arena_dir to another folder"
     return TierCapacity(
         HOST,
         geometry.num_slots // parts * geometry.chunk_tokens,
