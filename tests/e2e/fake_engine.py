@@ -17,6 +17,7 @@ from starlette.routing import Route
 from kvferry.http import Server, bind_socket, unless_gone, url_of
 
 WORDS = ["one ", "two ", "three ", "four"]
+RECOMPUTED = {"num_recomputed_tokens": 3, "load_error": "the lease is over"}
 USAGE = {"prompt_tokens": 5, "completion_tokens": 4, "total_tokens": 9}
 
 
@@ -92,7 +93,7 @@ class FakeEngine:
         return self._told({"id": "x", "object": "text_completion", "choices": choices, "usage": USAGE})
 
     def _told(self, content: dict[str, Any]) -> dict[str, Any]:
-        return content | ({"kv_transfer_params": {"num_recomputed_tokens": 3}} if self.mode == "recomputed" else {})
+        return content | ({"kv_transfer_params": RECOMPUTED} if self.mode == "recomputed" else {})
 
     async def _stream(self, body: dict[str, Any], is_chat: bool) -> AsyncIterator[bytes]:
         def event(delta: dict[str, Any], reason: str | None = None) -> bytes:

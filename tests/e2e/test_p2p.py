@@ -60,7 +60,9 @@ def check_hand_overs(prefill: openai.OpenAI, decode: openai.OpenAI, mode: str) -
         assert (params["remote_num_tokens"], params["transfer_mode"]) == (300, mode)
         handed = ask(decode, params, **salt)
         assert handed.usage.completion_tokens == 40
-        assert handed.usage.prompt_tokens_details.cached_tokens == 300
+        cached = reply.usage.prompt_tokens_details.cached_tokens
+        assert (cached == 0) == (number == 0), "what the prefill engine had in its cache"
+        assert handed.usage.prompt_tokens_details.cached_tokens == params["remote_prefill_cached_tokens"] == cached
         # The second time all but what is behind the last whole block is there already.
         hits = figure(decode, "kvferry:connector_hit_tokens_total") - before
         assert hits == 300 if number == 0 else 300 < hits <= 316

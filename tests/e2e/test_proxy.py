@@ -288,17 +288,26 @@ def test_refusals_are_passed_on_as_they_are(role: str, status: int) -> None:
 
 
 @pytest.mark.parametrize("mode", ["cut", "quiet_end"])
-def test_stream_that_breaks_off_ends_with_an_error_and_is_not_tried_again(mode: str) -> None:
+def test_stream_that_breaks_off_ends_with_an_error_and_is_not_tried_again(
+    mode: str, caplog: pytest.LogCaptureFixture
+) -> None:
     with running(num_decode=2) as r:
         for d in r.decode:
             d.mode = mode
-        stream = iter(r.client.completions.create(**ASK, stream=True))
+        headers = {"X-Request-Id": "req-9"}
+        stream = iter(r.client.completions.create(**ASK, stream=True, extra_headers=headers))
         assert "".join(next(stream).choices[0].text for _ in range(3)) == WORDS[0] + WORDS[1]
         with pytest.raises(openai.APIError, match=r"decode engine http://\S+: its stream (broke off|ended)"):
             next(stream)
         assert r.num_asked()[0] == [1]
         assert sum(r.num_asked()[1]) == 1
         assert r.metric('kvferry:proxy_requests_total{outcome="cut"}') == 1
+        (line,) = [record.getMessage() for record in caplog.records if "req-9" in record.getMessage()]
+        (asked,) = [d for d in r.decode if d.seen]
+        said = rf"request req-9: the stream of decode engine {asked.url} broke off after 3 events \((\d+) bytes\)"
+        found = re.match(said, line)
+        assert found
+        assert int(found[1]) > len(WORDS[0] + WORDS[1])
 
 
 def test_silent_stream_is_cut_at_its_deadline() -> None:

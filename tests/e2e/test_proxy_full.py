@@ -125,3 +125,17 @@ def test_one_engine_that_ends_is_replaced_by_another() -> None:
         r.decode[0].mode = "drop"
         assert r.client.completions.create(**ASK).choices[0].text == TEXT
         assert r.num_asked()[1] == [1, 1]
+
+
+# ---- why KV was not loaded ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("strict", [False, True])
+def test_reason_of_a_failed_load_reaches_the_client(stream: bool, strict: bool) -> None:
+    with running(strict=strict, retry_deadline_s=0) as r:
+        r.decode[0].mode = "recomputed"
+        status, _, content = r.http("POST", "/v1/completions", ASK | {"stream": stream})
+        assert status == (502 if strict else 200)
+        assert b"the lease is over" in content
+        assert strict or b'"load_error": "the lease is over"' in content or b'"load_error":"the' in content

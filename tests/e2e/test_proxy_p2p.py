@@ -477,9 +477,9 @@ def test_five_minutes_on_one_machine(tmp_path: Path) -> None:
             (program,) = blocks("python")
             said = run_python(here(program), tmp_path).splitlines()
             assert re.search(r"nine|9", said[0])
-            found = re.fullmatch(r"(\d+) of (\d+) prompt tokens came from the prefill engine", said[-1])
+            found = re.fullmatch(r"(\d+) of (\d+) prompt tokens were in the prefill engine's cache", said[-1])
             assert found
-            assert found[1] == found[2]
+            assert int(found[1]) < int(found[2])
             assert float(run_bash(bytes_moved).split()[-1]) > 0
             assert 'medium="shm"' in run_bash(bytes_moved)
 

@@ -200,7 +200,8 @@ class Transfers:
 
     def oldest_held_s(self) -> float:
         """For how long the oldest of them have been held, in seconds; 0 without any."""
-        return self._clock.now() - min((held.since_s for held in self.held.values()), default=self._clock.now())
+        now_s = self._clock.now()
+        return now_s - min((held.since_s for held in self.held.values()), default=now_s)
 
     def remember(self, request_id: str) -> None:
         """A request ended: completions that name it later are late, not unknown. The last 10,000 are remembered."""

@@ -136,6 +136,7 @@ class _DecodeLeg:
     engine: Engine
     pair: Pair | None
     """None when no KV is to be transferred."""
+    request_id: str
     has_recomputed: bool = False
     has_begun: bool = False
     """Whether its stream has said more than who speaks."""
@@ -281,7 +282,7 @@ class Relay:
         """Let one engine decode, up to a stream's first token. Raises LegFailed, Refused; ApiError for a recompute."""
         params = hand_over.params if hand_over else None
         pair = self._fleet.pairs[hand_over.engine, engine] if hand_over is not None and params else None
-        leg = _DecodeLeg(engine, pair)
+        leg = _DecodeLeg(engine, pair, call.headers.get("X-Request-Id", ""))
         content = decode_body(call, params, hand_over.transfer_id if hand_over else "", self._sign_peer)
         async with AsyncExitStack() as stack:
             stack.enter_context(self._fleet.using(engine, 1, pair))
@@ -309,7 +310,7 @@ class Relay:
             if leg.has_begun:
                 break
         reply = Reply(200, "text/event-stream")
-        reply.events = await stack.enter_async_context(aclosing(self._pass_on(reply, held, events)))
+        reply.events = await stack.enter_async_context(aclosing(self._pass_on(leg, reply, held, events)))
         return reply
 
     async def _judged(self, leg: _DecodeLeg, response: httpx2.Response) -> AsyncGenerator[bytes]:
@@ -331,16 +332,24 @@ class Relay:
         if not has_ended:
             raise self._failed(leg.engine, "its stream ended without [DONE]", is_death=True)
 
-    async def _pass_on(self, reply: Reply, held: bytes, events: AsyncIterator[bytes]) -> AsyncGenerator[bytes]:
+    async def _pass_on(
+        self, leg: _DecodeLeg, reply: Reply, held: bytes, events: AsyncIterator[bytes]
+    ) -> AsyncGenerator[bytes]:
         """All events; where they break off, an error as the last one."""
+        num_bytes, num_events = len(held), _num_events(held)
         try:
             yield held
             async for news in events:
+                num_bytes, num_events = num_bytes + len(news), num_events + _num_events(news)
                 yield news
             reply.outcome = "ok"
         except (ApiError, LegFailed) as err:
             reply.outcome = "cut"
             error = err if isinstance(err, ApiError) else _gave_up(err, 1)
+            logger.warning(
+                "request %s: the stream of decode engine %s broke off after %d events (%d bytes) had been passed on: %s",
+                leg.request_id, leg.engine.url, num_events, num_bytes, err,
+            )  # fmt: skip
             yield b"data: " + json.dumps(error.body()).encode() + b"\n\n" + DONE
 
     # ---- pieces of a leg --------------------------------------------------------------------------------------
@@ -472,6 +481,10 @@ class Relay:
                 raise full.for_client() from full
             except LegFailed as failure:
                 raise _gave_up(failure, 1) from failure
+
+
+def _num_events(events: bytes) -> int:
+    return events.count(b"\n\n") + events.count(b"\r\n\r\n")
 
 
 def _text(error: Exception) -> str:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from kvferry.engine.outputs import CompletionOutput, RequestMetrics, RequestOutput
+from kvferry.engine.server.protocol import CompletionBody
 from kvferry.engine.server.replies import Choice, CompletionDialect, Reply
 
 
@@ -31,3 +34,25 @@ def test_prompt_computed_again_is_told_before_anything_else(first_text: str) -> 
 def test_nothing_is_told_of_a_token_without_text() -> None:
     reply = Reply("id", "m", CompletionDialect(), 1, choices=[Choice(0)])
     assert reply.chunk(reply.choices[0], delta("", 5, num_cached_tokens=16)) is None
+
+
+@pytest.mark.parametrize(
+    ("params", "cached"),
+    [
+        ({"do_remote_prefill": True, "remote_prefill_cached_tokens": 0}, 0),
+        ({"do_remote_prefill": True, "remote_prefill_cached_tokens": 32}, 32),
+        ({"do_remote_prefill": True, "remote_prefill_cached_tokens": 10**9}, 40),
+        ({"do_remote_prefill": True, "remote_prefill_cached_tokens": -1}, 39),
+        ({"do_remote_prefill": True, "remote_prefill_cached_tokens": True}, 39),
+        ({"do_remote_prefill": True}, 39),
+        ({"remote_prefill_cached_tokens": 32}, 39),
+        (None, 39),
+    ],
+)
+def test_cached_tokens_of_a_handed_over_prompt_are_the_prefill_engines(params: Any, cached: int) -> None:
+    body = CompletionBody(prompt=[1], kv_transfer_params=params)
+    reply = Reply(
+        "id", "m", CompletionDialect(), 1, num_remote_cached_tokens=body.num_remote_cached_tokens, choices=[Choice(0)]
+    )
+    reply.choices[0].add(delta("a", 5, num_cached_tokens=39))
+    assert reply.usage()["prompt_tokens_details"]["cached_tokens"] == cached

@@ -559,7 +559,8 @@ class OffloadingSchedulerSide(SchedulerSide):
         if self._store is None:
             return None
         oldest = next((record for record in self._jobs.values() if record.pinned_blocks), None)
-        held_s = 0.0 if oldest is None else self._clock.now() - (oldest.deadline_s - _JOB_DEADLINE_S)
+        # Less the rounding of a deadline, which makes what began just now younger than nothing.
+        held_s = 0.0 if oldest is None else max(0.0, self._clock.now() - (oldest.deadline_s - _JOB_DEADLINE_S))
         return self.counters.told(self._store.stats(), self._num_pinned_blocks, held_s)
 
     def explain_prefix(self, request: RequestView, num_computed_tokens: int) -> list[PrefixRange]:

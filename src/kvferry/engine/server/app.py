@@ -103,6 +103,7 @@ class Routes:
             body.cache_salt,
             bool(body.return_token_ids),
             body.num_promised_tokens,
+            body.num_remote_cached_tokens,
             choices=[Choice(index) for index in range(len(jobs))],
         )
         generation = await self._service.submit(jobs, reply.reply_id)

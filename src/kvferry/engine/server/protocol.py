@@ -17,6 +17,7 @@ from kvferry.http import ApiError
 
 TokenIds = list[int]
 Body = TypeVar("Body", bound="GenerationBody")
+REMOTE_CACHED = "remote_prefill_cached_tokens"  # vLLM's name
 _DEFAULT_COMPLETION_TOKENS = 16  # OpenAI's
 
 
@@ -81,6 +82,13 @@ class GenerationBody(_Strict):
         params = self.kv_transfer_params or {}
         num_tokens = params.get("remote_num_tokens") if params.get("do_remote_prefill") is True else None
         return num_tokens if type(num_tokens) is int else None
+
+    @property
+    def num_remote_cached_tokens(self) -> int | None:
+        """Prompt tokens that the prefill engine took from a cache; None: nothing was handed over, or no word of it."""
+        params = self.kv_transfer_params or {}
+        num_tokens = params.get(REMOTE_CACHED) if params.get("do_remote_prefill") is True else None
+        return num_tokens if type(num_tokens) is int and num_tokens >= 0 else None
 
     def limit_tokens(self, longest: int) -> int:
         """The most tokens to generate; `longest` when the client leaves it open."""

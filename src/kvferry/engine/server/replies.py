@@ -10,6 +10,7 @@ from typing import Any, Protocol
 
 from kvferry.engine.outputs import CompletionOutput, RequestOutput
 from kvferry.engine.request import Logprob
+from kvferry.engine.server.protocol import REMOTE_CACHED
 
 logger = logging.getLogger(__name__)
 
@@ -132,6 +133,8 @@ class Reply:
     returns_token_ids: bool = False
     num_promised_tokens: int | None = None
     """Prompt tokens whose KV was to come from another engine."""
+    num_remote_cached_tokens: int | None = None
+    """Prompt tokens that the engine which prefilled took from a cache; a hand-over is none."""
     created: int = field(default_factory=lambda: int(time.time()))
     choices: list[Choice] = field(default_factory=list)
 
@@ -176,8 +179,14 @@ class Reply:
             "prompt_tokens": num_prompt,
             "completion_tokens": num_completion,
             "total_tokens": num_prompt + num_completion,
-            "prompt_tokens_details": {"cached_tokens": sum(end.num_cached_tokens for end in ends[:: self.num_choices])},
+            "prompt_tokens_details": {"cached_tokens": min(num_prompt, self._num_cached(ends[:: self.num_choices]))},
         }
+
+    def _num_cached(self, ends: list[RequestOutput]) -> int:
+        """What nobody computed for this request: behind another engine's prefill, that engine knows."""
+        if self.num_remote_cached_tokens is not None:
+            return self.num_remote_cached_tokens
+        return sum(end.num_cached_tokens for end in ends)
 
     def _object(self, kind: str, choices: list[dict[str, Any]]) -> dict[str, Any]:
         return {
@@ -218,7 +227,9 @@ class Reply:
     def _extras(self) -> dict[str, Any]:
         """kvferry's and vLLM's additions to a reply."""
         params = [c.last.kv_transfer_params for c in self.choices if c.last is not None and c.last.kv_transfer_params]
-        sent = (_sendable(params[0]) if params else None) or {}
+        sent = dict((_sendable(params[0]) if params else None) or {})
+        if sent.get("do_remote_prefill"):  # the engine that decodes reports it, as in vLLM
+            sent[REMOTE_CACHED] = sum(c.last.num_cached_tokens for c in self.choices[:1] if c.last is not None)
         extras: dict[str, Any] = {"kv_transfer_params": {**sent, **self._recomputed()} or None}
         return extras | ({} if self.cache_salt is None else {"cache_salt": self.cache_salt})
 
