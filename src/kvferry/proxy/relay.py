@@ -347,7 +347,7 @@ class Relay:
             reply.outcome = "cut"
             error = err if isinstance(err, ApiError) else _gave_up(err, 1)
             logger.warning(
-                "request %s: the stream of decode engine %s broke off after %d events (%d bytes) had been passed on: %s",
+                "request %s: the stream of decode engine %s broke off after %d events (%d bytes) passed on: %s",
                 leg.request_id, leg.engine.url, num_events, num_bytes, err,
             )  # fmt: skip
             yield b"data: " + json.dumps(error.body()).encode() + b"\n\n" + DONE
