@@ -90,3 +90,10 @@ def test_the_longest_request_counts_where_rope_picks_its_factors_by_it(start: St
     by_kind = {"sliding_attention": {"rope_type": "default"}, "full_attention": {"rope_type": "dynamic"}}
     assert hit(start(ConfiguredModel(rope_parameters=by_kind), max_model_len=1000)) == 0
     assert hit(start(ConfiguredModel(rope_parameters=by_kind), max_model_len=2000)) == 0
+
+
+def test_a_model_with_a_long_configuration_is_stored(start: Start) -> None:
+    keys = {f"key_{i}": [i] * 300 for i in range(300)}
+    assert hit(start(ConfiguredModel(**keys))) == 0
+    assert hit(start(ConfiguredModel(**keys))) > 0
+    assert hit(start(ConfiguredModel(**{**keys, "key_7": [*[7] * 299, 8]}))) == 0

@@ -6,6 +6,7 @@ import json
 import shutil
 
 import pytest
+from transformers import AutoModelForCausalLM
 
 from kvferry import LLM
 from kvferry.errors import ConfigError
@@ -52,3 +53,24 @@ def test_kv_space_too_small(tiny_llama):
         LLM(tiny_llama, max_model_len=513)
     with LLM(tiny_llama, num_kv_blocks=10) as llm:
         assert llm.config.model_config.max_model_len == 9 * 16
+
+
+def test_weights_that_are_exchanged_while_they_are_loaded_end_the_start(tiny_llama, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    folder = tmp_path / "exchanged"
+    shutil.copytree(tiny_llama, folder)
+    load = AutoModelForCausalLM.from_pretrained
+
+    def load_then_exchange(*args, **kwargs):
+        model = load(*args, **kwargs)
+        weights = next(folder.glob("*.safetensors"))
+        weights.rename(tmp_path / "old")
+        shutil.copy2(tmp_path / "old", weights)  # the same size and time of change; another file
+        return model
+
+    extra = {"cpu_bytes_to_use": 1 << 20}
+    transfer = {"kv_connector": "OffloadingConnector", "kv_role": "kv_both", "kv_connector_extra_config": extra}
+    LLM(folder, num_kv_blocks=64, kv_transfer_config=transfer).shutdown()
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", load_then_exchange)
+    with pytest.raises(ConfigError, match=r"changed while this engine loaded them.*start it again"):
+        LLM(folder, num_kv_blocks=64, kv_transfer_config=transfer)

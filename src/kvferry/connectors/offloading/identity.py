@@ -12,16 +12,20 @@ from kvferry.contract.host import HostInfo
 from kvferry.types import Namespace
 
 STORE_FORMAT_VERSION = 1
+_READABLE = ("model_dtype", "cache_dtype", "quantization", "max_model_len")
 
 
 def store_namespace(host: HostInfo, geometry: ChunkGeometry, payload: dict[str, Any]) -> Namespace:
     """Everything beside the key on which stored payloads must agree."""
+    settings = settings_identity(host)
     description = {
         "store_format": STORE_FORMAT_VERSION,
         "chunk_tokens": geometry.chunk_tokens,
         "tp_size": host.tp_size,
         "pp_size": host.pp_size,
-        "numerics": settings_identity(host),
+        # Each chunk's header has room for this description, and not for all the keys of a model's configuration.
+        "numerics": {name: settings[name] for name in _READABLE if name in settings},
+        "settings": hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest(),
         "kinds": [[group.kind.value, group.window_tokens, list(group.layer_names[:1])] for group in host.groups],
         **payload,
     }
