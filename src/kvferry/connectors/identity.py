@@ -6,6 +6,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import logging
 import time
 from pathlib import Path
@@ -21,6 +23,7 @@ from kvferry.types import GroupInfo, StoreKey
 logger = logging.getLogger(__name__)
 
 _REMEDY = "set weights_version in kv_connector_extra_config to a name that changes with the weights"
+_MAX_FACTS = 1000
 _PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json")
 
 
@@ -74,6 +77,9 @@ def peer_facts(host: HostInfo, weights_version: str | None) -> tuple[tuple[str, 
     not compared.
     """
     facts = settings_identity(host)
+    if len(facts) > _MAX_FACTS:  # more than a peer reads: of the least telling, the end of the alphabet, only a digest
+        rest = [(name, facts.pop(name)) for name in sorted(facts)[_MAX_FACTS:]]
+        facts["further settings"] = hashlib.sha256(json.dumps(rest).encode()).hexdigest()
     if host.config_maker:
         facts[CONFIG_MAKER] = host.config_maker
     if weights_version is not None or (not host.weights_are_random and Path(host.model).is_dir()):

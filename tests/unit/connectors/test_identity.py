@@ -102,3 +102,12 @@ def test_the_draft_model_is_part_of_the_settings(folder: Path, tmp_path: Path) -
     (draft / "model.safetensors").write_bytes(bytes(11))
     other = settings_identity(info(folder, speculative_config=speculative))
     assert settings_identity(info(folder)) != one != other
+
+
+def test_of_very_many_settings_each_counts_for_peers(folder: Path) -> None:
+    settings = {f"hf_config.{i:04}": "1" for i in range(5000)}
+    facts = peer_facts(replace(info(folder), numerics=settings), None)
+    assert len(facts) < 1024
+    last = peer_facts(replace(info(folder), numerics={**settings, "hf_config.4999": "2"}), None)
+    first = peer_facts(replace(info(folder), numerics={**settings, "hf_config.0000": "2"}), None)
+    assert len({facts, last, first}) == 3
