@@ -160,6 +160,10 @@ METRICS = (
     Metric("kvferry:connector_used_bytes", Kind.GAUGE, "Bytes in use in a medium.", *_MEDIUM),
     Metric("kvferry:connector_capacity_bytes", Kind.GAUGE, "Of so many; +Inf: no limit, or none known.", *_MEDIUM),
     Metric(
+        "kvferry:tier_up", Kind.GAUGE, "1 while it can be written to; 0 from a refused write on, until it is back.",
+        *_MEDIUM,
+    ),
+    Metric(
         "kvferry:connector_fallbacks", Kind.COUNTER, "Times it gave up on something it could have had.",
         ("connector", "reason"), ((), FALLBACK_REASONS),
     ),

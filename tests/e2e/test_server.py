@@ -12,7 +12,8 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from itertools import product
+from itertools import count, product
+from pathlib import Path
 from typing import Any
 
 import openai
@@ -341,6 +342,31 @@ def test_second_request_is_loaded_by_the_connector() -> None:
         assert metrics['kvferry:connector_fallbacks_total{connector="OffloadingConnector",reason="failed load"}'] == 0
         assert server.http("POST", "/reset_prefix_cache?reset_external=true")[0] == 200
         assert server.http("POST", "/reset_prefix_cache?reset_external=2")[0] == 400
+
+
+def test_a_tier_that_is_down_is_named_and_the_server_stays_ready(tmp_path: Path) -> None:
+    tier = {"type": "fs", "path": str(tmp_path / "kv")}
+    extra = {"cpu_bytes_to_use": 1 << 22, "weights_version": "1", "secondary_tiers": [tier]}
+    transfer = {
+        "kv_connector": "OffloadingConnector", "kv_role": "kv_both", "kv_connector_extra_config": extra,
+    }  # fmt: skip
+    with running(transfer=transfer) as server:
+        status, _, body = server.http("GET", "/ready")
+        assert (status, json.loads(body)) == (200, {"degraded_tiers": []})
+        (tmp_path / "kv").rename(tmp_path / "away")
+        (tmp_path / "kv").write_text("a file is in the way")
+        deadline_s = time.monotonic() + 60
+        for i in count():
+            prompt = [(7 * i + token) % 100 for token in range(80)]
+            assert server.client.completions.create(model="stub", prompt=prompt, max_tokens=2).usage is not None
+            status, _, body = server.http("GET", "/ready")
+            assert status == 200
+            if json.loads(body) == {"degraded_tiers": ["fs"]}:
+                break
+            assert time.monotonic() < deadline_s
+        row = 'kvferry:tier_up{connector="OffloadingConnector",medium='
+        metrics = server.metrics()
+        assert (metrics[row + '"host"}'], metrics[row + '"fs"}']) == (1, 0)
 
 
 # ---- metrics and health -------------------------------------------------------------------------------------------

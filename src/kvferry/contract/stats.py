@@ -28,6 +28,8 @@ class MediumStats:
     """Now."""
     capacity_bytes: int | None = None
     """Now; None: unbounded or unknown."""
+    is_up: bool = True
+    """Now; False from a refused write on until the medium can be written to again."""
 
 
 @dataclass(slots=True)
@@ -46,3 +48,8 @@ class ConnectorStats:
     """Age of the oldest of them, in seconds."""
     children: dict[str, ConnectorStats] = field(default_factory=dict)
     """MultiConnector: by the child's label; its own figures stay empty."""
+
+    def media_down(self) -> list[str]:
+        """Names of media that cannot be written to now, the children's as `label/medium`."""
+        down = [name for name, medium in self.media.items() if not medium.is_up]
+        return down + [f"{label}/{name}" for label, child in self.children.items() for name in child.media_down()]

@@ -46,6 +46,7 @@ def _medium_rows(name: str, medium: str, moved: MediumStats) -> Iterator[StatsRo
         "used_bytes": moved.used_bytes,
         "capacity_bytes": float("inf") if moved.capacity_bytes is None else moved.capacity_bytes,
     }
+    yield StatsRow("kvferry:tier_up", (name, medium), moved.is_up)
     for figure, value in figures.items():
         yield StatsRow(f"{_PREFIX}{figure}", (name, medium), value)
     for reason, count in by_known(moved.failures, FAILURE_REASONS).items():

@@ -18,6 +18,8 @@ from tests.unit.connectors.mini_host import (
     chain_of,
 )
 
+from kvferry.contract.stats import ConnectorStats, MediumStats
+from kvferry.contract.stats_rows import connector_rows
 from kvferry.contract.views import RequestView, ScheduledRequest, StepView
 from kvferry.hashing import store_key
 from kvferry.metrics import FAILURE_REASONS, FALLBACK_REASONS
@@ -136,3 +138,23 @@ def test_asking_in_every_step_does_not_walk_over_the_chunks(
     monkeypatch.setattr(HostIndex, "chunks", walk)
     monkeypatch.setattr(DiskTier, "_own_entries", walk)
     assert host.side.get_kv_connector_stats().media["host"].num_stores == 3
+
+
+def test_a_tier_that_lost_its_folder_is_told_as_down_until_it_is_back(make_host: Any, tmp_path: Path) -> None:
+    host: MiniHost = make_host(fs(tmp_path / "kv"))
+    (tmp_path / "kv").rename(tmp_path / "away")
+    (tmp_path / "kv").write_text("a file is in the way")
+    host.run_and_store("a", TOKENS, TABLE)
+    host.settle(lambda: host.side.get_kv_connector_stats().media_down() == ["fs"])
+    rows = connector_rows("O", host.side.get_kv_connector_stats())
+    assert {row.labels: row.value for row in rows if row.metric == "kvferry:tier_up"} == {
+        ("O", "host"): 1,
+        ("O", "fs"): 0,
+    }
+    (tmp_path / "kv").unlink()
+    (tmp_path / "away").rename(tmp_path / "kv")
+    host.clock.advance(60)
+    host.settle(lambda: host.side.get_kv_connector_stats().media_down() == [])
+    assert ConnectorStats(children={"1:O": ConnectorStats(media={"fs": MediumStats(is_up=False)})}).media_down() == [
+        "1:O/fs"
+    ]

@@ -157,7 +157,7 @@ def test_on_a_full_disk_the_oldest_chunks_make_room(make_disk, kit, tmp_path: Pa
         assert kit.store(tier, i).ok
         tier.check_integrity()
     assert [tier.contains([kit.key(i)])[0] for i in range(5)] == [True, False, False, True, True]
-    assert {key: reason for key, reason in tier.take_lost()} == {kit.key(1): "evicted", kit.key(2): "evicted"}
+    assert dict(tier.take_lost()) == {kit.key(1): "evicted", kit.key(2): "evicted"}
     for i in (0, 3, 4):
         assert kit.load(tier, i)[1] == kit.payload(kit.key(i))
     assert tier.stats().is_up

@@ -84,4 +84,5 @@ def _tier(traffic: TierTraffic, stats: TierStats) -> MediumStats:
         num_dropped=traffic.num_dropped,
         used_bytes=stats.used_bytes,
         capacity_bytes=stats.max_bytes,
+        is_up=stats.is_up,
     )

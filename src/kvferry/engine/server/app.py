@@ -197,12 +197,12 @@ class Routes:
         return Response(status_code=200)
 
     async def ready(self, request: Request) -> Response:
-        """GET /ready: 200 while a request would be taken."""
+        """GET /ready: 200 while a request would be taken; tiers that are down are named, for they only cost hits."""
         if self._service.refusal is not None:
             raise EngineStopped(self._service.refusal)
         if self._service.num_unfinished >= self._service.max_unfinished:
             raise Overloaded("the server has as many unfinished requests as it may have")
-        return Response(status_code=200)
+        return JSONResponse({"degraded_tiers": self._service.degraded_tiers})
 
     async def metrics(self, request: Request) -> Response:
         """GET /metrics, in Prometheus' text format."""

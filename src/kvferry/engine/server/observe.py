@@ -25,7 +25,9 @@ class EngineObserver:
         self._num_tokens: dict[str, int] = {}
         transfer = llm.config.kv_transfer_config
         self._connector = ConnectorMetrics(metrics, "" if transfer is None else str(transfer.kv_connector))
-        self._connector.enter(llm.connector_stats)
+        self.degraded_tiers: list[str] = []
+        """Tiers that could not be written to at the last step; any thread may read it."""
+        self._enter_connector()
 
     def step_done(self, outputs: Sequence[RequestOutput]) -> None:
         """Enter one step."""
@@ -40,7 +42,12 @@ class EngineObserver:
         if self._num_forwards > num_forwards:
             self._metrics.observe("vllm:iteration_tokens_total", self._num_step_tokens)
         self._engine_state()
-        self._connector.enter(self._llm.connector_stats)
+        self._enter_connector()
+
+    def _enter_connector(self) -> None:
+        stats = self._llm.connector_stats
+        self._connector.enter(stats)
+        self.degraded_tiers = [] if stats is None else stats.media_down()
 
     def _engine_state(self) -> None:
         metrics, stats, counters = self._metrics, self._llm.scheduler.stats(), self._llm.counters

@@ -140,6 +140,11 @@ class EngineService:
         """Requests submitted and not finished."""
         return len(self._streams)
 
+    @property
+    def degraded_tiers(self) -> list[str]:
+        """Tiers below the engine that could not be written to at its last step."""
+        return self._observer.degraded_tiers
+
     async def submit(self, jobs: Sequence[Job], name: str | None = None) -> Generation:
         """Queue all jobs or none; returns when the engine has taken them, after the step under way.
 
