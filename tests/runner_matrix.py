@@ -86,7 +86,7 @@ def cells(connector: str) -> list[Cell]:
 
 
 def run_cache_cell(cell: Cell, folder: Path) -> None:
-    """A prompt is stored, forgotten by the engine, and loaded beside another one that is computed. Right tokens only."""
+    """A prompt is stored, forgotten by the engine, and loaded beside one that is computed. Right tokens only."""
     stored, other = _prompt(300, 0), _prompt(150, 1)
     with _cache_settings(cell, folder) as extra, cell.engine(cell.connector, extra) as llm:
         assert llm.config.use_v2_model_runner is (cell.runner == "V2")
