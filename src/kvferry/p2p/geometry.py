@@ -31,6 +31,7 @@ _Size = Annotated[int, Meta(ge=1, lt=1 << REGION_BITS)]
 _PageSize = Annotated[int, Meta(ge=1, le=1 << 20)]
 _Text = Annotated[str, Meta(max_length=512)]
 _MAX_PAGE_DIMENSION, _MAX_COUNT, _MAX_FACTS = 1 << 20, 1 << 12, 1 << 10
+_MAX_REASONS = 32
 CONFIG_MAKER = "hf_config.made_by"
 """The fact that says which code resolved the model's configuration."""
 
@@ -264,7 +265,9 @@ def check_geometries(
         return [str(err)]
     if is_from_remote:
         engines, sides = engines[::-1], sides[::-1]
-    return differences(*engines, sides) or misfits(*engines, sides)
+    found = differences(*engines, sides) or misfits(*engines, sides)
+    rest = len(found) - _MAX_REASONS
+    return [*found[:_MAX_REASONS], f"and {rest} other differences"] if rest > 0 else found
 
 
 def differences(

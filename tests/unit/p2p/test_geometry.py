@@ -92,6 +92,13 @@ def test_a_key_of_the_configuration_on_one_side_counts_where_equal_code_made_bot
         assert differences(ours, others) == ["hf_config.a: source 1, destination 7"]
 
 
+def test_of_many_differences_as_many_are_named_as_a_message_holds() -> None:
+    ours, theirs = (make(*((f"fact {i:04}", value) for i in range(900))) for value in "12")
+    found = check_geometries(encode_geometry(ours), encode_geometry(theirs), True)
+    assert found[0] == "fact 0000: peer 2, here 1"
+    assert (len(found), found[-1]) == (33, "and 868 other differences")
+
+
 def test_equal_and_mappable_geometries_have_no_differences() -> None:
     assert differences(make(), make()) == []
     assert differences(make(("weights", "abc")), make(("other", "x"))) == [], "a fact one side does not tell"
