@@ -186,16 +186,20 @@ class Server(uvicorn.Server):
         drain_timeout_s: float,
         refuse_new: Callable[[str], None],
         on_listening: Callable[[], None],
+        *,
+        access_log: bool = False,
     ) -> None:
         """`refuse_new` is called with the reason at the first signal, `on_listening` when requests can come."""
         config = uvicorn.Config(
             app,
             log_level="warning",
-            access_log=False,
+            access_log=access_log,
             lifespan="on",
             backlog=_BACKLOG,
             timeout_graceful_shutdown=max(1, round(drain_timeout_s)),
         )
+        if access_log:
+            logging.getLogger("uvicorn.access").setLevel(logging.INFO)  # the other levels of uvicorn stay as they are
         super().__init__(config)
         self._refuse_new = refuse_new
         self._on_listening = on_listening

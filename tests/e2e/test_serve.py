@@ -178,3 +178,24 @@ def test_server_guides_commands_run(tmp_path: Path) -> None:
         assert "http://127.0.0.1:8000/v1" in program, "the default port"
         program = program.replace("http://127.0.0.1:8000/v1", str(client.base_url))
         assert "Paris" in run_python(program, tmp_path)
+
+
+def test_log_says_capacity_requests_and_what_was_done(model_folder: Path, tmp_path: Path) -> None:
+    options = ("--access-log", "--log-interval-s", "0.01", "--num-kv-blocks", "300", "--dtype", "float32")
+    log = tmp_path / "log"
+    command = [KVFERRY, "serve", str(model_folder), "--port", "0", "--num-threads", "1", *NAMED, *options]
+    with log.open("w") as err, subprocess.Popen(command, stdout=subprocess.PIPE, stderr=err, text=True) as process:
+        try:
+            assert process.stdout is not None
+            found = re.search(r"http://\S+", process.stdout.readline())
+            assert found
+            client = openai.OpenAI(base_url=f"{found[0]}/v1", api_key="none", max_retries=0, timeout=120)
+            client.completions.create(model="tiny", prompt=[5, 6, 7], max_tokens=8, temperature=0)
+            assert '"POST /v1/completions HTTP/1.1" 200' in process.stdout.readline()
+            process.send_signal(signal.SIGTERM)
+            assert process.wait(90) == 0
+        finally:
+            process.kill()
+    text = log.read_text()
+    assert "float32; KV cache of 300 blocks of 16 tokens; at most 4096 tokens in a request, 64 requests" in text
+    assert re.search(r"prompt tokens/s .* generated tokens/s; \d running, 0 waiting; KV cache", text)

@@ -12,7 +12,15 @@ from kvferry.config import transfer_config
 from kvferry.errors import ConfigError, install_hint
 from kvferry.kv_events import KVEventsConfig
 
-_SERVER_OPTIONS = ("host", "port", "max_queued_requests", "max_body_bytes", "drain_timeout_s")
+_SERVER_OPTIONS = (
+    "host",
+    "port",
+    "max_queued_requests",
+    "max_body_bytes",
+    "drain_timeout_s",
+    "access_log",
+    "log_interval_s",
+)
 _ENGINE_OPTIONS = ("enable_prefix_caching", "explain_requests", "seed")  # beside those that doctor shares
 
 
@@ -61,6 +69,10 @@ def serve(
         int, typer.Option(help="Requests that may wait beyond --max-num-seqs; more are refused with 503.")
     ] = 64,
     max_body_bytes: opt.MaxBodyBytes = 8 << 20,
+    access_log: Annotated[bool, typer.Option(help="Write a line to stdout for each HTTP request.")] = False,
+    log_interval_s: Annotated[
+        float, typer.Option(help="Seconds between log lines of what the engine did, if anything; 0: none.")
+    ] = 10.0,
     drain_timeout_s: opt.DrainTimeout = 30.0,
 ) -> None:
     """Serve a model over HTTP as OpenAI does.

@@ -9,16 +9,18 @@ from kvferry.contract.stats_rows import by_known
 from kvferry.engine.llm import LLM
 from kvferry.engine.outputs import RequestOutput
 from kvferry.engine.server.connector_metrics import ConnectorMetrics
+from kvferry.engine.server.progress import ProgressLog
 from kvferry.metrics import HELD_REASONS, HIT_SOURCES, Metrics
 
 
 class EngineObserver:
     """Looks at each step's outputs, which must be deltas, and at the engine's own totals."""
 
-    def __init__(self, llm: LLM, metrics: Metrics, clock: Clock | None = None) -> None:
+    def __init__(self, llm: LLM, metrics: Metrics, clock: Clock | None = None, log_interval_s: float = 0) -> None:
         self._llm = llm
         self._metrics = metrics
         self._clock = clock or SystemClock()
+        self._progress = ProgressLog(log_interval_s, self._clock)
         self._num_forwards = 0
         self._num_step_tokens = 0
         self._last_token_s: dict[str, float] = {}
@@ -43,6 +45,7 @@ class EngineObserver:
             self._metrics.observe("vllm:iteration_tokens_total", self._num_step_tokens)
         self._engine_state()
         self._enter_connector()
+        self._progress.step_done(self._llm.scheduler.stats(), self._llm.connector_stats)
 
     def _enter_connector(self) -> None:
         stats = self._llm.connector_stats
@@ -76,6 +79,7 @@ class EngineObserver:
             return
         self._metrics.add("vllm:generation_tokens", num_new)
         self._num_step_tokens += num_new
+        self._progress.generated(num_new)
         if request_id not in self._num_tokens:
             self._first_token(output)
         else:
@@ -84,6 +88,7 @@ class EngineObserver:
         self._num_tokens[request_id] = self._num_tokens.get(request_id, 0) + num_new
 
     def _first_token(self, output: RequestOutput) -> None:
+        self._progress.prompt_done(output)
         add, num_prompt = self._metrics.add, len(output.prompt_token_ids)
         num_external = output.num_external_tokens
         num_local = output.num_cached_tokens - num_external

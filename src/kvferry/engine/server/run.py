@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 import math
 import socket
 from collections.abc import Callable
@@ -14,6 +15,8 @@ from kvferry.engine.server.service import EngineService
 from kvferry.errors import ConfigError, HostError
 from kvferry.http import Server, run_until_signal
 from kvferry.metrics import Metrics
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,11 +31,21 @@ class ServerOptions:
     max_queued_requests: int = 64
     """Unfinished requests beyond those that can run at once; more are refused with 503."""
     max_body_bytes: int = 8 << 20
+    access_log: bool = False
+    """A line on stdout for each HTTP request."""
+    log_interval_s: float = 10.0
+    """Between lines of what the engine did, where it did something; 0: none."""
     drain_timeout_s: float = 30.0
     """At SIGTERM, how long requests under way may take to end; then they are aborted."""
 
     def __post_init__(self) -> None:
-        for name, minimum in (("port", 0), ("max_queued_requests", 0), ("max_body_bytes", 1), ("drain_timeout_s", 0)):
+        for name, minimum in (
+            ("port", 0),
+            ("max_queued_requests", 0),
+            ("max_body_bytes", 1),
+            ("drain_timeout_s", 0),
+            ("log_interval_s", 0),
+        ):
             if not minimum <= getattr(self, name) < math.inf:
                 raise ConfigError(f"{name}={getattr(self, name)} must be a number of at least {minimum}")
 
@@ -44,7 +57,7 @@ def make_server(llm: LLM, options: ServerOptions, on_listening: Callable[[], Non
     """
     metrics = Metrics(options.model_names[0])
     limit = llm.config.scheduler_config.max_num_seqs + options.max_queued_requests
-    service = EngineService(llm, metrics, limit)
+    service = EngineService(llm, metrics, limit, options.log_interval_s)
     model = ModelInfo(
         names=options.model_names,
         root=llm.config.model_config.model,
@@ -52,7 +65,7 @@ def make_server(llm: LLM, options: ServerOptions, on_listening: Callable[[], Non
         tokenizer=copy.deepcopy(llm.tokenizer),
     )
     app = create_app(service, model, metrics, options.max_body_bytes)
-    server = Server(app, options.drain_timeout_s, service.refuse_new, on_listening)
+    server = Server(app, options.drain_timeout_s, service.refuse_new, on_listening, access_log=options.access_log)
     service.on_failure = server.fail
     return server
 
@@ -62,6 +75,12 @@ def serve(llm: LLM, options: ServerOptions, bound: socket.socket, on_listening: 
 
     Raises HostError when the engine failed: the server has ended then, so that a supervisor starts a new one.
     """
+    config = llm.config
+    logger.info(
+        "%s; KV cache of %d blocks of %d tokens; at most %d tokens in a request, %d requests at once",
+        str(config.model_config.dtype).removeprefix("torch."), llm.kv_cache_config.num_blocks,
+        config.cache_config.block_size, config.model_config.max_model_len, config.scheduler_config.max_num_seqs,
+    )  # fmt: skip
     server = make_server(llm, options, on_listening)
     try:
         run_until_signal(server, bound)

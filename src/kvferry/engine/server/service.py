@@ -102,13 +102,13 @@ class Generation:
 class EngineService:
     """Owns the engine's thread. All methods are for the event loop's thread, in which `start` was called."""
 
-    def __init__(self, llm: LLM, metrics: Metrics, max_unfinished: int) -> None:
+    def __init__(self, llm: LLM, metrics: Metrics, max_unfinished: int, log_interval_s: float = 0) -> None:
         self.max_unfinished = max_unfinished
         self.on_failure: Callable[[str], None] = lambda reason: None
         """Called once on the event loop's thread, with the reason, when a fault has ended the engine."""
         self._llm = llm
         self._metrics = metrics
-        self._observer = EngineObserver(llm, metrics)
+        self._observer = EngineObserver(llm, metrics, log_interval_s=log_interval_s)
         self._orders: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._main, name="kvferry-engine", daemon=True)
         self._streams: dict[str, Generation] = {}
