@@ -46,9 +46,11 @@ class ProgressLog:
     def _line(self, seconds: float, stats: SchedulerStats, connector: ConnectorStats | None) -> str:
         prompt = max(1, self._num_prompt)
         parts = [
-            f"last {seconds:.0f} s: {self._num_prompt / seconds:.1f} prompt tokens/s "
-            f"(hits: {self._num_here / prompt:.0%} in the KV cache, "
-            f"{self._num_external / prompt:.0%} by the connector)",
+            (
+                f"last {seconds:.0f} s: {self._num_prompt / seconds:.1f} prompt tokens/s "
+                f"(hits: {self._num_here / prompt:.0%} in the KV cache, "
+                f"{self._num_external / prompt:.0%} by the connector)"
+            ),
             f"{self._num_generated / seconds:.1f} generated tokens/s",
             f"{stats.num_running} running, {stats.num_waiting + stats.num_loading} waiting",
             f"KV cache {stats.kv_cache_usage:.0%} in use",
