@@ -10,6 +10,11 @@ Algorithm (version 1; test vectors in docs/keys.md, so that routers in any langu
 
 A chunk's key is the chain value at its last token. Only whole units have a value. Block size, dtype, layer order and
 parallel shards are no part of the chain: they stand in the namespace and in each chunk's header.
+
+The digest of any number n of first tokens, by which engines prove to each other what KV they mean (version 1):
+
+    rest       = tokens [16 k, n) as u32-LE, k = n // 16, then the media that overlap them, as in a unit
+    digest(n)  = SHA-256("kvferry-tokens-v1" + u32-LE n + chain[k - 1] + rest)
 """
 
 from __future__ import annotations
@@ -26,7 +31,10 @@ from kvferry.types import MultimodalItem, StoreKey
 
 UNIT_TOKENS = 16
 DIGEST_BYTES = 16
+HANDOVER = "hand-over"
+"""In the place of a model fingerprint, where engines hand KV over that compare their weights otherwise."""
 _DOMAIN = b"kvferry-key-v1"
+_TOKENS_DOMAIN = b"kvferry-tokens-v1"
 _ABSENT = b"\xff\xff\xff\xff"
 
 
@@ -87,14 +95,11 @@ class KeyChain:
             unit = data[i * step : (i + 1) * step]
             hasher = hashlib.sha256(self._last)
             hasher.update(unit)
-            hasher.update(self._media_in_unit(first + i))
+            hasher.update(self._media_in((first + i) * UNIT_TOKENS, (first + i + 1) * UNIT_TOKENS))
             self._last = hasher.digest()
             self._values.append(self._last)
 
-    def _media_in_unit(self, unit: int) -> bytes:
-        if not self._media:
-            return b""
-        start, end = unit * UNIT_TOKENS, (unit + 1) * UNIT_TOKENS
+    def _media_in(self, start: int, end: int) -> bytes:
         return b"".join(
             _field(item.identifier) + struct.pack("<i", item.offset_tokens - start)
             for item in self._media
@@ -110,3 +115,25 @@ class KeyChain:
         """Chain value after `num_tokens` tokens (a multiple of 16, hashed already)."""
         assert num_tokens % UNIT_TOKENS == 0 and num_tokens > 0, num_tokens
         return self._values[num_tokens // UNIT_TOKENS - 1]
+
+    def digest(self, num_tokens: int, rest: bytes) -> bytes:
+        """Of the first `num_tokens` tokens, whose whole units are hashed already; `rest`: the others as u32-LE."""
+        whole = num_tokens // UNIT_TOKENS * UNIT_TOKENS
+        start = self.value_at(whole) if whole else self.root
+        head = _TOKENS_DOMAIN + struct.pack("<I", num_tokens) + start
+        return hashlib.sha256(head + rest + self._media_in(whole, num_tokens)).digest()
+
+
+class TokenDigests:
+    """The digest of the first n tokens of one request, for any n up to all of `token_ids`."""
+
+    def __init__(self, chain: KeyChain, token_ids: Sequence[int]) -> None:
+        self._chain = chain
+        self._token_ids = np.array(token_ids, dtype="<u4")
+        chain.extend(token_ids)
+
+    def at(self, num_tokens: int) -> bytes:
+        """Of the first `num_tokens` tokens (32 bytes)."""
+        assert 0 <= num_tokens <= len(self._token_ids), num_tokens
+        whole = num_tokens // UNIT_TOKENS * UNIT_TOKENS
+        return self._chain.digest(num_tokens, self._token_ids[whole:num_tokens].tobytes())

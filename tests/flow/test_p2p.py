@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import random
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -85,11 +86,13 @@ class Cluster:
         return llm
 
     def add(
-        self, llm: LLM, request_id: str, params: dict[str, Any] | None, prompt: list[int] = PROMPT, **sampling: Any
-    ) -> None:
+        self, llm: LLM, request_id: str, params: dict[str, Any] | None, prompt: list[int] = PROMPT, *,
+        cache_salt: str | None = None, **sampling: Any,
+    ) -> None:  # fmt: skip
         extra = None if params is None else {"kv_transfer_params": params}
         options = {"temperature": 0.0, "max_tokens": 8} | sampling
-        llm.add_request(prompt, SamplingParams(extra_args=extra, **options), request_id=request_id)
+        sampling_params = SamplingParams(extra_args=extra, **options)
+        llm.add_request(prompt, sampling_params, request_id=request_id, cache_salt=cache_salt)
 
     def step(self, *engines: LLM) -> None:
         for llm in engines or self.engines:
@@ -325,14 +328,12 @@ def test_the_seconds_of_a_transfer_are_those_of_the_transport(
 
 
 def test_tokens_are_taken_only_from_a_prefill_engine(cluster: Cluster) -> None:
-    llm = cluster.start()
-    for params in ({}, {"do_remote_prefill": False}, {"do_remote_decode": True}):
-        request = llm._make_request(
-            PromptInput(token_ids=PROMPT),
-            SamplingParams(extra_args={"kv_transfer_params": params | {"remote_first_token_ids": [7]}}),
-            None,
-        )
-        assert request.handed_over_token_ids == ()
+    llm = cluster.start(lease_s=0.5)
+    handed = {name: value for name, value in cluster.prefill(llm, "p").items() if name != "do_remote_prefill"}
+    for params in ({}, {"do_remote_prefill": False}, {"do_remote_decode": True}, {"do_remote_prefill": True}):
+        sampling = SamplingParams(extra_args={"kv_transfer_params": handed | params})
+        request = llm._make_request(PromptInput(token_ids=PROMPT), sampling, None)
+        assert request.handed_over_token_ids == (tuple(expected(PROMPT, 1)) if params.get("do_remote_prefill") else ())
 
 
 def test_log_probabilities_are_computed_where_they_are_asked_for(cluster: Cluster) -> None:
@@ -439,6 +440,98 @@ def test_groups_whose_windows_may_begin_within_a_block_are_refused(cluster: Clus
     assert (tokens(output), output.num_external_tokens) == (model.expected_tokens(PROMPT, 8), 0)
     assert "block size of layers with a window" in output.kv_transfer_params["load_error"]
     cluster.check_idle()
+
+
+# ---- a hand-over is bound to its tokens ------------------------------------------------------------------------
+
+
+def edits(rng: random.Random, prompt: list[int]) -> Iterator[tuple[list[int], str | None]]:
+    """Prompts that are related to one, and their salt, without an end; about half of them are the start of it, or it
+    of them.
+    """
+    while True:
+        at = rng.randrange(len(prompt))
+        roll = rng.randrange(6)
+        if roll < 2:
+            yield prompt[: max(2, at + 1)], None  # one token alone is computed in any case
+        elif roll < 4:
+            yield prompt + [rng.randrange(1000) for _ in range(rng.choice((1, 2, 3, 4, 5, 17)))], None
+        elif roll == 4:
+            yield [*prompt[:at], (prompt[at] + 1) % 1000, *prompt[at + 1 :]], None
+        else:
+            yield prompt, "another tenant"
+
+
+def num_common(one: list[int], other: list[int]) -> int:
+    return next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("policy", ["recompute", "fail"])
+@pytest.mark.parametrize("windows", [None, (None, 6, 10)], ids=["full", "windows"])
+def test_prompts_that_differ_by_edits(
+    cluster: Cluster, mode: str, policy: str, windows: tuple[int | None, ...] | None
+) -> None:
+    """Right tokens or a refusal, whatever a router mixes up; right also from the prefix cache afterwards."""
+    seed = random.randrange(1 << 30)
+    print(f"seed {seed}")
+    rng = random.Random(seed)
+    model = StubModel(windows=list(windows)) if windows else StubModel()
+    prefill = cluster.start(mode=mode, lease_s=0.5, model=model, num_kv_blocks=300)
+    decode = cluster.start(mode=mode, policy=policy, model=model, num_kv_blocks=300)
+    num_loaded = num_refused = 0
+    for number in range(25):
+        prompt = [rng.randrange(1000) for _ in range(rng.choice((15, 16, 17, 31, 32, 33, 48, 50)))]
+        wanted, salt = next(edits(rng, prompt))
+        if windows and len(wanted) != len(prompt):
+            wanted = prompt  # at another length, a window has dropped what would be asked for
+        params = cluster.prefill(prefill, f"p{number}", prompt)
+        cluster.add(decode, f"d{number}", params, wanted, cache_salt=salt)
+        (output,) = cluster.finish(f"d{number}")
+        # Loaded is what both have in common, if that is all that is asked for: all of the prompt, or the blocks of it.
+        asked = len(wanted) if len(wanted) <= len(prompt) else len(prompt) // BLOCK * BLOCK
+        is_right = salt is None and num_common(prompt, wanted) >= asked
+        what = f"{number}: {wanted} of {prompt}, salt {salt}"
+        assert tokens(output) == (model.expected_tokens(wanted, 8) if is_right or policy == "recompute" else []), what
+        assert output.num_external_tokens == (asked if is_right else 0), what
+        num_loaded, num_refused = num_loaded + is_right, num_refused + (not is_right)
+        if not is_right:
+            told = output.error or output.kv_transfer_params["load_error"]
+            assert policy == "fail" or "the KV of other tokens" in told
+        cluster.add(decode, f"again{number}", None, wanted, cache_salt=salt)
+        assert tokens(cluster.finish(f"again{number}")[0]) == model.expected_tokens(wanted, 8), what
+    assert num_loaded, "nothing was handed over"
+    assert num_refused, "nothing was refused"
+    cluster.check_idle()
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("length", [31, 32, 33, 48, 50])
+@pytest.mark.parametrize("change", [-17, -2, -1, 0, 1, 2, 17])
+def test_shorter_and_longer_prompts_get_what_they_have_in_common(
+    cluster: Cluster, mode: str, length: int, change: int
+) -> None:
+    """No first token is taken over but at equal length, where it is."""
+    prefill, decode = cluster.start(mode=mode), cluster.start(mode=mode)
+    prompt, wanted = (PROMPT + OTHER)[:length], (PROMPT + OTHER)[: length + change]
+    cluster.add(decode, "d", cluster.prefill(prefill, "p", prompt), wanted)
+    (output,) = cluster.finish("d")
+    assert tokens(output) == expected(wanted, 8)
+    assert output.num_external_tokens == (len(wanted) if change <= 0 else length // BLOCK * BLOCK)
+    if change == 0:
+        assert decode.runner.num_forwards == 7
+    cluster.check_idle()
+
+
+@pytest.mark.parametrize("is_equal", [True, False])
+def test_first_tokens_of_another_prompt_are_not_taken_over(cluster: Cluster, is_equal: bool) -> None:
+    """What the peer chose behind another prompt of equal length is nobody's first token here."""
+    prefill, decode = cluster.start(lease_s=0.5), cluster.start()
+    wanted = PROMPT if is_equal else [*PROMPT[:-1], (PROMPT[-1] + 1) % 1000]
+    params = cluster.prefill(prefill, "p")
+    sampling = SamplingParams(extra_args={"kv_transfer_params": params})
+    request = decode._make_request(PromptInput(token_ids=wanted), sampling, None)
+    assert request.handed_over_token_ids == (tuple(expected(PROMPT, 1)) if is_equal else ())
 
 
 # ---- what goes wrong ------------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ import pytest
 from kvferry import fingerprint
 from kvferry.errors import ConfigError
 from kvferry.fingerprint import fingerprint_folder
-from kvferry.hashing import Identity, KeyChain, digest, store_key
+from kvferry.hashing import Identity, KeyChain, TokenDigests, digest, store_key
 from kvferry.types import MultimodalItem
 
 DOCS = Path(__file__).parents[2] / "docs" / "keys.md"
@@ -47,6 +47,40 @@ def test_chain_follows_the_definition(salt: str | None, lora: str | None) -> Non
         chain.extend(tokens[:length])
         assert chain.num_hashed_tokens == length // 16 * 16
     assert [chain.value_at(16 * (i + 1)) for i in range(6)] == expected
+
+
+@pytest.mark.parametrize("num_tokens", [0, 1, 15, 16, 17, 39, 40, 41, 48, 50])
+@pytest.mark.parametrize("media", [(), (MultimodalItem("img-1", 10, 10), MultimodalItem("img-2", 40, 2))])
+def test_a_digest_of_any_number_of_tokens_follows_the_definition(
+    num_tokens: int, media: tuple[MultimodalItem, ...]
+) -> None:
+    tokens = [(i * 7919) % 50000 for i in range(50)]
+    whole = num_tokens // 16 * 16
+    root = hashlib.sha256(b"kvferry-key-v1" + field("hand-over") + field("salt") + field("lora")).digest()
+    start = ([root, *by_definition("hand-over", "salt", "lora", tokens, media)])[whole // 16]
+    rest = b"".join(struct.pack("<I", token) for token in tokens[whole:num_tokens])
+    for item in media:
+        if item.offset_tokens < num_tokens and item.offset_tokens + item.num_tokens > whole:
+            rest += field(item.identifier) + struct.pack("<i", item.offset_tokens - whole)
+    expected = hashlib.sha256(b"kvferry-tokens-v1" + struct.pack("<I", num_tokens) + start + rest).digest()
+    for known in (tokens, tokens[:num_tokens]):  # what stands behind the first tokens does not matter
+        assert TokenDigests(KeyChain(Identity("hand-over", "salt", "lora"), media), known).at(num_tokens) == expected
+
+
+def test_digests_differ_by_every_token_the_count_salt_adapter_and_media() -> None:
+    tokens = [(i * 7919) % 50000 for i in range(40)]
+    chains = [
+        KeyChain(Identity("m")), KeyChain(Identity("m", "a")), KeyChain(Identity("m", None, "a")),
+        KeyChain(Identity("m"), (MultimodalItem("a", 35, 3),)), KeyChain(Identity("m"), (MultimodalItem("b", 35, 3),)),
+        KeyChain(Identity("m"), (MultimodalItem("a", 34, 3),)),
+    ]  # fmt: skip
+    digests = [TokenDigests(chain, tokens).at(40) for chain in chains]
+    plain = TokenDigests(KeyChain(Identity("m")), tokens)
+    digests += [plain.at(count) for count in range(40)]
+    for at in range(40):
+        changed = [*tokens[:at], tokens[at] + 1, *tokens[at + 1 :]]
+        digests.append(TokenDigests(KeyChain(Identity("m")), changed).at(40))
+    assert len(set(digests)) == len(digests) == 86
 
 
 def test_media_belong_to_the_units_they_overlap() -> None:

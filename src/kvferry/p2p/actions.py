@@ -92,8 +92,8 @@ class Release:
 class LoadEnded:
     """Consumer: the load is over. Exactly once per announced request.
 
-    ok: the blocks hold the producer's bytes of [token_range). Not ok: nothing may be used, and where
-    `blocks_quarantined`, nothing may be written there either until `BlocksSafe`.
+    ok: the blocks hold the producer's bytes of [token_range), of exactly the announced tokens. Not ok: nothing may be
+    used, and where `blocks_quarantined`, nothing may be written there either until `BlocksSafe`.
     """
 
     request_id: str
@@ -101,7 +101,6 @@ class LoadEnded:
     reason: str
     blocks_quarantined: bool
     num_tokens: int
-    first_token_ids: tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True)

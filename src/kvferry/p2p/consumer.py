@@ -9,6 +9,8 @@
                                                ▼
                   quarantined, while bytes may still land ──► (blocks safe) gone
 
+A load proves its tokens with its claim or registration, and believes no producer that does not answer their digest: KV
+of other tokens is never read, and what such a producer wrote is never used.
 A load lives and dies with the connection it is bound to (when its claim or registration is first sent). The claim is
 taken at the announcement, so that the lease is held while the request waits for blocks.
 
@@ -29,7 +31,7 @@ from kvferry.errors import TransferError
 from kvferry.p2p import messages as m
 from kvferry.p2p.actions import BlocksSafe, LoadEnded, StartTransfer, TransferJob
 from kvferry.p2p.calls import row
-from kvferry.p2p.peers import Peer, Role, same_life
+from kvferry.p2p.peers import Peer, Role, same_life, same_tokens
 from kvferry.p2p.transport import TransferOp, TransferStatus
 
 _CALLS = ("claim", "register", "confirm")
@@ -51,6 +53,7 @@ class Load:
 
     request_id: str
     handover: m.Handover
+    tokens: m.TokenProof
     claim_id: str
     deadline_s: float
     connect_s: float  # until then it must be bound
@@ -80,14 +83,14 @@ class Consumer(Role):
         self._by_request: dict[str, Load] = {}
         self._by_job: dict[str, Load] = {}
 
-    def announce(self, request_id: str, handover: m.Handover, now: float) -> None:
+    def announce(self, request_id: str, handover: m.Handover, tokens: m.TokenProof, now: float) -> None:
         """A request that may load from a peer; known already: nothing. TransferError: it is still quarantined."""
         if (known := self._by_request.get(request_id)) is not None:
             if known.state is LoadState.FAILED:
                 raise TransferError(f"request {request_id!r} still has quarantined blocks; use another request id")
             return
         deadline_s, connect_s = self._deadline(now, self._settings.announce_s), now + self._settings.handshake_s
-        load = Load(request_id, handover, self._new_id(), deadline_s, connect_s)
+        load = Load(request_id, handover, tokens, self._new_id(), deadline_s, connect_s)
         self._loads[load.claim_id] = self._by_request[request_id] = load
         if refusal := self._peers.refusal(handover.peer, now):
             self._fail(load, refusal, now)
@@ -100,11 +103,12 @@ class Consumer(Role):
         load = self._by_request.get(request_id)
         if load is None or load.state is not LoadState.ANNOUNCED:
             return load is not None and load.state is not LoadState.FAILED
+        assert token_range[1] <= load.tokens.num_tokens, f"{token_range} wanted, {load.tokens.num_tokens} proved"
         load.state, load.blocks, load.token_range = LoadState.PARKED, blocks, token_range
         load.deadline_s = self._deadline(now, self._settings.load_s)
         load.connect_s = now + self._settings.handshake_s
         if token_range[0] >= token_range[1] and not load.is_push:
-            self._done(load, load.handover.remote_num_tokens or 0, load.handover.remote_first_token_ids, now)
+            self._done(load, load.handover.remote_num_tokens or 0, now)
             return True
         self._peers.want(load.handover.peer, now)
         self._bind(load, now)
@@ -132,10 +136,10 @@ class Consumer(Role):
                 self._calls.answered("register", load.claim_id)
                 load.renew_s = now + self._renew_in_s(message.remaining_ms)
             case m.Verdict() if load.state is LoadState.VERIFYING and message.is_valid and load.granted:
-                self._done(load, load.granted.num_tokens, load.handover.remote_first_token_ids, now)
-            case m.Pushed() if load.state is LoadState.TRANSFERRING and load.is_push and message.ok:
+                self._done(load, load.granted.num_tokens, now)
+            case m.Pushed() if self._is_proved(load, message):
                 load.may_be_written = False
-                self._done(load, message.num_tokens, message.first_token_ids, now)
+                self._done(load, message.num_tokens, now)
             case m.Refused() | m.Verdict() | m.Withdrawn() | m.Pushed():
                 load.may_be_written = False
                 self._fail(load, self._reason(message), now)
@@ -254,6 +258,10 @@ class Consumer(Role):
     def _call(self, kind: str, load: Load, message: m.ClaimMessage, now: float, deadline_s: float) -> None:
         self._calls.start(kind, load.claim_id, load.handover.peer, load.generation, message, now, deadline_s)
 
+    def _is_proved(self, load: Load, pushed: m.Pushed) -> bool:
+        is_awaited = load.state is LoadState.TRANSFERRING and load.is_push
+        return is_awaited and pushed.ok and same_tokens(pushed.tokens_digest, load.tokens.digest)
+
     def _bind(self, load: Load, now: float) -> None:
         peer = self._peers.get(load.handover.peer)
         is_waiting = load.connection is None and load.state is not LoadState.FAILED and self._needs_connection(load)
@@ -265,16 +273,19 @@ class Consumer(Role):
             load.state, load.may_be_written = LoadState.TRANSFERRING, True
             told_by = handover.remote_generation
             register = m.Register(
-                handover.transfer_id or "", load.blocks, *load.token_range, peer.epoch, told_by, **ids
+                handover.transfer_id or "", load.blocks, *load.token_range, peer.epoch, load.tokens, told_by, **ids
             )
             self._call("register", load, register, now, load.deadline_s)
         else:
-            claim = m.Claim(handover.remote_lease_id or "", handover.remote_generation or "", **ids)
+            claim = m.Claim(handover.remote_lease_id or "", handover.remote_generation or "", tokens=load.tokens, **ids)
             self._call("claim", load, claim, now, load.deadline_s)
 
     def _on_granted(self, load: Load, granted: m.Granted, now: float) -> None:
         self._calls.answered("claim", load.claim_id)
         if not load.is_push and load.granted is None and load.state in (LoadState.ANNOUNCED, LoadState.PARKED):
+            if not same_tokens(granted.tokens_digest, load.tokens.digest):
+                self._fail(load, f"the producer cannot hand over: {m.OTHER_TOKENS}", now)
+                return
             load.granted, load.renew_s = granted, now + self._renew_in_s(granted.remaining_ms)
             self._read(load, now)
 
@@ -297,11 +308,11 @@ class Consumer(Role):
     def _is_in_danger(self, load: Load) -> bool:
         return bool(load.ranks) or load.may_be_written
 
-    def _done(self, load: Load, num_tokens: int, first_token_ids: tuple[int, ...], now: float) -> None:
+    def _done(self, load: Load, num_tokens: int, now: float) -> None:
         if load.state is LoadState.PARKED:
             self._withdraw(load, now)
         self._forget(load)
-        self._emit(LoadEnded(load.request_id, True, "", False, num_tokens, first_token_ids))
+        self._emit(LoadEnded(load.request_id, True, "", False, num_tokens))
 
     def _fail(self, load: Load, reason: str, now: float) -> None:
         if load.state is LoadState.FAILED or load.claim_id not in self._loads:
@@ -315,7 +326,7 @@ class Consumer(Role):
                 self._calls.answered(kind, load.claim_id)
         else:
             self._forget(load)
-        self._emit(LoadEnded(load.request_id, False, reason, is_in_danger, 0, ()))
+        self._emit(LoadEnded(load.request_id, False, reason, is_in_danger, 0))
 
     def _withdraw(self, load: Load, now: float) -> None:
         if load.connection is not None:
@@ -338,10 +349,12 @@ class Consumer(Role):
 
     def _reason(self, message: m.ClaimMessage) -> str:
         match message:
+            case m.Refused(why=m.Why.TOKENS):
+                return f"the producer refused the claim: {m.OTHER_TOKENS}"
             case m.Refused():
                 return f"the producer refused the claim: {message.why.value}"
             case m.Pushed():
-                return f"the producer could not write: {message.reason}"
+                return f"the producer could not write: {message.reason or m.OTHER_TOKENS}"
             case _:
                 return (
                     "the lease did not hold while it was read: the prefill engine restarted, or heard nothing for so "

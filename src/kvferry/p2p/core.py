@@ -43,7 +43,7 @@ from kvferry.p2p.actions import Action, FinishReason, LocalEngine, P2PSettings, 
 from kvferry.p2p.calls import Calls
 from kvferry.p2p.consumer import Consumer
 from kvferry.p2p.peers import GeometryCheck, Peers
-from kvferry.p2p.producer import Lease, Producer
+from kvferry.p2p.producer import DigestAt, Lease, Producer
 from kvferry.p2p.selection import select_blocks
 from kvferry.p2p.transport import TransferStatus
 
@@ -91,32 +91,36 @@ class P2PCore:
         blocks: Sequence[Sequence[int]],
         num_tokens: int,
         first_token_ids: Sequence[int],
+        digest_at: DigestAt,
         now: float,
         *,
         mode: str = "pull",
     ) -> dict[str, Any] | None:
         """The request ended: `kv_transfer_params` for the consumer, or None where nothing is handed over.
 
-        `blocks`: per group the block ids by position; their first `num_tokens` tokens are handed over. With an answer,
-        the blocks belong to the lease until `Release(request_id)`, also when there are none. With None they stay the
-        host's, and consumers are told that nothing comes. ValueError: blocks do not cover the tokens; nothing changed.
+        `blocks`: per group the block ids by position; their first `num_tokens` tokens are handed over, to whoever has
+        the same digest as `digest_at`. With an answer, the blocks belong to the lease until `Release(request_id)`, also
+        when there are none. With None they stay the host's, and consumers are told that nothing comes. ValueError:
+        blocks do not cover the tokens; nothing changed.
         """
         selected = select_blocks(blocks, self.local.groups, num_tokens)
         self.request_started(request_id, None, 1, now)
-        lease = self._producer.finish(request_id, reason, selected, num_tokens, tuple(first_token_ids), now)
+        lease = self._producer.finish(request_id, reason, selected, num_tokens, tuple(first_token_ids), digest_at, now)
         self._end(now)
         return self._params(lease, mode) if lease else None
 
     # The consumer's host.
 
-    def announce(self, request_id: str, params: object, now: float) -> None:
+    def announce(self, request_id: str, params: object, tokens: m.TokenProof, now: float) -> None:
         """A request whose KV a peer has; connects and claims ahead. Ends with exactly one `LoadEnded`.
+
+        `tokens` proves to the peer which KV is meant: that of these tokens, and of none behind them.
 
         TransferError: `params` (left as they are) cannot be used, or the request is still quarantined; nothing changed.
         """
         handover = params if isinstance(params, m.Handover) else m.Handover.parse(params)
         self._begin(now)
-        self._consumer.announce(request_id, handover, now)
+        self._consumer.announce(request_id, handover, tokens, now)
         self._end(now)
 
     def park(self, request_id: str, blocks: Sequence[Sequence[int]], token_range: tuple[int, int], now: float) -> bool:

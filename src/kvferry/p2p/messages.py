@@ -3,7 +3,7 @@
     D (consumer)                          P (producer)
     Hello            ───────────────►                      once per connection, both ways; asked again after a restart
                      ◄───────────────     Hello | HelloRefused
-    Claim            ───────────────►                      pull: "I am going to read this lease"
+    Claim            ───────────────►                      pull: "I am going to read this lease, of these tokens"
                      ◄───────────────     Granted | Refused
     Renew            ───────────────►                      pull and push: "I still need it"
                      ◄───────────────     Renewed | Refused
@@ -17,7 +17,9 @@
 
 Every message carries the sender's generation (its start nonce), every exchange its claim id. A request is repeated
 until it is answered; an answer may be repeated at any time. No message carries a moment in time, only time that is
-left. `CODEC` refuses what breaks a bound, so a hostile peer costs at most what the bounds below allow.
+left. Both sides prove which tokens' KV they mean: the consumer sends the digest of its own first n tokens, the producer
+answers that of the first n it computed, and each goes on only when they are equal. `CODEC` refuses what breaks a bound,
+so a hostile peer costs at most what the bounds below allow.
 """
 
 from __future__ import annotations
@@ -31,7 +33,7 @@ from msgspec import Meta, Struct
 from kvferry.errors import TransferError
 from kvferry.p2p.wire import Address, Codec
 
-PROTOCOL = 1
+PROTOCOL = 2
 MAX_GROUPS = 64
 MAX_GROUP_BLOCKS = 1 << 16
 MAX_TOKENS = 1 << 24
@@ -47,6 +49,8 @@ Blocks = Annotated[tuple[Annotated[int, Meta(ge=0, lt=1 << 31)], ...], Meta(max_
 GroupBlocks = Annotated[tuple[Blocks, ...], Meta(max_length=MAX_GROUPS)]
 """Per group the block ids by position; id 0 at positions that are not handed over (outside a window)."""
 RankBlobs = Annotated[tuple[Annotated[bytes, Meta(max_length=1 << 16)], ...], Meta(max_length=MAX_RANKS)]
+Digest = Annotated[bytes, Meta(min_length=32, max_length=32)]
+"""Of a request's first tokens, their cache salt, adapter and media (`kvferry.hashing.TokenDigests`)."""
 Epoch = Annotated[int, Meta(ge=0, lt=1 << 62)]
 Milliseconds = Annotated[int, Meta(ge=0, le=86_400_000)]
 
@@ -59,6 +63,20 @@ class Why(Enum):
     DONE = "done"
     ABORTED = "aborted"
     BUSY = "busy"  # too many claims
+    TOKENS = "tokens"  # the lease is the KV of other tokens
+
+
+OTHER_TOKENS = (
+    "it holds the KV of other tokens: the two engines' prompts, or their cache_salt, LoRA adapter or media, differ "
+    "(chat templates that differ, or kv_transfer_params of another request)"
+)
+
+
+class TokenProof(Struct, frozen=True):
+    """The first `num_tokens` tokens of a consumer's request: it wants KV of no token behind them."""
+
+    num_tokens: TokenCount
+    digest: Digest
 
 
 class Message(Struct, frozen=True, kw_only=True, tag_field="type", forbid_unknown_fields=True):
@@ -101,6 +119,7 @@ class Claim(ClaimMessage, frozen=True, tag="claim"):
 
     lease_id: Nonce
     lease_generation: Nonce
+    tokens: TokenProof
 
 
 class Granted(ClaimMessage, frozen=True, tag="granted"):
@@ -109,6 +128,8 @@ class Granted(ClaimMessage, frozen=True, tag="granted"):
     blocks: GroupBlocks
     num_tokens: TokenCount
     remaining_ms: Milliseconds
+    tokens_digest: Digest
+    """Of as many of the lease's tokens as the claim named."""
 
 
 class Refused(ClaimMessage, frozen=True, tag="refused"):
@@ -145,12 +166,15 @@ class Register(ClaimMessage, frozen=True, tag="register"):
     first_token: TokenCount
     end_token: TokenCount
     epoch: Epoch
+    tokens: TokenProof
     lease_generation: Nonce | None = None
     """Your life that told of it; None: it may be a request that you have yet to hear of."""
 
     def __post_init__(self) -> None:
         if self.end_token < self.first_token:
             raise ValueError(f"token range [{self.first_token}, {self.end_token}) ends before it begins")
+        if self.end_token > self.tokens.num_tokens:
+            raise ValueError(f"tokens up to {self.end_token} wanted, {self.tokens.num_tokens} proved")
 
 
 class Pushed(ClaimMessage, frozen=True, tag="pushed"):
@@ -159,7 +183,8 @@ class Pushed(ClaimMessage, frozen=True, tag="pushed"):
     ok: bool
     reason: Text
     num_tokens: TokenCount
-    first_token_ids: TokenIds
+    tokens_digest: Annotated[bytes, Meta(max_length=32)]
+    """Of as many of the lease's tokens as the registration named; empty where it holds fewer."""
 
 
 class PushedSeen(ClaimMessage, frozen=True, tag="pushed_seen"):

@@ -40,6 +40,11 @@ def same_life(generation: str | None, other: str | None) -> bool:
     return generation == other
 
 
+def same_tokens(digest: bytes, other: bytes) -> bool:
+    """Whether two digests stand for the same tokens, salt, adapter and media."""
+    return digest == other
+
+
 @dataclass(slots=True)
 class Peer:
     """One address we know."""

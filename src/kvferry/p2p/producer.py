@@ -12,6 +12,7 @@ when they are not renewed, and no renewal reaches beyond `max_lease_s`. Then `Re
 Pull: a consumer's Confirm is answered "valid" only while its claim is open, so whoever was read too late, or in another
 life of this engine, is found out. Push: a registration waits for its transfer id, in either order; blocks that our own
 write reads are released after the write has ended or its connection is destroyed, not before.
+Either way the consumer proves the tokens whose KV it wants: a lease of other tokens is not read, and not written from.
 
 After a failure: a claim that ended is remembered with its last answer (`memory_s`), so a late or repeated request
 cannot open it again, above all cannot start a second write; a full memory answers nothing rather than forget.
@@ -20,6 +21,7 @@ An aborted or expired lease answers claims with Refused.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from math import inf
 from typing import Any
@@ -28,8 +30,11 @@ from kvferry.p2p import messages as m
 from kvferry.p2p.actions import FinishReason, Release, StartTransfer, TransferJob
 from kvferry.p2p.calls import Remembered, row
 from kvferry.p2p.messages import Why
-from kvferry.p2p.peers import Peer, Role, same_life
+from kvferry.p2p.peers import Peer, Role, same_life, same_tokens
 from kvferry.p2p.transport import TransferOp, TransferStatus
+
+DigestAt = Callable[[int], bytes]
+"""The digest of a request's first n tokens, for n up to all that have KV."""
 
 
 @dataclass(slots=True)
@@ -42,6 +47,7 @@ class OpenClaim:
     connection: int
     consumer: str  # engine id
     lease: Lease
+    tokens: m.TokenProof
     deadline_s: float
     register: m.Register | None = None
     job_id: str = ""
@@ -61,6 +67,7 @@ class Lease:
     blocks: m.GroupBlocks = ()
     num_tokens: int = 0
     first_token_ids: tuple[int, ...] = ()
+    digest_at: DigestAt | None = None  # there with `lease_id`
     deadline_s: float = inf
     last_s: float = inf  # no claim reaches beyond
     claims: dict[str, OpenClaim] = field(default_factory=dict)
@@ -75,6 +82,12 @@ class Lease:
         """Whether somebody may still come for it, or reads it."""
         is_awaited = bool(self.lease_id) and len(self.served) < self.num_consumers and now < self.deadline_s
         return bool(self.claims) or is_awaited
+
+    def digest(self, tokens: m.TokenProof) -> bytes:
+        """Of as many of its own tokens; empty where it has fewer."""
+        if self.digest_at is None or tokens.num_tokens > self.num_tokens:
+            return b""
+        return self.digest_at(tokens.num_tokens)
 
     def is_written_from(self) -> bool:
         """Whether our own ranks may still read its blocks."""
@@ -130,6 +143,7 @@ class Producer(Role):
         blocks: m.GroupBlocks,
         num_tokens: int,
         first_token_ids: tuple[int, ...],
+        digest_at: DigestAt,
         now: float,
     ) -> Lease | None:
         """Make the lease; None when nothing is handed over (the blocks stay the host's)."""
@@ -140,7 +154,7 @@ class Producer(Role):
             self.abort(request_id, now)
             return None
         lease.lease_id, lease.blocks = self._new_id(), blocks
-        lease.num_tokens, lease.first_token_ids = num_tokens, first_token_ids
+        lease.num_tokens, lease.first_token_ids, lease.digest_at = num_tokens, first_token_ids, digest_at
         lease.deadline_s, lease.last_s = now + self._settings.lease_s, now + self._settings.max_lease_s
         self._leases[lease.lease_id] = lease
         for claim in list(lease.claims.values()):
@@ -269,12 +283,14 @@ class Producer(Role):
         if self._ended_claims.put(answer.claim_id, answer, now):
             self._send(peer.name, answer)
 
-    def _open(self, peer: Peer, claim_id: str, lease: Lease, register: m.Register | None) -> OpenClaim | None:
+    def _open(self, peer: Peer, message: m.Claim | m.Register, lease: Lease) -> OpenClaim | None:
         if peer.connection is None or peer.hello is None or len(self._claims) >= self._settings.max_claims:
             return None
+        claim_id, register = message.claim_id, message if isinstance(message, m.Register) else None
         claim = OpenClaim(
-            claim_id, peer.name, peer.hello.generation, peer.connection, peer.hello.engine_id, lease, inf, register
-        )
+            claim_id, peer.name, peer.hello.generation, peer.connection, peer.hello.engine_id, lease, message.tokens,
+            inf, register,
+        )  # fmt: skip
         self._claims[claim_id] = lease.claims[claim_id] = claim
         return claim
 
@@ -296,13 +312,19 @@ class Producer(Role):
             why = self._ended_leases.get(message.lease_id) or Why.UNKNOWN
             self._answer_for_good(peer, self._refused(message.claim_id, message.generation, why), now)
             return
-        claim = claim or self._open(peer, message.claim_id, lease, None)
+        if claim is not None and claim.tokens != message.tokens:
+            return
+        digest = lease.digest(message.tokens)
+        if not same_tokens(digest, message.tokens.digest):
+            self._answer_for_good(peer, self._refused(message.claim_id, message.generation, Why.TOKENS), now)
+            return
+        claim = claim or self._open(peer, message, lease)
         if claim is None and peer.connection is not None:
             self._send(peer.name, self._refused(message.claim_id, message.generation, Why.BUSY))
         if claim is not None:
             remaining_ms = self._extend(claim, now)
             ids = self._ids(message.claim_id, message.generation)
-            self._send(peer.name, m.Granted(lease.blocks, lease.num_tokens, remaining_ms, **ids))
+            self._send(peer.name, m.Granted(lease.blocks, lease.num_tokens, remaining_ms, digest, **ids))
 
     def _renewed(self, claim: OpenClaim, now: float) -> None:
         remaining_ms = 0 if claim.job_id else self._extend(claim, now)
@@ -321,7 +343,7 @@ class Producer(Role):
                 self._answer_for_good(peer, self._refused(message.claim_id, message.generation, over), now)
                 return
             lease = lease or Lease(transfer_id=message.transfer_id)
-            claim = self._open(peer, message.claim_id, lease, message)
+            claim = self._open(peer, message, lease)
             if claim is None:
                 return
             self._transfers[message.transfer_id] = lease
@@ -356,6 +378,8 @@ class Producer(Role):
         claim.deadline_s = now + self._settings.load_s
         if register.end_token > lease.num_tokens:
             claim.error = f"tokens up to {register.end_token} wanted, the lease holds {lease.num_tokens}"
+        elif not same_tokens(lease.digest(register.tokens), register.tokens.digest):
+            claim.error = m.OTHER_TOKENS
         elif register.first_token < register.end_token:
             claim.ranks = set(range(self._local.num_ranks))
             tokens = (register.first_token, register.end_token)
@@ -369,7 +393,8 @@ class Producer(Role):
         if claim.ranks or not claim.job_id or claim.last is not None:
             return
         lease, ids = claim.lease, self._ids(claim.claim_id, claim.generation)
-        pushed = m.Pushed(not claim.error, claim.error[:2048], lease.num_tokens, lease.first_token_ids, **ids)
+        digest = lease.digest(claim.tokens)
+        pushed = m.Pushed(not claim.error, claim.error[:2048], lease.num_tokens, digest, **ids)
         lease.serve(claim.consumer)
         self._end(claim, pushed, now)
 

@@ -1,4 +1,6 @@
-"""The defects of the field (facts/p2p.md section 5, 1 to 7), put back one at a time by replacing a small function."""
+"""The defects of the field (facts/p2p.md section 5, 1 to 7; 8 was our own), each put back by replacing a small
+function.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +32,7 @@ def no_confirmation(monkeypatch: Any) -> None:
     """2b: what was read counts without asking whether the lease held."""
 
     def accept(self: Any, load: Any, now: float) -> None:
-        self._done(load, load.granted.num_tokens, load.handover.remote_first_token_ids, now)
+        self._done(load, load.granted.num_tokens, now)
 
     monkeypatch.setattr(consumer.Consumer, "_verify", accept)
 
@@ -81,6 +83,12 @@ def no_restart(monkeypatch: Any) -> None:
         monkeypatch.setattr(module, "same_life", lambda a, b: True)
 
 
+def no_token_check(monkeypatch: Any) -> None:
+    """8: a lease is handed over to whoever names it, whatever its prompt is."""
+    for module in (consumer, producer):
+        monkeypatch.setattr(module, "same_tokens", lambda a, b: True)
+
+
 MUTANTS: dict[str, Patch] = {
     "1 cancel as a fence": no_fence,
     "2 lease ends under a reader": no_hold,
@@ -91,4 +99,5 @@ MUTANTS: dict[str, Patch] = {
     "5 no deadline": no_deadline,
     "6 length only": length_only,
     "7 restart not seen": no_restart,
+    "8 no token check": no_token_check,
 }

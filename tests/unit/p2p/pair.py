@@ -12,6 +12,14 @@ from kvferry.p2p.core import P2PCore
 from kvferry.p2p.transport import TransferStatus
 
 P, D, E = "p:1", "d:2", "e:3"
+
+
+def digest_at(num_tokens: int) -> bytes:
+    """What both engines make of as many of the request's tokens."""
+    return num_tokens.to_bytes(32, "big")
+
+
+TOKENS = m.TokenProof(12, digest_at(12))
 RULES = (a.GroupRule(4), a.GroupRule(4, window_tokens=8))
 
 
@@ -101,8 +109,8 @@ class Pair:
         """P prefilled 12 tokens into blocks 1, 2, 3 and (a window of 8) 4, 5, 6."""
         self.call(P, "request_started", request_id, None, consumers)
         blocks = [[1, 2, 3, 9], [4, 5, 6, 8]]
-        return self.call(P, "finish", request_id, a.FinishReason.LENGTH, blocks, 12, [7], **kwargs)
+        return self.call(P, "finish", request_id, a.FinishReason.LENGTH, blocks, 12, [7], digest_at, **kwargs)
 
     def load(self, name: str, params: dict[str, Any], request_id: str = "x") -> None:
-        self.call(name, "announce", request_id, params)
+        self.call(name, "announce", request_id, params, TOKENS)
         self.call(name, "park", request_id, [[11, 12, 13], [0, 15, 16]], (0, 12))

@@ -7,11 +7,12 @@ from typing import Any
 
 import msgspec
 import pytest
-from pair import RULES, D, E, P, Pair
+from pair import RULES, TOKENS, D, E, P, Pair, digest_at
 
 from kvferry.connectors.p2p.config import P2PConfig
 from kvferry.errors import ConfigError, TransferError
 from kvferry.p2p import actions as a
+from kvferry.p2p import consumer, producer
 from kvferry.p2p import messages as m
 from kvferry.p2p.selection import select_blocks
 from kvferry.p2p.transport import TransferOp, TransferStatus
@@ -39,7 +40,7 @@ def test_pull_ends_with_proved_blocks_and_freed_leases() -> None:
     assert not pair.take(D, a.LoadEnded), "one rank is still reading"
     assert not pair.take(P, a.Release), "claimed"
     pair.call(D, "transfer_ended", job.job_id, 1, TransferStatus.OK, "")
-    assert pair.take(D, a.LoadEnded) == [a.LoadEnded("x", True, "", False, 12, (7,))]
+    assert pair.take(D, a.LoadEnded) == [a.LoadEnded("x", True, "", False, 12)]
     assert pair.take(P, a.Release) == [a.Release("r", "done")]
 
 
@@ -48,7 +49,9 @@ def test_push_pairs_by_transfer_id_in_either_order(is_finished_first: bool) -> N
     pair = Pair()
     pair.call(P, "request_started", "r", "t", 1)
     steps = [
-        lambda: pair.call(P, "finish", "r", a.FinishReason.STOP, [[1, 2, 3], [4, 5, 6]], 12, [7], mode="push"),
+        lambda: pair.call(
+            P, "finish", "r", a.FinishReason.STOP, [[1, 2, 3], [4, 5, 6]], 12, [7], digest_at, mode="push"
+        ),
         lambda: pair.load(D, PUSH),
     ]
     for step in steps if is_finished_first else reversed(steps):
@@ -57,18 +60,20 @@ def test_push_pairs_by_transfer_id_in_either_order(is_finished_first: bool) -> N
     assert (job.op, job.peer, job.remote_blocks) == (TransferOp.WRITE, D, ((11, 12, 13), (0, 15, 16)))
     assert not pair.take(P, a.Release)
     pair.end_job(P, job)
-    assert pair.take(D, a.LoadEnded) == [a.LoadEnded("x", True, "", False, 12, (7,))]
+    assert pair.take(D, a.LoadEnded) == [a.LoadEnded("x", True, "", False, 12)]
     assert pair.take(P, a.Release) == [a.Release("r", "done")]
 
 
 @pytest.mark.parametrize("reason", [a.FinishReason.STOP, a.FinishReason.LENGTH])
 def test_any_normal_finish_is_handed_over_also_without_blocks(reason: a.FinishReason) -> None:
     pair = Pair()
-    params = pair.call(P, "request_started", "r", None, 1) or pair.call(P, "finish", "r", reason, [[], []], 0, [7])
+    params = pair.call(P, "request_started", "r", None, 1) or pair.call(
+        P, "finish", "r", reason, [[], []], 0, [7], digest_at
+    )
     assert params["remote_block_ids"] == [[], []]
-    pair.call(D, "announce", "x", params)
+    pair.call(D, "announce", "x", params, m.TokenProof(0, digest_at(0)))
     assert pair.call(D, "park", "x", [[], []], (0, 0))
-    assert pair.take(D, a.LoadEnded) == [a.LoadEnded("x", True, "", False, 0, (7,))]
+    assert pair.take(D, a.LoadEnded) == [a.LoadEnded("x", True, "", False, 0)]
     assert pair.take(P, a.Release) == [a.Release("r", "done")]
 
 
@@ -77,7 +82,7 @@ def test_an_abnormal_finish_tells_those_who_registered(reason: a.FinishReason) -
     pair = Pair()
     pair.call(P, "request_started", "r", "t", 1)
     pair.load(D, PUSH)
-    assert pair.call(P, "finish", "r", reason, [[1, 2, 3], [4, 5, 6]], 12, []) is None
+    assert pair.call(P, "finish", "r", reason, [[1, 2, 3], [4, 5, 6]], 12, [], digest_at) is None
     (ended,) = pair.take(D, a.LoadEnded)
     assert not ended.ok
     assert "aborted" in ended.reason
@@ -104,17 +109,17 @@ def test_waits_that_the_user_made_long_are_not_cut(waits: dict[str, int], announ
     pair = Pair(**asdict(P2PConfig.parse(waits, {}).waits()))
     params = pair.finish()
     pair.advance(announced_s)
-    pair.call(D, "announce", "x", params)
+    pair.call(D, "announce", "x", params, TOKENS)
     pair.advance(parked_s)
     pair.call(D, "park", "x", [[11, 12, 13], [0, 15, 16]], (0, 12))
     pair.end_job(D, pair.take(D, a.StartTransfer)[0].job)
-    assert pair.take(D, a.LoadEnded) == [a.LoadEnded("x", True, "", False, 12, (7,))]
+    assert pair.take(D, a.LoadEnded) == [a.LoadEnded("x", True, "", False, 12)]
 
 
 def test_a_deadline_that_passes_names_its_setting() -> None:
     pair = Pair(announce_s=20, load_s=30)
     params = pair.finish()
-    pair.call(D, "announce", "early", params)
+    pair.call(D, "announce", "early", params, TOKENS)
     pair.load(D, params)
     pair.advance(40)
     early, late = pair.take(D, a.LoadEnded)
@@ -174,7 +179,7 @@ def test_unknown_is_no_end_only_destroying_the_connection_is() -> None:
     pair.advance(100)
     assert not pair.take(D, a.BlocksSafe)
     with pytest.raises(TransferError, match="still has quarantined blocks"):
-        pair.cores[D].announce("x", PUSH, pair.now)
+        pair.cores[D].announce("x", PUSH, TOKENS, pair.now)
     pair.call(D, "peer_closed", P, close.connection)
     assert pair.take(D, a.BlocksSafe) == [a.BlocksSafe("x")]
 
@@ -198,7 +203,7 @@ def test_a_transfer_that_never_ends_costs_the_connection_and_the_next_load_gets_
 def test_a_push_that_was_given_up_is_safe_when_the_producer_says_so() -> None:
     pair = Pair()
     pair.call(P, "request_started", "r", "t", 1)
-    pair.call(P, "finish", "r", a.FinishReason.STOP, [[1, 2, 3], [4, 5, 6]], 12, [7])
+    pair.call(P, "finish", "r", a.FinishReason.STOP, [[1, 2, 3], [4, 5, 6]], 12, [7], digest_at)
     pair.load(D, PUSH)
     (start,) = pair.take(P, a.StartTransfer)
     pair.call(D, "abort", "x")
@@ -220,7 +225,7 @@ def test_a_registration_that_comes_after_its_withdrawal_starts_no_write() -> Non
     pair.load(D, PUSH)
     pair.call(D, "abort", "x")
     assert pair.take(D, a.BlocksSafe) or not pair.take(D, a.LoadEnded)[0].ok
-    pair.call(P, "finish", "r", a.FinishReason.STOP, [[1, 2, 3], [4, 5, 6]], 12, [7])
+    pair.call(P, "finish", "r", a.FinishReason.STOP, [[1, 2, 3], [4, 5, 6]], 12, [7], digest_at)
     pair.cores[P].message(D, held[0], pair.now)
     pair.settle()
     assert not pair.take(P, a.StartTransfer)
@@ -240,7 +245,7 @@ def test_a_registration_of_a_destroyed_connection_starts_no_write() -> None:
     pair.lost = lambda message: isinstance(message, m.Register | m.Withdraw)
     pair.advance(2)
     pair.load(D, PUSH, "y")
-    pair.call(P, "finish", "r", a.FinishReason.STOP, [[1, 2, 3], [4, 5, 6]], 12, [7])
+    pair.call(P, "finish", "r", a.FinishReason.STOP, [[1, 2, 3], [4, 5, 6]], 12, [7], digest_at)
     for close in pair.take(P, a.ClosePeer):
         pair.call(P, "peer_closed", D, close.connection)
     pair.cores[P].message(D, next(x for x in held if isinstance(x, m.Register)), pair.now)
@@ -260,7 +265,7 @@ def test_a_registration_for_an_earlier_life_of_the_producer_starts_no_write() ->
         isinstance(x, m.Register) or (isinstance(x, m.Hello) and x.generation == of_d and not x.is_answer)
     )
     pair.call(P, "request_started", "r", "t", 1)
-    pair.call(P, "finish", "r", a.FinishReason.STOP, [[1, 2, 3], [4, 5, 6]], 12, [7])
+    pair.call(P, "finish", "r", a.FinishReason.STOP, [[1, 2, 3], [4, 5, 6]], 12, [7], digest_at)
     for _ in range(2):
         pair.cores[P].message(D, held[0], pair.now)
         pair.settle()
@@ -440,7 +445,7 @@ def test_a_link_that_breaks_again_and_again_is_dialled_less_and_less_often() -> 
     pair = Pair(backoff_s=1, handshake_s=60, announce_s=60)
     params = pair.finish()
     pair.lost = lambda message: True
-    pair.call(D, "announce", "x", params)
+    pair.call(D, "announce", "x", params, TOKENS)
     num_losses = 0
     for _ in range(1000):
         if num_losses < pair.num_dials:
@@ -489,12 +494,71 @@ def test_snapshot_says_what_is_open_in_plain_values() -> None:
     assert [peer["state"] for peer in books[D]["peers"]] == ["open"]
 
 
-def test_fewer_tokens_than_wanted_is_a_failure() -> None:
+@pytest.mark.parametrize("mode", ["pull", "push"])
+def test_fewer_tokens_than_wanted_is_a_failure(mode: str) -> None:
     pair = Pair()
-    params = pair.finish()
-    pair.call(D, "announce", "x", params)
+    params = leased(pair, mode)
+    pair.call(D, "announce", "x", params, m.TokenProof(16, digest_at(16)))
     pair.call(D, "park", "x", [[11, 12, 13, 14], [0, 0, 15, 16]], (0, 16))
-    assert "the lease holds 12" in pair.take(D, a.LoadEnded)[0].reason
+    text = "the KV of other tokens" if mode == "pull" else "the lease holds 12"
+    assert text in pair.take(D, a.LoadEnded)[0].reason
+
+
+def leased(pair: Pair, mode: str) -> dict[str, Any]:
+    """The parameters of 12 tokens at P."""
+    pair.call(P, "request_started", "r", "t" if mode == "push" else None, 1)
+    blocks = [[1, 2, 3], [4, 5, 6]]
+    params: dict[str, Any] = pair.call(P, "finish", "r", a.FinishReason.LENGTH, blocks, 12, [7], digest_at, mode=mode)
+    return params
+
+
+@pytest.mark.parametrize("liar", [None, producer, consumer], ids=["both check", "D alone checks", "P alone checks"])
+@pytest.mark.parametrize("mode", ["pull", "push"])
+def test_kv_of_other_tokens_is_not_handed_over_even_if_one_side_does_not_check(
+    mode: str, liar: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if liar is not None:
+        monkeypatch.setattr(liar, "same_tokens", lambda one, other: True)
+    pair = Pair(lease_s=10)
+    params = leased(pair, mode)
+    pair.call(D, "announce", "x", params, m.TokenProof(12, b"another prompt".ljust(32)))
+    pair.call(D, "park", "x", [[11, 12, 13], [0, 15, 16]], (0, 12))
+    jobs = [start.job for name in (P, D) for start in pair.take(name, a.StartTransfer)]
+    if (mode, liar) == ("push", producer):
+        pair.end_job(P, jobs.pop())  # D believes it none the less
+    assert not jobs, "no byte moves"
+    (ended,) = pair.take(D, a.LoadEnded)
+    assert (ended.ok, ended.blocks_quarantined) == (False, False)
+    assert "it holds the KV of other tokens: the two engines' prompts, or their cache_salt" in ended.reason
+    if mode == "pull" and liar is not producer:  # the lease is there for the request it was made for
+        assert not pair.take(P, a.Release)
+        pair.load(D, params, "right")
+        pair.end_job(D, pair.take(D, a.StartTransfer)[0].job)
+        assert pair.take(D, a.LoadEnded)[0].ok
+    assert pair.take(P, a.Release) == [a.Release("r", "done")]
+
+
+@pytest.mark.parametrize("mode", ["pull", "push"])
+@pytest.mark.parametrize("num_tokens", [0, 5, 8, 12])
+def test_fewer_tokens_than_were_computed_can_be_proved_and_loaded(mode: str, num_tokens: int) -> None:
+    pair = Pair()
+    params = leased(pair, mode)
+    pair.call(D, "announce", "x", params, m.TokenProof(num_tokens, digest_at(num_tokens)))
+    pair.call(D, "park", "x", [[11, 12, 13], [14, 15, 16]], (0, num_tokens))
+    mover = D if mode == "pull" else P
+    for start in pair.take(mover, a.StartTransfer):
+        assert start.job.token_range == (0, num_tokens)
+        pair.end_job(mover, start.job)
+    assert pair.take(D, a.LoadEnded) == [a.LoadEnded("x", True, "", False, 12)]
+    assert pair.take(P, a.Release) == [a.Release("r", "done")]
+
+
+def test_engines_of_another_protocol_are_refused_with_both_numbers() -> None:
+    pair = Pair()
+    hello = m.Hello("id-d", 1, b"geometry", {"fake": (b"",)}, 0, "0" * 32, False, generation="1" * 32)
+    pair.call(P, "message", D, hello)
+    (refusal,) = [message for _, _, message in pair.sent if isinstance(message, m.HelloRefused)]
+    assert refusal.differences == ("protocol: 2 here, 1 at id-d",)
 
 
 @pytest.mark.parametrize(
@@ -512,7 +576,7 @@ def test_params_that_cannot_be_used_are_named(change: dict[str, Any], text: str)
     pair = Pair()
     params = pair.finish() | change
     with pytest.raises(TransferError, match=text):
-        pair.cores[D].announce("x", params, 0.0)
+        pair.cores[D].announce("x", params, TOKENS, 0.0)
     assert pair.cores[D].take_actions() == []
 
 

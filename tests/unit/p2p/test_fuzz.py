@@ -8,7 +8,7 @@ from typing import Any
 
 import msgspec
 import pytest
-from pair import D, P, Pair
+from pair import TOKENS, D, P, Pair, digest_at
 
 from kvferry.errors import TransferError
 from kvferry.p2p import actions as a
@@ -25,14 +25,16 @@ def some(rng: random.Random, name: str, ids: list[str], claims: list[str]) -> An
         "generation": lambda: rng.choice(ids), "to": lambda: rng.choice(ids), "claim_id": lambda: rng.choice(claims),
         "lease_id": lambda: rng.choice(claims), "lease_generation": lambda: rng.choice(ids),
         "nonce": lambda: rng.choice(claims), "epoch": lambda: rng.choice((0, 0, 1, 5)),
-        "engine_id": lambda: rng.choice(("id-d", "id-p", "x")), "protocol": lambda: rng.choice((1, 1, 1, 2)),
+        "engine_id": lambda: rng.choice(("id-d", "id-p", "x")),
+        "protocol": lambda: rng.choice((m.PROTOCOL, m.PROTOCOL, m.PROTOCOL, 1)),
         "geometry": lambda: b"geometry", "transports": lambda: rng.choice(({"fake": (b"",)}, {}, {"other": ()})),
         "is_answer": lambda: rng.random() < 0.5, "differences": lambda: ("no",), "blocks": lambda: blocks,
         "num_tokens": lambda: rng.randrange(30), "remaining_ms": lambda: rng.randrange(9000),
         "why": lambda: rng.choice(list(m.Why)), "is_valid": lambda: rng.random() < 0.5,
         "transfer_id": lambda: rng.choice("tuv"), "first_token": lambda: rng.randrange(9),
-        "end_token": lambda: 8 + rng.randrange(9), "ok": lambda: rng.random() < 0.5, "reason": lambda: "?",
-        "first_token_ids": lambda: (1, 2),
+        "end_token": lambda: 8 + rng.randrange(9), "tokens": lambda: m.TokenProof(8, digest_at(rng.choice((8, 8, 7)))),
+        "tokens_digest": lambda: digest_at(rng.choice((8, 8, 7))), "ok": lambda: rng.random() < 0.5,
+        "reason": lambda: "?",
     }  # fmt: skip
     return values[name]()
 
@@ -48,6 +50,8 @@ def test_random_messages_in_any_state_never_raise(seed: int) -> None:
         name = rng.choice((P, D))
         kind = rng.choice(KINDS)
         fields = {field.name: some(rng, field.name, ids, claims) for field in msgspec.structs.fields(kind)}
+        if kind is m.Register and fields["end_token"] > 8:
+            fields["tokens"] = m.TokenProof(16, digest_at(16))
         sender = rng.choice((P, D, P, D, f"x:{step}"))
         pair.cores[name].message(sender, kind(**fields), pair.now)
         host(rng, pair, name, step)
@@ -74,11 +78,13 @@ def host(rng: random.Random, pair: Pair, name: str, step: int) -> None:
     if roll == 0:
         core.request_started(f"r{step}", rng.choice("tuv"), 1, now)
     elif roll == 1:
-        core.finish(f"r{step - rng.randrange(9)}", rng.choice(list(a.FinishReason)), [[1, 2], [3, 4]], 8, [1], now)
+        core.finish(
+            f"r{step - rng.randrange(9)}", rng.choice(list(a.FinishReason)), [[1, 2], [3, 4]], 8, [1], digest_at, now
+        )
     elif roll == 2:
         host_name, port = other.split(":")
         handover = m.Handover(remote_host=host_name, remote_port=int(port), transfer_id="t", transfer_mode="push")
-        core.announce(f"x{step}", handover, now)
+        core.announce(f"x{step}", handover, m.TokenProof(8, digest_at(rng.choice((8, 8, 7)))), now)
         core.park(f"x{step}", [[5, 6], [7, 8]], (0, 8), now)
     elif roll == 3:
         core.peer_connected(other, now)
@@ -97,7 +103,7 @@ def test_random_bytes_raise_nothing_but_transfer_errors(seed: int) -> None:
     print(f"seed {seed}")
     rng = random.Random(seed)
     ids = {"generation": "0" * 32, "claim_id": "1" * 32, "to": "2" * 32}
-    good = m.CODEC.encode(m.Register("t", ((1, 2), (3,)), 0, 8, 0, **ids))
+    good = m.CODEC.encode(m.Register("t", ((1, 2), (3,)), 0, 8, 0, TOKENS, **ids))
     for _ in range(500):
         data = bytearray(good if rng.random() < 0.8 else good[:4] + rng.randbytes(rng.randrange(60)))
         for _ in range(rng.randrange(1, 4)):
@@ -111,15 +117,17 @@ def test_random_bytes_raise_nothing_but_transfer_errors(seed: int) -> None:
     "message",
     [
         {"type": "claim", "generation": "0" * 31, "claim_id": "1" * 32, "to": "2" * 32, "lease_id": "3" * 32,
-         "lease_generation": "4" * 32},
+         "lease_generation": "4" * 32, "tokens": [8, b"5" * 31]},
         {"type": "renew", "generation": "0" * 32 + "\n", "claim_id": "1" * 32, "to": "2" * 32},
         {"type": "renew", "generation": "0" * 32, "claim_id": "1" * 32, "to": "2" * 32, "more": 1},
         {"type": "register", "generation": "0" * 32, "claim_id": "1" * 32, "to": "2" * 32, "transfer_id": "t",
-         "blocks": [[-1]], "first_token": 0, "end_token": 1, "epoch": 0},
+         "blocks": [[-1]], "first_token": 0, "end_token": 1, "epoch": 0, "tokens": [8, b"5" * 32]},
         {"type": "register", "generation": "0" * 32, "claim_id": "1" * 32, "to": "2" * 32, "transfer_id": "t",
-         "blocks": [[1]], "first_token": 2, "end_token": 1, "epoch": 0},
+         "blocks": [[1]], "first_token": 2, "end_token": 1, "epoch": 0, "tokens": [8, b"5" * 32]},
         {"type": "register", "generation": "0" * 32, "claim_id": "1" * 32, "to": "2" * 32, "transfer_id": "t",
-         "blocks": [[1]] * 65, "first_token": 0, "end_token": 1, "epoch": 0},
+         "blocks": [[1]] * 65, "first_token": 0, "end_token": 1, "epoch": 0, "tokens": [8, b"5" * 32]},
+        {"type": "register", "generation": "0" * 32, "claim_id": "1" * 32, "to": "2" * 32, "transfer_id": "t",
+         "blocks": [[1]], "first_token": 0, "end_token": 9, "epoch": 0, "tokens": [8, b"5" * 32]},
         {"type": "hand_grenade"},
         [1, 2, 3],
     ],

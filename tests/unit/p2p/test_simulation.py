@@ -49,7 +49,7 @@ def test_a_defect_of_the_field_is_caught(defect: str, monkeypatch: pytest.Monkey
     pytest.fail(f"2000 schedules did not show the defect {defect!r}")
 
 
-@pytest.mark.parametrize("defect", ["1 cancel as a fence", "2 neither", "3 no identity", "7 restart not seen"])
+@pytest.mark.parametrize("defect", ["1 cancel as a fence", "2 neither", "7 restart not seen", "8 no token check"])
 def test_some_defects_lead_to_wrong_bytes(defect: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """With the other rules off, what users would see is found as well: KV of somebody else, accepted."""
 

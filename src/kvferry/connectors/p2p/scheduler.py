@@ -7,6 +7,9 @@
 
 Blocks into which something may still be written are never given back: of a load that failed they are pinned until the
 core calls them safe, so that the request need not wait for that; of a request that is gone the host keeps them.
+
+A hand-over is bound to its tokens: what is leased, and what is asked for, goes by the digest of the tokens, with salt,
+adapter and media. Where that cannot be told (prompt embeddings, an adapter that cannot be read) nothing is handed over.
 """
 
 from __future__ import annotations
@@ -22,7 +25,7 @@ from functools import lru_cache, partial
 from typing import Any
 
 from kvferry.clock import Clock, SystemClock
-from kvferry.connectors.identity import peer_facts
+from kvferry.connectors.identity import KeyMaker, peer_facts
 from kvferry.connectors.p2p.agent import P2PAgent
 from kvferry.connectors.p2p.config import P2PConfig
 from kvferry.connectors.p2p.messages import OpenOrder, StepMetadata, WorkerHandshake, WorkerReport
@@ -36,6 +39,7 @@ from kvferry.contract.sides import SchedulerSide
 from kvferry.contract.stats import ConnectorStats
 from kvferry.contract.views import BlockIds, RequestView, StepView
 from kvferry.errors import ConfigError, TransferError
+from kvferry.hashing import HANDOVER, KeyChain, TokenDigests
 from kvferry.p2p.actions import (
     BlocksSafe,
     ClosePeer,
@@ -49,7 +53,7 @@ from kvferry.p2p.actions import (
 )
 from kvferry.p2p.core import P2PCore, random_id
 from kvferry.p2p.geometry import EngineGeometry, check_geometries, decode_geometry, encode_geometry
-from kvferry.p2p.messages import CODEC, PROTOCOL, Handover, Hello
+from kvferry.p2p.messages import CODEC, PROTOCOL, Handover, Hello, TokenProof
 from kvferry.p2p.transport import TransferOp
 from kvferry.p2p.wire import Address, check_peer
 from kvferry.types import NULL_BLOCK_ID
@@ -63,6 +67,10 @@ _REASONS = {
     "FINISHED_ERROR": FinishReason.ERROR,
 }
 _MAX_HANDED_TOKENS = 1024
+_UNKNOWN = (
+    "its tokens do not tell what its KV is (prompt embeddings, or a LoRA adapter whose files cannot be read), so no "
+    "engine can prove that the KV is the request's own"
+)
 _MAX_CHECKED = 32  # geometries of peers, of at most 1 MiB each
 
 
@@ -121,7 +129,10 @@ class P2PSchedulerSide(SchedulerSide):
         self._geometry = b""
         self._pool: Any = None
         self._loads: dict[str, Load] = {}
-        self._senders: set[str] = set()
+        self._keys = KeyMaker(
+            HANDOVER, host.groups, host.world_size, host.adapter_settings
+        )  # peers compare their weights when they meet
+        self._senders: dict[str, KeyChain] = {}
         self._held: dict[str, tuple[int, float]] = {}  # released later: number of blocks, since when
         self._pins: dict[str, list[Any]] = {}
         self._tables = LastTables(host.groups)
@@ -205,27 +216,37 @@ class P2PSchedulerSide(SchedulerSide):
         """Note a request that shall be handed over; ask for the KV of one that was."""
         params = request.kv_transfer_params or {}
         if params.get("do_remote_decode") and self._is_producer:
-            self._expect_consumer(request.request_id, params.get("transfer_id"))
+            self._expect_consumer(request, params.get("transfer_id"))
         elif params.get("do_remote_decode"):
             logger.warning("%s: do_remote_decode is ignored, kv_role is %s", request.request_id, self.host.kv_role)
         if params.get("do_remote_prefill") and self._is_consumer:
-            self._announce(request.request_id, params)
+            self._announce(request, params)
         elif params.get("do_remote_prefill"):
             self._refuse(request.request_id, f"do_remote_prefill, but kv_role is {self.host.kv_role}")
 
-    def _expect_consumer(self, request_id: str, transfer_id: Any) -> None:
+    def _expect_consumer(self, request: RequestView, transfer_id: Any) -> None:
+        request_id = request.request_id
+        if (chain := self._keys.chain(request)) is None:
+            logger.warning("%s: not handed over: %s", request_id, _UNKNOWN)
+            return
         if not isinstance(transfer_id, str) or not 0 < len(transfer_id) <= 512:
             if transfer_id is not None:
                 logger.warning("%s: transfer_id=%r is no text of 1 to 512 characters; made up", request_id, transfer_id)
             transfer_id = secrets.token_hex(16) if self.config.mode == "push" else None
-        self._senders.add(request_id)
+        self._senders[request_id] = chain
         self.agent.use(lambda core, now: core.request_started(request_id, transfer_id, 1, now))
 
-    def _announce(self, request_id: str, params: dict[str, Any]) -> None:
+    def _announce(self, request: RequestView, params: dict[str, Any]) -> None:
+        request_id = request.request_id
         try:
             handover = self._handover(params)
             load = Load(handover.peer, handover.transfer_mode == "push", handover.remote_num_tokens)
-            self.agent.use(lambda core, now: core.announce(request_id, handover, now))
+            if (chain := self._keys.chain(request)) is None:
+                self._refuse(request_id, _UNKNOWN)
+                return
+            num_tokens = self._num_wanted_tokens(request, load)
+            tokens = TokenProof(num_tokens, TokenDigests(chain, request.token_ids).at(num_tokens))
+            self.agent.use(lambda core, now: core.announce(request_id, handover, tokens, now))
             self._loads[request_id] = load
         except TransferError as error:
             self._refuse(request_id, str(error))
@@ -263,13 +284,19 @@ class P2PSchedulerSide(SchedulerSide):
         load.num_local_tokens = num_computed_tokens
         if load.state is LoadState.FAILED and self.host.load_failure_policy == "recompute":
             return 0, False
-        end = request.num_tokens
-        if load.num_remote_tokens is not None and load.num_remote_tokens < end:
-            end = load.num_remote_tokens // self._alignment * self._alignment
-        elif not self.host.takes_first_tokens and begins_with_block(self.host.groups, end):
+        end = self._num_wanted_tokens(request, load)
+        is_whole = end == request.num_tokens
+        if is_whole and not self.host.takes_first_tokens and begins_with_block(self.host.groups, end):
             end -= 1
         load.end_token = end
         return (end - num_computed_tokens, True) if end > num_computed_tokens else (0, False)
+
+    def _num_wanted_tokens(self, request: RequestView, load: Load) -> int:
+        """All of the prompt, or the whole blocks of it that the peer has."""
+        num_remote = load.num_remote_tokens
+        if num_remote is None or num_remote >= request.num_tokens:
+            return request.num_tokens
+        return num_remote // self._alignment * self._alignment
 
     def update_state_after_alloc(self, request: RequestView, block_ids: BlockIds, num_external_tokens: int) -> None:
         """The load is on, or the host does without."""
@@ -308,7 +335,7 @@ class P2PSchedulerSide(SchedulerSide):
         if request_id in self._senders:
             block_ids = self._with_kept(request, block_ids)
             params = self._lease(request, block_ids)
-        self._senders.discard(request_id)
+        self._senders.pop(request_id, None)
         if params is None:
             self._let_go(request_id)
             return False, told or None
@@ -335,11 +362,19 @@ class P2PSchedulerSide(SchedulerSide):
         outputs = [int(token) for token in request.token_ids[request.num_prompt_tokens :]]
         # The last token that was sampled has no KV yet, whatever a host that runs ahead says.
         num_tokens = min(request.num_computed_tokens, request.num_tokens - bool(outputs))
+        if not self._keys.is_certain(request.lora_path):
+            logger.warning("%s: not handed over: %s", request_id, _UNKNOWN)
+            self.agent.use(lambda core, now: core.abort(request_id, now))
+            return None
         handed, mode = outputs[:_MAX_HANDED_TOKENS], self.config.mode
+        digests = TokenDigests(self._senders[request_id], request.token_ids)
         try:
-            return self.agent.use(
-                lambda core, now: core.finish(request_id, reason, block_ids, num_tokens, handed, now, mode=mode)
+            params = self.agent.use(
+                lambda core, now: core.finish(
+                    request_id, reason, block_ids, num_tokens, handed, digests.at, now, mode=mode
+                )
             )
+            return params and {**params, "remote_prompt_digest": digests.at(request.num_prompt_tokens).hex()}
         except ValueError as error:
             logger.warning("%s: not handed over: %s", request_id, error)
             self.agent.use(lambda core, now: core.abort(request_id, now))

@@ -11,7 +11,7 @@ whenever one begins with token n-w+1. So the prefill side keeps the block, and t
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 
 from kvferry.contract.views import BlockIds, StepView
 from kvferry.types import NULL_BLOCK_ID, GroupInfo
@@ -30,7 +30,7 @@ class LastTables:
         self._groups = groups if any(group.window_tokens is not None for group in groups) else ()
         self._tables: dict[str, BlockIds] = {}
 
-    def note(self, step: StepView, request_ids: set[str]) -> None:
+    def note(self, step: StepView, request_ids: Container[str]) -> None:
         """Of a step that is about to run."""
         for scheduled in step.scheduled if self._groups else ():
             if scheduled.request_id in request_ids:
