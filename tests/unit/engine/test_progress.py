@@ -40,7 +40,8 @@ def test_line_says_rates_hits_and_how_full_all_is(caplog: pytest.LogCaptureFixtu
     assert lines(caplog) == [
         (
             "last 10 s: 10.0 prompt tokens/s (hits: 25% in the KV cache, 50% by the connector); "
-            "4.0 generated tokens/s; 2 running, 4 waiting; KV cache 25% in use; one/host 1.00 of 4.00 GB; one/fs 2.00 GB"
+            "4.0 generated tokens/s; 2 running, 4 waiting; KV cache 25% in use; "
+            "one/host 1.00 of 4.00 GB; one/fs 2.00 GB"
         )
     ]
 
