@@ -55,6 +55,15 @@ class PageForm(Enum):
     K_BY_ELEMENT = "k by element"  # all of K as [elements, tokens], then all of V as [tokens, elements]
 
 
+def _form_of(layer: str, form: str) -> PageForm:
+    if form not in {known.value for known in PageForm}:
+        raise ConfigError(
+            f"layer {layer!r}: its KV lies in the form {form}, which cannot be handed over; on a CPU with AMX vLLM takes "
+            "it for 16-bit KV, its default: start vLLM with --dtype float32"
+        )
+    return PageForm(form)
+
+
 class PlacedPart(NamedTuple):
     """Elements of a part, and in bytes: where it begins, from token to token, from element to element."""
 
@@ -209,7 +218,7 @@ def rank_geometry(
                 parts = tuple(part for part in (("k", key), ("v", y.shape[2] - key)) if part[1])
                 total = _of_layer("total_kv_heads", total_kv_heads, y.name)
                 heads = _heads_of_rank(y, total, tp_rank, tp_size)
-                layers.append(LayerGeometry(number, y, heads, parts, PageForm(page_form(y.name))))
+                layers.append(LayerGeometry(number, y, heads, parts, _form_of(y.name, page_form(y.name))))
         described = [(g.block_tokens, infos[g.group_id].kind, infos[g.group_id].window_tokens) for g in layout.groups]
         group_geometries = tuple(GroupGeometry(*fields) for fields in described)
         return RankGeometry(layout.num_blocks, tuple(region_bytes), group_geometries, tuple(layers))

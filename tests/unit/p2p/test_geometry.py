@@ -253,3 +253,8 @@ def test_blocks_that_the_prefill_engine_drops_are_whole_blocks_of_the_other() ->
     assert check_geometries(long, short, True)[0].startswith("block size of layers with a window: peer 4, here 8")
     short, long = (encode_geometry(make(block_tokens=tokens)) for tokens in (4, 8))
     assert check_geometries(short, long, False) == [], "without a window nothing is dropped"
+
+
+def test_a_form_of_pages_that_cannot_be_handed_over_names_the_remedy() -> None:
+    with pytest.raises(ConfigError, match=r"layer 'layer0'.* of vLLM's amx kernels, .*start vLLM with --dtype float32"):
+        make(page_form=lambda name: "of vLLM's amx kernels")
