@@ -26,7 +26,7 @@ from kvferry.p2p.transport import Completion, PeerHandle, Pieces, Region, Transf
 
 Bytes = npt.NDArray[np.uint8]
 READ, WRITE = TransferOp.READ, TransferOp.WRITE
-_WAIT_S = 60.0
+_WAIT_S = 300.0
 
 
 class End(NamedTuple):
