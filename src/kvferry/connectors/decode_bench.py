@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import math
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from kvferry.config import parse_settings
 from kvferry.contract.base import (
@@ -38,10 +38,12 @@ logger = logging.getLogger(__name__)
 class DecodeBenchConfig:
     """Settings, in `kv_connector_extra_config`."""
 
-    fill_mean: float = 0.0
-    """Mean of the noise."""
-    fill_std: float = field(default=0.015, metadata={"minimum": 0})
+    fill_mean: float = 0.015
+    """Mean of the noise; its default, as that of `fill_std`, is vLLM's."""
+    fill_std: float = field(default=0.0, metadata={"minimum": 0})
     """Its standard deviation; 0 fills with the mean."""
+    startup_fill: Literal[False] = False
+    """vLLM's setting; only blocks of requests are filled here."""
     seed: int = field(default=0, metadata={"minimum": 0, "maximum": (1 << 63) - 1})
     """The noise of one engine's life follows from it, and from the rank of the worker."""
 

@@ -16,6 +16,25 @@ EXTRA_CONFIG = "kv_connector_extra_config"
 _SLOT_ALIGNMENT_BYTES = 4096
 _DEFAULT_CHUNK_TOKENS = 64
 
+_TIERS = "kvferry's tiers stand in secondary_tiers; leave the key out"
+_VLLMS_OWN: Mapping[str, tuple[tuple[Any, ...], str]] = {
+    "spec_name": (("CPUOffloadingSpec", "TieringOffloadingSpec"), _TIERS),
+    "spec_module_path": ((None,), "a tier of your own goes into secondary_tiers, with tier_module_path"),
+    "eviction_policy": (
+        ("lru",),
+        "kvferry always evicts what was used least recently; leave the key out",
+    ),
+    "cache_policy_module_path": ((None,), "kvferry always evicts what was used least recently; leave the key out"),
+    "store_threshold": ((0, 1), "kvferry stores what is computed for the first time; leave the key out"),
+    "max_tracker_size": ((), "it belongs to store_threshold, which kvferry does not have; leave the key out"),
+    "offload_prompt_only": ((False,), "kvferry stores answers too, for the next turn finds them; leave the key out"),
+    "self_describing_kv_events": ((False,), "kvferry's events name chunks by key; leave the key out"),
+    "canonical_layout": ((False,), "kvferry's stored layout is its own; leave the key out"),
+    "backpressure": ((None,), "kvferry bounds each tier itself; max_bytes limits a tier"),
+    "enable_telemetry": ((False,), "kvferry's counters are always on /metrics; leave the key out"),
+}
+"""Key -> values that say what holds for kvferry anyway, and what to do about others."""
+
 
 @dataclass(frozen=True)
 class OffloadingConfig:
@@ -27,6 +46,10 @@ class OffloadingConfig:
     """Load while other requests compute (one more engine step), or within the step that needs the KV."""
     chunk_tokens: int | None = field(default=None, metadata={"minimum": UNIT_TOKENS})
     """Tokens per stored chunk: a multiple of 16 and of every block size; by default the smallest from 64 on."""
+    block_size: int | None = field(default=None, metadata={"minimum": UNIT_TOKENS})
+    """vLLM's name for `chunk_tokens`."""
+    blocks_per_chunk: int | None = field(default=None, metadata={"minimum": 1})
+    """The same in blocks of the engine, as vLLM has it; where block sizes differ, of their least common multiple."""
     secondary_tiers: tuple[Mapping[str, Any], ...] = ()
     """Tiers below host memory, nearest first, e.g. {"type": "fs", "path": ..., "max_bytes": ...}."""
     verify_host_loads: bool = True
@@ -44,7 +67,12 @@ class OffloadingConfig:
     @classmethod
     def parse(cls, extra_config: Mapping[str, Any]) -> OffloadingConfig:
         """Read `kv_connector_extra_config`. Raises ConfigError naming key, value and remedy."""
-        return parse_settings(cls, extra_config, EXTRA_CONFIG)
+        given = [key for key in ("chunk_tokens", "block_size", "blocks_per_chunk") if extra_config.get(key) is not None]
+        if len(given) > 1:
+            raise ConfigError(
+                f"{EXTRA_CONFIG}.{given[0]} and .{given[1]} both say how large a chunk is: give one of them"
+            )
+        return parse_settings(cls, _without_vllms_own(extra_config), EXTRA_CONFIG)
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +93,7 @@ class ChunkGeometry:
     ) -> ChunkGeometry:
         """Derive the sizes. Raises ConfigError when host memory does not hold one chunk of every group and worker."""
         alignment = math.lcm(*(group.block_tokens for group in groups))
-        chunk_tokens = _chunk_tokens(config.chunk_tokens, math.lcm(alignment, UNIT_TOKENS))
+        chunk_tokens = _chunk_tokens(config, alignment)
         payloads = tuple(
             chunk_tokens // group.block_tokens * size for group, size in zip(groups, block_bytes, strict=True)
         )
@@ -81,15 +109,36 @@ class ChunkGeometry:
         return cls(chunk_tokens, alignment, payloads, slot_bytes, num_slots)
 
 
-def _chunk_tokens(configured: int | None, unit: int) -> int:
+def _chunk_tokens(config: OffloadingConfig, alignment: int) -> int:
+    unit = math.lcm(alignment, UNIT_TOKENS)
+    key, configured = "chunk_tokens", config.chunk_tokens
+    if config.block_size is not None:
+        key, configured = "block_size", config.block_size
+    if config.blocks_per_chunk is not None:
+        tokens = config.blocks_per_chunk * alignment
+        if tokens % unit:
+            raise ConfigError(
+                f"{EXTRA_CONFIG}.blocks_per_chunk={config.blocks_per_chunk} makes chunks of {tokens} tokens; they must "
+                f"be a multiple of {UNIT_TOKENS}: the next is {-(-tokens // unit) * unit // alignment}"
+            )
+        return tokens
     if configured is None:
         return -(-_DEFAULT_CHUNK_TOKENS // unit) * unit
     if configured % unit:
         raise ConfigError(
-            f"{EXTRA_CONFIG}.chunk_tokens={configured} must be a multiple of {unit} (16 and every block size); "
+            f"{EXTRA_CONFIG}.{key}={configured} must be a multiple of {unit} (16 and every block size); "
             f"the nearest are {configured // unit * unit or unit} and {-(-configured // unit) * unit}"
         )
     return configured
+
+
+def _without_vllms_own(extra_config: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings without those of vLLM's OffloadingConnector that say what holds here anyway."""
+    settings = dict(extra_config)
+    for key, (holds, instead) in _VLLMS_OWN.items():
+        if key in settings and (value := settings.pop(key)) not in holds:
+            raise ConfigError(f"{EXTRA_CONFIG}.{key}={value!r} is a setting of vLLM's OffloadingConnector: {instead}")
+    return settings
 
 
 def check_groups(groups: Sequence[GroupInfo]) -> None:
