@@ -58,8 +58,8 @@ class PageForm(Enum):
 def _form_of(layer: str, form: str) -> PageForm:
     if form not in {known.value for known in PageForm}:
         raise ConfigError(
-            f"layer {layer!r}: its KV lies in the form {form}, which cannot be handed over; on a CPU with AMX vLLM takes "
-            "it for 16-bit KV, its default: start vLLM with --dtype float32"
+            f"layer {layer!r}: its KV lies in the form {form}, which cannot be handed over; on a CPU with AMX vLLM "
+            "takes it for 16-bit KV, its default: start vLLM with --dtype float32"
         )
     return PageForm(form)
 
