@@ -19,6 +19,8 @@ from kvferry.errors import ConfigError
 from kvferry.testing.faulty import forget_media, media
 from kvferry.testing.stub_model import StubModel
 
+pytestmark = pytest.mark.usefixtures("runner")
+
 BLOCK = 16
 WINDOW = 40
 MiB = 1 << 20

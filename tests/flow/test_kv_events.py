@@ -15,6 +15,8 @@ from kvferry import LLM, SamplingParams
 from kvferry.errors import ConfigError
 from kvferry.testing.stub_model import StubModel
 
+pytestmark = pytest.mark.usefixtures("runner")
+
 EVENTS = {"enable_kv_cache_events": True, "endpoint": "tcp://127.0.0.1:0", "replay_endpoint": "tcp://127.0.0.1:0"}
 
 
