@@ -57,7 +57,8 @@ def doctor(
     except ModuleNotFoundError as err:
         raise ConfigError(f"{err.name} is not installed: {install_hint('engine')}") from err
     options = EngineOptions(**{name: context.params[name] for name in opt.ENGINE_OPTIONS})
-    diagnosis = diagnose(read_model_facts(model, dtype), options, transfer, host)
+    facts = read_model_facts(model, dtype, any_architecture=host is opt.Host.VLLM)
+    diagnosis = diagnose(facts, options, transfer, host)
     if as_json:
         typer.echo(json.dumps(dataclasses.asdict(diagnosis), indent=2))
     else:

@@ -25,12 +25,13 @@ class ModelFacts:
     load_format: str = "auto"
 
 
-def read_model_facts(source: str | Path, dtype: str = "auto") -> ModelFacts:
+def read_model_facts(source: str | Path, dtype: str = "auto", *, any_architecture: bool = False) -> ModelFacts:
     """`source` and `dtype` as for `LLM`. "auto" is the configuration's own, float32 when it names none.
 
-    Raises ConfigError when there is no such model, or the engine cannot run its architecture.
+    Raises ConfigError when there is no such model, or, unless `any_architecture` (another host runs it), the engine
+    cannot run its architecture.
     """
-    path, config = read_model_config(source)
+    path, config = read_model_config(source, any_architecture=any_architecture)
     chosen = getattr(torch, dtype) if dtype != "auto" else getattr(config, "dtype", None) or torch.float32
     return ModelFacts(str(path), chosen, _layers(config.get_text_config()), max_tokens_of(config), config)
 

@@ -23,6 +23,10 @@ from typing import Any, Protocol
 import torch
 from safetensors import SafetensorError
 from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+)
 from transformers.utils import logging as transformers_logging
 
 from kvferry.config import cache_dir
@@ -114,10 +118,10 @@ def max_tokens_of(config: Any) -> int:
     return int(getattr(config, "max_position_embeddings", 0) or 1 << 20)
 
 
-def read_model_config(source: str | Path) -> tuple[Path, Any]:
+def read_model_config(source: str | Path, *, any_architecture: bool = False) -> tuple[Path, Any]:
     """Where the model is, and its transformers configuration, read from config.json or a GGUF's header alone.
 
-    Raises ConfigError when there is no such model, or its architecture is one the engine cannot run.
+    Raises ConfigError when there is no such model, or, unless `any_architecture`, the engine cannot run its kind.
     """
     gguf = _find_gguf(source)
     path = gguf or find_model_folder(source)
@@ -131,7 +135,8 @@ def read_model_config(source: str | Path) -> tuple[Path, Any]:
         raise ConfigError(
             f"model={str(source)!r}: its configuration is not one transformers understands: {err}"
         ) from err
-    _refuse_unsupported(config, architecture_of(config))
+    if not any_architecture:
+        _refuse_unsupported(config, architecture_of(config))
     return path, config
 
 
@@ -200,11 +205,17 @@ def load_model(source: str | Path, dtype: str, device: str) -> HFModel:
     weights_stamp = _stamp(folder)
     try:
         with _no_progress_bars():
-            model = AutoModelForCausalLM.from_pretrained(
-                folder, dtype="auto" if dtype == "auto" else getattr(torch, dtype), local_files_only=True
-            )
+            model, loaded = AutoModelForCausalLM.from_pretrained(
+                folder, dtype="auto" if dtype == "auto" else getattr(torch, dtype), local_files_only=True,
+                output_loading_info=True,
+            )  # fmt: skip
     except _LOADING_ERRORS as err:
         raise ConfigError(f"model={str(source)!r} ({name}) cannot be loaded: {err}") from err
+    if missing := sorted(loaded["missing_keys"]):
+        raise ConfigError(
+            f"model={str(source)!r} ({name}) lacks {len(missing)} weights of a {type(model).__name__}, which would be "
+            f"random: {', '.join(missing[:3])}{', ...' if missing[3:] else ''}; take a checkpoint of the language model"
+        )
     return HFModel(model.to(device).eval(), folder, name, device, weights_stamp)
 
 
@@ -234,8 +245,19 @@ def architecture_of(config: Any) -> str:
 
 
 def _refuse_unsupported(config: Any, name: str) -> None:
+    works = (
+        "the engine runs decoder-only language models (docs/guides/models.md); take one of those, or vLLM as the host"
+    )
     if getattr(config, "is_encoder_decoder", False):
-        raise ConfigError(f"{name} is not supported: it is an encoder-decoder; the engine runs decoder-only models")
+        raise ConfigError(f"{name} is not supported: it is an encoder-decoder; {works}")
+    kind = getattr(config, "model_type", None)
+    # Kinds that are both are encoders unless they say otherwise.
+    if kind in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not getattr(config, "is_decoder", False):
+        raise ConfigError(f"{name} is not supported: it is an encoder, whose tokens see those behind them; {works}")
+    if kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        raise ConfigError(
+            f"{name} is not supported: transformers has no decoder-only language model of model_type {kind!r}; {works}"
+        )
     rope = getattr(config, "rope_parameters", None) or {}
     # One set of parameters, or one per kind of layer.
     kinds = [part.get("rope_type") for part in (rope, *rope.values()) if isinstance(part, dict)]
@@ -261,7 +283,12 @@ class HFModel:
         self.eos_token_ids = _eos_token_ids(model)
         has_tokenizer = any((folder / name).is_file() for name in _TOKENIZER_FILES)
         self.tokenizer: Any = AutoTokenizer.from_pretrained(folder) if has_tokenizer else None
-        plain = _plain_logits(model, self._check_token_ids)
+        try:
+            plain = _plain_logits(model, self._check_token_ids)
+        except _LOADING_ERRORS as err:
+            raise ConfigError(
+                f"{architecture} is not supported: its forward over {len(self._check_token_ids)} tokens fails: {err}"
+            ) from err
         pack_linears(model)
         AttentionInterface.register(ATTENTION_NAME, paged_attention)
         try:
