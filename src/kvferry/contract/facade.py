@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import functools
+import logging
 from collections.abc import Callable
 from typing import Any
 
 from kvferry.contract.hooks import HOOKS, Hook, HookSide
 from kvferry.contract.host import host_info
 from kvferry.contract.sides import SchedulerSide, WorkerSide
+from kvferry.contract.views import request_view
 from kvferry.errors import ConfigError, ContractError
+
+logger = logging.getLogger(__name__)
 
 
 def facade_mixin(scheduler_side: type[SchedulerSide], worker_side: type[WorkerSide], scheduler_role: Any) -> type[Any]:
@@ -29,6 +34,9 @@ def facade_mixin(scheduler_side: type[SchedulerSide], worker_side: type[WorkerSi
             # Once per engine and role: ranks that probe one port at one time would find it taken.
             if host.rank == 0 and (problems := scheduler_side.check(host)):
                 raise ConfigError("; ".join(problems))
+            self._no_hits_reason = host.no_hits_reason
+            if is_scheduler and host.no_hits_reason:
+                logger.warning("nothing is loaded for this model: %s", host.no_hits_reason)
             self._scheduler_side = scheduler_side(host) if is_scheduler else None
             self._worker_side = None if is_scheduler else worker_side(host)
 
@@ -43,7 +51,20 @@ def facade_mixin(scheduler_side: type[SchedulerSide], worker_side: type[WorkerSi
         if hook.side is not HookSide.CLASS and not hook.bound_by_facade:
             method = _delegate(hook)
             setattr(HookFacade, hook.name, property(method) if hook.is_property else method)
+    HookFacade.get_num_new_matched_tokens = _unless_useless(HookFacade.get_num_new_matched_tokens)  # type: ignore[attr-defined]
     return HookFacade
+
+
+def _unless_useless(ask: Callable[..., Any]) -> Callable[..., Any]:
+    """No hits for requests that cannot use them, whatever the connector: one rule, here."""
+
+    @functools.wraps(ask)
+    def get_num_new_matched_tokens(self: Any, request: Any, num_computed_tokens: int) -> Any:
+        if self._no_hits_reason is not None or request_view(request).skip_reading_prefix_cache:
+            return 0, False
+        return ask(self, request, num_computed_tokens)
+
+    return get_num_new_matched_tokens
 
 
 def _delegate(hook: Hook) -> Callable[..., Any]:

@@ -66,6 +66,8 @@ class HostInfo:
     """True when the host reads `LoadFailure` records, of synchronous loads too; vLLM does not."""
     takes_first_tokens: bool = False
     """True when the host takes a prefill engine's first tokens over; vLLM computes the last prompt token again."""
+    no_hits_reason: str | None = None
+    """Why no request may use KV from elsewhere: the model's output needs every token in one forward. None: it may."""
     steps_for_held_blocks: bool = False
     """True when the host steps while blocks of ended requests are held, without being told to; vLLM does not."""
 
@@ -110,6 +112,7 @@ def host_info(vllm_config: Any, kv_cache_config: KVCacheConfig) -> HostInfo:
         loaded_after_s=None if hasattr(model, "weights_stamp") else _process_started_s(),
         reads_failed_blocks=bool(getattr(vllm_config, "reads_failed_blocks", False)),
         takes_first_tokens=bool(getattr(vllm_config, "takes_first_tokens", False)),
+        no_hits_reason=_no_hits_reason(model),
         steps_for_held_blocks=bool(getattr(vllm_config, "steps_for_held_blocks", False)),
     )
 
@@ -137,6 +140,18 @@ def _total_kv_heads(vllm_config: Any, kv_cache_config: KVCacheConfig) -> dict[st
 def groups_of(kv_cache_config: KVCacheConfig) -> tuple[GroupInfo, ...]:
     """The KV cache groups. ConfigError when one of them mixes kinds of attention."""
     return tuple(_group_info(i, group) for i, group in enumerate(kv_cache_config.kv_cache_groups))
+
+
+def _no_hits_reason(model: Any) -> str | None:
+    """vLLM's pooling models that take no prefix from its own cache take none from elsewhere either: MEAN, CLS, STEP.
+
+    vLLM asks its own cache by this rule, connectors never; a hit ends its engine ("partial prefill is not supported").
+    """
+    pooler = getattr(model, "pooler_config", None)
+    if pooler is None or bool(getattr(model, "is_prefix_caching_supported", False)):
+        return None
+    kinds = [str(getattr(pooler, name, None)) for name in ("seq_pooling_type", "tok_pooling_type")]
+    return f"the model pools the whole prompt ({'/'.join(kind for kind in kinds if kind != 'None') or 'pooling'})"
 
 
 def _hidden_state_layers(vllm_config: Any) -> tuple[int, ...]:

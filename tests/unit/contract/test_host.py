@@ -60,3 +60,13 @@ def test_a_group_of_windowed_layers_with_specs_of_their_own() -> None:
     config.kv_cache_groups[0] = SimpleNamespace(layer_names=["a", "b"], kv_cache_spec=uniform)
     (group,) = host_info(host(), config).groups
     assert (group.kind, group.window_tokens) == (AttentionKind.SLIDING_WINDOW, 32)
+
+
+@pytest.mark.parametrize("kind", ["MEAN", "CLS"])
+def test_a_model_that_pools_the_whole_prompt_is_given_no_hits(kind: str) -> None:
+    pooler = SimpleNamespace(seq_pooling_type=kind, tok_pooling_type=None)
+    reason = host_info(host({"pooler_config": pooler, "is_prefix_caching_supported": False}), caches()).no_hits_reason
+    assert reason is not None
+    assert kind in reason
+    for allowed in ({"pooler_config": pooler, "is_prefix_caching_supported": True}, {"pooler_config": None}, {}):
+        assert host_info(host(allowed), caches()).no_hits_reason is None

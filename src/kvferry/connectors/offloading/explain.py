@@ -8,6 +8,7 @@ from kvferry.connectors.identity import KeyMaker
 from kvferry.connectors.offloading.config import ChunkGeometry
 from kvferry.connectors.offloading.requests import LoadState, RequestState
 from kvferry.contract.explain import PrefixRange
+from kvferry.contract.host import HostInfo
 from kvferry.store.tiered import TieredStore
 from kvferry.types import AttentionKind, GroupInfo
 
@@ -15,12 +16,15 @@ NOWHERE = "nowhere"
 
 
 def explain_prefix(
-    state: RequestState, store: TieredStore, keys: KeyMaker, groups: tuple[GroupInfo, ...], geometry: ChunkGeometry
+    state: RequestState, store: TieredStore, keys: KeyMaker, host: HostInfo, geometry: ChunkGeometry
 ) -> list[PrefixRange]:
     """The request's tokens behind its local ones, run by run, of every group. Looks only at the store's index."""
     start, end = state.num_local_tokens, state.view.num_tokens
     if start >= end:
         return []
+    groups = host.groups
+    if host.no_hits_reason is not None:
+        return [PrefixRange(start, end, NOWHERE, f"nothing is loaded: {host.no_hits_reason}")]
     if state.chain is None or not keys.is_certain(state.view.lora_path):
         return [PrefixRange(start, end, NOWHERE, _why_not_cacheable(state, keys))]
     num_chunks = state.chain.num_hashed_tokens // geometry.chunk_tokens

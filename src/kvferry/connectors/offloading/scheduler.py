@@ -570,7 +570,7 @@ class OffloadingSchedulerSide(SchedulerSide):
         if chain is not None:
             chain.extend(request.token_ids)
         state = RequestState(request, chain, num_computed_tokens, load=LoadState.NONE if live is None else live.load)
-        return explain_prefix(state, self.store, self._keys, self.host.groups, self.geometry)
+        return explain_prefix(state, self.store, self._keys, self.host, self.geometry)
 
     def take_events(self) -> Iterable[KVCacheEvent]:
         """Chunks that came to or went from a tier since the last call, when the host wants to know."""
