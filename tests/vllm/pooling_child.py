@@ -1,6 +1,6 @@
 """A pooling model in real vLLM with kvferry's host memory: embeds one prompt three times, tells what it found.
 
-argv: folder of the model, pooling type. The last line of stdout is JSON: embeddings and external hits after each.
+argv: folder of the model, pooling type. What stands behind FOUND is JSON: embeddings and external hits after each.
 """
 
 from __future__ import annotations
@@ -13,8 +13,9 @@ PROMPT = [(i * i * 29 + i * 11) % 500 + 3 for i in range(330)]
 
 def main() -> None:
     """Without vLLM's own prefix cache, so that every hit is an external one."""
-    from vllm import LLM
     from vllm.config import PoolerConfig
+
+    from vllm import LLM
 
     llm = LLM(
         model=sys.argv[1], runner="pooling", convert="embed", pooler_config=PoolerConfig(seq_pooling_type=sys.argv[2]),
@@ -30,7 +31,7 @@ def main() -> None:
         output = llm.embed([{"prompt_token_ids": PROMPT}], use_tqdm=False)[0]
         hits = sum(m.value for m in llm.get_metrics() if m.name == "vllm:external_prefix_cache_hits")
         found.append({"embedding": list(output.outputs.embedding), "external_hits": hits})
-    print(json.dumps(found))
+    print(f"\nFOUND {json.dumps(found)}", flush=True)
 
 
 if __name__ == "__main__":
