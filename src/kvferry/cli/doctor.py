@@ -34,6 +34,7 @@ def doctor(
     dtype: opt.Dtype = "auto",
     device: opt.Device = "cpu",
     use_v2_model_runner: opt.V2Runner = None,
+    v2_model_architectures: opt.V2Architectures = None,
     disable_hybrid_kv_cache_manager: opt.DisableHybrid = None,
     kv_cache_layout: opt.KVCacheLayout = "auto",
     kernel_block_size: opt.KernelBlockSize = None,

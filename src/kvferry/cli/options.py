@@ -68,6 +68,14 @@ V2Runner = Annotated[
         help="The model runner; by default model, connector and environment decide (`kvferry doctor` says how).",
     ),
 ]
+V2Architectures = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--v2-model-architectures",
+        help="A model class, such as LlamaForCausalLM, that gets the second model runner where nothing else decides; "
+        "may be repeated. None by default.",
+    ),
+]
 DisableHybrid = Annotated[
     bool | None,
     typer.Option(
@@ -111,6 +119,7 @@ class Host(Enum):
 
 ENGINE_OPTIONS = (
     "max_model_len", "max_num_seqs", "max_num_batched_tokens", "block_size", "num_kv_blocks", "kv_cache_bytes", "dtype",
-    "device", "use_v2_model_runner", "disable_hybrid_kv_cache_manager", "kv_cache_layout", "kernel_block_size",
+    "device", "use_v2_model_runner", "v2_model_architectures",
+    "disable_hybrid_kv_cache_manager", "kv_cache_layout", "kernel_block_size",
 )  # fmt: skip
 """Settings that `LLM`, `EngineOptions` and the commands call by the same name."""

@@ -140,6 +140,7 @@ class EngineOptions:
     enable_prefix_caching: bool = True
     seed: int = 0
     use_v2_model_runner: bool | None = None
+    v2_model_architectures: tuple[str, ...] = ()
     disable_hybrid_kv_cache_manager: bool | None = None
     hidden_state_layers: tuple[int, ...] = ()
     kv_cache_layout: str = "auto"
@@ -163,6 +164,10 @@ class EngineOptions:
             value = getattr(self, name)
             if not isinstance(value, bool) and (value is not None or name == "enable_prefix_caching"):
                 raise ConfigError(f"{name}={value!r} must be True or False")
+        names: Any = self.v2_model_architectures
+        if isinstance(names, str) or not all(isinstance(name, str) and name for name in names or ()):
+            raise ConfigError(f"v2_model_architectures={names!r} must be a list of names such as 'LlamaForCausalLM'")
+        object.__setattr__(self, "v2_model_architectures", tuple(names or ()))
         for index in self.hidden_state_layers:
             _require_int("hidden_state_layers", index, 0)
         if list(self.hidden_state_layers) != sorted(set(self.hidden_state_layers)):

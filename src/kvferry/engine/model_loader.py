@@ -239,9 +239,10 @@ def _no_progress_bars() -> Iterator[None]:
 
 
 def architecture_of(config: Any) -> str:
-    """The model's class as its configuration names it; without names, the configuration's own class."""
+    """The model's class as its configuration names it; without names, the class that the engine loads it as."""
     names = getattr(config, "architectures", None)
-    return str(names[0]) if names else type(config).__name__
+    loaded_as = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(getattr(config, "model_type", ""), type(config).__name__)
+    return str(names[0] if names else loaded_as)
 
 
 def _refuse_unsupported(config: Any, name: str) -> None:

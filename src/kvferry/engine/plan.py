@@ -23,7 +23,7 @@ from kvferry.engine.hybrid import HybridChoice, decide_hybrid
 from kvferry.engine.kv_groups import full_attention_specs, grouped_specs, kv_cache_config_for
 from kvferry.engine.layout_choice import LayoutChoice, choose_kernel_block, choose_layout
 from kvferry.engine.model_loader import ModelShape, architecture_of
-from kvferry.engine.runner_choice import RunnerChoice, choose_model_runner, v2_support
+from kvferry.engine.runner_choice import RunnerChoice, choose_model_runner, v2_support, without_v2
 
 logger = logging.getLogger(__name__)
 
@@ -52,13 +52,12 @@ def plan_engine(model: ModelShape, options: EngineOptions, transfer: KVTransferC
     """Plan without taking memory or opening anything. Raises ConfigError for settings that cannot work together."""
     configured = transfer if transfer.is_kv_transfer_instance else None
     connector = None if configured is None else KVConnectorFactory.resolve(configured)
-    is_unable = connector is not None and not connector.capabilities.supports_v2_model_runner
     runner = choose_model_runner(
         v2_runner_environment(),
         options.use_v2_model_runner,
-        connector.name if connector is not None and is_unable else None,
+        [] if configured is None else without_v2(configured),
         type(model).__name__ if model.hf_config is None else architecture_of(model.hf_config),
-        v2_support(options.device),
+        v2_support(options.device, options.v2_model_architectures),
     )
     groups = [full_attention_specs(model.layers, options.block_size, model.dtype)]
     budget = _budget(groups, options, model)

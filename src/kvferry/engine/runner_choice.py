@@ -6,11 +6,15 @@ A runner is a timetable of the connector's hooks and a view of its tensors; the 
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
+from kvferry.config import KVTransferConfig
+from kvferry.contract import KVConnectorFactory
+from kvferry.engine.hybrid import parts_of
+
 V2_ARCHITECTURES: frozenset[str] = frozenset()
-"""Models that get V2 without being asked; none in this release."""
+"""Models that get V2 without being asked; none unless `v2_model_architectures` names some, for V2 is not faster."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,7 +25,7 @@ class V2Support:
     missing: tuple[str, ...] = ()
     """Requirements that are not met."""
     unsupported: tuple[str, ...] = ()
-    """Features in use that V2 does not have."""
+    """Features in use that V2 does not have; the embedded engine's V2 has them all."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,23 +37,34 @@ class RunnerChoice:
     warnings: tuple[str, ...] = ()
 
 
-def v2_support(device: str) -> V2Support:
-    """What there is for V2 on `device`: vLLM's rule, which asks for Triton on CUDA devices."""
+def v2_support(device: str, architectures: Iterable[str] = V2_ARCHITECTURES) -> V2Support:
+    """What there is for V2 on `device`: vLLM's rule, which asks for Triton on CUDA devices.
+
+    `architectures` is the setting `v2_model_architectures`.
+    """
     lacks_triton = device.startswith("cuda") and importlib.util.find_spec("triton") is None
-    return V2Support(missing=("Triton (pip install triton)",) if lacks_triton else ())
+    return V2Support(frozenset(architectures), missing=("Triton (pip install triton)",) if lacks_triton else ())
+
+
+def without_v2(transfer: KVTransferConfig) -> list[str]:
+    """The configured connector if it does not declare support for V2; of a composite, those of its parts."""
+    if KVConnectorFactory.resolve(transfer).capabilities.supports_v2_model_runner:
+        return []
+    unable = [name for part in parts_of(transfer) for name in without_v2(part)]
+    return list(dict.fromkeys(unable)) or [str(transfer.kv_connector)]
 
 
 def choose_model_runner(
     environment: Mapping[str, bool],
     setting: bool | None,
-    unable_connector: str | None,
+    unable_connectors: Sequence[str],
     architecture: str,
     support: V2Support,
 ) -> RunnerChoice:
     """Environment before setting before the rule. Reads nothing but its arguments.
 
-    `environment`: what `config.v2_runner_environment` found, the variable that counts first. `unable_connector`: name
-    of the engine's connector, explicit or implicit, if as configured it does not declare support for V2.
+    `environment`: what `config.v2_runner_environment` found, the variable that counts first. `unable_connectors`:
+    what `without_v2` found, for the engine's connector, explicit or implicit.
     """
     said = dict(environment) | ({} if setting is None else {"use_v2_model_runner": setting})
     if said:
@@ -62,11 +77,13 @@ def choose_model_runner(
         if not wanted:
             return RunnerChoice(False, f"{first}={wanted}", warnings)
         return _unless_impossible(f"{first}={wanted}", support, warnings)
-    if unable_connector is not None:
-        return RunnerChoice(False, f"{unable_connector} does not declare supports_v2_model_runner")
+    if unable_connectors:
+        verb = "does" if len(unable_connectors) == 1 else "do"
+        return RunnerChoice(False, f"{' and '.join(unable_connectors)} {verb} not declare supports_v2_model_runner")
+    the_list = "the list of models that get V2 by default (v2_model_architectures)"
     if architecture not in support.architectures:
-        return RunnerChoice(False, f"{architecture} is not on the list of models that get V2 by default")
-    return _unless_impossible(f"{architecture} is on the list of models that get V2 by default", support, ())
+        return RunnerChoice(False, f"{architecture} is not on {the_list}")
+    return _unless_impossible(f"{architecture} is on {the_list}", support, ())
 
 
 def _unless_impossible(reason: str, support: V2Support, warnings: tuple[str, ...]) -> RunnerChoice:

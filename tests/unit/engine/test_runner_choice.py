@@ -3,43 +3,48 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import logging
 from typing import Any
 
 import pytest
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from kvferry import LLM
-from kvferry.config import v2_runner_environment
+from kvferry.config import KVTransferConfig, transfer_config, v2_runner_environment
 from kvferry.contract import KVConnectorFactory
+from kvferry.contract.resolver import BUILT_INS
+from kvferry.engine.config import EngineOptions
+from kvferry.engine.model_facts import read_model_facts
+from kvferry.engine.plan import plan_engine
 from kvferry.engine.runner_choice import V2_ARCHITECTURES, V2Support, choose_model_runner, v2_support
 from kvferry.errors import ConfigError
 from kvferry.testing.faulty import FaultyConnector
 from kvferry.testing.stub_model import StubModel
 
 KVFERRY, VLLM = "KVFERRY_USE_V2_MODEL_RUNNER", "VLLM_USE_V2_MODEL_RUNNER"
-BUILT_IN = ("OffloadingConnector", "ExampleConnector", "DecodeBenchConnector", "LoadRecoveryExampleConnector")
 READY = V2Support(frozenset({"LlamaForCausalLM"}))
 
 
 def choose(
     environment: dict[str, bool] | None = None,
     setting: bool | None = None,
-    unable_connector: str | None = None,
+    unable_connectors: tuple[str, ...] = (),
     architecture: str = "LlamaForCausalLM",
     support: V2Support = READY,
 ) -> Any:
-    return choose_model_runner(environment or {}, setting, unable_connector, architecture, support)
+    return choose_model_runner(environment or {}, setting, unable_connectors, architecture, support)
 
 
 @pytest.mark.parametrize("wanted", [True, False])
 def test_the_environment_comes_first(wanted):
-    choice = choose({VLLM: wanted}, unable_connector="Silent", architecture="Other")
+    choice = choose({VLLM: wanted}, unable_connectors=("Silent",), architecture="Other")
     assert (choice.use_v2, choice.reason, choice.warnings) == (wanted, f"{VLLM}={wanted}", ())
 
 
 @pytest.mark.parametrize("wanted", [True, False])
 def test_then_the_setting(wanted):
-    choice = choose(setting=wanted, unable_connector="Silent", architecture="Other")
+    choice = choose(setting=wanted, unable_connectors=("Silent",), architecture="Other")
     assert (choice.use_v2, choice.reason, choice.warnings) == (wanted, f"use_v2_model_runner={wanted}", ())
 
 
@@ -56,7 +61,7 @@ def test_a_disagreement_is_told_and_the_environment_wins():
 
 
 def test_a_connector_that_does_not_declare_it_means_v1():
-    choice = choose(unable_connector="Silent")
+    choice = choose(unable_connectors=("Silent",))
     assert (choice.use_v2, choice.warnings) == (False, ())
     assert "Silent does not declare supports_v2_model_runner" in choice.reason
     assert choose().use_v2
@@ -162,7 +167,7 @@ def test_asking_for_v2_gets_it_unless_the_environment_says_no(said, monkeypatch)
 
 def test_asking_for_v2_where_something_is_missing_is_answered_by_v1_and_a_warning(said, monkeypatch):
     support = V2Support(missing=("Triton (pip install triton)",))
-    monkeypatch.setattr("kvferry.engine.plan.v2_support", lambda device: support)
+    monkeypatch.setattr("kvferry.engine.plan.v2_support", lambda device, architectures: support)
     with LLM(StubModel(), num_kv_blocks=32, use_v2_model_runner=True) as llm:
         assert llm.config.use_v2_model_runner is False
         assert llm.generate([1, 2, 3])
@@ -170,6 +175,67 @@ def test_asking_for_v2_where_something_is_missing_is_answered_by_v1_and_a_warnin
     assert "pip install triton" in said(logging.WARNING)[0]
 
 
-@pytest.mark.parametrize("name", BUILT_IN)
+@pytest.mark.parametrize("name", [target.name for target in BUILT_INS if target.name != "MultiConnector"])
 def test_built_in_connectors_declare_v2(name):
+    """MultiConnector's parts decide. That each works with it: tests/flow/test_runner_matrix.py."""
     assert KVConnectorFactory.get_connector_class_by_name(name).supports_v2_model_runner
+
+
+def multi(*parts):
+    settings = {"kv_connector_extra_config": {"connectors": list(parts)}}
+    return {"kv_connector": "MultiConnector", "kv_role": "kv_both"} | settings
+
+
+LISTED = {"v2_model_architectures": ["Other", "StubModel"]}
+HOST = {"kv_connector": "OffloadingConnector", "kv_connector_extra_config": {"weights_version": "1"}}
+
+
+@pytest.mark.parametrize(
+    ("settings", "use_v2", "because"),
+    [
+        (LISTED, True, "StubModel is on the list"),
+        (LISTED | {"kv_transfer_config": HOST | {"kv_role": "kv_both"}}, True, "StubModel is on the list"),
+        (LISTED | SILENT, False, "Silent does not declare"),
+        (LISTED | {"kv_transfer_config": multi(HOST, HOST)}, True, "StubModel is on the list"),
+        (LISTED | {"kv_transfer_config": multi(HOST, SILENT["kv_transfer_config"])}, False, "Silent does not declare"),
+        (
+            LISTED | {"kv_transfer_config": multi(HOST, multi(SILENT["kv_transfer_config"]))},
+            False,
+            "V1: Silent does not declare",
+        ),
+        (LISTED | {"use_v2_model_runner": False}, False, "use_v2_model_runner=False"),
+        ({"v2_model_architectures": ["Other"]}, False, "StubModel is not on the list"),
+    ],
+)
+def test_a_list_of_models_is_settable_and_the_connector_then_decides(settings, use_v2, because):
+    """The child that decides is named, not the MultiConnector around it."""
+    model = StubModel()
+    options = {name: value for name, value in settings.items() if name != "kv_transfer_config"}
+    plan = plan_engine(
+        model,
+        EngineOptions(num_kv_blocks=32, **options),
+        transfer_config(settings.get("kv_transfer_config"), None, None),
+    )
+    assert plan.config.use_v2_model_runner is plan.runner.use_v2 is use_v2
+    assert because in f"{'V2' if use_v2 else 'V1'}: {plan.runner.reason}"
+
+
+@pytest.mark.parametrize("wrong", ["LlamaForCausalLM", [""], [1]])
+def test_the_list_is_checked(wrong):
+    with pytest.raises(ConfigError, match="v2_model_architectures"):
+        EngineOptions(v2_model_architectures=wrong)
+
+
+@pytest.mark.parametrize("names", [None, ["LlamaForCausalLM"]])
+def test_doctor_and_engine_judge_by_one_name(tmp_path, names):
+    """Also where config.json names no class."""
+    sizes = {"vocab_size": 97, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1}
+    config = LlamaConfig(**sizes, num_attention_heads=4, max_position_embeddings=64)
+    LlamaForCausalLM(config).save_pretrained(tmp_path)
+    stored = json.loads((tmp_path / "config.json").read_text()) | {"architectures": names}
+    (tmp_path / "config.json").write_text(json.dumps({key: value for key, value in stored.items() if value}))
+    options = EngineOptions(num_kv_blocks=32, v2_model_architectures=("LlamaForCausalLM",))
+    told = plan_engine(read_model_facts(tmp_path), options, KVTransferConfig()).runner
+    with LLM(tmp_path, num_kv_blocks=32, v2_model_architectures=["LlamaForCausalLM"]) as llm:
+        assert llm.config.use_v2_model_runner is told.use_v2 is True
+    assert told.reason.startswith("LlamaForCausalLM is on the list")

@@ -17,6 +17,8 @@ class LMCacheMPConnectorUpstream(
     It knows one KV cache group, so it is not `SupportsHMA`.
     """
 
+    supports_v2_model_runner = True
+
 
 LMCacheMPConnector = LMCacheMPConnectorUpstream
 
