@@ -37,9 +37,11 @@ def figure(client: openai.OpenAI, name: str) -> float:
 
 
 def test_prefill_here_decode_there(model_folder: Path) -> None:
-    with serving(model_folder, *transfer("pull")) as (decoder, decode):
+    """The decode engine runs the second model runner, and so does the prefill engine that pushes."""
+    v2 = "--use-v2-model-runner"
+    with serving(model_folder, *transfer("pull"), v2) as (decoder, decode):
         for mode in ("pull", "push"):  # the prefill engine decides, and says so in the parameters
-            with serving(model_folder, *transfer(mode)) as (prefiller, prefill):
+            with serving(model_folder, *transfer(mode), *([v2] if mode == "push" else [])) as (prefiller, prefill):
                 params = check_hand_overs(prefill, decode, mode)
                 prefiller.send_signal(signal.SIGTERM)
                 assert prefiller.wait(90) == 0

@@ -158,16 +158,20 @@ def started(*arguments: tuple[str, ...]) -> Iterator[list[Engine]]:
         yield [Engine(client) for client in clients]
 
 
+V2 = "--use-v2-model-runner"
+
+
 @pytest.fixture(scope="module")
 def cluster(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    """The prefill engine that pushes, and one of the two decode engines, run the second model runner."""
     folder = tmp_path_factory.mktemp("key")
     subprocess.run(["bash", "-c", *commands("openssl rand")], cwd=folder, check=True)
     key_file = folder / "kvferry.key"
     assert key_file.stat().st_mode & 0o777 == 0o600
     first, closed = two_machines(key_file, model_folder)
     key = {"key_file": str(key_file)}
-    second = (str(model_folder), *transfer("kv_producer", **key, mode="push"), *NAMED)
-    opened = (str(model_folder), *transfer("kv_consumer", "recompute", **key), *NAMED)
+    second = (str(model_folder), *transfer("kv_producer", **key, mode="push"), *NAMED, V2)
+    opened = (str(model_folder), *transfer("kv_consumer", "recompute", **key), *NAMED, V2)
     with started(first, second, opened, closed) as engines:
         yield Cluster(engines[:2], *engines[2:], key_file)
 
