@@ -150,6 +150,8 @@ def test_either_role(start_engines: StartEngines, tiny_llama: str, tmp_path: Pat
     check_hand_over(d, p, short, references[len(short)], tmp_path)  # the other way round
     assert d.ask(rpc="affinities")["answers"] == [[sorted(os.sched_getaffinity(0))]], "no thread was bound"
 
+    check_other_tokens(p, d, references[len(long)])
+
     params = prefill(p, random_prompt(52, NUM_TOKENS))
     p.kill()
     failed = d.ask(generate=random_prompt(52, NUM_TOKENS), max_tokens=MAX_TOKENS, transfer=params)
@@ -162,6 +164,26 @@ def test_either_role(start_engines: StartEngines, tiny_llama: str, tmp_path: Pat
     log = d.log.read_text()
     assert re.search(r"(?m)^\(Worker pid=\d+\) INFO .* \[links.py:\d+\] KV between .* moves over shm$", log)
     assert " ERROR " not in log
+
+
+def check_other_tokens(p: EngineChild, d: EngineChild, reference: dict[str, Any]) -> None:
+    """D is sent for the KV of other tokens: of as many, or of fewer. It says so, reads nothing, and caches nothing."""
+    long = random_prompt(50, NUM_TOKENS)
+    d.ask(reset=False)
+    before = moved(d, "read")
+    prompts = ([*long[:100], (long[100] + 1) % 90, *long[101:]], [(long[0] + 1) % 90, *long[1:150]])
+    references = [reference_of(p, wrong) for wrong in prompts]
+    for wrong, right in zip(prompts, references, strict=True):
+        failed = d.ask(generate=wrong, max_tokens=MAX_TOKENS, transfer=prefill(p, long))
+        assert failed["finish_reason"] == "error"
+        assert "the producer refused the claim: it holds the KV of other tokens" in d.log.read_text()
+        alone = d.ask(generate=wrong, max_tokens=MAX_TOKENS)
+        assert alone["local_hits"] == 0
+        assert_same_tokens(alone, right)
+    assert moved(d, "read") == before
+    d.ask(reset=False)
+    assert_same_tokens(d.ask(generate=long, max_tokens=MAX_TOKENS, transfer=prefill(p, long)), reference)
+    assert moved(d, "read") == before + NUM_TOKENS * TOKEN_BYTES
 
 
 def test_producer_and_consumer(start_engines: StartEngines, tiny_llama: str, tmp_path: Path) -> None:
