@@ -175,19 +175,26 @@ def test_multi_without_hma_takes_vllms_own_children(
     connector.shutdown()
 
 
-def test_a_child_without_hma_is_named_with_the_way_out(engine_config: Callable[..., Any], tmp_path: Path) -> None:
+def test_a_child_without_hma_switches_hybrid_kv_caches_off(engine_config: Callable[..., Any], tmp_path: Path) -> None:
+    """As vLLM does for its own MultiConnector; whoever insists on them gets an error, from vLLM or from us."""
     transfer = multi(offloading(), example(tmp_path))
+    for settings in ({}, {"disable_hybrid_kv_cache_manager": True}):
+        config = engine_config(transfer, **settings)
+        assert config.scheduler_config.disable_hybrid_kv_cache_manager
+        KVConnectorFactory.create_connector(config, ROLES[0], caches()).shutdown()
+    config = engine_config(transfer, disable_hybrid_kv_cache_manager=False)
+    with pytest.raises(ValueError, match="FerryMultiConnector"):
+        KVConnectorFactory.create_connector(config, ROLES[0], caches())
     with pytest.raises(ConfigError, match=r"connectors\[1\] \(ExampleConnector\).*FerryMultiConnectorNoHMA"):
-        KVConnectorFactory.create_connector(engine_config(transfer), ROLES[0], caches())
-    config = engine_config(transfer, disable_hybrid_kv_cache_manager=True)
-    KVConnectorFactory.create_connector(config, ROLES[0], caches()).shutdown()
+        kvferry.vllm.FerryMultiConnector(config, ROLES[0], caches())
 
 
 def test_nested_children_count(engine_config: Callable[..., Any]) -> None:
     inner = multi(offloading(), name="FerryMultiConnectorNoHMA")
-    with pytest.raises(ConfigError, match=r"connectors\[0\] \(FerryMultiConnectorNoHMA\)"):
-        KVConnectorFactory.create_connector(engine_config(multi(inner)), ROLES[0], caches())
-    KVConnectorFactory.create_connector(engine_config(multi(multi(offloading()))), ROLES[0], caches()).shutdown()
+    for transfer, disables in ((multi(inner), True), (multi(multi(offloading())), False)):
+        config = engine_config(transfer)
+        assert config.scheduler_config.disable_hybrid_kv_cache_manager == disables
+        KVConnectorFactory.create_connector(config, ROLES[0], caches()).shutdown()
 
 
 @pytest.mark.parametrize(("is_example", "disables"), [(False, False), (True, True)])

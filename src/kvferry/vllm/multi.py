@@ -121,10 +121,10 @@ class FerryMultiConnectorNoHMA(_FerryMulti):
 
 
 class FerryMultiConnector(_FerryMulti, vllm_base.SupportsHMA):
-    """Several connectors as one, all of which support hybrid KV caches, unless these are switched off.
+    """Several connectors as one; hybrid KV caches are on where all of them support these.
 
-    vLLM judges by this class alone, before there is a configuration; so a child that does not support them is found
-    when the connector is built, and is a ConfigError that names it.
+    kvferry's plugin answers vLLM's question by the children. Where it is not loaded, or hybrid KV caches were switched
+    on explicitly, a child that does not support them is a ConfigError that names it.
     """
 
     def __init__(self, vllm_config: Any, role: Any, kv_cache_config: Any) -> None:

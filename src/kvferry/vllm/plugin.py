@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from typing import Any
 
+from kvferry.errors import ConfigError
 from kvferry.vllm import FERRY_NAMES
 
 logger = logging.getLogger(__name__)
@@ -32,6 +33,8 @@ def register() -> None:
             logger.warning("kvferry's connector %s is not registered: %s: %s", name, type(err).__name__, err)
     if not hasattr(KVConnectorFactory, _ORIGINAL) and hasattr(KVConnectorFactory, "get_connector_class"):
         _choose_by_configuration(KVConnectorFactory)
+        if hasattr(KVConnectorFactory, "supports_hma_config"):
+            _ask_children(KVConnectorFactory)
 
 
 def _choose_by_configuration(factory: Any) -> None:
@@ -50,3 +53,22 @@ def _choose_by_configuration(factory: Any) -> None:
         return found
 
     factory.get_connector_class = classmethod(get_connector_class)
+
+
+def _ask_children(factory: Any) -> None:
+    """vLLM judges a composite by its class alone, unless its name is MultiConnector. Ours answers by its children, so
+    that vLLM switches hybrid KV caches off where one of them does not support them, as it does for its own."""
+    original = factory.supports_hma_config
+
+    def supports_hma_config(_: Any, kv_transfer_config: Any) -> bool:
+        if not original(kv_transfer_config):
+            return False
+        found = factory.get_connector_class(kv_transfer_config)
+        if not found.__module__.startswith("kvferry.vllm") or not hasattr(found, "supports_hma_config"):
+            return True
+        try:
+            return bool(found.supports_hma_config(kv_transfer_config))
+        except ConfigError:
+            return True  # its constructor says what is wrong
+
+    factory.supports_hma_config = classmethod(supports_hma_config)
