@@ -429,13 +429,13 @@ def test_token_is_for_one_transfer_and_a_while(cluster: Cluster) -> None:
 
     def hand_over(transfer_id: str) -> dict[str, Any]:
         asked = {"do_remote_decode": True, "transfer_id": transfer_id}
-        body = {"kv_transfer_params": asked}
+        body = {"kv_transfer_params": asked, "cache_salt": transfer_id}
         reply = prefill.completions.create(**(GREEDY | {"max_tokens": 1}), prompt=prompt_of(80), extra_body=body)
         assert reply.model_extra is not None
         return dict(reply.model_extra["kv_transfer_params"])
 
     def take(params: dict[str, Any], token: str) -> Any:
-        body = {"kv_transfer_params": {**params, "peer_token": token}, "cache_salt": token}
+        body = {"kv_transfer_params": {**params, "peer_token": token}, "cache_salt": params["transfer_id"]}
         return decode.completions.create(**GREEDY, prompt=prompt_of(80), extra_body=body)
 
     def token_of(params: dict[str, Any], expires_s: float) -> str:

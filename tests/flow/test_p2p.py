@@ -902,6 +902,7 @@ def test_ucx_settings_reach_nixl_as_texts(cluster: Cluster, monkeypatch: pytest.
         raise ConfigError(f"NIXL with {ucx_params}")
 
     monkeypatch.setattr(choice, "_nixl", nixl)
+    monkeypatch.setattr("kvferry.p2p.nixl.load_nixl", lambda: None)  # as where it is installed
     with pytest.raises(ConfigError, match=r"NIXL with \{'num_threads': '4', 'ucx_devices': 'lo'\}"):
         cluster.start("NixlConnector", transport="nixl", ucx={"num_threads": 4, "ucx_devices": "lo"})
 

@@ -153,8 +153,12 @@ def test_a_tier_that_lost_its_folder_is_told_as_down_until_it_is_back(make_host:
     }
     (tmp_path / "kv").unlink()
     (tmp_path / "away").rename(tmp_path / "kv")
-    host.clock.advance(60)
-    host.settle(lambda: host.side.get_kv_connector_stats().media_down() == [])
+
+    def is_back() -> bool:
+        host.clock.advance(60)  # each time: a write that was under way may be refused now, and begin the pause anew
+        return host.side.get_kv_connector_stats().media_down() == []
+
+    host.settle(is_back)
     assert ConnectorStats(children={"1:O": ConnectorStats(media={"fs": MediumStats(is_up=False)})}).media_down() == [
         "1:O/fs"
     ]
