@@ -1,8 +1,9 @@
 """Fingerprint of a model: one changed byte of config or weights is another model, in every host.
 
-SHA-256 over, for `config.json` and each `*.safetensors` (adapters: `adapter_config.json` too) in name order:
-u32-LE length of the file name, the name, u64-LE size, and the file's bytes. Folders over 8 GiB: of each weight file
-only its safetensors header and 64 pages of 64 KiB, evenly spread, are read, and the fingerprint says so ("sampled:").
+SHA-256 over, for `config.json` (adapters: `adapter_config.json` too), then each `*.safetensors`, then what else weights
+may come from (index files; then the files that these name, `*.bin`, `*.pt`, `*.pth`, the model's own `*.py`), each in
+name order: u32-LE length of the file name, the name, u64-LE size, and the file's bytes. Folders over 8 GiB: of each
+`*.safetensors` only its header and 64 pages of 64 KiB, evenly spread, are read, and it begins with "sampled:".
 Results are cached by path and stamp (size, mtime, ctime and inode) of every file.
 """
 
@@ -27,6 +28,7 @@ _PAGE_BYTES = 64 << 10
 _NUM_SAMPLED_PAGES = 64
 _READ_BYTES = 8 << 20
 _CONFIGS = ("config.json", "adapter_config.json")
+_OTHER_WEIGHTS = ("*.bin", "*.pt", "*.pth", "*.py")
 
 Progress = Callable[[int, int], None]
 """Called with (bytes done, bytes in all)."""
@@ -95,7 +97,21 @@ def _files(folder: Path) -> list[Path]:
             f"{str(folder)!r} holds no *.safetensors files to take a fingerprint of: "
             "set weights_version in kv_connector_extra_config to a name that changes with the weights"
         )
-    return [folder / name for name in _CONFIGS if (folder / name).is_file()] + weights
+    configs = [folder / name for name in _CONFIGS if (folder / name).is_file()]
+    indexes = sorted(folder.glob("*.index.json"))
+    others = {file for pattern in _OTHER_WEIGHTS for file in folder.glob(pattern)}
+    others.update(file for index in indexes for file in _named_in(index))
+    return configs + weights + indexes + sorted(others - {*weights, *indexes})
+
+
+def _named_in(index: Path) -> Iterator[Path]:
+    """The files of an index of weights, which may lie in other folders. What is no such index names none."""
+    try:
+        weight_map = json.loads(index.read_text())["weight_map"]
+        names = {str(name) for name in weight_map.values()}
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return
+    yield from (index.parent / name for name in names if (index.parent / name).is_file())
 
 
 def _pieces(file: Path, size: int, sampled: bool) -> Iterator[bytes]:

@@ -178,3 +178,38 @@ def test_large_models_are_sampled_and_say_so(model_folder: Path, monkeypatch: py
 def test_no_weights_names_the_remedy(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="weights_version"):
         fingerprint_folder(tmp_path)
+
+
+def index_of(*names: str) -> str:
+    return json.dumps({"weight_map": {f"layer{i}": name for i, name in enumerate(names)}})
+
+
+@pytest.mark.parametrize(
+    ("name", "before", "after"),
+    [
+        ("model.safetensors.index.json", index_of("a.safetensors"), index_of("b.safetensors")),
+        ("sub/shard.safetensors", "old weights", "new weights"),
+        ("pytorch_model.bin", "old weights", "new weights"),
+        ("consolidated.pth", "old weights", "new weights"),
+        ("modeling_own.py", "scale = 1", "scale = 2"),
+    ],
+)
+def test_every_file_that_weights_may_come_from_counts(model_folder: Path, name: str, before: str, after: str) -> None:
+    """Whatever else lies beside it: `extra.safetensors` may be one that no host reads."""
+    (model_folder / "sub").mkdir()
+    (model_folder / "sub" / "shard.safetensors").write_text("shard")
+    (model_folder / "a.safetensors.index.json").write_text(index_of("sub/shard.safetensors"))
+    plain = fingerprint_folder(model_folder)
+    (model_folder / name).write_text(before)
+    first = fingerprint_folder(model_folder)
+    assert first != plain
+    (model_folder / name).write_text(after)
+    assert fingerprint_folder(model_folder) != first
+
+
+def test_a_folder_of_one_file_of_weights_has_the_fingerprint_it_always_had(model_folder: Path) -> None:
+    expected = hashlib.sha256()
+    for name in ("config.json", "model.safetensors"):
+        data = (model_folder / name).read_bytes()
+        expected.update(struct.pack("<I", len(name)) + name.encode() + struct.pack("<Q", len(data)) + data)
+    assert fingerprint_folder(model_folder) == f"sha256:{expected.hexdigest()}"

@@ -155,9 +155,15 @@ class KeyMaker:
         world_size: int,
         adapter_settings: str = "",
         started_s: float | None = None,
+        weights: Path | None = None,
     ) -> None:
-        """`started_s`: when the engine may have begun to load adapters, in seconds since the epoch; now if None."""
+        """`started_s`: when the engine may have begun to load adapters, in seconds since the epoch; now if None.
+
+        `weights`: the model's folder, if its files must stay as they are; None: `weights_version` vouches for them.
+        """
         self._model = model_fingerprint
+        self._weights = None if weights is None else (weights, stamp_folder(weights))
+        self._are_weights_certain = True
         self._groups = groups
         self._world_size = world_size
         self._adapters = _Adapters(adapter_settings, time.time() if started_s is None else started_s)
@@ -165,7 +171,9 @@ class KeyMaker:
     @classmethod
     def of(cls, host: HostInfo, weights_version: str | None) -> KeyMaker:
         """For an engine's weights and settings. ConfigError when its weights cannot be told."""
-        return cls(model_identity(host, weights_version), host.groups, host.world_size, host.adapter_settings)
+        folder = None if weights_version is not None else Path(host.model)
+        name = model_identity(host, weights_version)
+        return cls(name, host.groups, host.world_size, host.adapter_settings, weights=folder)
 
     def chain(self, request: RequestView) -> KeyChain | None:
         """An empty chain with the request's identity, or None when it must not be cached."""
@@ -179,14 +187,33 @@ class KeyMaker:
         return KeyChain(Identity(self._model, request.cache_salt, lora), request.multimodal_items)
 
     def is_certain(self, lora_path: str | None) -> bool:
-        """False when what was computed with this adapter may not be what its files held when its chain was begun.
+        """False when what was computed may not be what the files of model and adapter held when its chain was begun.
+
+        Weights count too: engines map their files, so that a file that is overwritten in place changes a running model.
 
         Ask before a chain's keys are looked up, and once more when what was computed is about to become findable.
         """
-        return lora_path is None or self._adapters.is_certain(lora_path)
+        return self._has_same_weights() and (lora_path is None or self._adapters.is_certain(lora_path))
 
-    def why_not(self, lora_path: str) -> str:
-        """Why requests of this adapter are not cached."""
+    def _has_same_weights(self) -> bool:
+        if self._weights is None or not self._are_weights_certain:
+            return self._are_weights_certain
+        folder, stamp = self._weights
+        try:
+            self._are_weights_certain = stamp_folder(folder) == stamp
+        except (ConfigError, OSError):
+            self._are_weights_certain = False
+        if not self._are_weights_certain:
+            logger.warning(
+                "KV is neither stored nor loaded until the engine is restarted: files of the model in %s changed since "
+                "it was loaded", folder,
+            )  # fmt: skip
+        return self._are_weights_certain
+
+    def why_not(self, lora_path: str | None) -> str:
+        """Why requests of this adapter, or of none, are not cached."""
+        if not self._are_weights_certain or lora_path is None:
+            return "files of the model changed since it was loaded"
         return self._adapters.why_not(lora_path)
 
     def shards(self, chain_value: bytes, group_id: int) -> list[StoreKey]:

@@ -24,6 +24,8 @@ from kvferry.kv_events import KVEventsConfig
 DEFAULT_KV_CACHE_BYTES = 1 << 30
 MAX_LOGPROBS = 20
 MAX_COMPLETIONS = 128
+_LARGEST = (1 << 63) - 1
+_SEEDS = -(1 << 63), _LARGEST
 _GREEDY_BELOW = 1e-5
 DTYPE_NAMES = ("auto", "float32", "bfloat16", "float16")
 
@@ -95,8 +97,9 @@ class SamplingParams:
         _require_number("repetition_penalty", self.repetition_penalty, 0.01, 100)
         _require_number("presence_penalty", self.presence_penalty, -2, 2)
         _require_number("frequency_penalty", self.frequency_penalty, -2, 2)
-        if self.seed is not None and (isinstance(self.seed, bool) or not isinstance(self.seed, int)):
-            raise ConfigError(f"seed={self.seed!r} must be a whole number")
+        if self.seed is not None:
+            _require_int("seed", self.seed, *_SEEDS)
+        self._check_types()
         if self.logprobs is not None:
             _require_int("logprobs", self.logprobs, 0)
             if self.logprobs > MAX_LOGPROBS:
@@ -110,8 +113,15 @@ class SamplingParams:
 
     def per_completion(self) -> list[SamplingParams]:
         """`n` settings of one completion each; a seed grows by one from each to the next."""
-        seeds = [None if self.seed is None else self.seed + index for index in range(self.n)]
+        seeds = [None if self.seed is None else min(self.seed, _LARGEST - self.n) + index for index in range(self.n)]
         return [replace(self, n=1, seed=seed) for seed in seeds]
+
+    def _check_types(self) -> None:
+        for name in ("ignore_eos", "skip_special_tokens", "include_stop_str_in_output"):
+            if not isinstance(getattr(self, name), bool):
+                raise ConfigError(f"{name}={_shown(getattr(self, name))} must be true or false")
+        if self.extra_args is not None and not isinstance(self.extra_args, dict):
+            raise ConfigError(f"extra_args={_shown(self.extra_args)} must be an object")
 
     def _check_stops(self) -> None:
         if not all(isinstance(text, str) and text for text in self.stop):
@@ -158,8 +168,7 @@ class EngineOptions:
         if self.dtype not in DTYPE_NAMES:
             raise ConfigError(f"dtype={self.dtype!r} is not one of {', '.join(DTYPE_NAMES)}")
         _require_device(self.device)
-        if isinstance(self.seed, bool) or not isinstance(self.seed, int):
-            raise ConfigError(f"seed={self.seed!r} must be a whole number")
+        _require_int("seed", self.seed, *_SEEDS)
         for name in ("enable_prefix_caching", "use_v2_model_runner", "disable_hybrid_kv_cache_manager"):
             value = getattr(self, name)
             if not isinstance(value, bool) and (value is not None or name == "enable_prefix_caching"):
@@ -312,9 +321,18 @@ def _require_device(device: object) -> None:
         raise ConfigError(f"device={device!r} is not available; this machine has cpu{' and cuda' if has_cuda else ''}")
 
 
-def _require_int(name: str, value: object, minimum: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
-        raise ConfigError(f"{name}={value!r} must be a whole number of at least {minimum}")
+def _require_int(name: str, value: object, minimum: int, maximum: int = _LARGEST) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or not minimum <= value <= maximum:
+        what = f"at least {minimum}" if maximum == _LARGEST else f"from {minimum} to {maximum}"
+        if isinstance(value, int) and value > maximum == _LARGEST:
+            what = f"at most {maximum}"
+        raise ConfigError(f"{name}={_shown(value)} must be a whole number of {what}")
+
+
+def _shown(value: object) -> str:
+    if isinstance(value, int) and abs(value) >= 10**30:  # Python does not write one of more than 4,300 digits
+        return "a number of more than 30 digits"
+    return repr(value)[:200]
 
 
 def _require_number(name: str, value: object, minimum: float, maximum: float = math.inf) -> None:
@@ -322,4 +340,4 @@ def _require_number(name: str, value: object, minimum: float, maximum: float = m
     # Whole numbers may be larger than any float.
     if not is_number or not minimum <= value <= min(maximum, sys.float_info.max):  # type: ignore[operator]
         what = f"of at least {minimum:g}" if maximum == math.inf else f"from {minimum:g} to {maximum:g}"
-        raise ConfigError(f"{name}={value!r} must be a number {what}")
+        raise ConfigError(f"{name}={_shown(value)} must be a number {what}")

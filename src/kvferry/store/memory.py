@@ -104,8 +104,8 @@ class HostIndex:
         self.release(chunk)
 
     def release(self, chunk: Chunk) -> None:
-        """To be called after a user let go: frees the slot of a dropped chunk that nobody uses any more."""
-        if chunk.is_dropped and chunk.is_idle:
+        """To be called after a user let go: frees the slot of a dropped chunk that nobody uses any more. Idempotent."""
+        if chunk.is_dropped and chunk.is_idle and self._by_slot.get(chunk.ref.slot) is chunk:
             del self._by_slot[chunk.ref.slot]
             self._free.append(chunk.ref.slot)
 

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from kvferry.config import KVTransferConfig
-from kvferry.connectors.identity import model_identity, peer_facts, settings_identity
+from kvferry.connectors.identity import KeyMaker, model_identity, peer_facts, settings_identity
 from kvferry.contract import FullAttentionSpec, make_kv_cache_config
 from kvferry.contract.host import HostInfo, _process_started_s, host_info
 from kvferry.errors import ConfigError
@@ -111,3 +111,19 @@ def test_of_very_many_settings_each_counts_for_peers(folder: Path) -> None:
     last = peer_facts(replace(info(folder), numerics={**settings, "hf_config.4999": "2"}), None)
     first = peer_facts(replace(info(folder), numerics={**settings, "hf_config.0000": "2"}), None)
     assert len({facts, last, first}) == 3
+
+
+def test_weights_that_change_in_the_running_engine_are_certain_no_more(
+    folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Engines map the files: one that is overwritten in place changes the running model."""
+    host = info(folder)
+    keys, vouched = KeyMaker.of(host, None), KeyMaker.of(host, "1")
+    assert keys.is_certain(None)
+    with (folder / "model.safetensors").open("r+b") as weights:
+        weights.write(b"other")
+    assert not keys.is_certain(None)
+    assert not keys.is_certain(None)
+    assert "changed" in keys.why_not(None)
+    assert vouched.is_certain(None)
+    assert caplog.text.count("neither stored nor loaded") == 1

@@ -122,11 +122,11 @@ LOGIT_EDGES = [-math.inf, -3e38, -1.0, 0.0, 1e-40, 1.0, 3e38]
     temperature=st.sampled_from([0, 5e-324, 1e-6, 1e-5, 1.0, 1e30, 1e308]),
     top_p=st.sampled_from(FLOAT_EDGES),
     min_p=st.sampled_from([0, *FLOAT_EDGES]),
-    top_k=st.sampled_from([-1, 0, 1, 2, 10**30]),
+    top_k=st.sampled_from([-1, 0, 1, 2, 2**63 - 1]),
     repetition_penalty=st.sampled_from([0.01, 1.0, 100.0]),
     presence_penalty=st.sampled_from([-2.0, 5e-324, 2.0]),
     frequency_penalty=st.sampled_from([-2.0, 0.0, 2.0]),
-    seed=st.integers(0, 2**70),
+    seed=st.integers(-(2**63), 2**63 - 1),
 )
 @settings(max_examples=600, deadline=None)
 def test_every_setting_at_its_edge_gives_a_possible_token_or_an_error_of_that_request(logits, seed, **params):
@@ -161,8 +161,29 @@ def test_a_row_that_is_not_finite_is_an_error_of_that_request_alone(bad, params)
     assert isinstance(third, NoToken)
 
 
-@pytest.mark.parametrize("name", ["temperature", "top_p", "min_p", "repetition_penalty", "presence_penalty"])
-@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, 10**400, -(10**400), "1", True])
+NUMBERS = ["temperature", "top_p", "min_p", "repetition_penalty", "presence_penalty"]
+WHOLE = ["seed", "max_tokens", "n", "top_k", "logprobs"]
+SWITCHES = ["ignore_eos", "skip_special_tokens", "include_stop_str_in_output"]
+
+
+@pytest.mark.parametrize("name", NUMBERS + WHOLE)
+@pytest.mark.parametrize(
+    "value", [math.nan, math.inf, -math.inf, 10**400, pytest.param(10**5000, id="5001 digits"), -(10**400), "1", True]
+)
 def test_what_is_no_number_of_that_range_is_refused_by_name(name, value):
     with pytest.raises(ConfigError, match=name):
         SamplingParams(**{name: value})
+
+
+@pytest.mark.parametrize("name", [*SWITCHES, "extra_args"])
+@pytest.mark.parametrize("value", [np.array([1, 2]), "x", 1, [1]], ids=str)
+def test_what_is_no_switch_and_no_object_is_refused_by_name(name, value):
+    """An array has no truth value: the step that asked for it ended the engine."""
+    with pytest.raises(ConfigError, match=name):
+        SamplingParams(**{name: value})
+
+
+@pytest.mark.parametrize("seed", [2**63 - 1, -(2**63), -1, 0])
+def test_seeds_of_several_completions_differ_and_stay_in_range(seed):
+    seeds = [each.seed for each in SamplingParams(seed=seed, n=3).per_completion()]
+    assert len(set(seeds)) == 3

@@ -274,6 +274,20 @@ def test_a_host_copy_that_changed_is_not_written_and_dropped(make_store, kit, ca
     assert store.stats().num_free_slots == 4
 
 
+def test_a_chunk_that_changed_before_it_was_written_is_dropped_once(make_store, kit) -> None:
+    """Its slot was given back twice: KeyError out of `poll`, and the other results of that call were lost."""
+    tier = FailingTier(store_error=TierCorrupt("its bytes do not match their digest"))
+    store = make_store(tier)
+    for i in range(3):
+        kit.put(store, store.arena, i)
+    assert store.flush(60)
+    store.check_integrity()
+    assert [store.lookup(kit.key(i)) for i in range(3)] == [MISS, MISS, MISS]
+    assert store.stats().num_free_slots == 4
+    for i in range(4):
+        kit.put(store, store.arena, i)
+
+
 @pytest.mark.parametrize("error", [TierCorrupt("bad bytes"), TierUnavailable("gone")])
 def test_a_failed_promotion_is_a_miss_until_stored_anew(make_store, kit, error) -> None:
     tier = FailingTier(load_error=error)

@@ -50,6 +50,8 @@ def _why_not_cacheable(state: RequestState, keys: KeyMaker) -> str:
         return "not cacheable: the prompt is not (only) token ids"
     if state.view.lora_path is not None:
         return f"not cacheable: LoRA adapter {state.view.lora_path}: {keys.why_not(state.view.lora_path)}"
+    if not keys.is_certain(None):
+        return f"not cacheable: {keys.why_not(None)}"
     return "not cacheable: the request was given further media"
 
 

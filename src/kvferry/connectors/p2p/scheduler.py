@@ -22,6 +22,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import Enum
 from functools import lru_cache, partial
+from pathlib import Path
 from typing import Any
 
 from kvferry.clock import Clock, SystemClock
@@ -129,9 +130,10 @@ class P2PSchedulerSide(SchedulerSide):
         self._geometry = b""
         self._pool: Any = None
         self._loads: dict[str, Load] = {}
-        self._keys = KeyMaker(
-            HANDOVER, host.groups, host.world_size, host.adapter_settings
-        )  # peers compare their weights when they meet
+        # Peers compare their weights when they meet; from then on they must stay as they are.
+        has_folder = not host.weights_are_random and any(Path(host.model).glob("*.safetensors"))
+        weights = Path(host.model) if has_folder and self.config.weights_version is None else None
+        self._keys = KeyMaker(HANDOVER, host.groups, host.world_size, host.adapter_settings, weights=weights)
         self._senders: dict[str, KeyChain] = {}
         self._held: dict[str, tuple[int, float]] = {}  # released later: number of blocks, since when
         self._pins: dict[str, list[Any]] = {}
