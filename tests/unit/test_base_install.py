@@ -6,8 +6,11 @@ import re
 import subprocess
 import sys
 from importlib import metadata
+from pathlib import Path
 
 import pytest
+
+ROOT = Path(__file__).parents[2]
 
 WITHOUT = """
 import sys
@@ -51,3 +54,11 @@ def test_what_needs_no_engine_works() -> None:
     program = "import kvferry; print(kvferry.KVTransferConfig.__name__, kvferry.ConfigError.__name__)"
     done = subprocess.run([sys.executable, "-c", WITHOUT + program], capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["KVTransferConfig", "ConfigError"]
+
+
+def test_no_message_installs_from_an_index_that_has_no_kvferry() -> None:
+    """`pip install 'kvferry[...]'` finds nothing; `install_hint` names what does."""
+    sources = [
+        path for path in (ROOT / "src").rglob("*.py") if re.search(r"pip install ['\"]?kvferry", path.read_text())
+    ]
+    assert sources == []

@@ -23,6 +23,7 @@ from kvferry.types import GroupInfo, StoreKey
 logger = logging.getLogger(__name__)
 
 _REMEDY = "set weights_version in kv_connector_extra_config to a name that changes with the weights"
+_OTHER_WEIGHTS = (".bin", ".pt", ".pth", ".gguf")
 _MAX_FACTS = 1000
 _PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json")
 
@@ -54,6 +55,8 @@ def check_identity(host: HostInfo, weights_version: str | None) -> None:
         )
     if not Path(host.model).is_dir():
         raise ConfigError(f"model {host.model!r} is not a folder, so its weights cannot be fingerprinted: {_REMEDY}")
+    if any(file.suffix in _OTHER_WEIGHTS for file in Path(host.model).iterdir()):
+        stamp_folder(Path(host.model))  # refuses weights in other formats alone
 
 
 def settings_identity(host: HostInfo) -> dict[str, str]:

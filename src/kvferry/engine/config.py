@@ -323,10 +323,10 @@ def _require_device(device: object) -> None:
 
 def _require_int(name: str, value: object, minimum: int, maximum: int = _LARGEST) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or not minimum <= value <= maximum:
-        what = f"at least {minimum}" if maximum == _LARGEST else f"from {minimum} to {maximum}"
-        if isinstance(value, int) and value > maximum == _LARGEST:
-            what = f"at most {maximum}"
-        raise ConfigError(f"{name}={_shown(value)} must be a whole number of {what}")
+        what = f"of at least {minimum}" if maximum == _LARGEST else f"from {minimum} to {maximum}"
+        if isinstance(value, int) and value > maximum:
+            what = f"of at most {maximum}"
+        raise ConfigError(f"{name}={_shown(value)} must be a whole number {what}")
 
 
 def _shown(value: object) -> str:

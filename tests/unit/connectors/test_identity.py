@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from kvferry.config import KVTransferConfig
-from kvferry.connectors.identity import KeyMaker, model_identity, peer_facts, settings_identity
+from kvferry.connectors.identity import KeyMaker, check_identity, model_identity, peer_facts, settings_identity
 from kvferry.contract import FullAttentionSpec, make_kv_cache_config
 from kvferry.contract.host import HostInfo, _process_started_s, host_info
 from kvferry.errors import ConfigError
@@ -111,6 +111,14 @@ def test_of_very_many_settings_each_counts_for_peers(folder: Path) -> None:
     last = peer_facts(replace(info(folder), numerics={**settings, "hf_config.4999": "2"}), None)
     first = peer_facts(replace(info(folder), numerics={**settings, "hf_config.0000": "2"}), None)
     assert len({facts, last, first}) == 3
+
+
+def test_a_folder_without_safetensors_is_told_before_anything_is_read(folder: Path) -> None:
+    """What doctor asks, too."""
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+    with pytest.raises(ConfigError, match="weights_version"):
+        check_identity(info(folder), None)
+    check_identity(info(folder), "1")
 
 
 def test_weights_that_change_in_the_running_engine_are_certain_no_more(

@@ -12,7 +12,7 @@ from kvferry.errors import ConfigError
 from kvferry.p2p.actions import P2PSettings
 from kvferry.p2p.choice import check_transport
 from kvferry.p2p.control import ControlSettings, check_listening
-from kvferry.p2p.wire import LOOPBACK, parse_network
+from kvferry.p2p.wire import LOOPBACK, derive_key, parse_network
 
 EXTRA_CONFIG = "kv_connector_extra_config"
 _WAITS = P2PSettings()
@@ -85,8 +85,12 @@ class P2PConfig:
         return LOOPBACK if self.allowed_peers is None else tuple(self.allowed_peers)
 
     def key(self) -> str | None:
-        """The shared secret; reads the file. ConfigError when that cannot be read."""
-        return None if self.key_file is None else read_secret(self.key_file, f"{EXTRA_CONFIG}.key_file")
+        """The shared secret; reads the file. ConfigError when that cannot be read, or is too short to be a key."""
+        if self.key_file is None:
+            return None
+        secret = read_secret(self.key_file, f"{EXTRA_CONFIG}.key_file")
+        derive_key(secret, "check")
+        return secret
 
     def problems(self) -> list[str]:
         """What this machine lacks for them, each with its remedy. Holds nothing afterwards."""
