@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from vllm import envs
 from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
 
 from kvferry import LLM, SamplingParams
 from kvferry.testing.stub_model import StubModel
+from vllm import envs
 
 # vLLM's MooncakeConnector, refused in its constructor, raises in its destructor.
 pytestmark = pytest.mark.filterwarnings("ignore:.*MooncakeConnectorWorker:pytest.PytestUnraisableExceptionWarning")
