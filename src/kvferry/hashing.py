@@ -43,6 +43,10 @@ def digest(buffer: bytes | bytearray | memoryview) -> bytes:
     return xxhash.xxh3_128_digest(buffer)
 
 
+Digest = xxhash.xxh3_128
+"""The same, of bytes that come piece by piece: `update`, and `digest` at the end."""
+
+
 def store_key(chain_value: bytes, group_id: int, rank: int) -> StoreKey:
     """The store's key of one shard of one chunk: chain value, KV cache group, worker rank."""
     return StoreKey(chain_value + struct.pack("<HH", group_id, rank))

@@ -22,9 +22,6 @@ from functools import cached_property
 from itertools import groupby, product
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import numpy as np
-import numpy.typing as npt
-
 from kvferry.errors import ConfigError
 from kvferry.types import NULL_BLOCK_ID, GroupInfo
 
@@ -105,19 +102,17 @@ class GroupLayout:
     layers: tuple[LayerLayout, ...]
 
     @cached_property
-    def _template(self) -> tuple[list[ByteRange], npt.NDArray[np.int64]]:
-        """Ranges of block 0, and the block stride of each; neighbours that move together are merged."""
-        ranges: list[ByteRange] = []
-        strides: list[int] = []
+    def _template(self) -> list[tuple[ByteRange, int]]:
+        """Ranges of block 0, each with its block stride; neighbours that move together are merged."""
+        template: list[tuple[ByteRange, int]] = []
         for layer in self.layers:
             stride = layer.ratio * layer.kernel_block_stride_bytes
             for r in layer.ranges_of_block_zero():
-                if ranges and strides[-1] == stride and _touch(ranges[-1], r):
-                    ranges[-1] = ByteRange(r.storage, ranges[-1].offset, ranges[-1].length + r.length)
-                else:
-                    ranges.append(r)
-                    strides.append(stride)
-        return ranges, np.array(strides, dtype=np.int64)
+                if template and template[-1][1] == stride and _touch(template[-1][0], r):
+                    last, _ = template.pop()
+                    r = ByteRange(r.storage, last.offset, last.length + r.length)
+                template.append((r, stride))
+        return template
 
     @property
     def block_bytes(self) -> int:
@@ -131,11 +126,12 @@ class GroupLayout:
         """
         if NULL_BLOCK_ID in block_ids:
             raise ValueError(f"block {NULL_BLOCK_ID} is the null block and has no KV: {list(block_ids)}")
-        template, strides = self._template
-        offsets = np.array([r.offset for r in template], dtype=np.int64)
-        table = np.asarray(block_ids, dtype=np.int64)[:, None] * strides[None, :] + offsets[None, :]
         return merge_adjacent(
-            [ByteRange(r.storage, at, r.length) for row in table.tolist() for r, at in zip(template, row, strict=True)]
+            [
+                ByteRange(r.storage, r.offset + block * stride, r.length)
+                for block in map(int, block_ids)
+                for r, stride in self._template
+            ]
         )
 
     def payload_description(self) -> dict[str, Any]:

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import ctypes
+import random
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+import xxhash
 from tests.unit.connectors.mini_host import OTHER_TABLE, TABLE, TOKENS, MiniHost, chain_of
 
+from kvferry.connectors.offloading.copier import HostCopier
 from kvferry.contract.views import ScheduledRequest
-from kvferry.hashing import store_key
+from kvferry.hashing import Digest, store_key
+from kvferry.layout import ByteRange
 from kvferry.types import Presence
 
 CHUNK_BYTES = 4 * 2 * 16 * 2 * 8 * 4
@@ -115,6 +121,54 @@ def test_what_the_request_computes_again_is_stored_again(make_host: Any) -> None
     assert claim == 192
     host.load(view, TABLE, claim)
     host.check(TOKENS, TABLE, range(12))
+
+
+@pytest.mark.parametrize("load_async", [True, False])
+def test_a_byte_that_the_copy_itself_spoils_is_found(
+    make_host: Any, load_async: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The digest of a load is of what lies in the pool afterwards; the slot is as good as before."""
+    host: MiniHost = make_host({"load_async": load_async})
+    host.run_and_store("a", TOKENS, TABLE)
+    copy, num_copies = ctypes.memmove, 0
+
+    def spoil_first(destination: Any, source: Any, num_bytes: int) -> Any:
+        nonlocal num_copies
+        answer = copy(destination, source, num_bytes)
+        num_copies += 1
+        if num_copies == 1:
+            ctypes.c_uint8.from_address(destination + num_bytes - 1).value ^= 1
+        return answer
+
+    view, claim, _ = host.lookup("b", TOKENS)
+    monkeypatch.setattr(ctypes, "memmove", spoil_first)
+    host.load(view, OTHER_TABLE, claim)
+    assert host.bad_blocks == set(OTHER_TABLE[0][:4])
+    host.check(TOKENS, OTHER_TABLE, range(4, 12))
+
+
+def test_a_digest_made_while_copying_is_that_of_the_bytes() -> None:
+    """Both ways, of ranges below and far above the size of a piece, in the order of the ranges."""
+    pool, host = torch.randint(0, 256, (4 << 20,), dtype=torch.uint8), torch.zeros(4 << 20, dtype=torch.uint8)
+    before = bytes(pool.numpy())
+    copier, places = HostCopier([pool]), random.Random(5)
+    for sizes in ([1], [700_001, 3, 1 << 20], [places.randrange(1, 900_000) for _ in range(4)]):
+        ranges, start = [], 0
+        for size in sizes:
+            ranges.append(ByteRange(0, start, size))
+            start += size + 7
+        places.shuffle(ranges)
+        expected = b"".join(before[r.offset : r.offset + r.length] for r in ranges)
+        stored, loaded = Digest(), Digest()
+        copier.gather(None, ranges, host.data_ptr(), stored)
+        assert bytes(host[: len(expected)].numpy()) == expected
+        pool.zero_()
+        copier.scatter(None, host.data_ptr(), ranges, loaded)
+        assert all(
+            bytes(pool[r.offset : r.offset + r.length].numpy()) == before[r.offset :][: r.length] for r in ranges
+        )
+        pool.copy_(torch.frombuffer(bytearray(before), dtype=torch.uint8))
+        assert stored.digest() == loaded.digest() == xxhash.xxh3_128(expected).digest()
 
 
 def test_without_proof_the_flipped_bit_is_loaded(make_host: Any) -> None:

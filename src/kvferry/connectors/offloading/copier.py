@@ -1,4 +1,8 @@
-"""Copies between a worker's KV pool and arena slots, as byte ranges."""
+"""Copies between a worker's KV pool and arena slots, as byte ranges; and the digest of what was copied.
+
+A digest of bytes that have just been copied finds them in the CPU's cache: taken piece by piece, beside the copies, it
+costs a fifth of their speed, taken over a whole chunk afterwards a third.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +11,7 @@ import logging
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
+from kvferry.hashing import Digest
 from kvferry.layout import ByteRange
 
 if TYPE_CHECKING:
@@ -14,9 +19,15 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+_PIECE_BYTES = 384 << 10  # of a copy: stays in the cache until it is hashed
+
 
 class Copier(Protocol):
-    """Moves ranges of the pool to or from one contiguous host buffer. Blocks the calling thread until done."""
+    """Moves ranges of the pool to or from one contiguous host buffer. Blocks the calling thread until done.
+
+    `proof` takes in what was copied, in the order of the ranges: bytes that arrived in host memory as they arrived,
+    those that went to a device as the host buffer has them.
+    """
 
     def map_host(self, address: int, num_bytes: int) -> None:
         """All host addresses will lie in this mapping, which lives until `unmap_host`."""
@@ -30,11 +41,11 @@ class Copier(Protocol):
         """Called by the model's thread: what copies must wait for, so that they see all work launched so far."""
         ...
 
-    def gather(self, mark: Any, ranges: Sequence[ByteRange], address: int) -> None:
+    def gather(self, mark: Any, ranges: Sequence[ByteRange], address: int, proof: Digest | None = None) -> None:
         """Pool -> host bytes starting at `address`, in the order of `ranges`."""
         ...
 
-    def scatter(self, mark: Any, address: int, ranges: Sequence[ByteRange]) -> None:
+    def scatter(self, mark: Any, address: int, ranges: Sequence[ByteRange], proof: Digest | None = None) -> None:
         """Host bytes starting at `address` -> pool, in the order of `ranges`."""
         ...
 
@@ -55,17 +66,31 @@ class HostCopier:
     def mark(self) -> None:
         """Nothing to wait for: host kernels have finished when they return."""
 
-    def gather(self, mark: None, ranges: Sequence[ByteRange], address: int) -> None:
+    def gather(self, mark: None, ranges: Sequence[ByteRange], address: int, proof: Digest | None = None) -> None:
         """Pool -> host."""
         for storage, offset, length in ranges:
-            ctypes.memmove(address, self._bases[storage] + offset, length)
+            _copy(address, self._bases[storage] + offset, length, proof)
             address += length
 
-    def scatter(self, mark: None, address: int, ranges: Sequence[ByteRange]) -> None:
+    def scatter(self, mark: None, address: int, ranges: Sequence[ByteRange], proof: Digest | None = None) -> None:
         """Host -> pool."""
         for storage, offset, length in ranges:
-            ctypes.memmove(self._bases[storage] + offset, address, length)
+            _copy(self._bases[storage] + offset, address, length, proof)
             address += length
+
+
+def _copy(destination: int, source: int, num_bytes: int, proof: Digest | None) -> None:
+    if proof is None:
+        ctypes.memmove(destination, source, num_bytes)
+        return
+    for at in range(0, num_bytes, _PIECE_BYTES):
+        length = min(_PIECE_BYTES, num_bytes - at)
+        ctypes.memmove(destination + at, source + at, length)
+        proof.update(_memory(destination + at, length))
+
+
+def _memory(address: int, num_bytes: int) -> ctypes.Array[ctypes.c_uint8]:
+    return (ctypes.c_uint8 * num_bytes).from_address(address)
 
 
 class DeviceCopier:
@@ -111,17 +136,22 @@ class DeviceCopier:
         event.record(self._torch.accelerator.current_stream(self._device))
         return event
 
-    def gather(self, mark: Any, ranges: Sequence[ByteRange], address: int) -> None:
+    def gather(self, mark: Any, ranges: Sequence[ByteRange], address: int, proof: Digest | None = None) -> None:
         """Device -> host."""
         self._run(mark, [(self._host(at, n), self._flat[s][o : o + n]) for (s, o, n), at in _placed(ranges, address)])
+        self._prove(address, ranges, proof)
 
-    def scatter(self, mark: Any, address: int, ranges: Sequence[ByteRange]) -> None:
+    def scatter(self, mark: Any, address: int, ranges: Sequence[ByteRange], proof: Digest | None = None) -> None:
         """Host -> device."""
         self._run(mark, [(self._flat[s][o : o + n], self._host(at, n)) for (s, o, n), at in _placed(ranges, address)])
+        self._prove(address, ranges, proof)
+
+    def _prove(self, address: int, ranges: Sequence[ByteRange], proof: Digest | None) -> None:
+        if proof is not None:
+            proof.update(_memory(address, sum(length for _, _, length in ranges)))
 
     def _host(self, address: int, length: int) -> torch.Tensor:
-        buffer = (ctypes.c_uint8 * length).from_address(address)
-        return self._torch.frombuffer(buffer, dtype=self._torch.uint8)
+        return self._torch.frombuffer(_memory(address, length), dtype=self._torch.uint8)
 
     def _run(self, mark: Any, copies: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
         self._stream.wait_event(mark)

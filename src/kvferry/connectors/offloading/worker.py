@@ -22,7 +22,7 @@ from kvferry.contract.base import KVConnectorMetadata, KVConnectorTransferResult
 from kvferry.contract.host import HostInfo
 from kvferry.contract.sides import WorkerSide
 from kvferry.errors import HostError, TierCorrupt
-from kvferry.hashing import digest
+from kvferry.hashing import Digest
 from kvferry.layout import KVLayout
 from kvferry.store.arena import Arena, ArenaInfo
 
@@ -195,24 +195,29 @@ class OffloadingWorkerSide(WorkerSide):
         arena, layout, copier = self._resources(order.arena)
         slot = part.slots[self.host.rank]
         group = layout.groups[part.group_id]
-        copier.gather(order.mark, group.block_ranges(part.block_ids), arena.slot_address(slot.slot))
-        payload = arena.slot_view(slot.slot)[: len(part.block_ids) * group.block_bytes]
-        return digest(payload)
+        proof = Digest()
+        copier.gather(order.mark, group.block_ranges(part.block_ids), arena.slot_address(slot.slot), proof)
+        return proof.digest()
 
     def _load(self, order: _Order, part: ChunkPart) -> bytes:
         arena, layout, copier = self._resources(order.arena)
         slot = part.slots[self.host.rank]
         group = layout.groups[part.group_id]
-        start = arena.slot_address(slot.slot) + part.first_block * group.block_bytes
+        start = part.first_block * group.block_bytes
+        end = start + len(part.block_ids) * group.block_bytes
+        # The digest is of the whole chunk, also where a load wants only some of its blocks: of these as they arrived.
+        payload, proof = arena.slot_view(slot.slot)[: part.payload_bytes], Digest() if part.digests else None
+        if proof is not None:
+            proof.update(payload[:start])
         if arena.generation(slot.slot) == slot.generation:
-            copier.scatter(order.mark, start, group.block_ranges(part.block_ids))
+            address = arena.slot_address(slot.slot) + start
+            copier.scatter(order.mark, address, group.block_ranges(part.block_ids), proof)
         if arena.generation(slot.slot) != slot.generation:
             raise TierCorrupt(f"slot {slot.slot} was given to another chunk while it was to be loaded")
-        # Proved after the copy: the slot is pinned, so a changed byte that was copied is still there, and is seen. The
-        # digest is of the whole chunk, also where a load wants only some of its blocks.
-        payload = arena.slot_view(slot.slot)[: part.payload_bytes]
-        if part.digests and digest(payload) != part.digests[self.host.rank]:
-            raise TierCorrupt(f"the chunk in slot {slot.slot} changed in host memory")
+        if proof is not None:
+            proof.update(payload[end:])
+            if proof.digest() != part.digests[self.host.rank]:
+                raise TierCorrupt(f"the chunk in slot {slot.slot} changed in host memory")
         return b""
 
     def _resources(self, info: ArenaInfo) -> tuple[Arena, KVLayout, Copier]:
