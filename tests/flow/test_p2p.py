@@ -534,6 +534,21 @@ def test_first_tokens_of_another_prompt_are_not_taken_over(cluster: Cluster, is_
     assert request.handed_over_token_ids == (tuple(expected(PROMPT, 1)) if is_equal else ())
 
 
+@pytest.mark.parametrize("mode", MODES)
+def test_who_asks_for_other_tokens_leaves_the_lease_to_the_one_it_was_made_for(cluster: Cluster, mode: str) -> None:
+    prefill, decode, other = (cluster.start(mode=mode) for _ in range(3))
+    params = cluster.prefill(prefill, "p")
+    for name, engine in (("wrong here", decode), ("wrong there", other)):
+        cluster.add(engine, name, params, OTHER)
+        (refused,) = cluster.finish(name)
+        assert (tokens(refused), refused.num_external_tokens) == (expected(OTHER, 8), 0)
+        assert "the KV of other tokens" in refused.kv_transfer_params["load_error"]
+    cluster.add(decode, "right", params)
+    (output,) = cluster.finish("right")
+    assert (tokens(output), output.num_external_tokens) == (expected(PROMPT, 8), 50)
+    cluster.check_idle()
+
+
 # ---- what goes wrong ------------------------------------------------------------------------------------------
 
 

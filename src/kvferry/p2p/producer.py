@@ -12,7 +12,8 @@ when they are not renewed, and no renewal reaches beyond `max_lease_s`. Then `Re
 Pull: a consumer's Confirm is answered "valid" only while its claim is open, so whoever was read too late, or in another
 life of this engine, is found out. Push: a registration waits for its transfer id, in either order; blocks that our own
 write reads are released after the write has ended or its connection is destroyed, not before.
-Either way the consumer proves the tokens whose KV it wants: a lease of other tokens is not read, and not written from.
+Either way the consumer proves the tokens whose KV it wants: a lease of other tokens is not read, and not written from,
+and whoever wants other tokens does not use up the lease.
 
 After a failure: a claim that ended is remembered with its last answer (`memory_s`), so a late or repeated request
 cannot open it again, above all cannot start a second write; a full memory answers nothing rather than forget.
@@ -72,11 +73,18 @@ class Lease:
     last_s: float = inf  # no claim reaches beyond
     claims: dict[str, OpenClaim] = field(default_factory=dict)
     served: set[str] = field(default_factory=set)
+    given_up: dict[str, m.TokenProof] = field(default_factory=dict)  # consumers that withdrew while the request ran
     ended: Why | None = None
 
-    def serve(self, consumer: str) -> None:
-        """This consumer has what it wanted, or does not want it any more."""
-        self.served.add(consumer)
+    def serve(self, consumer: str, tokens: m.TokenProof) -> None:
+        """This consumer has what it wanted, or does not want it any more.
+
+        One that wanted other tokens is not whom the lease was made for: the lease goes on waiting for that one.
+        """
+        if not self.lease_id:
+            self.given_up[consumer] = tokens
+        elif same_tokens(self.digest(tokens), tokens.digest):
+            self.served.add(consumer)
 
     def is_held(self, now: float) -> bool:
         """Whether somebody may still come for it, or reads it."""
@@ -157,6 +165,8 @@ class Producer(Role):
         lease.num_tokens, lease.first_token_ids, lease.digest_at = num_tokens, first_token_ids, digest_at
         lease.deadline_s, lease.last_s = now + self._settings.lease_s, now + self._settings.max_lease_s
         self._leases[lease.lease_id] = lease
+        for consumer, tokens in lease.given_up.items():
+            lease.serve(consumer, tokens)
         for claim in list(lease.claims.values()):
             self._write(claim, now)
         self._release_if_over(lease, now)
@@ -357,7 +367,7 @@ class Producer(Role):
         if claim is None or not is_valid:
             self._send(peer.name, verdict)
             return
-        claim.lease.serve(claim.consumer)
+        claim.lease.serve(claim.consumer, claim.tokens)
         self._end(claim, verdict, now)
 
     def _on_withdraw(self, peer: Peer, message: m.ClaimMessage, claim: OpenClaim | None, now: float) -> None:
@@ -365,7 +375,7 @@ class Producer(Role):
         if claim is None:
             self._answer_for_good(peer, withdrawn, now)
         elif not claim.job_id:  # a running write answers with Pushed when it has ended
-            claim.lease.serve(claim.consumer)
+            claim.lease.serve(claim.consumer, claim.tokens)
             self._end(claim, withdrawn, now)
 
     def _write(self, claim: OpenClaim, now: float) -> None:
@@ -395,7 +405,7 @@ class Producer(Role):
         lease, ids = claim.lease, self._ids(claim.claim_id, claim.generation)
         digest = lease.digest(claim.tokens)
         pushed = m.Pushed(not claim.error, claim.error[:2048], lease.num_tokens, digest, **ids)
-        lease.serve(claim.consumer)
+        lease.serve(claim.consumer, claim.tokens)
         self._end(claim, pushed, now)
 
     def _end(self, claim: OpenClaim, answer: m.ClaimMessage, now: float) -> None:

@@ -530,12 +530,54 @@ def test_kv_of_other_tokens_is_not_handed_over_even_if_one_side_does_not_check(
     (ended,) = pair.take(D, a.LoadEnded)
     assert (ended.ok, ended.blocks_quarantined) == (False, False)
     assert "it holds the KV of other tokens: the two engines' prompts, or their cache_salt" in ended.reason
-    if mode == "pull" and liar is not producer:  # the lease is there for the request it was made for
+    if liar is not producer:  # the lease is there for the request it was made for
         assert not pair.take(P, a.Release)
         pair.load(D, params, "right")
-        pair.end_job(D, pair.take(D, a.StartTransfer)[0].job)
+        mover = D if mode == "pull" else P
+        pair.end_job(mover, pair.take(mover, a.StartTransfer)[0].job)
         assert pair.take(D, a.LoadEnded)[0].ok
     assert pair.take(P, a.Release) == [a.Release("r", "done")]
+
+
+@pytest.mark.parametrize("wrong", [m.TokenProof(12, b"another prompt".ljust(32)), m.TokenProof(16, digest_at(16))])
+@pytest.mark.parametrize("is_given_up", [False, True], ids=["registered", "withdrawn"])
+@pytest.mark.parametrize("consumer_name", [D, E])
+def test_a_registration_of_other_tokens_does_not_use_up_a_lease_that_is_still_to_come(
+    wrong: m.TokenProof, is_given_up: bool, consumer_name: str
+) -> None:
+    pair = Pair((P, D, E), lease_s=10)
+    pair.call(P, "request_started", "r", "t", 1)
+    pair.call(consumer_name, "announce", "wrong", PUSH, wrong)
+    pair.call(consumer_name, "park", "wrong", [[11, 12, 13, 14], [0, 0, 15, 16]], (0, wrong.num_tokens))
+    if is_given_up:
+        pair.call(consumer_name, "abort", "wrong")
+    leased(pair, "push")
+    assert not pair.take(consumer_name, a.LoadEnded)[0].ok
+    assert not pair.take(P, a.StartTransfer), "no byte moves"
+    assert not pair.take(P, a.Release), "the one that it is for has not come"
+    pair.load(D, PUSH, "right")
+    pair.end_job(P, pair.take(P, a.StartTransfer)[0].job)
+    assert pair.take(D, a.LoadEnded)[0].ok
+    assert pair.take(P, a.Release) == [a.Release("r", "done")]
+
+
+def test_a_right_registration_that_was_given_up_before_the_prefill_ended_frees_the_blocks_at_once() -> None:
+    pair = Pair()
+    pair.call(P, "request_started", "r", "t", 1)
+    pair.load(D, PUSH)
+    pair.call(D, "abort", "x")
+    leased(pair, "push")
+    assert pair.take(P, a.Release) == [a.Release("r", "done")]
+
+
+def test_kv_beyond_the_proof_cannot_be_asked_for() -> None:
+    ids = {"generation": "1" * 32, "claim_id": "2" * 32, "to": "3" * 32}
+    good = m.CODEC.encode(m.Register("t", ((1,), (2,)), 0, 12, 0, TOKENS, **ids))
+    fields = msgspec.msgpack.decode(good[4:])
+    bad = good[:4] + msgspec.msgpack.encode({**fields, "end_token": 13})
+    assert m.CODEC.decode(good) == m.Register("t", ((1,), (2,)), 0, 12, 0, TOKENS, **ids)
+    with pytest.raises(TransferError, match="tokens up to 13 wanted, 12 proved"):
+        m.CODEC.decode(bad)
 
 
 @pytest.mark.parametrize("mode", ["pull", "push"])
