@@ -27,7 +27,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save
+from safetensors import SafetensorError
+from safetensors.torch import load, save
 
 from kvferry.clock import Clock, SystemClock
 from kvferry.config import parse_settings
@@ -45,6 +46,7 @@ from kvferry.contract.kv_cache import KVConnectorOutput
 from kvferry.contract.sides import SchedulerSide, WorkerSide
 from kvferry.contract.views import BlockIds, RequestView, StepView
 from kvferry.errors import ConfigError, TierCorrupt, TierUnavailable
+from kvferry.hashing import DIGEST_BYTES, digest
 from kvferry.space import unwritable
 from kvferry.store.io_threads import IoThreads, Urgency
 from kvferry.types import GroupInfo
@@ -57,6 +59,7 @@ _OURS = re.compile(r"[\w-]{1,64}-[0-9a-f]{16}\.safetensors(\.error)?(\.tmp)?", r
 _SWEEP_EVERY_S = 60.0
 _CLOSE_LIMIT_S = 30.0
 _POLL_S = 0.01
+_NO_DIGEST = "0" * 2 * DIGEST_BYTES
 
 
 @dataclass(frozen=True, slots=True)
@@ -325,7 +328,7 @@ class HiddenStatesWorkerSide(WorkerSide):
         layers = json.dumps(self.host.hidden_state_layers)
         about = {"hidden_state_layers": layers, "model": self.host.model, "identity": file.identity}
         try:
-            _write_file(path, save(tensors, about))
+            _write_file(path, _with_digest(save(tensors, {**about, "digest": _NO_DIGEST})))
         except OSError as err:
             _write_error(path, str(err))
 
@@ -349,12 +352,13 @@ class HiddenStatesWorkerSide(WorkerSide):
 
 
 def load_hidden_states(
-    path: str | Path, timeout_s: float = 30.0, token_ids: Sequence[int] | None = None
+    path: str | Path, timeout_s: float = 30.0, token_ids: Sequence[int] | None = None, *, verify: bool = True
 ) -> dict[str, torch.Tensor]:
     """What is in the file of a path that a request returned: "hidden_states" [tokens, states, hidden], "token_ids".
 
     Waits for the file, at most `timeout_s` seconds. Raises TierUnavailable when it did not come, or will not, and
-    TierCorrupt when `token_ids` are given and the file is of another prompt.
+    TierCorrupt when its bytes are not those that were written (unless `verify` is false; files of earlier versions
+    carry no digest to tell by), or `token_ids` are given and the file is of another prompt.
     """
     deadline_s, failure = time.monotonic() + timeout_s, Path(f"{path}.error")
     while not Path(path).exists():
@@ -363,12 +367,44 @@ def load_hidden_states(
         if time.monotonic() >= deadline_s:
             raise TierUnavailable(f"{path} did not appear within {timeout_s} s: see the engine's log")
         time.sleep(_POLL_S)
-    tensors: dict[str, torch.Tensor] = load_file(path)
+    data = Path(path).read_bytes()
+    try:
+        if verify and not _is_as_written(data):
+            raise TierCorrupt(f"{path} changed after it was written (its bytes have another digest): delete it")
+        tensors: dict[str, torch.Tensor] = load(data)
+    except (SafetensorError, ValueError) as err:
+        raise TierCorrupt(f"{path} cannot be read as safetensors, so it changed after it was written: {err}") from err
     if token_ids is not None and tensors["token_ids"].tolist() != list(token_ids):
         raise TierCorrupt(
             f"{path} has the hidden states of {len(tensors['token_ids'])} other tokens than were asked for"
         )
     return tensors
+
+
+def _header_end(data: bytes) -> int:
+    return 8 + int.from_bytes(data[:8], "little")
+
+
+def _field(text: str) -> bytes:
+    return b'"digest":"%s"' % text.encode()
+
+
+def _with_digest(data: bytes) -> bytes:
+    """A safetensors file with its digest in the place kept for it: of all its bytes, with zeros there."""
+    end = _header_end(data)
+    header = data[:end].replace(_field(_NO_DIGEST), _field(digest(data).hex()), 1)
+    assert header != data[:end], "no place was kept for the digest"
+    return header + data[end:]
+
+
+def _is_as_written(data: bytes) -> bool:
+    """Whether the digest in the file's metadata is that of the file; also where there is none."""
+    end = _header_end(data)
+    told = json.loads(data[8:end]).get("__metadata__", {}).get("digest")
+    if told is None:
+        return True
+    header = data[:end].replace(_field(told), _field(_NO_DIGEST), 1)
+    return bool(digest(header + data[end:]).hex() == told)
 
 
 def _hidden_group(host: HostInfo) -> GroupInfo | None:

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from kvferry.clock import FakeClock
 from kvferry.config import KVTransferConfig
@@ -310,6 +310,60 @@ def test_the_host_tells_the_states_in_the_order_of_the_rows() -> None:
 def test_it_supports_hybrid_caches() -> None:
     transfer = KVTransferConfig("ExampleHiddenStatesConnector", kv_role="kv_producer")
     assert KVConnectorFactory.supports_hma_config(transfer)
+
+
+def written(host: Host) -> Path:
+    host.add("r", 5)
+    host.step(("r", 0, 5, [5]))
+    path = host.finish("r")
+    assert path is not None
+    host.settle()
+    return Path(path)
+
+
+def load_unless_corrupt(path: Path) -> dict[str, torch.Tensor] | None:
+    try:
+        return load_hidden_states(path)
+    except TierCorrupt:
+        return None
+
+
+def test_no_flipped_bit_of_a_file_is_taken_for_hidden_states(host: Host) -> None:
+    path = written(host)
+    data, expected = path.read_bytes(), load_file(path)
+    for bit in range(8 * len(data)):
+        spoilt = bytearray(data)
+        spoilt[bit // 8] ^= 1 << bit % 8
+        path.write_bytes(spoilt)
+        if (found := load_unless_corrupt(path)) is not None:  # the key of the digest: as in a file that has none
+            assert bit // 8 in range(data.index(b'"digest"'), data.index(b'"digest"') + 8), bit
+            assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+
+
+def test_a_flipped_bit_of_the_states_is_named_as_such_and_can_be_looked_at(host: Host) -> None:
+    path = written(host)
+    data = path.read_bytes()
+    path.write_bytes(data[:-1] + bytes([data[-1] ^ 0x40]))
+    with pytest.raises(TierCorrupt, match="changed after it was written"):
+        load_hidden_states(path)
+    assert load_hidden_states(path, verify=False).keys() == load_file(path).keys()
+
+
+@pytest.mark.parametrize("about", [None, {"model": "m", "identity": ""}])
+def test_files_of_before_digests_are_read(tmp_path: Path, about: dict[str, str] | None) -> None:
+    tensors = {"hidden_states": torch.ones(2, 1, 3), "token_ids": torch.tensor([4, 5])}
+    save_file(tensors, tmp_path / "old.safetensors", about)
+    found = load_hidden_states(tmp_path / "old.safetensors", token_ids=[4, 5])
+    assert torch.equal(found["hidden_states"], tensors["hidden_states"])
+
+
+def test_a_file_that_is_cut_is_corrupt(host: Host) -> None:
+    path = written(host)
+    data = path.read_bytes()
+    for size in (0, 7, 100, len(data) - 1):
+        path.write_bytes(data[:size])
+        with pytest.raises(TierCorrupt, match="changed after it was written"):
+            load_hidden_states(path)
 
 
 def test_a_file_says_what_it_is_of(host: Host, tmp_path: Path) -> None:
