@@ -15,6 +15,7 @@ import transformers
 
 from kvferry import LLM, SamplingParams
 from kvferry.engine.model_facts import read_model_facts
+from kvferry.engine.runner_choice import V2_ARCHITECTURES
 from kvferry.errors import ConfigError
 
 PAGE = Path(__file__).parents[2] / "docs" / "guides" / "models.md"
@@ -223,13 +224,21 @@ def prompts() -> list[list[int]]:
     return [[rng.randrange(1, VOCAB_SIZE) for _ in range(n)] for n in (1, 9, 30, 71)]
 
 
-@pytest.mark.parametrize("name", SUPPORTED)
-def test_family_answers_as_transformers_does(tmp_path, reference, name):
+RUNS = [(name, None) for name in SUPPORTED]
+RUNS += [(name, False) for name, (prefix, *_) in SUPPORTED.items() if f"{prefix}ForCausalLM" in V2_ARCHITECTURES]
+"""Family and `use_v2_model_runner`: models that get V2 by default are tried on V1 too."""
+
+
+@pytest.mark.parametrize(("name", "use_v2"), RUNS)
+def test_family_answers_as_transformers_does(tmp_path, reference, name, use_v2):
     prefix, settings, _ = SUPPORTED[name]
     folder = save(tmp_path, prefix, settings)
     ref = reference(folder)
     facts = read_model_facts(folder)
-    with LLM(folder, block_size=4, num_kv_blocks=200, max_num_batched_tokens=24) as llm:
+    sizes = {"block_size": 4, "num_kv_blocks": 200, "max_num_batched_tokens": 24}
+    with LLM(folder, use_v2_model_runner=use_v2, **sizes) as llm:
+        is_listed = class_name(prefix) in V2_ARCHITECTURES
+        assert llm.config.use_v2_model_runner is (is_listed if use_v2 is None else use_v2)
         assert (facts.path, facts.dtype, facts.max_model_len) == (
             llm._model.path,
             llm._model.dtype,

@@ -72,8 +72,9 @@ V2Architectures = Annotated[
     list[str] | None,
     typer.Option(
         "--v2-model-architectures",
+        callback=lambda names: names or None,  # an option that was not given is an empty list
         help="A model class, such as LlamaForCausalLM, that gets the second model runner where nothing else decides; "
-        "may be repeated. None by default.",
+        "may be repeated. By default Qwen3ForCausalLM and Qwen3MoeForCausalLM.",
     ),
 ]
 DisableHybrid = Annotated[

@@ -150,7 +150,7 @@ class EngineOptions:
     enable_prefix_caching: bool = True
     seed: int = 0
     use_v2_model_runner: bool | None = None
-    v2_model_architectures: tuple[str, ...] = ()
+    v2_model_architectures: tuple[str, ...] | None = None
     disable_hybrid_kv_cache_manager: bool | None = None
     hidden_state_layers: tuple[int, ...] = ()
     kv_cache_layout: str = "auto"
@@ -176,7 +176,7 @@ class EngineOptions:
         names: Any = self.v2_model_architectures
         if isinstance(names, str) or not all(isinstance(name, str) and name for name in names or ()):
             raise ConfigError(f"v2_model_architectures={names!r} must be a list of names such as 'LlamaForCausalLM'")
-        object.__setattr__(self, "v2_model_architectures", tuple(names or ()))
+        object.__setattr__(self, "v2_model_architectures", None if names is None else tuple(names))
         for index in self.hidden_state_layers:
             _require_int("hidden_state_layers", index, 0)
         if list(self.hidden_state_layers) != sorted(set(self.hidden_state_layers)):

@@ -54,7 +54,7 @@ class LLM:
     `disable_hybrid_kv_cache_manager` and `kv_cache_layout` (BLNHC, BLHNC, LBNHC or NHD, LBHNC or HND) are decided by
     the engine unless set, and so is `kernel_block_size`, the part of a block that the second model runner's attention
     works in: see `kvferry.engine.plan`. `v2_model_architectures` names the models that get the second model
-    runner where nothing else decides.
+    runner where nothing else decides (None: `kvferry.engine.runner_choice.V2_ARCHITECTURES`; empty: no model).
     `explain_requests` remembers of each request, at the moment its blocks are given out, why its prefix was a hit or
     not; `explain` tells it, also of the last 256 that ended. `kv_events_config` publishes which KV lies where: see
     `kvferry.kv_events`. `hidden_state_layers` hands these hidden states of every computed token to the connector: see
@@ -79,7 +79,7 @@ class LLM:
         kv_offloading_size: float | str | None = None,
         kv_offloading_backend: str | None = None,
         use_v2_model_runner: bool | None = None,
-        v2_model_architectures: Sequence[str] = (),
+        v2_model_architectures: Sequence[str] | None = None,
         disable_hybrid_kv_cache_manager: bool | None = None,
         kv_cache_layout: str = "auto",
         kernel_block_size: int | None = None,

@@ -13,8 +13,8 @@ from kvferry.config import KVTransferConfig
 from kvferry.contract import KVConnectorFactory
 from kvferry.engine.hybrid import parts_of
 
-V2_ARCHITECTURES: frozenset[str] = frozenset()
-"""Models that get V2 without being asked; none unless `v2_model_architectures` names some, for V2 is not faster."""
+V2_ARCHITECTURES: frozenset[str] = frozenset({"Qwen3ForCausalLM", "Qwen3MoeForCausalLM"})
+"""Models that get V2 unasked, unless `v2_model_architectures` says otherwise: those that vLLM began with."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,13 +37,14 @@ class RunnerChoice:
     warnings: tuple[str, ...] = ()
 
 
-def v2_support(device: str, architectures: Iterable[str] = V2_ARCHITECTURES) -> V2Support:
+def v2_support(device: str, architectures: Iterable[str] | None = None) -> V2Support:
     """What there is for V2 on `device`: vLLM's rule, which asks for Triton on CUDA devices.
 
-    `architectures` is the setting `v2_model_architectures`.
+    `architectures` is the setting `v2_model_architectures`; None means `V2_ARCHITECTURES`.
     """
     lacks_triton = device.startswith("cuda") and importlib.util.find_spec("triton") is None
-    return V2Support(frozenset(architectures), missing=("Triton (pip install triton)",) if lacks_triton else ())
+    listed = V2_ARCHITECTURES if architectures is None else frozenset(architectures)
+    return V2Support(listed, missing=("Triton (pip install triton)",) if lacks_triton else ())
 
 
 def without_v2(transfer: KVTransferConfig) -> list[str]:

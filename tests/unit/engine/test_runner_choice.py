@@ -8,9 +8,11 @@ import logging
 from typing import Any
 
 import pytest
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
+from typer.testing import CliRunner
 
-from kvferry import LLM
+from kvferry import LLM, SamplingParams
+from kvferry.cli.main import app
 from kvferry.config import KVTransferConfig, transfer_config, v2_runner_environment
 from kvferry.contract import KVConnectorFactory
 from kvferry.contract.resolver import BUILT_INS
@@ -98,8 +100,36 @@ def test_cuda_devices_need_triton(monkeypatch):
     assert v2_support("cuda:0").missing == ()
 
 
-def test_no_model_gets_v2_unasked():
-    assert frozenset() == V2_ARCHITECTURES, "then bench/runners.py must show why, and docs/guides/runners.md tell it"
+def test_the_list_by_default():
+    """Each is run on both runners by tests/model/test_families.py."""
+    assert v2_support("cpu").architectures == V2_ARCHITECTURES == {"Qwen3ForCausalLM", "Qwen3MoeForCausalLM"}
+    assert v2_support("cpu", ()).architectures == frozenset()
+
+
+@pytest.mark.parametrize(
+    ("transfer", "use_v2", "because"),
+    [
+        (None, True, "Qwen3ForCausalLM is on the list"),
+        ("OFFLOADING", True, "Qwen3ForCausalLM is on the list"),
+        ("SILENT", False, "Silent does not declare supports_v2_model_runner"),
+        ("MULTI", False, "Silent does not declare supports_v2_model_runner"),
+    ],
+)
+def test_by_default_the_connector_decides_for_a_listed_model(tmp_path, transfer, use_v2, because):
+    """No setting at all: the model asks for V2, a connector that does not declare it says no."""
+    sizes = {"vocab_size": 97, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "head_dim": 8}
+    Qwen3ForCausalLM(Qwen3Config(**sizes, num_attention_heads=4, num_key_value_heads=2)).save_pretrained(tmp_path)
+    silent = SILENT["kv_transfer_config"]
+    offloading = HOST | {"kv_role": "kv_both"}
+    config = {None: None, "OFFLOADING": offloading, "SILENT": silent, "MULTI": multi(HOST, silent)}[transfer]
+    with LLM(tmp_path, num_kv_blocks=32, kv_transfer_config=config) as llm:
+        assert llm.config.use_v2_model_runner is use_v2
+        assert llm.generate([1, 2, 3], SamplingParams(max_tokens=2))
+    told = plan_engine(read_model_facts(tmp_path), EngineOptions(num_kv_blocks=32), transfer_config(config, None, None))
+    assert because in told.runner.reason
+    options = [] if config is None else ["--kv-transfer-config", json.dumps(config)]
+    shown = CliRunner().invoke(app, ["doctor", "--model", str(tmp_path), "--num-kv-blocks", "32", *options])
+    assert f"model runner: {'V2' if use_v2 else 'V1'}" in shown.output
 
 
 @pytest.mark.parametrize("name", [KVFERRY, VLLM])
@@ -187,7 +217,10 @@ def multi(*parts):
 
 
 LISTED = {"v2_model_architectures": ["Other", "StubModel"]}
-HOST = {"kv_connector": "OffloadingConnector", "kv_connector_extra_config": {"weights_version": "1"}}
+HOST = {
+    "kv_connector": "OffloadingConnector",
+    "kv_connector_extra_config": {"weights_version": "1", "cpu_bytes_to_use": 1 << 20},
+}
 
 
 @pytest.mark.parametrize(
