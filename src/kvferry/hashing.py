@@ -15,6 +15,10 @@ The digest of any number n of first tokens, by which engines prove to each other
 
     rest       = tokens [16 k, n) as u32-LE, k = n // 16, then the media that overlap them, as in a unit
     digest(n)  = SHA-256("kvferry-tokens-v1" + u32-LE n + chain[k - 1] + rest)
+
+What a prefill engine has sampled behind a prompt of n tokens, and under which settings (a JSON text; version 1):
+
+    SHA-256("kvferry-first-tokens-v1" + digest(n) + field(settings) + sampled tokens as u32-LE)
 """
 
 from __future__ import annotations
@@ -35,6 +39,7 @@ HANDOVER = "hand-over"
 """In the place of a model fingerprint, where engines hand KV over that compare their weights otherwise."""
 _DOMAIN = b"kvferry-key-v1"
 _TOKENS_DOMAIN = b"kvferry-tokens-v1"
+_FIRST_TOKENS_DOMAIN = b"kvferry-first-tokens-v1"
 _ABSENT = b"\xff\xff\xff\xff"
 
 
@@ -141,3 +146,9 @@ class TokenDigests:
         assert 0 <= num_tokens <= len(self._token_ids), num_tokens
         whole = num_tokens // UNIT_TOKENS * UNIT_TOKENS
         return self._chain.digest(num_tokens, self._token_ids[whole:num_tokens].tobytes())
+
+
+def first_tokens_digest(prompt_digest: bytes, token_ids: Sequence[int], sampling_facts: str) -> bytes:
+    """Binds sampled tokens to the prompt they continue, and to the settings they were sampled under (32 bytes)."""
+    tokens = np.array(token_ids, dtype="<u4").tobytes()
+    return hashlib.sha256(_FIRST_TOKENS_DOMAIN + prompt_digest + _field(sampling_facts) + tokens).digest()

@@ -7,6 +7,7 @@ stepped in turns by the test; all waits are bounded by `Cluster.drive`.
 from __future__ import annotations
 
 import copy
+import dataclasses
 import logging
 import random
 import threading
@@ -21,6 +22,7 @@ import pytest
 from kvferry import LLM, SamplingParams
 from kvferry.connectors.p2p import links
 from kvferry.connectors.p2p.scheduler import P2PSchedulerSide
+from kvferry.engine.config import RequestOutputKind
 from kvferry.engine.kv_groups import layer_name
 from kvferry.engine.outputs import RequestOutput
 from kvferry.engine.prompts import PromptInput
@@ -331,7 +333,7 @@ def test_tokens_are_taken_only_from_a_prefill_engine(cluster: Cluster) -> None:
     llm = cluster.start(lease_s=0.5)
     handed = {name: value for name, value in cluster.prefill(llm, "p").items() if name != "do_remote_prefill"}
     for params in ({}, {"do_remote_prefill": False}, {"do_remote_decode": True}, {"do_remote_prefill": True}):
-        sampling = SamplingParams(extra_args={"kv_transfer_params": handed | params})
+        sampling = SamplingParams(temperature=0.0, extra_args={"kv_transfer_params": handed | params})
         request = llm._make_request(PromptInput(token_ids=PROMPT), sampling, None)
         assert request.handed_over_token_ids == (tuple(expected(PROMPT, 1)) if params.get("do_remote_prefill") else ())
 
@@ -523,15 +525,103 @@ def test_shorter_and_longer_prompts_get_what_they_have_in_common(
     cluster.check_idle()
 
 
-@pytest.mark.parametrize("is_equal", [True, False])
-def test_first_tokens_of_another_prompt_are_not_taken_over(cluster: Cluster, is_equal: bool) -> None:
+def is_taken_over(llm: LLM, params: dict[str, Any], prompt: list[int] = PROMPT, **sampling: Any) -> bool:
+    """Whether a request with this hand-over would begin with its first tokens."""
+    options = SamplingParams(**({"temperature": 0.0} | sampling), extra_args={"kv_transfer_params": params})
+    request = llm._make_request(PromptInput(token_ids=prompt), options, None)
+    assert request.handed_over_token_ids in ((), tuple(params["remote_first_token_ids"]))
+    return bool(request.handed_over_token_ids)
+
+
+def test_first_tokens_are_bound_to_prompt_and_choice(cluster: Cluster) -> None:
     """What the peer chose behind another prompt of equal length is nobody's first token here."""
     prefill, decode = cluster.start(lease_s=0.5), cluster.start()
-    wanted = PROMPT if is_equal else [*PROMPT[:-1], (PROMPT[-1] + 1) % 1000]
     params = cluster.prefill(prefill, "p")
-    sampling = SamplingParams(extra_args={"kv_transfer_params": params})
-    request = decode._make_request(PromptInput(token_ids=wanted), sampling, None)
-    assert request.handed_over_token_ids == (tuple(expected(PROMPT, 1)) if is_equal else ())
+    other = params | {"remote_first_token_ids": [(expected(PROMPT, 1)[0] + 1) % 1000]}
+    two = params | {"remote_first_token_ids": [*expected(PROMPT, 1), 7]}
+    assert is_taken_over(decode, params)
+    assert not is_taken_over(decode, params, [*PROMPT[:-1], (PROMPT[-1] + 1) % 1000])
+    assert not is_taken_over(decode, other)
+    assert not is_taken_over(decode, two)
+    cluster.add(decode, "d", other)
+    assert tokens(cluster.finish("d")[0]) == expected(PROMPT, 8)
+    cluster.check_idle()
+
+
+SAMPLED: dict[str, Any] = {"temperature": 0.8, "seed": 5, "top_p": 0.9, "top_k": 7, "min_p": 0.01}
+CHANGES: dict[str, Any] = {
+    "temperature": 0.7, "seed": 0, "top_p": 0.8, "top_k": 0, "min_p": 0.02, "repetition_penalty": 1.1,
+    "presence_penalty": 0.1, "frequency_penalty": 0.1,
+}  # fmt: skip
+ANSWER: dict[str, Any] = {
+    "max_tokens": 3, "ignore_eos": True, "stop_token_ids": [7], "skip_special_tokens": False,
+    "include_stop_str_in_output": True, "output_kind": RequestOutputKind.DELTA,
+}  # fmt: skip
+
+
+def test_first_tokens_are_taken_over_under_the_settings_they_were_chosen_with_and_no_others(cluster: Cluster) -> None:
+    known = {*CHANGES, *ANSWER, "stop", "logprobs", "n", "extra_args"}
+    assert known == {field.name for field in dataclasses.fields(SamplingParams)}, "say what a new setting changes"
+    prefill, decode = cluster.start(lease_s=0.5), cluster.start()
+    params = cluster.prefill(prefill, "p", **SAMPLED)
+    assert is_taken_over(decode, params, **SAMPLED)
+    assert is_taken_over(decode, params, **SAMPLED | ANSWER)
+    for name, value in CHANGES.items():
+        assert not is_taken_over(decode, params, **SAMPLED | {name: value}), name
+    assert not is_taken_over(decode, params, **{name: SAMPLED[name] for name in SAMPLED if name != "seed"})
+    greedy = cluster.prefill(prefill, "g", seed=3)
+    assert is_taken_over(decode, greedy), "where nothing is drawn"
+    assert is_taken_over(decode, greedy, top_p=0.5, top_k=-1, temperature=1e-6)
+    assert not is_taken_over(decode, greedy, temperature=1.0)
+    cluster.check_idle()
+
+
+@pytest.mark.parametrize("is_refused", [True, False], ids=["refused", "not asked"])
+def test_first_tokens_of_an_engine_that_proved_nothing_are_not_taken_over_with_kv_from_elsewhere(
+    cluster: Cluster, is_refused: bool
+) -> None:
+    """An engine of other weights chose another token, and host memory has the whole prompt's KV."""
+    prompt = (PROMPT + OTHER)[:64]
+    other = StubModel(num_layers=3)
+    prefill = cluster.start(model=other, lease_s=0.5)
+    params = cluster.prefill(prefill, "p", prompt)
+    assert params["remote_first_token_ids"] == other.expected_tokens(prompt, 1) != expected(prompt, 1)
+    extra = {"transport": "shm"} | QUICK
+    children = [
+        {"kv_connector": "P2PConnector", "kv_connector_extra_config": extra},
+        {
+            "kv_connector": "OffloadingConnector",
+            "kv_connector_extra_config": {"weights_version": "1", "cpu_bytes_to_use": 1 << 20},
+        },
+    ]
+    if is_refused:
+        params["remote_host"] = "10.1.2.3"  # which is not in allowed_peers
+    transfer = {
+        "kv_connector": "MultiConnector", "kv_role": "kv_both", "kv_load_failure_policy": "recompute",
+        "kv_connector_extra_config": {"connectors": children if is_refused else children[::-1]},
+    }  # fmt: skip
+    decode = LLM(StubModel(), kv_transfer_config=transfer, num_kv_blocks=65, block_size=16)
+    try:
+        decode.generate(prompt, SamplingParams(temperature=0.0, max_tokens=1))
+        cluster.until(lambda: not step_into(cluster, decode))
+        assert decode.reset_prefix_cache()
+        decode.add_request(
+            prompt, SamplingParams(temperature=0.0, max_tokens=8, extra_args={"kv_transfer_params": params}),
+            request_id="d",
+        )  # fmt: skip
+        cluster.until(lambda: not step_into(cluster, decode))
+        output = cluster.outputs["d"]
+        assert tokens(output) == expected(prompt, 8)
+        assert output.external_hit_sources == {"host": 64}, "it went the way that this is about"
+    finally:
+        decode.shutdown()
+
+
+def step_into(cluster: Cluster, llm: LLM) -> bool:
+    """One step of an engine that is none of the cluster's; whether it has something to do."""
+    for output in llm.step():
+        cluster.outputs[output.request_id] = output
+    return llm.has_requests()
 
 
 @pytest.mark.parametrize("mode", MODES)

@@ -13,7 +13,7 @@ import pytest
 from kvferry import fingerprint
 from kvferry.errors import ConfigError
 from kvferry.fingerprint import fingerprint_folder
-from kvferry.hashing import Identity, KeyChain, TokenDigests, digest, store_key
+from kvferry.hashing import Identity, KeyChain, TokenDigests, digest, first_tokens_digest, store_key
 from kvferry.types import MultimodalItem
 
 DOCS = Path(__file__).parents[2] / "docs" / "keys.md"
@@ -213,3 +213,9 @@ def test_a_folder_of_one_file_of_weights_has_the_fingerprint_it_always_had(model
         data = (model_folder / name).read_bytes()
         expected.update(struct.pack("<I", len(name)) + name.encode() + struct.pack("<Q", len(data)) + data)
     assert fingerprint_folder(model_folder) == f"sha256:{expected.hexdigest()}"
+
+
+def test_first_tokens_are_bound_to_prompt_settings_and_order() -> None:
+    facts = '{"seed": "5"}'
+    data = b"kvferry-first-tokens-v1" + b"p" * 32 + struct.pack("<I", 13) + facts.encode() + struct.pack("<II", 7, 900)
+    assert first_tokens_digest(b"p" * 32, [7, 900], facts) == hashlib.sha256(data).digest()

@@ -6,11 +6,25 @@ they read the host's request when asked, and hold nothing but a reference to it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import json
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from kvferry.types import MultimodalItem
+
+_ONLY_OF_THE_ANSWER = frozenset((
+    "max_tokens", "stop", "stop_token_ids", "ignore_eos", "n", "logprobs", "prompt_logprobs", "prompt_logprob_start",
+    "prompt_logprob_token_ids", "logprob_token_ids", "flat_logprobs", "detokenize", "skip_special_tokens",
+    "spaces_between_special_tokens", "include_stop_str_in_output", "output_kind", "stream_interval", "skip_clone",
+    "output_text_buffer_length", "skip_reading_prefix_cache", "routed_experts_prompt_start",
+))  # fmt: skip
+"""Fields of sampling parameters that change what is told of the tokens, or when they end, and not which are chosen."""
+_ONLY_OF_DRAWS = frozenset(("temperature", "seed", "top_p", "top_k", "min_p", "watermarking"))
+_NOTHING = ("False", "0", "()", "[]", "{}", "''")
+_NEUTRAL = {"temperature": ("1",), "top_p": ("1",), "top_k": ("0", "-1"), "repetition_penalty": ("1",)}
+_GREEDY_BELOW = 1e-5
+_TRANSFER = "kv_transfer_params"
 
 BlockIds = tuple[list[int], ...]
 """Block ids per group; position i of a group's list holds tokens [i * block_size, (i + 1) * block_size)."""
@@ -96,6 +110,31 @@ class RequestView:
         """The user's parameters for this transfer; never mutate them."""
         params: dict[str, Any] | None = getattr(self._request, "kv_transfer_params", None)
         return params
+
+    @property
+    def sampling_facts(self) -> str:
+        """All that decides which tokens are chosen behind the prompt, as JSON; equal in both hosts for equal requests.
+
+        A setting of a later vLLM that has a value counts: requests that differ in it are not taken for alike.
+        """
+        return _sampling_facts(getattr(self._request, "sampling_params", None))
+
+
+def _sampling_facts(params: Any) -> str:
+    names: Iterable[str] = getattr(params, "__struct_fields__", getattr(params, "__dataclass_fields__", ()))
+    values = {name: getattr(params, name) for name in names if not name.startswith("_")}
+    is_greedy = values.get("temperature", 1.0) < _GREEDY_BELOW
+    if values.get("min_tokens"):  # so long no token that ends it is chosen; routers cut it down for the prefill leg
+        ends = [*(values["stop_token_ids"] or ()), values["ignore_eos"]]
+        values |= {"min_tokens": 1, "chosen only later": ends}
+    extra = {name: value for name, value in (values.pop("extra_args", None) or {}).items() if name != _TRANSFER}
+    facts = {"temperature": "0"} if is_greedy else {}
+    for name, value in {**values, "extra_args": extra}.items():
+        text = repr(int(value) if isinstance(value, float) and value.is_integer() else value)
+        is_left_out = name in _ONLY_OF_THE_ANSWER or (is_greedy and name in _ONLY_OF_DRAWS)
+        if not is_left_out and text != "None" and (name == "seed" or text not in _NEUTRAL.get(name, _NOTHING)):
+            facts[name] = text
+    return json.dumps(facts, sort_keys=True)
 
 
 @dataclass(frozen=True, slots=True)

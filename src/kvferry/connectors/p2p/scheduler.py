@@ -40,7 +40,7 @@ from kvferry.contract.sides import SchedulerSide
 from kvferry.contract.stats import ConnectorStats
 from kvferry.contract.views import BlockIds, RequestView, StepView
 from kvferry.errors import ConfigError, TransferError
-from kvferry.hashing import HANDOVER, KeyChain, TokenDigests
+from kvferry.hashing import HANDOVER, KeyChain, TokenDigests, first_tokens_digest
 from kvferry.p2p.actions import (
     BlocksSafe,
     ClosePeer,
@@ -376,7 +376,8 @@ class P2PSchedulerSide(SchedulerSide):
                     request_id, reason, block_ids, num_tokens, handed, digests.at, now, mode=mode
                 )
             )
-            return params and {**params, "remote_prompt_digest": digests.at(request.num_prompt_tokens).hex()}
+            sampled = digests.at(request.num_prompt_tokens), handed, request.sampling_facts
+            return params and {**params, "remote_first_tokens_digest": first_tokens_digest(*sampled).hex()}
         except ValueError as error:
             logger.warning("%s: not handed over: %s", request_id, error)
             self.agent.use(lambda core, now: core.abort(request_id, now))
