@@ -22,7 +22,8 @@ USAGE = {"prompt_tokens": 5, "completion_tokens": 4, "total_tokens": 9}
 
 
 class FakeEngine:
-    """Answers `WORDS`. `mode` says how it behaves from now on; `seen` is what it was asked, `num_left` who left it."""
+    """Answers `WORDS`. `mode` says how it behaves from now on; `seen` is what it was asked, `num_left` who left it,
+    `given_back` the transfer ids of what need not be kept."""
 
     def __init__(self, url: str) -> None:
         self.url = url
@@ -30,6 +31,7 @@ class FakeEngine:
         self.seen: list[dict[str, Any]] = []
         self.headers: list[dict[str, str]] = []
         self.num_left = 0
+        self.given_back: list[str] = []
         self.retry_after = "1"
         self.release = asyncio.Event()
 
@@ -43,6 +45,10 @@ class FakeEngine:
 
     async def complete(self, request: Request) -> Response:
         body = json.loads(await request.body())
+        params = body.get("kv_transfer_params") or {}
+        if params.get("do_release"):
+            self.given_back.append(params["transfer_id"])
+            return JSONResponse(self._whole(body, False))
         self.seen.append(body)
         self.headers.append(dict(request.headers))
         if self.mode in ("hang", "slow"):

@@ -282,6 +282,49 @@ def test_refusals_are_passed_on_as_they_are(role: str, status: int) -> None:
         asked = r.num_asked()
         assert sum(asked[0]) == 1
         assert sum(asked[1]) == (role == "decode"), "asked once: it would be wrong anywhere"
+        if role == "decode":
+            wait_until(lambda: given_back(r) == handed_over(r))
+
+
+# ---- what nobody will fetch -----------------------------------------------------------------------------------------
+
+
+def handed_over(r: Running) -> list[str]:
+    """Transfer ids of all prefill legs."""
+    return sorted(body["kv_transfer_params"]["transfer_id"] for p in r.prefill for body in p.seen)
+
+
+def given_back(r: Running) -> list[str]:
+    return sorted(name for p in r.prefill for name in p.given_back)
+
+
+@pytest.mark.parametrize("mode", ["500", "drop", "error", "recomputed", "full"])
+@pytest.mark.parametrize("stream", [False, True])
+def test_hand_over_that_is_not_fetched_is_given_back_and_one_that_is_fetched_is_not(mode: str, stream: bool) -> None:
+    with running(retry_deadline_s=2.0) as r:
+        r.client.completions.create(**ASK)
+        fetched = handed_over(r)
+        r.decode[0].mode = mode
+        with pytest.raises(openai.APIError):
+            list(r.client.completions.create(**ASK, stream=stream))
+        wait_until(lambda: len(given_back(r)) == len(handed_over(r)) - 1)
+        assert sorted(given_back(r) + fetched) == handed_over(r), "each once"
+
+
+@pytest.mark.parametrize("role", ["prefill", "decode"])
+def test_hand_overs_of_clients_that_leave_are_given_back(role: str) -> None:
+    """Also when the prefill engine's answer was on its way, so that the proxy knows the transfer's id alone."""
+    with running() as r:
+        failing = (r.prefill if role == "prefill" else r.decode)[0]
+        failing.mode = "hang"
+        connections = [http.client.HTTPConnection("127.0.0.1", r.port, timeout=120) for _ in range(8)]
+        for connection in connections:
+            connection.request("POST", "/v1/completions", json.dumps(ASK))
+        wait_until(lambda: len(failing.seen) == len(connections))
+        for connection in connections:
+            connection.close()
+        wait_until(lambda: given_back(r) == handed_over(r))
+        assert len(given_back(r)) == len(connections)
 
 
 # ---- streams that break off -----------------------------------------------------------------------------------------

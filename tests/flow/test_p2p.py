@@ -902,6 +902,47 @@ def test_where_closing_is_no_fence_the_end_of_the_peer_is(
     cluster.check_idle()
 
 
+# ---- given back -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("name", ["remote_lease_id", "transfer_id"])
+def test_a_hand_over_that_is_given_back_frees_its_blocks_at_once(cluster: Cluster, mode: str, name: str) -> None:
+    prefill, decode = (cluster.start(mode=mode, lease_s=600.0) for _ in range(2))
+    params = cluster.prefill(prefill, "p", params={"transfer_id": "t1"})
+    kept = cluster.prefill(prefill, "kept", OTHER, params={"transfer_id": "t2"})
+    cluster.add(prefill, "stranger", {"do_release": True, "remote_lease_id": "0" * 32, "transfer_id": 7}, [1])
+    cluster.finish("stranger")
+    assert prefill.connector_stats.held_blocks == 23  # type: ignore[union-attr]
+    cluster.add(prefill, "back", {"do_release": True, name: params[name]}, [1], max_tokens=1)
+    cluster.finish("back")
+    cluster.until(lambda: prefill.connector_stats.held_blocks == 10)  # type: ignore[union-attr]
+    cluster.add(decode, "late", params)
+    assert tokens(cluster.finish("late")[0]) == expected(PROMPT, 8)
+    cluster.add(decode, "d", kept, OTHER)
+    (output,) = cluster.finish("d")
+    assert (tokens(output), output.num_external_tokens) == (expected(OTHER, 8), 37)
+    cluster.check_idle()
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_hand_over_that_is_given_back_while_it_is_fetched_arrives(
+    cluster: Cluster, faulty: type[FaultyShm], mode: str
+) -> None:
+    prefill, decode = (cluster.start(mode=mode, lease_s=600.0) for _ in range(2))
+    params = cluster.prefill(prefill, "p")
+    faulty.is_held.set()
+    cluster.add(decode, "d", params)
+    cluster.until(lambda: any(x["claims"] for x in books(prefill)["producer"]) and is_transferring(decode))
+    cluster.add(prefill, "back", {"do_release": True, "remote_lease_id": params["remote_lease_id"]}, [1], max_tokens=1)
+    cluster.finish("back")
+    assert prefill.connector_stats.held_blocks == 13  # type: ignore[union-attr]
+    faulty.is_held.clear()
+    (output,) = cluster.finish("d")
+    assert (tokens(output), output.num_external_tokens) == (expected(PROMPT, 8), 50)
+    cluster.check_idle()
+
+
 # ---- aborts ---------------------------------------------------------------------------------------------------
 
 

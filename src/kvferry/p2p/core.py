@@ -109,6 +109,12 @@ class P2PCore:
         self._end(now)
         return self._params(lease, mode) if lease else None
 
+    def give_back(self, lease_id: str, transfer_id: str, now: float) -> None:
+        """Whoever knows one of these ids says that nobody will come for what was handed over under it."""
+        self._begin(now)
+        self._producer.give_back(lease_id, transfer_id, now)
+        self._end(now)
+
     # The consumer's host.
 
     def announce(self, request_id: str, params: object, tokens: m.TokenProof, now: float) -> None:

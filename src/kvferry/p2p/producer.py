@@ -6,9 +6,10 @@
        ▼                                   ▼                          │
     aborted ◄───────── abort ───────── expired ◄──────────────────────┘
 
-`finish` makes the lease: an id of 128 random bits over the request's blocks. A lease is held until its deadline, until
-every consumer is served (a set of engines: repeats count once), and in any case while a claim is open; claims lapse
-when they are not renewed, and no renewal reaches beyond `max_lease_s`. Then `Release` gives the blocks back.
+`finish` makes the lease: an id of 128 random bits over the request's blocks. A lease is held until its deadline
+(`give_back` ends it at once, for whoever knows its id), until every consumer is served (a set of engines: repeats count
+once), and in any case while a claim is open; claims lapse when they are not renewed, and no renewal reaches beyond
+`max_lease_s`. Then `Release` gives the blocks back.
 Pull: a consumer's Confirm is answered "valid" only while its claim is open, so whoever was read too late, or in another
 life of this engine, is found out. Push: a registration waits for its transfer id, in either order; blocks that our own
 write reads are released after the write has ended or its connection is destroyed, not before.
@@ -182,6 +183,13 @@ class Producer(Role):
             if not claim.job_id:
                 self._end(claim, self._refused(claim.claim_id, claim.generation, Why.ABORTED), now)
         self._release_if_over(lease, now)
+
+    def give_back(self, lease_id: str, transfer_id: str, now: float) -> None:
+        """Nobody will come for this lease; whoever reads it already may go on. Unknown ids: nothing."""
+        lease = self._leases.get(lease_id) or self._transfers.get(transfer_id)
+        if lease is not None and lease.lease_id:
+            lease.deadline_s = now
+            self._release_if_over(lease, now)
 
     def on_message(self, peer: Peer, message: m.ClaimMessage, now: float) -> None:
         """A request of a consumer. Answers are the same however often it comes."""

@@ -100,6 +100,14 @@ def decode_body(call: Call, params: Params | None, transfer_id: str, sign_peer: 
     return _json({**call.body, "kv_transfer_params": params})
 
 
+def release_body(call: Call, params: Params | None, transfer_id: str) -> bytes:
+    """For the prefill engine's connector: the KV may go. Any host passes `kv_transfer_params` of a request on to it."""
+    ids = {"transfer_id": transfer_id, "remote_lease_id": (params or {}).get("remote_lease_id")}
+    model = {"model": call.body["model"]} if "model" in call.body else {}
+    asked = {"prompt": [1], "max_tokens": 1, "temperature": 0}
+    return _json({**model, **asked, "kv_transfer_params": {"do_release": True, **ids}})
+
+
 def _json(body: Params) -> bytes:
     return json.dumps(body).encode()
 

@@ -32,12 +32,15 @@ async def probe(fleet: Fleet, relay: Relay, prefill: Engine, decode: Engine, hea
     """One request through one pair, in rotation or not; what comes of it is noted where all requests' outcomes are."""
     prompt = random.choices(_TOKENS, k=_NUM_TOKENS)
     call = Call("/v1/completions", {"prompt": prompt, "max_tokens": 2, "temperature": 0}, headers)
+    hand_over = None
     try:
         hand_over = await relay.prefill(call, prefill, [], "probe_timeout_s")
         await (await relay.decode(call, decode, hand_over, "probe_timeout_s")).aclose()
     except (ApiError, LegFailed) as err:
+        relay.give_back(hand_over)
         logger.debug("probe of %s and %s: %s", prefill.url, decode.url, err)
     except Refused as refused:
+        relay.give_back(hand_over)
         is_for_key = refused.reply.status in (401, 403)
         remedy = "give its API key with --probe-key-file" if is_for_key else "--probe-interval-s 0 switches probes off"
         fleet.probe_refused(fleet.pairs[prefill, decode], f"a probe was refused by {refused}: {remedy}")

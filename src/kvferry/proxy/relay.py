@@ -2,7 +2,7 @@
 
 Nothing is tried again once the client has been sent anything, and a leg's connection is closed before the next one
 begins. What the prefill engine handed over is used again only when the decode engine never took it; else it may be
-spent, and the prefill engine is asked anew.
+spent, and the prefill engine is asked anew. What nobody will fetch any more is given back, and its blocks come free.
 
 An engine that is full has not failed: the hand-over is kept, another engine is asked, and if all are full, the request
 waits for as long as they say. A request during which two engines went away is not tried a third time: it may be what
@@ -37,6 +37,7 @@ from kvferry.proxy.bodies import (
     error_of,
     judge,
     prefill_body,
+    release_body,
 )
 from kvferry.proxy.config import ProxyConfig
 from kvferry.proxy.events import DONE, is_end, may_tell, verdicts, whole_events
@@ -51,6 +52,8 @@ Timeout = Literal["prefill_timeout_s", "decode_timeout_s", "answer_timeout_s", "
 _KEEPALIVE_S = 2.0  # below uvicorn's 5 s: a connection that the engine is about to close is not used
 _RETRY_AFTER_S = 1.0  # where a full engine does not say when to come again
 _MIN_WAIT_S = 0.1
+_NUM_RELEASES = 5  # tries to give a hand-over back to a full engine, one second apart
+_CLOSE_S = 2.0  # releases under way may take, when the proxy ends
 
 
 @dataclass(slots=True)
@@ -109,14 +112,16 @@ class Refused(Exception):
         self.reply = reply
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class HandOver:
     """A prefill leg's outcome."""
 
+    call: Call
     engine: Engine
     transfer_id: str
     params: Params | None
     made_s: float = 0.0
+    is_given_back: bool = False
 
 
 @dataclass(slots=True)
@@ -136,6 +141,7 @@ class _DecodeLeg:
     engine: Engine
     pair: Pair | None
     """None when no KV is to be transferred."""
+    hand_over: HandOver | None
     request_id: str
     has_recomputed: bool = False
     has_begun: bool = False
@@ -156,10 +162,15 @@ class Relay:
         limits = httpx2.Limits(keepalive_expiry=_KEEPALIVE_S)
         # An engine's cookies are for one client, and this one carries the requests of all.
         no_cookies = CookieJar(DefaultCookiePolicy(allowed_domains=()))
+        self._releases: set[asyncio.Task[None]] = set()
         self._client = httpx2.AsyncClient(limits=limits, trust_env=False, follow_redirects=False, cookies=no_cookies)
 
     async def aclose(self) -> None:
-        """Close idle connections."""
+        """Give back what is to be given back, as far as that is soon done, and close idle connections."""
+        if self._releases:
+            _, late = await asyncio.wait(self._releases, timeout=_CLOSE_S)
+            for release in late:
+                release.cancel()
         await self._client.aclose()
 
     async def open(self, call: Call) -> Reply:
@@ -173,12 +184,20 @@ class Relay:
                 )  # fmt: skip
             self._recomputed("not_split")
         attempts = _Attempts(piece_hashes(call.body), why_whole is None, self._clock.now())
+        try:
+            return await self._try_until_answered(call, attempts)
+        except Refused as refused:
+            self.give_back(attempts.hand_over)
+            return refused.reply
+        except BaseException:  # also when the client has left
+            self.give_back(attempts.hand_over)
+            raise
+
+    async def _try_until_answered(self, call: Call, attempts: _Attempts) -> Reply:
         number = 1
         while True:
             try:
                 return await self._attempt(call, attempts)
-            except Refused as refused:
-                return refused.reply
             except EngineFull as full:
                 await self._wait_for_room(full, attempts)
             except LegFailed as failure:
@@ -198,6 +217,7 @@ class Relay:
             raise _gave_up(failure, number) from failure
         self._note_retry(failure, attempts)
         if failure.was_taken:
+            self.give_back(attempts.hand_over)
             attempts.hand_over = None
 
     def _note_retry(self, failure: LegFailed, attempts: _Attempts) -> None:
@@ -220,6 +240,7 @@ class Relay:
         if hand_over is not None and now_s + wait_s - hand_over.made_s > self._config.hand_over_s:
             if attempts.has_lapsed:
                 raise full.for_client() from full
+            self.give_back(hand_over)
             attempts.has_lapsed, attempts.hand_over = True, None
         self._note_retry(full, attempts)
         await asyncio.sleep(wait_s)
@@ -257,7 +278,18 @@ class Relay:
 
     async def prefill(self, call: Call, engine: Engine, hashes: list[int], timeout: Timeout) -> HandOver:
         """Let one engine prefill. Raises LegFailed, strict also when it hands nothing over; Refused."""
-        transfer_id = uuid.uuid4().hex
+        hand_over = HandOver(call, engine, uuid.uuid4().hex, None)
+        try:
+            hand_over.params = await self._prefilled(call, engine, hashes, timeout, hand_over.transfer_id)
+        except asyncio.CancelledError:  # its answer may have been on the way
+            self.give_back(hand_over)
+            raise
+        hand_over.made_s, hand_over.is_given_back = self._clock.now(), hand_over.params is None
+        return hand_over
+
+    async def _prefilled(
+        self, call: Call, engine: Engine, hashes: list[int], timeout: Timeout, transfer_id: str
+    ) -> Params | None:
         async with AsyncExitStack() as stack:
             stack.enter_context(self._fleet.using(engine, engine.cost(hashes)))
             engine.memory.remember(hashes)  # at once: what comes with the same prefix meanwhile should follow
@@ -276,13 +308,13 @@ class Relay:
                 )  # fmt: skip
             self._recomputed("no_params")
         self._fleet.worked(engine)
-        return HandOver(engine, transfer_id, verdict.hand_over, self._clock.now())
+        return verdict.hand_over
 
     async def decode(self, call: Call, engine: Engine, hand_over: HandOver | None, timeout: Timeout) -> Reply:
         """Let one engine decode, up to a stream's first token. Raises LegFailed, Refused; ApiError for a recompute."""
         params = hand_over.params if hand_over else None
         pair = self._fleet.pairs[hand_over.engine, engine] if hand_over is not None and params else None
-        leg = _DecodeLeg(engine, pair, call.headers.get("X-Request-Id", ""))
+        leg = _DecodeLeg(engine, pair, hand_over, call.headers.get("X-Request-Id", ""))
         content = decode_body(call, params, hand_over.transfer_id if hand_over else "", self._sign_peer)
         async with AsyncExitStack() as stack:
             stack.enter_context(self._fleet.using(engine, 1, pair))
@@ -445,6 +477,7 @@ class Relay:
         if verdict.num_recomputed_tokens <= 0 or leg.pair is None or leg.has_recomputed:
             return
         leg.has_recomputed = True
+        self.give_back(leg.hand_over)
         self._recomputed("decode_engine")
         why = verdict.load_error or "look at its log for why the transfer failed"
         again = f"computed {verdict.num_recomputed_tokens} prompt tokens again that the prefill engine had"
@@ -463,6 +496,36 @@ class Relay:
 
     def _recomputed(self, reason: str) -> None:
         self._metrics.recomputed.labels(reason).inc()
+
+    # ---- what nobody will fetch -------------------------------------------------------------------------------
+
+    def give_back(self, hand_over: HandOver | None) -> None:
+        """Tell the prefill engine, once and in the background, that it need not keep this KV; None: nothing."""
+        if hand_over is None or hand_over.is_given_back:
+            return
+        hand_over.is_given_back = True
+        release = asyncio.ensure_future(self._release(hand_over))
+        self._releases.add(release)
+        release.add_done_callback(self._releases.discard)
+
+    async def _release(self, hand_over: HandOver) -> None:
+        """Where it cannot be told, the engine keeps the KV for as long as its `lease_s` says."""
+        content = release_body(hand_over.call, hand_over.params, hand_over.transfer_id)
+        headers = {"Content-Type": "application/json", **hand_over.call.headers}
+        url, timeout = f"{hand_over.engine.url}/v1/completions", self._config.probe_timeout_s
+        why = ""
+        for _ in range(_NUM_RELEASES):
+            try:
+                reply = await self._client.post(url, content=content, headers=headers, timeout=timeout)
+            except (httpx2.RequestError, httpx2.InvalidURL) as err:
+                why = _text(err)
+                break
+            why = f"status {reply.status_code}"
+            if reply.status_code not in (429, 503):
+                break
+            await asyncio.sleep(_RETRY_AFTER_S)
+        if why != "status 200":
+            logger.info("prefill engine %s keeps KV that nobody fetches for its lease_s: %s", hand_over.engine.url, why)
 
     # ---- the rest ---------------------------------------------------------------------------------------------
 

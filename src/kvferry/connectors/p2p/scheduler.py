@@ -215,8 +215,12 @@ class P2PSchedulerSide(SchedulerSide):
     # ---- requests ---------------------------------------------------------------------------------------------
 
     def on_new_request(self, request: RequestView) -> None:
-        """Note a request that shall be handed over; ask for the KV of one that was."""
+        """Note a request that shall be handed over; ask for the KV of one that was; free what nobody will fetch."""
         params = request.kv_transfer_params or {}
+        if params.get("do_release") and self._is_producer:
+            ids = tuple(str(params.get(name) or "") for name in ("remote_lease_id", "transfer_id"))
+            self.agent.use(lambda core, now: core.give_back(*ids, now))
+            return
         if params.get("do_remote_decode") and self._is_producer:
             self._expect_consumer(request, params.get("transfer_id"))
         elif params.get("do_remote_decode"):
