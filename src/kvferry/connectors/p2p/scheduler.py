@@ -218,8 +218,8 @@ class P2PSchedulerSide(SchedulerSide):
         """Note a request that shall be handed over; ask for the KV of one that was; free what nobody will fetch."""
         params = request.kv_transfer_params or {}
         if params.get("do_release") and self._is_producer:
-            ids = tuple(str(params.get(name) or "") for name in ("remote_lease_id", "transfer_id"))
-            self.agent.use(lambda core, now: core.give_back(*ids, now))
+            lease_id, transfer_id = (str(params.get(name) or "") for name in ("remote_lease_id", "transfer_id"))
+            self.agent.use(lambda core, now: core.give_back(lease_id, transfer_id, now))
             return
         if params.get("do_remote_decode") and self._is_producer:
             self._expect_consumer(request, params.get("transfer_id"))
