@@ -352,6 +352,67 @@ def test_client_that_leaves_during_the_prefill_ends_it(cluster: Cluster, proxy: 
     assert prefills("vllm:request_success_total", finished_reason="abort") > aborted
 
 
+# ---- hand-overs that nobody fetches ----------------------------------------------------------------------------------
+
+
+@contextmanager
+def refusing(real: Engine, key_file: Path) -> Iterator[tuple[Engine, list[float]]]:
+    """A proxy whose decode leg fails each time with the prefill done, and how many blocks were held then."""
+    held: list[float] = []
+
+    class Refuser(FakeEngine):
+        async def complete(self, request: Request) -> Response:
+            held.append(real.figure("kvferry:connector_held_blocks"))
+            return await super().complete(request)
+
+    bound = bind_socket("127.0.0.1", 0)
+    refuser = Refuser(url_of(bound))
+    refuser.mode = "400"
+    with serving_app(refuser.app(), bound):
+        client = openai.OpenAI(base_url=f"{refuser.url}/v1", api_key="none")
+        options = ("--probe-interval-s", "0", "--shared-key-file", str(key_file))
+        with proxying([real.url], [Engine(client)], *options) as proxy:
+            yield proxy, held
+
+
+@pytest.mark.parametrize("number", [0, 1], ids=["pull", "push"])
+def test_blocks_of_a_request_that_the_decode_engine_refuses_come_free_at_once(cluster: Cluster, number: int) -> None:
+    """Long before `lease_s`, which is 30."""
+    prefill = cluster.prefill[number]
+    wait_until("idle", prefill.is_idle)
+    with refusing(prefill, cluster.key_file) as (proxy, held):
+        with pytest.raises(openai.BadRequestError):
+            proxy.client.completions.create(**GREEDY, prompt=prompt_of(90 + number))
+        began_s = time.monotonic()
+        wait_until("the blocks come free", prefill.is_idle, timeout_s=20)
+        assert held == [19], "they were held"
+        assert time.monotonic() - began_s < 20
+
+
+def test_clients_that_leave_between_the_legs_leave_no_blocks_held(cluster: Cluster) -> None:
+    prefill, num_clients = cluster.prefill[0], 24
+    wait_until("idle", prefill.is_idle)
+    bound = bind_socket("127.0.0.1", 0)
+    hanging = FakeEngine(url_of(bound))
+    hanging.mode = "hang"
+    options = ("--probe-interval-s", "0", "--shared-key-file", str(cluster.key_file))
+    with (
+        serving_app(hanging.app(), bound),
+        openai.OpenAI(base_url=f"{hanging.url}/v1", api_key="none") as client,
+        proxying([prefill.url], [Engine(client)], *options) as proxy,
+    ):
+        address = proxy.url.removeprefix("http://")
+        connections = [http.client.HTTPConnection(address, timeout=60) for _ in range(num_clients)]
+        for who, connection in enumerate(connections):
+            body = {**GREEDY, "prompt": prompt_of(100 + who, 100)}
+            connection.request("POST", "/v1/completions", json.dumps(body))
+        wait_until("all are prefilled", lambda: len(hanging.seen) == num_clients)
+        assert prefill.figure("kvferry:connector_held_blocks") == num_clients * 7
+        for connection in connections:
+            connection.close()
+        wait_until("the blocks come free", prefill.is_idle, timeout_s=20)
+
+
 # ---- readiness, and hand-overs that are lost -----------------------------------------------------------------------
 
 
