@@ -67,8 +67,8 @@ def gated(transport: type[ThreadedTransport]) -> type[ThreadedTransport]:
     """This transport, with a gate between any two steps."""
 
     class Gated(transport):  # type: ignore[valid-type,misc]
-        def submit(self, peer: PeerHandle, op: TransferOp, pieces: Pieces) -> int:
-            return super().submit(peer, op, in_parts(pieces))  # type: ignore[no-any-return]
+        def submit(self, peer: PeerHandle, op: TransferOp, pieces: Pieces, then: Any = None) -> int:
+            return super().submit(peer, op, in_parts(pieces), then)  # type: ignore[no-any-return]
 
         def _advance(self, transfer: Transfer) -> Step:
             return super()._advance(transfer) if Gate.lets_pass(transfer) else Step.WAITING  # type: ignore[no-any-return]

@@ -31,6 +31,21 @@ class TransferJob:
     local_blocks: GroupBlocks
     remote_blocks: GroupBlocks
     token_range: tuple[int, int]
+    is_proved: bool = False
+    """Each rank answers digests of its blocks too, where it knows that the peer makes the same of the same KV."""
+
+
+@dataclass(frozen=True, slots=True)
+class DigestJob:
+    """Digests of this engine's blocks that hold [token_range); each rank answers `digests_made`.
+
+    `connection`: they will be compared with a peer's there; where that makes others of the same KV, None is answered.
+    """
+
+    job_id: str
+    connection: int | None
+    blocks: GroupBlocks
+    token_range: tuple[int, int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +96,13 @@ class StartTransfer:
 
 
 @dataclass(frozen=True, slots=True)
+class StartDigests:
+    """Run this job on every rank of this engine."""
+
+    job: DigestJob
+
+
+@dataclass(frozen=True, slots=True)
 class Release:
     """Producer: the blocks of this request may be used again. Exactly once per `finish` that answered parameters."""
 
@@ -93,7 +115,8 @@ class LoadEnded:
     """Consumer: the load is over. Exactly once per announced request.
 
     ok: the blocks hold the producer's bytes of [token_range), of exactly the announced tokens. Not ok: nothing may be
-    used, and where `blocks_quarantined`, nothing may be written there either until `BlocksSafe`.
+    used, and where `blocks_quarantined`, nothing may be written there either until `BlocksSafe`. `is_proved`: digests
+    of the bytes were compared; of a load that is not ok, they differ.
     """
 
     request_id: str
@@ -101,6 +124,7 @@ class LoadEnded:
     reason: str
     blocks_quarantined: bool
     num_tokens: int
+    is_proved: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,7 +134,9 @@ class BlocksSafe:
     request_id: str
 
 
-Action = Connect | Disconnect | Send | OpenPeer | ClosePeer | StartTransfer | Release | LoadEnded | BlocksSafe
+Action = (
+    Connect | Disconnect | Send | OpenPeer | ClosePeer | StartTransfer | StartDigests | Release | LoadEnded | BlocksSafe
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,6 +159,7 @@ class LocalEngine:
     geometry: bytes
     transports: Mapping[str, tuple[bytes, ...]]
     groups: tuple[GroupRule, ...]
+    makes_digests: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,6 +175,7 @@ class P2PSettings:
     retry_s: float = 0.25  # a request is repeated after this, then after twice as long, up to 8 times as long
     liveness_s: float = 15.0  # a peer that owes answers may be silent
     quarantine_s: float = 5.0  # a lost transfer may end by itself before its connection is destroyed
+    proof_s: float = 1.0  # a hand-over waits for digests of its producer's; then it goes without
     idle_s: float = 600.0  # a peer without business is kept
     backoff_s: float = 1.0  # after a second failed connection; doubles with every further one
     max_backoff_s: float = 60.0

@@ -10,7 +10,9 @@
                   quarantined, while bytes may still land ──► (blocks safe) gone
 
 A load proves its tokens with its claim or registration, and believes no producer that does not answer their digest: KV
-of other tokens is never read, and what such a producer wrote is never used.
+of other tokens is never read, and what such a producer wrote is never used. Where both make digests of their blocks
+(`kvferry.p2p.proof`), the bytes are proved too: our ranks hash what they have read, and the producer compares (Confirm,
+Verdict); or, pushed, they hash what was written (verifying), and we compare with what it made (Pushed).
 A load lives and dies with the connection it is bound to (when its claim or registration is first sent). The claim is
 taken at the announcement, so that the lease is held while the request waits for blocks.
 
@@ -29,9 +31,10 @@ from typing import Any
 
 from kvferry.errors import TransferError
 from kvferry.p2p import messages as m
-from kvferry.p2p.actions import BlocksSafe, LoadEnded, StartTransfer, TransferJob
+from kvferry.p2p.actions import BlocksSafe, DigestJob, LoadEnded, StartDigests, StartTransfer, TransferJob
 from kvferry.p2p.calls import row
 from kvferry.p2p.peers import Peer, Role, same_life, same_tokens
+from kvferry.p2p.proof import RankDigests, first_blocks, make_proof
 from kvferry.p2p.transport import TransferOp, TransferStatus
 
 _CALLS = ("claim", "register", "confirm")
@@ -67,6 +70,9 @@ class Load:
     job_id: str = ""
     ranks: set[int] = field(default_factory=set)  # of ours that may still read
     may_be_written: bool = False  # push: the producer may write, or will
+    pushed: m.Pushed | None = None  # that ended the write
+    digest_job_id: str = ""
+    digests: dict[int, RankDigests | None] = field(default_factory=dict)  # by rank, of what arrived
 
     @property
     def is_push(self) -> bool:
@@ -82,6 +88,7 @@ class Consumer(Role):
         self._loads: dict[str, Load] = {}  # by claim
         self._by_request: dict[str, Load] = {}
         self._by_job: dict[str, Load] = {}
+        self._by_digest_job: dict[str, Load] = {}
 
     def announce(self, request_id: str, handover: m.Handover, tokens: m.TokenProof, now: float) -> None:
         """A request that may load from a peer; known already: nothing. TransferError: it is still quarantined."""
@@ -136,18 +143,23 @@ class Consumer(Role):
                 self._calls.answered("register", load.claim_id)
                 load.renew_s = now + self._renew_in_s(message.remaining_ms)
             case m.Verdict() if load.state is LoadState.VERIFYING and message.is_valid and load.granted:
-                self._done(load, load.granted.num_tokens, now)
-            case m.Pushed() if self._is_proved(load, message):
+                self._done(load, load.granted.num_tokens, now, is_proved=message.is_proved)
+            case m.Pushed() if self._is_of_our_tokens(load, message):
                 load.may_be_written = False
-                self._done(load, message.num_tokens, now)
+                self._on_pushed(load, message, now)
+            case m.Pushed() if load.pushed is not None:
+                pass  # again
             case m.Refused() | m.Verdict() | m.Withdrawn() | m.Pushed():
                 load.may_be_written = False
-                self._fail(load, self._reason(message), now)
+                is_proved = isinstance(message, m.Verdict) and message.is_proved
+                self._fail(load, self._reason(message), now, is_proved=is_proved)
                 self._free_if_safe(load)
             case _:
                 pass
 
-    def transfer_ended(self, job_id: str, rank: int, status: TransferStatus, reason: str, now: float) -> bool:
+    def transfer_ended(
+        self, job_id: str, rank: int, status: TransferStatus, reason: str, digests: RankDigests | None, now: float
+    ) -> bool:
         """One rank's part of a read ended. False: not a job of ours."""
         load = self._by_job.get(job_id)
         if load is None or rank not in load.ranks or load.connection is None:
@@ -158,10 +170,26 @@ class Consumer(Role):
             self._fail(load, f"read failed on rank {rank}: {status.value}: {reason}", now)
             if status is not TransferStatus.REJECTED:
                 self._peers.close_connection(load.handover.peer, load.connection, f"a read failed: {reason}", now)
-        elif load.state is LoadState.TRANSFERRING and not load.ranks:
-            self._verify(load, now)
+        elif load.state is LoadState.TRANSFERRING:
+            load.digests[rank] = digests
+            if not load.ranks:
+                self._verify(load, now)
         self._free_if_safe(load)
         return True
+
+    def digests_made(self, job_id: str, rank: int, digests: RankDigests | None, now: float) -> None:
+        """One rank has read again what was pushed."""
+        if (load := self._by_digest_job.get(job_id)) is None or load.pushed is None or load.pushed.proof is None:
+            return
+        load.digests[rank] = digests
+        if load.state is not LoadState.VERIFYING or len(load.digests) < self._local.num_ranks:
+            return
+        told = load.pushed.proof
+        made = self._proof(load, told.first_blocks)
+        if made is None or made == told:
+            self._done(load, load.pushed.num_tokens, now, is_proved=made is not None)
+        else:
+            self._fail(load, m.OTHER_BYTES, now, is_proved=True)
 
     def connection_opened(self, peer: str, now: float) -> None:
         for load in list(self._loads.values()):
@@ -258,7 +286,7 @@ class Consumer(Role):
     def _call(self, kind: str, load: Load, message: m.ClaimMessage, now: float, deadline_s: float) -> None:
         self._calls.start(kind, load.claim_id, load.handover.peer, load.generation, message, now, deadline_s)
 
-    def _is_proved(self, load: Load, pushed: m.Pushed) -> bool:
+    def _is_of_our_tokens(self, load: Load, pushed: m.Pushed) -> bool:
         is_awaited = load.state is LoadState.TRANSFERRING and load.is_push
         return is_awaited and pushed.ok and same_tokens(pushed.tokens_digest, load.tokens.digest)
 
@@ -272,9 +300,8 @@ class Consumer(Role):
         if load.is_push:
             load.state, load.may_be_written = LoadState.TRANSFERRING, True
             told_by = handover.remote_generation
-            register = m.Register(
-                handover.transfer_id or "", load.blocks, *load.token_range, peer.epoch, load.tokens, told_by, **ids
-            )
+            what = load.blocks, *load.token_range, peer.epoch, load.tokens, told_by, self._local.makes_digests
+            register = m.Register(handover.transfer_id or "", *what, **ids)
             self._call("register", load, register, now, load.deadline_s)
         else:
             claim = m.Claim(handover.remote_lease_id or "", handover.remote_generation or "", tokens=load.tokens, **ids)
@@ -298,23 +325,41 @@ class Consumer(Role):
         load.state, load.job_id, load.ranks = LoadState.TRANSFERRING, self._new_id(), set(range(self._local.num_ranks))
         self._by_job[load.job_id] = load
         peer, source = load.handover.peer, load.granted.blocks
-        job = TransferJob(load.job_id, TransferOp.READ, peer, load.connection, load.blocks, source, load.token_range)
+        is_proved = load.granted.is_proved and self._local.makes_digests
+        job = TransferJob(
+            load.job_id, TransferOp.READ, peer, load.connection, load.blocks, source, load.token_range, is_proved
+        )
         self._emit(StartTransfer(job))
+
+    def _on_pushed(self, load: Load, pushed: m.Pushed, now: float) -> None:
+        if pushed.proof is None or not self._local.makes_digests:
+            self._done(load, pushed.num_tokens, now)
+            return
+        load.state, load.pushed, load.digest_job_id = LoadState.VERIFYING, pushed, self._new_id()
+        self._by_digest_job[load.digest_job_id] = load
+        self._emit(StartDigests(DigestJob(load.digest_job_id, load.connection, load.blocks, load.token_range)))
+
+    def _proof(self, load: Load, firsts: tuple[int, ...] | None) -> m.BytesProof | None:
+        ranks = [load.digests.get(rank) for rank in range(self._local.num_ranks)]
+        return make_proof(ranks, self._local.groups, firsts, load.token_range[1])
 
     def _verify(self, load: Load, now: float) -> None:
         load.state = LoadState.VERIFYING
-        self._call("confirm", load, m.Confirm(**self._ids(load.claim_id, load.generation)), now, load.deadline_s)
+        theirs = load.granted.blocks if load.granted else ()
+        proof = self._proof(load, first_blocks(load.blocks, theirs, self._local.groups, load.token_range))
+        confirm = m.Confirm(proof, **self._ids(load.claim_id, load.generation))
+        self._call("confirm", load, confirm, now, load.deadline_s)
 
     def _is_in_danger(self, load: Load) -> bool:
         return bool(load.ranks) or load.may_be_written
 
-    def _done(self, load: Load, num_tokens: int, now: float) -> None:
+    def _done(self, load: Load, num_tokens: int, now: float, *, is_proved: bool = False) -> None:
         if load.state is LoadState.PARKED:
             self._withdraw(load, now)
         self._forget(load)
-        self._emit(LoadEnded(load.request_id, True, "", False, num_tokens))
+        self._emit(LoadEnded(load.request_id, True, "", False, num_tokens, is_proved))
 
-    def _fail(self, load: Load, reason: str, now: float) -> None:
+    def _fail(self, load: Load, reason: str, now: float, *, is_proved: bool = False) -> None:
         if load.state is LoadState.FAILED or load.claim_id not in self._loads:
             return
         load.state = LoadState.FAILED
@@ -326,7 +371,7 @@ class Consumer(Role):
                 self._calls.answered(kind, load.claim_id)
         else:
             self._forget(load)
-        self._emit(LoadEnded(load.request_id, False, reason, is_in_danger, 0))
+        self._emit(LoadEnded(load.request_id, False, reason, is_in_danger, 0, is_proved))
 
     def _withdraw(self, load: Load, now: float) -> None:
         if load.connection is not None:
@@ -346,11 +391,14 @@ class Consumer(Role):
         del self._loads[load.claim_id]
         del self._by_request[load.request_id]
         self._by_job.pop(load.job_id, None)
+        self._by_digest_job.pop(load.digest_job_id, None)
 
     def _reason(self, message: m.ClaimMessage) -> str:
         match message:
             case m.Refused(why=m.Why.TOKENS):
                 return f"the producer refused the claim: {m.OTHER_TOKENS}"
+            case m.Verdict(is_proved=True):
+                return m.OTHER_BYTES
             case m.Refused():
                 return f"the producer refused the claim: {message.why.value}"
             case m.Pushed():

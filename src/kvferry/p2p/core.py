@@ -39,11 +39,12 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from kvferry.p2p import messages as m
-from kvferry.p2p.actions import Action, FinishReason, LocalEngine, P2PSettings, Send
+from kvferry.p2p.actions import Action, DigestJob, FinishReason, LocalEngine, P2PSettings, Send
 from kvferry.p2p.calls import Calls
 from kvferry.p2p.consumer import Consumer
 from kvferry.p2p.peers import GeometryCheck, Peers
 from kvferry.p2p.producer import DigestAt, Lease, Producer
+from kvferry.p2p.proof import RankDigests
 from kvferry.p2p.selection import select_blocks
 from kvferry.p2p.transport import TransferStatus
 
@@ -115,6 +116,18 @@ class P2PCore:
         self._producer.give_back(lease_id, transfer_id, now)
         self._end(now)
 
+    def prompt_ends(
+        self, request_id: str, blocks: Sequence[Sequence[int]], num_tokens: int, now: float
+    ) -> DigestJob | None:
+        """The step that begins computes the last of these tokens, all of the prompt's, of a request that was started.
+
+        A job for our ranks to carry out after that very step's forward, so that its end needs no step more; or None.
+        """
+        self._begin(now)
+        job = self._producer.prompt_ends(request_id, tuple(map(tuple, blocks)), num_tokens)
+        self._end(now)
+        return job
+
     # The consumer's host.
 
     def announce(self, request_id: str, params: object, tokens: m.TokenProof, now: float) -> None:
@@ -177,11 +190,26 @@ class P2PCore:
         self._peers.closed(peer, connection, now)
         self._end(now)
 
-    def transfer_ended(self, job_id: str, rank: int, status: TransferStatus, reason: str, now: float) -> None:
-        """One rank's part of a job ended, or (UNKNOWN) will never tell."""
+    def transfer_ended(
+        self,
+        job_id: str,
+        rank: int,
+        status: TransferStatus,
+        reason: str,
+        now: float,
+        digests: RankDigests | None = None,
+    ) -> None:
+        """One rank's part of a job ended, or (UNKNOWN) will never tell. `digests`: of what a proved one read."""
         self._begin(now)
-        if not self._consumer.transfer_ended(job_id, rank, status, reason, now):
+        if not self._consumer.transfer_ended(job_id, rank, status, reason, digests, now):
             self._producer.transfer_ended(job_id, rank, status, reason, now)
+        self._end(now)
+
+    def digests_made(self, job_id: str, rank: int, digests: RankDigests | None, now: float) -> None:
+        """One rank's answer to `StartDigests`; None where it has none that a peer could compare."""
+        self._begin(now)
+        self._consumer.digests_made(job_id, rank, digests, now)
+        self._producer.digests_made(job_id, rank, digests, now)
         self._end(now)
 
     # The driver.

@@ -7,8 +7,8 @@
                      ◄───────────────     Granted | Refused
     Renew            ───────────────►                      pull and push: "I still need it"
                      ◄───────────────     Renewed | Refused
-    Confirm          ───────────────►                      pull, after the last byte: "was it valid all the time?"
-                     ◄───────────────     Verdict
+    Confirm          ───────────────►                      pull, after the last byte: "was it valid all the time, and
+                     ◄───────────────     Verdict          are these the bytes?"
     Register         ───────────────►                      push: "write the KV of this transfer id into these blocks"
                      ◄───────────────     Renewed, and later Pushed
     PushedSeen       ───────────────►
@@ -18,8 +18,10 @@
 Every message carries the sender's generation (its start nonce), every exchange its claim id. A request is repeated
 until it is answered; an answer may be repeated at any time. No message carries a moment in time, only time that is
 left. Both sides prove which tokens' KV they mean: the consumer sends the digest of its own first n tokens, the producer
-answers that of the first n it computed, and each goes on only when they are equal. `CODEC` refuses what breaks a bound,
-so a hostile peer costs at most what the bounds below allow.
+answers that of the first n it computed, and each goes on only when they are equal. Of the bytes, both make a digest of
+each block (`kvferry.p2p.proof`) where both are set to; what of a hand-over they make of these goes with Confirm (pull),
+where the producer compares, or Pushed, where the consumer does. `CODEC` refuses what breaks a bound, so a hostile peer
+costs at most what the bounds below allow.
 """
 
 from __future__ import annotations
@@ -31,9 +33,10 @@ import msgspec
 from msgspec import Meta, Struct
 
 from kvferry.errors import TransferError
+from kvferry.hashing import DIGEST_BYTES
 from kvferry.p2p.wire import Address, Codec
 
-PROTOCOL = 2
+PROTOCOL = 3
 MAX_GROUPS = 64
 MAX_GROUP_BLOCKS = 1 << 16
 MAX_TOKENS = 1 << 24
@@ -51,6 +54,7 @@ GroupBlocks = Annotated[tuple[Blocks, ...], Meta(max_length=MAX_GROUPS)]
 RankBlobs = Annotated[tuple[Annotated[bytes, Meta(max_length=1 << 16)], ...], Meta(max_length=MAX_RANKS)]
 Digest = Annotated[bytes, Meta(min_length=32, max_length=32)]
 """Of a request's first tokens, their cache salt, adapter and media (`kvferry.hashing.TokenDigests`)."""
+BytesDigest = Annotated[bytes, Meta(min_length=DIGEST_BYTES, max_length=DIGEST_BYTES)]
 Epoch = Annotated[int, Meta(ge=0, lt=1 << 62)]
 Milliseconds = Annotated[int, Meta(ge=0, le=86_400_000)]
 
@@ -71,12 +75,26 @@ OTHER_TOKENS = (
     "(chat templates that differ, or kv_transfer_params of another request)"
 )
 
+OTHER_BYTES = (
+    "the bytes that arrived have another digest than those that were handed over: a bit flipped in the memory of one "
+    "of the engines, or on the way"
+)
+
 
 class TokenProof(Struct, frozen=True):
     """The first `num_tokens` tokens of a consumer's request: it wants KV of no token behind them."""
 
     num_tokens: TokenCount
     digest: Digest
+
+
+class BytesProof(Struct, frozen=True):
+    """The bytes of a hand-over: per rank the digest of its blocks' digests, of all groups."""
+
+    first_blocks: Annotated[tuple[Annotated[int, Meta(ge=0, le=MAX_GROUP_BLOCKS)], ...], Meta(max_length=MAX_GROUPS)]
+    """By group: the position of the first block that counts; those before it lie outside of the range or a window."""
+    end_token: TokenCount
+    ranks: Annotated[tuple[BytesDigest, ...], Meta(max_length=MAX_RANKS)]
 
 
 class Message(Struct, frozen=True, kw_only=True, tag_field="type", forbid_unknown_fields=True):
@@ -130,6 +148,8 @@ class Granted(ClaimMessage, frozen=True, tag="granted"):
     remaining_ms: Milliseconds
     tokens_digest: Digest
     """Of as many of the lease's tokens as the claim named."""
+    is_proved: bool = False
+    """I have, or will have, digests of the lease's blocks."""
 
 
 class Refused(ClaimMessage, frozen=True, tag="refused"):
@@ -149,13 +169,19 @@ class Renewed(ClaimMessage, frozen=True, tag="renewed"):
 
 
 class Confirm(ClaimMessage, frozen=True, tag="confirm"):
-    """I have read everything: was the lease held all the time?"""
+    """I have read everything: was the lease held all the time, and is this the digest of its bytes?"""
+
+    proof: BytesProof | None = None
 
 
 class Verdict(ClaimMessage, frozen=True, tag="verdict"):
-    """Whether what was read under this claim is what was leased. Ends the claim."""
+    """Whether what was read under this claim is what was leased. Ends the claim.
+
+    `is_proved`: the bytes were compared; when they are not the lease's, `is_valid` is false.
+    """
 
     is_valid: bool
+    is_proved: bool = False
 
 
 class Register(ClaimMessage, frozen=True, tag="register"):
@@ -169,6 +195,8 @@ class Register(ClaimMessage, frozen=True, tag="register"):
     tokens: TokenProof
     lease_generation: Nonce | None = None
     """Your life that told of it; None: it may be a request that you have yet to hear of."""
+    wants_proof: bool = False
+    """Of the bytes."""
 
     def __post_init__(self) -> None:
         if self.end_token < self.first_token:
@@ -185,6 +213,7 @@ class Pushed(ClaimMessage, frozen=True, tag="pushed"):
     num_tokens: TokenCount
     tokens_digest: Annotated[bytes, Meta(max_length=32)]
     """Of as many of the lease's tokens as the registration named; empty where it holds fewer."""
+    proof: BytesProof | None = None
 
 
 class PushedSeen(ClaimMessage, frozen=True, tag="pushed_seen"):

@@ -15,6 +15,9 @@ life of this engine, is found out. Push: a registration waits for its transfer i
 write reads are released after the write has ended or its connection is destroyed, not before.
 Either way the consumer proves the tokens whose KV it wants: a lease of other tokens is not read, and not written from,
 and whoever wants other tokens does not use up the lease.
+Our ranks make digests of the blocks (`kvferry.p2p.proof`) in the step that ends the prompt, or, of another number of
+tokens, when that is leased or asked for. A Confirm that brings the consumer's is answered when ours are there, "valid"
+only if they are equal, and so is a Pushed sent, with ours; after `proof_s` either goes without.
 
 After a failure: a claim that ended is remembered with its last answer (`memory_s`), so a late or repeated request
 cannot open it again, above all cannot start a second write; a full memory answers nothing rather than forget.
@@ -23,16 +26,18 @@ An aborted or expired lease answers claims with Refused.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from math import inf
 from typing import Any
 
+from kvferry.hashing import DIGEST_BYTES
 from kvferry.p2p import messages as m
-from kvferry.p2p.actions import FinishReason, Release, StartTransfer, TransferJob
+from kvferry.p2p.actions import DigestJob, FinishReason, GroupRule, Release, StartDigests, StartTransfer, TransferJob
 from kvferry.p2p.calls import Remembered, row
 from kvferry.p2p.messages import Why
 from kvferry.p2p.peers import Peer, Role, same_life, same_tokens
+from kvferry.p2p.proof import RankDigests, first_blocks, make_proof
 from kvferry.p2p.transport import TransferOp, TransferStatus
 
 DigestAt = Callable[[int], bytes]
@@ -55,6 +60,8 @@ class OpenClaim:
     job_id: str = ""
     ranks: set[int] = field(default_factory=set)  # of ours that may still write
     error: str = ""
+    confirm: m.Confirm | None = None  # that waits for our digests
+    proof_s: float = inf  # so long that, or the word that a write has ended, waits for them
     last: m.ClaimMessage | None = None  # the answer it ends with, as soon as there is room to remember it
 
 
@@ -76,6 +83,8 @@ class Lease:
     served: set[str] = field(default_factory=set)
     given_up: dict[str, m.TokenProof] = field(default_factory=dict)  # consumers that withdrew while the request ran
     ended: Why | None = None
+    digests: dict[int, dict[int, RankDigests | None]] = field(default_factory=dict)
+    """Of the blocks, for the first n tokens that were asked for: by rank, as they come."""
 
     def serve(self, consumer: str, tokens: m.TokenProof) -> None:
         """This consumer has what it wanted, or does not want it any more.
@@ -112,6 +121,28 @@ class Lease:
         return "claimed" if self.claims else "leased"
 
 
+@dataclass(slots=True)
+class _DigestOrder:
+    """Digests that our ranks make of a lease's first tokens."""
+
+    lease: Lease
+    num_tokens: int
+    made: dict[int, RankDigests | None]
+    before: dict[int, RankDigests | None]
+    """Those of its first `num_before` tokens, which stay for the blocks that are whole in both."""
+    num_before: int
+
+    def joined(self, rank: int, digests: RankDigests | None, groups: Sequence[GroupRule]) -> RankDigests | None:
+        """What a rank answered, behind what it had answered before."""
+        if digests is None or not self.num_before:
+            return digests
+        before, same = self.before.get(rank), min(self.num_before, self.num_tokens)
+        if before is None:
+            return None
+        cuts = [same // group.block_tokens * DIGEST_BYTES for group in groups]
+        return tuple(old[:cut] + new[cut:] for old, new, cut in zip(before, digests, cuts, strict=True))
+
+
 def is_handed_over(reason: FinishReason) -> bool:
     """Any normal end counts, also a stop token as the first token."""
     return reason not in (FinishReason.ABORT, FinishReason.ERROR)
@@ -128,6 +159,7 @@ class Producer(Role):
         self._transfers: dict[str, Lease] = {}
         self._claims: dict[str, OpenClaim] = {}
         self._jobs: dict[str, OpenClaim] = {}
+        self._digest_jobs: dict[str, _DigestOrder] = {}
         self._ended_claims: Remembered[m.ClaimMessage] = Remembered(settings.memory_s, settings.max_remembered)
         self._ended_leases: Remembered[Why] = Remembered(settings.memory_s, settings.max_remembered)
 
@@ -166,12 +198,20 @@ class Producer(Role):
         lease.num_tokens, lease.first_token_ids, lease.digest_at = num_tokens, first_token_ids, digest_at
         lease.deadline_s, lease.last_s = now + self._settings.lease_s, now + self._settings.max_lease_s
         self._leases[lease.lease_id] = lease
+        self._order_digests(lease, num_tokens)
         for consumer, tokens in lease.given_up.items():
             lease.serve(consumer, tokens)
         for claim in list(lease.claims.values()):
             self._write(claim, now)
         self._release_if_over(lease, now)
         return lease
+
+    def prompt_ends(self, request_id: str, blocks: m.GroupBlocks, num_tokens: int) -> DigestJob | None:
+        """The step that begins computes the last token of its prompt: what our ranks answer in that very step."""
+        lease = self._requests.get(request_id)
+        if lease is None or lease.lease_id or lease.ended is not None or not self._local.makes_digests:
+            return None
+        return self._digest_job(lease, blocks, (0, num_tokens), 0)
 
     def abort(self, request_id: str, now: float) -> None:
         """Take everything back: nothing can be claimed or confirmed any more. Blocks: `Release`, when leased."""
@@ -182,6 +222,8 @@ class Producer(Role):
         for claim in list(lease.claims.values()):
             if not claim.job_id:
                 self._end(claim, self._refused(claim.claim_id, claim.generation, Why.ABORTED), now)
+            else:
+                self._written_if_over(claim, now)
         self._release_if_over(lease, now)
 
     def give_back(self, lease_id: str, transfer_id: str, now: float) -> None:
@@ -234,6 +276,25 @@ class Producer(Role):
         if status in (TransferStatus.FAILED, TransferStatus.UNKNOWN):
             self._peers.close_connection(claim.peer, claim.connection, f"a write failed: {reason}", now)
 
+    def digests_made(self, job_id: str, rank: int, digests: RankDigests | None, now: float) -> None:
+        """One rank has read its blocks."""
+        if (order := self._digest_jobs.get(job_id)) is None:
+            return
+        lease = order.lease
+        order.made[rank] = order.joined(rank, digests, self._local.groups)
+        if len(order.made) < self._local.num_ranks:
+            return
+        del self._digest_jobs[job_id]
+        for claim in list(lease.claims.values()):
+            self._go_on(claim, now)
+
+    def _go_on(self, claim: OpenClaim, now: float) -> None:
+        """What may have waited for digests."""
+        if claim.confirm is not None:
+            self._answer_confirm(claim, claim.confirm, now)
+        else:
+            self._written_if_over(claim, now)
+
     def connection_failing(self, connection: int, reason: str, now: float) -> None:
         for claim in list(self._claims.values()):
             if claim.connection == connection and not claim.job_id:
@@ -251,6 +312,9 @@ class Producer(Role):
         self._ended_claims.expire(now)
         self._ended_leases.expire(now)
         for claim in list(self._claims.values()):
+            if now >= claim.proof_s and claim.last is None:
+                self._go_on(claim, now)
+                continue
             if now < claim.deadline_s:
                 continue
             if claim.last is not None:
@@ -266,7 +330,8 @@ class Producer(Role):
     def next_deadline(self) -> float:
         """When `expire` has something to do."""
         open_leases = (lease.deadline_s for lease in self._leases.values() if not lease.claims)
-        return min(min((x.deadline_s for x in self._claims.values()), default=inf), min(open_leases, default=inf))
+        open_claims = (x.deadline_s if x.last else min(x.deadline_s, x.proof_s) for x in self._claims.values())
+        return min(min(open_claims, default=inf), min(open_leases, default=inf))
 
     def busy_peers(self) -> set[str]:
         """Peers with claims: their records are kept."""
@@ -340,9 +405,47 @@ class Producer(Role):
         if claim is None and peer.connection is not None:
             self._send(peer.name, self._refused(message.claim_id, message.generation, Why.BUSY))
         if claim is not None:
-            remaining_ms = self._extend(claim, now)
+            self._order_digests(lease, message.tokens.num_tokens)
+            remaining_ms, is_proved = self._extend(claim, now), self._local.makes_digests
             ids = self._ids(message.claim_id, message.generation)
-            self._send(peer.name, m.Granted(lease.blocks, lease.num_tokens, remaining_ms, digest, **ids))
+            self._send(peer.name, m.Granted(lease.blocks, lease.num_tokens, remaining_ms, digest, is_proved, **ids))
+
+    def _order_digests(self, lease: Lease, num_tokens: int) -> None:
+        """Of its first tokens. Blocks that are whole among others that have been read keep the digests of then."""
+        if not self._local.makes_digests or num_tokens in lease.digests or lease.ended is not None:
+            return
+        known = max((n for n, made in lease.digests.items() if self._is_made(made)), default=0)
+        same = min(known, num_tokens)
+        first = min((same // group.block_tokens * group.block_tokens for group in self._local.groups), default=0)
+        if first == num_tokens:
+            lease.digests[num_tokens] = lease.digests[known]
+        else:
+            self._emit(StartDigests(self._digest_job(lease, lease.blocks, (first, num_tokens), known)))
+
+    def _digest_job(self, lease: Lease, blocks: m.GroupBlocks, token_range: tuple[int, int], known: int) -> DigestJob:
+        made: dict[int, RankDigests | None] = {}
+        lease.digests[token_range[1]] = made
+        job = DigestJob(self._new_id(), None, blocks, token_range)
+        self._digest_jobs[job.job_id] = _DigestOrder(lease, token_range[1], made, lease.digests.get(known, {}), known)
+        return job
+
+    def _is_made(self, made: dict[int, RankDigests | None]) -> bool:
+        return len(made) == self._local.num_ranks and None not in made.values()
+
+    def _is_waiting(self, claim: OpenClaim, num_tokens: int, now: float) -> bool:
+        """Whether our ranks still make digests of the lease's first tokens, and have the time to."""
+        lease = claim.lease
+        made = None if lease.ended is not None else lease.digests.get(num_tokens)
+        if made is None or len(made) >= self._local.num_ranks:
+            return False
+        claim.proof_s = min(claim.proof_s, now + self._settings.proof_s)
+        return now < claim.proof_s
+
+    def _proof(self, lease: Lease, firsts: tuple[int, ...] | None, num_tokens: int) -> m.BytesProof | None:
+        """Ours; None where we cannot tell. An aborted lease's blocks may have been others' when they were read."""
+        by_rank = lease.digests.get(num_tokens, {}) if lease.ended is None else {}
+        ranks = [by_rank.get(rank) for rank in range(self._local.num_ranks)]
+        return make_proof(ranks, self._local.groups, firsts, num_tokens)
 
     def _renewed(self, claim: OpenClaim, now: float) -> None:
         remaining_ms = 0 if claim.job_id else self._extend(claim, now)
@@ -369,14 +472,26 @@ class Producer(Role):
         if claim.lease.lease_id and not claim.job_id:
             self._write(claim, now)
 
-    def _on_confirm(self, peer: Peer, message: m.ClaimMessage, claim: OpenClaim | None, now: float) -> None:
-        is_valid = claim is not None and claim.register is None
-        verdict = m.Verdict(is_valid, **self._ids(message.claim_id, message.generation))
-        if claim is None or not is_valid:
-            self._send(peer.name, verdict)
-            return
+    def _on_confirm(self, peer: Peer, message: m.Confirm, claim: OpenClaim | None, now: float) -> None:
+        if claim is None or claim.register is not None:
+            self._send(peer.name, m.Verdict(False, False, **self._ids(message.claim_id, message.generation)))
+        elif claim.confirm is None or claim.confirm == message:
+            if message.proof is not None and message.proof.end_token <= claim.tokens.num_tokens:
+                self._order_digests(claim.lease, message.proof.end_token)
+            self._answer_confirm(claim, message, now)
+
+    def _answer_confirm(self, claim: OpenClaim, confirm: m.Confirm, now: float) -> None:
+        """As soon as our digests are there."""
+        told, ours = confirm.proof, None
+        if told is not None:
+            if self._is_waiting(claim, told.end_token, now):
+                claim.confirm = confirm
+                self._extend(claim, now)
+                return
+            ours = self._proof(claim.lease, told.first_blocks, told.end_token)
+        ids = self._ids(claim.claim_id, claim.generation)
         claim.lease.serve(claim.consumer, claim.tokens)
-        self._end(claim, verdict, now)
+        self._end(claim, m.Verdict(ours is None or ours == told, ours is not None, **ids), now)
 
     def _on_withdraw(self, peer: Peer, message: m.ClaimMessage, claim: OpenClaim | None, now: float) -> None:
         withdrawn = m.Withdrawn(**self._ids(message.claim_id, message.generation))
@@ -399,6 +514,8 @@ class Producer(Role):
         elif not same_tokens(lease.digest(register.tokens), register.tokens.digest):
             claim.error = m.OTHER_TOKENS
         elif register.first_token < register.end_token:
+            if register.wants_proof:
+                self._order_digests(lease, register.end_token)
             claim.ranks = set(range(self._local.num_ranks))
             tokens = (register.first_token, register.end_token)
             job = TransferJob(
@@ -410,9 +527,15 @@ class Producer(Role):
     def _written_if_over(self, claim: OpenClaim, now: float) -> None:
         if claim.ranks or not claim.job_id or claim.last is not None:
             return
-        lease, ids = claim.lease, self._ids(claim.claim_id, claim.generation)
-        digest = lease.digest(claim.tokens)
-        pushed = m.Pushed(not claim.error, claim.error[:2048], lease.num_tokens, digest, **ids)
+        lease, ids, register = claim.lease, self._ids(claim.claim_id, claim.generation), claim.register
+        digest, proof = lease.digest(claim.tokens), None
+        if register is not None and register.wants_proof and not claim.error:
+            if self._is_waiting(claim, register.end_token, now):
+                return
+            tokens = register.first_token, register.end_token
+            firsts = first_blocks(lease.blocks, register.blocks, self._local.groups, tokens)
+            proof = self._proof(lease, firsts, register.end_token)
+        pushed = m.Pushed(not claim.error, claim.error[:2048], lease.num_tokens, digest, proof, **ids)
         lease.serve(claim.consumer, claim.tokens)
         self._end(claim, pushed, now)
 
@@ -440,6 +563,7 @@ class Producer(Role):
             lease.ended = Why.DONE if len(lease.served) >= lease.num_consumers else Why.EXPIRED
         if lease.is_written_from():
             return
+        self._digest_jobs = {job: order for job, order in self._digest_jobs.items() if order.lease is not lease}
         if lease.transfer_id and self._transfers.get(lease.transfer_id) is lease:
             del self._transfers[lease.transfer_id]
             if lease.request_id:

@@ -66,6 +66,7 @@ class Transfer:
     num_bytes: int
     moved_bytes: int = 0
     state: Any = None
+    then: Callable[[], None] | None = None
 
 
 class ThreadedTransport(ABC):
@@ -125,13 +126,13 @@ class ThreadedTransport(ABC):
         self._command(lambda: self._open(peer))
         return peer
 
-    def submit(self, peer: PeerHandle, op: TransferOp, pieces: Pieces) -> int:
+    def submit(self, peer: PeerHandle, op: TransferOp, pieces: Pieces, then: Callable[[], None] | None = None) -> int:
         """Check and queue."""
         if peer.is_closing:
             raise TransferError(f"{peer} is closed")
         sizes = (peer.region_bytes, self._region_bytes)
         num_bytes = check_pieces(pieces, *(sizes if op is TransferOp.READ else sizes[::-1]))
-        transfer = Transfer(self._next_ticket(), peer, op, pieces, num_bytes)
+        transfer = Transfer(self._next_ticket(), peer, op, pieces, num_bytes, then=then)
         self._command(lambda: self._active.append(transfer))
         return transfer.ticket
 
@@ -265,6 +266,8 @@ class ThreadedTransport(ABC):
             self._give_up(transfer, error)
             return Step.DONE
         if step is Step.DONE:
+            if transfer.then is not None:
+                transfer.then()
             self._end(transfer, TransferStatus.OK, "")
         return step
 

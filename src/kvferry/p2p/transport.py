@@ -6,7 +6,7 @@ number of peers, each named by the blob that the peer's own transport made (blob
     register(regions)      once, before anything else
     local_blob()           what a peer needs to connect to us
     connect(blob)          a handle; the work is done on the transport's thread, its failure fails the peer's tickets
-    submit(peer, op, pieces) -> ticket
+    submit(peer, op, pieces, then) -> ticket
     poll()                 completions of tickets, each exactly once, in any order
     close_peer(peer)       -> ticket: its completion says whether anything of that peer's can still land
     close()
@@ -37,7 +37,7 @@ To write a transport: subclass `ThreadedTransport` (`kvferry.p2p.threaded`) and 
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import NamedTuple, Protocol, runtime_checkable
@@ -143,8 +143,11 @@ class Transport(Protocol):
         """A handle at once. TransferError when the blob is not one of this transport's, or unreachable."""
         ...
 
-    def submit(self, peer: PeerHandle, op: TransferOp, pieces: Pieces) -> int:
-        """Start a transfer; returns its ticket. TransferError when pieces are out of bounds or the peer is closed."""
+    def submit(self, peer: PeerHandle, op: TransferOp, pieces: Pieces, then: Callable[[], None] | None = None) -> int:
+        """Start a transfer; returns its ticket. TransferError when pieces are out of bounds or the peer is closed.
+
+        `then` is called, on the transport's thread, as soon as all bytes are there, before the ticket ends; quickly.
+        """
         ...
 
     def poll(self) -> list[Completion]:

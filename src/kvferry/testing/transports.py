@@ -10,7 +10,7 @@ What libraries do only once in a thousand runs (a late landing, half a write, a 
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -72,6 +72,7 @@ class _Transfer:
     """(from, to, bytes)."""
     due_s: float
     faults: Faults
+    then: Callable[[], None] | None
 
 
 class FakeTransport:
@@ -113,7 +114,7 @@ class FakeTransport:
             raise TransferError(why)
         return _FakePeer(self._network.ends[int(blob.removeprefix(_PREFIX))])
 
-    def submit(self, peer: PeerHandle, op: TransferOp, pieces: Pieces) -> int:
+    def submit(self, peer: PeerHandle, op: TransferOp, pieces: Pieces, then: Callable[[], None] | None = None) -> int:
         """Due after the delay."""
         assert isinstance(peer, _FakePeer)
         self._check_open(peer)
@@ -124,7 +125,7 @@ class FakeTransport:
         faults = Faults(**{name: getattr(self.faults, name) for name in Faults.__slots__})
         copies = list(zip(sources, places, pieces.length.tolist(), strict=True))
         due_s = self._network.clock.now() + faults.delay_s
-        self._open.append(_Transfer(self._ticket(), peer, op, copies, due_s, faults))
+        self._open.append(_Transfer(self._ticket(), peer, op, copies, due_s, faults, then))
         return self._last_ticket
 
     def poll(self) -> list[Completion]:
@@ -185,6 +186,8 @@ class FakeTransport:
             return Completion(transfer.ticket, TransferStatus.UNKNOWN, "injected: it may still land")
         moved = self._copy(transfer) + faults.miscounts_bytes
         is_ok = faults.fails_after_bytes is None
+        if is_ok and transfer.then is not None:
+            transfer.then()
         status = TransferStatus.OK if is_ok else TransferStatus.FAILED
         return Completion(transfer.ticket, status, "" if is_ok else "injected: it failed half way", moved)
 

@@ -26,8 +26,9 @@ RULES = (a.GroupRule(4), a.GroupRule(4, window_tokens=8))
 class Pair:
     """`now` is the time; `lost(message)` decides what the network swallows."""
 
-    def __init__(self, names: Iterable[str] = (P, D), **settings: Any) -> None:
+    def __init__(self, names: Iterable[str] = (P, D), *, makes_digests: bool = False, **settings: Any) -> None:
         self.now = 0.0
+        self.makes_digests = makes_digests
         self.settings = a.P2PSettings(**settings)
         self.ids = itertools.count(1)
         self.cores: dict[str, P2PCore] = {}
@@ -43,7 +44,8 @@ class Pair:
     def restart(self, name: str) -> None:
         host, port = name.split(":")
         blobs = {"fake": (name.encode(),)}
-        local = a.LocalEngine(f"id-{host}", self.new_id(), host, int(port), 2, b"geometry", blobs, RULES)
+        me = f"id-{host}", self.new_id(), host, int(port), 2, b"geometry", blobs, RULES
+        local = a.LocalEngine(*me, makes_digests=self.makes_digests)
         self.cores[name] = P2PCore(local, lambda *_: self.differences, self.settings, self.new_id)
         self.done[name] = []
 

@@ -600,7 +600,7 @@ def test_engines_of_another_protocol_are_refused_with_both_numbers() -> None:
     hello = m.Hello("id-d", 1, b"geometry", {"fake": (b"",)}, 0, "0" * 32, False, generation="1" * 32)
     pair.call(P, "message", D, hello)
     (refusal,) = [message for _, _, message in pair.sent if isinstance(message, m.HelloRefused)]
-    assert refusal.differences == ("protocol: 2 here, 1 at id-d",)
+    assert refusal.differences == ("protocol: 3 here, 1 at id-d",)
 
 
 @pytest.mark.parametrize(

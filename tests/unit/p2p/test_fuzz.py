@@ -18,6 +18,12 @@ from kvferry.p2p.transport import TransferStatus
 KINDS = m.AnyMessage.__args__
 
 
+def proof(rng: random.Random) -> m.BytesProof:
+    """Of any number of groups and ranks."""
+    firsts = rng.choice(((), (0, 0), (1, 99), (0, 0, 0)))
+    return m.BytesProof(firsts, rng.randrange(20), (b"0" * 16,) * rng.randrange(4))
+
+
 def some(rng: random.Random, name: str, ids: list[str], claims: list[str]) -> Any:
     """A value for a field, from those that mean something as often as not."""
     blocks = tuple(tuple(rng.sample(range(20), rng.randrange(4))) for _ in range(rng.randrange(3)))
@@ -34,7 +40,8 @@ def some(rng: random.Random, name: str, ids: list[str], claims: list[str]) -> An
         "transfer_id": lambda: rng.choice("tuv"), "first_token": lambda: rng.randrange(9),
         "end_token": lambda: 8 + rng.randrange(9), "tokens": lambda: m.TokenProof(8, digest_at(rng.choice((8, 8, 7)))),
         "tokens_digest": lambda: digest_at(rng.choice((8, 8, 7))), "ok": lambda: rng.random() < 0.5,
-        "reason": lambda: "?",
+        "reason": lambda: "?", "is_proved": lambda: rng.random() < 0.5, "wants_proof": lambda: rng.random() < 0.5,
+        "proof": lambda: rng.choice((None, proof(rng))),
     }  # fmt: skip
     return values[name]()
 
@@ -43,7 +50,7 @@ def some(rng: random.Random, name: str, ids: list[str], claims: list[str]) -> An
 def test_random_messages_in_any_state_never_raise(seed: int) -> None:
     print(f"seed {seed}")
     rng = random.Random(seed)
-    pair = Pair(max_claims=5, max_remembered=20, max_peers=3, load_s=4, lease_s=5)
+    pair = Pair(makes_digests=seed % 2 == 0, max_claims=5, max_remembered=20, max_peers=3, load_s=4, lease_s=5)
     ids = [core.local.generation for core in pair.cores.values()] * 4 + [pair.new_id()]
     claims = [pair.new_id()]
     for step in range(300):
@@ -89,11 +96,15 @@ def host(rng: random.Random, pair: Pair, name: str, step: int) -> None:
     elif roll == 3:
         core.peer_connected(other, now)
     elif roll == 4:
-        for job in [x.job for x in core.take_actions() if isinstance(x, a.StartTransfer)]:
-            core.transfer_ended(job.job_id, rng.randrange(3), rng.choice(list(TransferStatus)), "?", now)
+        for job in [x.job for x in core.take_actions() if isinstance(x, a.StartTransfer | a.StartDigests)]:
+            digests = rng.choice((None, (bytes(64), bytes(64))))
+            core.transfer_ended(job.job_id, rng.randrange(3), rng.choice(list(TransferStatus)), "?", now, digests)
+            core.digests_made(job.job_id, rng.randrange(3), digests, now)
     elif roll == 5:
         for row in core.snapshot()["peers"]:
             core.peer_closed(row["name"], row["closing"] or 0, now)
+    elif roll == 7:
+        core.prompt_ends(f"r{step - rng.randrange(9)}", [[1, 2], [3, 4]], 8, now)
     elif roll == 6:
         core.abort(f"{rng.choice('rx')}{step - rng.randrange(9)}", now)
 

@@ -42,6 +42,8 @@ class P2PConfig:
     """Folder for the KV pool when shared memory is too small."""
     ucx: dict[str, Any] | None = None
     """Settings of NIXL's UCX backend, texts or whole numbers, e.g. `num_threads`; it ignores keys it does not know."""
+    verify_loads: bool = True
+    """KV that another engine hands over is proved by digests of its blocks, where both engines are set to."""
     lease_s: float = _WAITS.lease_s
     """Blocks of a finished prefill are kept for a decode engine that has not come."""
     claim_s: float = _WAITS.claim_s

@@ -10,15 +10,18 @@ from __future__ import annotations
 import logging
 import time
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 
-from kvferry.connectors.p2p.messages import JobReport, OpenOrder, WorkerReport
+from kvferry.connectors.p2p.messages import DigestReport, JobReport, OpenOrder, WorkerReport
 from kvferry.errors import TransferError
-from kvferry.p2p.actions import TransferJob
+from kvferry.p2p.actions import DigestJob, TransferJob
 from kvferry.p2p.choice import choose
+from kvferry.p2p.digester import Digester
 from kvferry.p2p.geometry import EngineGeometry, decode_geometry
 from kvferry.p2p.plan import RankTransfer, plan_transfer, unfilled_blocks
+from kvferry.p2p.proof import RankDigests, proof_form
 from kvferry.p2p.transport import PeerHandle, TransferOp, TransferStatus, Transport
 
 logger = logging.getLogger(__name__)
@@ -33,6 +36,8 @@ class _Link:
     local: EngineGeometry
     remote: EngineGeometry
     peers: dict[int, tuple[Transport, PeerHandle]] = field(default_factory=dict)
+    is_comparable: bool = False
+    """Both engines make the same digests of the same KV."""
     num_gone: int = 0
     """Workers of the peer that had ended before they were reached."""
 
@@ -54,6 +59,9 @@ class _Running:
     reason: str = ""
     num_bytes: Counter[str] = field(default_factory=Counter)
     ended_s: float = 0.0
+    awaits_digests: bool = False
+    """Of what it reads, which its transport asks for as soon as that is there."""
+    digests: RankDigests | None = None
 
     def note(self, status: TransferStatus, reason: str) -> None:
         """The worst end counts; the first reason is kept."""
@@ -73,12 +81,16 @@ class Links:
         self._fenced: set[int] = set()
         self._unfenced: dict[int, _Link] = {}
         self._tickets: dict[_Ticket, _Running] = {}
+        self._digesting: dict[str, _Running] = {}
         self._report = WorkerReport()
+        self.digester: Digester | None = None
 
     def open(self, order: OpenOrder) -> None:
         """Jobs on this connection may come. What was checked at the handshake is not checked again."""
         local, remote = decode_geometry(order.local_geometry), decode_geometry(order.remote_geometry)
-        self._links[order.connection] = _Link(order, local, remote)
+        self._links[order.connection] = _Link(
+            order, local, remote, is_comparable=proof_form(local) == proof_form(remote)
+        )
         if order.is_writer:
             for rank in range(len(remote.ranks)):
                 self._reach_writer(order, rank)
@@ -99,13 +111,36 @@ class Links:
         try:
             transfers = self._plan(job)
             running.started_s = time.perf_counter()
+            then = self._digests_after(running, job) if len(transfers) == 1 else None
             for peer_rank, transfer in transfers:
                 transport, peer = self._reach(job.connection, peer_rank)
-                ticket = transport.submit(peer, job.op, transfer.pieces)
+                ticket = transport.submit(peer, job.op, transfer.pieces, then)
                 self._add(running, transport, ticket, peer_rank)
         except TransferError as error:
             running.note(TransferStatus.REJECTED, str(error))
         self._end_if_over(running)
+
+    def _digests_after(self, running: _Running, job: TransferJob) -> Callable[[], None] | None:
+        """What asks for the digests of what the job reads; None where they are not wanted, or cannot be compared."""
+        if not job.is_proved or self.digester is None or not self._links[job.connection].is_comparable:
+            return None
+        running.awaits_digests = True
+        self._digesting[job.job_id] = running
+        wanted = DigestJob(job.job_id, job.connection, job.local_blocks, job.token_range)
+        return partial(self.digester.submit, wanted)
+
+    def digest(self, job: DigestJob) -> None:
+        """Make digests of blocks; None at once where nobody could compare them."""
+        link = None if job.connection is None else self._links.get(job.connection)
+        if self.digester is None or (job.connection is not None and (link is None or not link.is_comparable)):
+            self._report.digests.append(DigestReport(job.job_id, self._rank, None))
+        else:
+            self.digester.submit(job)
+
+    def digest_now(self, job: DigestJob) -> None:
+        """The same, on the caller's thread."""
+        digests = None if self.digester is None else self.digester.digests(job)
+        self._report.digests.append(DigestReport(job.job_id, self._rank, digests))
 
     def fence(self, connection: int) -> None:
         """Close a connection as soon as the peer's processes have ended."""
@@ -141,6 +176,12 @@ class Links:
                 running.num_bytes[name] += done.num_bytes
                 running.note(done.status, done.reason)
                 self._end_if_over(running)
+        for job_id, digests in self.digester.poll() if self.digester is not None else ():
+            if (reading := self._digesting.pop(job_id, None)) is None:
+                self._report.digests.append(DigestReport(job_id, self._rank, digests))
+            else:
+                reading.digests, reading.awaits_digests = digests, False
+                self._end_if_over(reading)
         report, self._report = self._report, WorkerReport()
         return report
 
@@ -150,12 +191,18 @@ class Links:
         self._tickets[key] = running
 
     def _end_if_over(self, running: _Running) -> None:
-        if running.tickets:
+        is_ok = running.status is TransferStatus.OK
+        if running.tickets or (running.awaits_digests and is_ok):
             return
         if isinstance(running.name, str):
+            self._digesting.pop(running.name, None)
             seconds = max(0.0, running.ended_s - running.started_s)
-            job = JobReport(running.name, self._rank, running.status, running.reason, dict(running.num_bytes), seconds)
-            self._report.jobs.append(job)
+            self._report.jobs.append(
+                JobReport(
+                    running.name, self._rank, running.status, running.reason, dict(running.num_bytes), seconds,
+                    running.digests,
+                )
+            )  # fmt: skip
         elif running.status is TransferStatus.OK:
             self._report.closed.append((running.name, self._rank))
         elif running.link is not None:

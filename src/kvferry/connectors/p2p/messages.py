@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from kvferry.contract.base import KVConnectorHandshakeMetadata, KVConnectorMetadata, KVConnectorWorkerMetadata
-from kvferry.p2p.actions import TransferJob
+from kvferry.p2p.actions import DigestJob, TransferJob
+from kvferry.p2p.proof import RankDigests
 from kvferry.p2p.transport import TransferStatus
 
 
@@ -17,6 +18,8 @@ class WorkerHandshake(KVConnectorHandshakeMetadata):
     geometry: bytes
     """An encoded `EngineGeometry` of this rank alone."""
     blobs: dict[str, bytes]
+    makes_digests: bool = False
+    """Of its blocks, where `verify_loads` says so and they lie in host memory."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +41,9 @@ class StepMetadata(KVConnectorMetadata):
 
     opens: list[OpenOrder] = field(default_factory=list)
     jobs: list[TransferJob] = field(default_factory=list)
+    digests: list[DigestJob] = field(default_factory=list)
+    prompt_digests: list[DigestJob] = field(default_factory=list)
+    """Of prompts whose last token the step computes: made after its forward, told with it."""
     closes: list[int] = field(default_factory=list)
     fences: list[int] = field(default_factory=list)
     """Connections to close as soon as the peer's processes have ended, for they may write to us until then."""
@@ -50,7 +56,10 @@ class StepMetadata(KVConnectorMetadata):
 
     def is_empty(self) -> bool:
         """True when there is nothing to do."""
-        lists = self.opens, self.jobs, self.closes, self.fences, self.received, self.failed, self.sent
+        lists = (
+            self.opens, self.jobs, self.digests, self.prompt_digests, self.closes, self.fences, self.received,
+            self.failed, self.sent,
+        )  # fmt: skip
         return not any(lists)
 
 
@@ -66,6 +75,17 @@ class JobReport:
     """By transport."""
     seconds: float = 0.0
     """From the submission of the transfers to the end of the last; neither planning nor the wait for a step."""
+    digests: RankDigests | None = None
+    """Of what a proved job read, where the peer makes the same of the same KV."""
+
+
+@dataclass(frozen=True, slots=True)
+class DigestReport:
+    """One worker's answer to a `DigestJob`."""
+
+    job_id: str
+    rank: int
+    digests: RankDigests | None
 
 
 @dataclass(slots=True)
@@ -75,8 +95,13 @@ class WorkerReport(KVConnectorWorkerMetadata):
     jobs: list[JobReport] = field(default_factory=list)
     closed: list[tuple[int, int]] = field(default_factory=list)
     """(connection, rank): nothing of it can land on this rank, or from it, any more."""
+    digests: list[DigestReport] = field(default_factory=list)
+
+    def is_empty(self) -> bool:
+        """True when nothing ended."""
+        return not (self.jobs or self.closed or self.digests)
 
     def aggregate(self, other: KVConnectorWorkerMetadata) -> WorkerReport:
         """Both workers' reports."""
         assert isinstance(other, WorkerReport)
-        return WorkerReport(self.jobs + other.jobs, self.closed + other.closed)
+        return WorkerReport(self.jobs + other.jobs, self.closed + other.closed, self.digests + other.digests)

@@ -29,6 +29,7 @@ from kvferry.clock import Clock, SystemClock
 from kvferry.connectors.identity import KeyMaker, peer_facts
 from kvferry.connectors.p2p.agent import P2PAgent
 from kvferry.connectors.p2p.config import P2PConfig
+from kvferry.connectors.p2p.digests import DigestBooks
 from kvferry.connectors.p2p.messages import OpenOrder, StepMetadata, WorkerHandshake, WorkerReport
 from kvferry.connectors.p2p.stats import P2PCounters
 from kvferry.connectors.p2p.windows import LastTables, begins_with_block
@@ -44,12 +45,14 @@ from kvferry.hashing import HANDOVER, KeyChain, TokenDigests, first_tokens_diges
 from kvferry.p2p.actions import (
     BlocksSafe,
     ClosePeer,
+    DigestJob,
     FinishReason,
     GroupRule,
     LoadEnded,
     LocalEngine,
     OpenPeer,
     Release,
+    StartDigests,
     StartTransfer,
 )
 from kvferry.p2p.core import P2PCore, random_id
@@ -145,6 +148,7 @@ class P2PSchedulerSide(SchedulerSide):
         self._unopened: dict[int, OpenPeer] = {}
         self._closing: dict[int, tuple[str, set[int], float]] = {}  # peer, ranks that have closed, deadline
         self._jobs: dict[str, tuple[set[int], TransferOp, float]] = {}  # ranks that have ended, and its deadline
+        self._digests = DigestBooks(host.world_size)
 
     @classmethod
     def check(cls, host: HostInfo) -> list[str]:
@@ -169,6 +173,7 @@ class P2PSchedulerSide(SchedulerSide):
         self._geometry = encode_geometry(EngineGeometry(ranks, peer_facts(self.host, self.config.weights_version)))
         names = set.intersection(*(set(shake.blobs) for shake in shakes))
         blobs = {name: tuple(shake.blobs[name] for shake in shakes) for name in sorted(names)}
+        self._digests.is_on = all(shake.makes_digests for shake in shakes)
         self._check_fits(blobs)
         self._agent = P2PAgent(
             self.config.control(self._key), lambda address: self._make_core(address, blobs), self._clock
@@ -195,7 +200,7 @@ class P2PSchedulerSide(SchedulerSide):
         rules = tuple(GroupRule(group.block_tokens, group.window_tokens) for group in self.host.groups)
         local = LocalEngine(
             self.host.engine_id, random_id(), address.host, address.port, self.host.world_size, self._geometry, blobs,
-            rules,
+            rules, self._digests.is_on,
         )  # fmt: skip
         # The peer reads the same words, so they say who is who. Peers introduce themselves more than once.
         check = lru_cache(_MAX_CHECKED)(partial(check_geometries, sides=(self.host.engine_id, "its peer")))
@@ -240,6 +245,7 @@ class P2PSchedulerSide(SchedulerSide):
                 logger.warning("%s: transfer_id=%r is no text of 1 to 512 characters; made up", request_id, transfer_id)
             transfer_id = secrets.token_hex(16) if self.config.mode == "push" else None
         self._senders[request_id] = chain
+        self._digests.expect(request_id, request.num_prompt_tokens)
         self.agent.use(lambda core, now: core.request_started(request_id, transfer_id, 1, now))
 
     def _announce(self, request: RequestView, params: dict[str, Any]) -> None:
@@ -276,9 +282,9 @@ class P2PSchedulerSide(SchedulerSide):
         self._loads[request_id] = load = Load()
         self._fail(request_id, load, reason)
 
-    def _fail(self, request_id: str, load: Load, reason: str) -> None:
+    def _fail(self, request_id: str, load: Load, reason: str, kind: str = "TransferError") -> None:
         load.state, load.reason = LoadState.FAILED, reason
-        self.counters.failures["load TransferError"] += 1
+        self.counters.failures[f"load {kind}"] += 1
         what = "computing it here" if self.host.load_failure_policy == "recompute" else "the request fails"
         logger.warning("%s: no KV from %s: %s; %s (kv_load_failure_policy)", request_id, load.peer, reason, what)
 
@@ -342,6 +348,7 @@ class P2PSchedulerSide(SchedulerSide):
             block_ids = self._with_kept(request, block_ids)
             params = self._lease(request, block_ids)
         self._senders.pop(request_id, None)
+        self._digests.forget(request_id)
         if params is None:
             self._let_go(request_id)
             return False, told or None
@@ -393,11 +400,19 @@ class P2PSchedulerSide(SchedulerSide):
         """All orders that have come up since the last step."""
         self._take_events()
         self._tables.note(step, self._senders)
+        self._order_prompt_digests(step)
         for opened in list(self._unopened.values()):
             if opened.peer in self._written.values():
                 self._open(opened.connection)
         orders, self._orders = self._orders, StepMetadata()
         return orders
+
+    def _order_prompt_digests(self, step: StepView) -> None:
+        for item, num_tokens in self._digests.ending_prompts(step):
+            what = item.request_id, item.block_ids, num_tokens
+            job = self.agent.use(lambda core, now, what=what: core.prompt_ends(*what, now))  # type: ignore[misc]
+            if job is not None:
+                self._order_digests(job, self._orders.prompt_digests)
 
     def update_connector_output(self, connector_output: KVConnectorOutput) -> None:
         """Tell the core how the workers fared."""
@@ -411,7 +426,11 @@ class P2PSchedulerSide(SchedulerSide):
                 del self._jobs[ended.job_id]
             self.counters.count(ended, op)
             what = ended.job_id, ended.rank, ended.status, ended.reason
-            self.agent.use(lambda core, now, what=what: core.transfer_ended(*what, now))  # type: ignore[misc]
+            digests = ended.digests
+            self.agent.use(lambda core, now, what=what, digests=digests: core.transfer_ended(*what, now, digests))  # type: ignore[misc]
+        for made in report.digests:
+            self._digests.answered(made)
+            self.agent.use(lambda core, now, made=made: core.digests_made(made.job_id, made.rank, made.digests, now))  # type: ignore[misc]
         for connection, rank in report.closed:
             peer, closed, _ = self._closing[connection]
             closed.add(rank)
@@ -426,7 +445,8 @@ class P2PSchedulerSide(SchedulerSide):
         While a push waits for its consumer too, in hosts that would not step otherwise.
         """
         now = self._clock.now()
-        waits = (*(deadline for *_, deadline in self._jobs.values()), *(due for *_, due in self._closing.values()))
+        waits = [deadline for book in (self._jobs, self._closing) for *_, deadline in book.values()]
+        waits += self._digests.deadlines()
         if self.agent.has_events or not self._orders.is_empty() or any(now < deadline for deadline in waits):
             return True
         if self.config.mode == "pull" or self.host.steps_for_held_blocks:
@@ -443,6 +463,8 @@ class P2PSchedulerSide(SchedulerSide):
                         self._close(event)
                     case StartTransfer():
                         self._start(event)
+                    case StartDigests():
+                        self._order_digests(event.job, self._orders.digests)
                     case Release():
                         self._held.pop(event.request_id, None)
                         self._let_go(event.request_id)
@@ -460,6 +482,12 @@ class P2PSchedulerSide(SchedulerSide):
         self._open(job.connection)
         self._orders.jobs.append(job)
         self._jobs[job.job_id] = set(), job.op, self._clock.now() + self.config.load_s
+
+    def _order_digests(self, job: DigestJob, orders: list[DigestJob]) -> None:
+        if job.connection is not None:
+            self._open(job.connection)
+        orders.append(job)
+        self._digests.ordered(job, self._clock.now() + self.config.load_s)
 
     def _open(self, connection: int) -> None:
         opened = self._unopened.pop(connection, None)
@@ -504,9 +532,11 @@ class P2PSchedulerSide(SchedulerSide):
             return
         was_loading = load.state is LoadState.LOADING
         if not event.ok and not load.is_gone:
-            self._fail(request_id, load, event.reason)
+            self._fail(request_id, load, event.reason, "TransferCorrupt" if event.is_proved else "TransferError")
         if not was_loading:
             return
+        if event.ok:
+            self._digests.note_load(request_id, load.peer, is_proved=event.is_proved)
         load.state = LoadState.OVER
         self.counters.hit_tokens += load.end_token - load.num_local_tokens if event.ok else 0
         if load.is_gone and event.blocks_quarantined:

@@ -18,6 +18,7 @@ from kvferry.contract.host import HostInfo
 from kvferry.contract.sides import WorkerSide
 from kvferry.layout import KVLayout
 from kvferry.p2p.choice import AUTO, create_transports
+from kvferry.p2p.digester import Digester
 from kvferry.p2p.geometry import EngineGeometry, encode_geometry, rank_geometry
 from kvferry.p2p.shm import SharedPool
 from kvferry.p2p.transport import Region, Transport
@@ -40,6 +41,8 @@ class P2PWorkerSide(WorkerSide):
         self._pool = SharedPool(host.engine_id, shm_dir, is_optional=is_auto) if shares else None
         self.transports: dict[str, Transport] = {}
         """Those that serve this worker's KV, by name."""
+        self._digester: Digester | None = None
+        """There where this worker makes digests of its blocks."""
         self._links = Links(host.rank, self.config.transport, self.transports)
         self._geometry = b""
         self._anchors: list[torch.Tensor] = []
@@ -62,6 +65,9 @@ class P2PWorkerSide(WorkerSide):
             tp_rank=host.rank, tp_size=host.tp_size,
         )  # fmt: skip
         self._geometry = encode_geometry(EngineGeometry((rank,)))
+        if self.config.verify_loads and all(device.type == "cpu" for _, device in storages):
+            self._digester = Digester(layout, rank, [region.address for region in regions])
+            self._links.digester = self._digester
         ucx = {key: str(value) for key, value in (self.config.ucx or {}).items()}
         made = create_transports(
             self.config.transport, regions, engine_id=host.engine_id, pool=self._pool, ucx_params=ucx
@@ -71,7 +77,7 @@ class P2PWorkerSide(WorkerSide):
     def get_handshake_metadata(self) -> WorkerHandshake:
         """What the scheduler side, and through it peers, must know of this worker."""
         blobs = {name: transport.local_blob() for name, transport in self.transports.items()}
-        return WorkerHandshake(self.host.rank, self._geometry, blobs)
+        return WorkerHandshake(self.host.rank, self._geometry, blobs, self._digester is not None)
 
     def handle_preemptions(self, metadata: KVConnectorMetadata) -> None:
         """Carry out the step's orders, first thing in it, so that transfers overlap the forward."""
@@ -84,6 +90,8 @@ class P2PWorkerSide(WorkerSide):
             self._links.open(order)
         for job in metadata.jobs:
             self._links.start(job)
+        for digest_job in metadata.digests:
+            self._links.digest(digest_job)
         for connection in metadata.fences:
             self._links.fence(connection)
         for connection in metadata.closes:
@@ -95,7 +103,14 @@ class P2PWorkerSide(WorkerSide):
             self.handle_preemptions(metadata)
 
     def wait_for_save(self, metadata: KVConnectorMetadata) -> None:
-        """Nothing is saved layer by layer."""
+        """Nothing is saved layer by layer. Prompts that are whole now get their digests.
+
+        That is computing, a small part of what the forward took; later it would cost the hand-over a step of this
+        engine, which may be long, or never come.
+        """
+        assert isinstance(metadata, StepMetadata)
+        for job in metadata.prompt_digests:
+            self._links.digest_now(job)
 
     def get_transfer_results(self, finished_req_ids: set[str]) -> KVConnectorTransferResults:
         """What this step's orders named."""
@@ -105,11 +120,13 @@ class P2PWorkerSide(WorkerSide):
     def build_connector_worker_meta(self) -> WorkerReport | None:
         """Jobs that ended and connections that are gone."""
         report = self._links.poll()
-        return report if report.jobs or report.closed else None
+        return None if report.is_empty() else report
 
     def shutdown(self) -> None:
         """End all transfers; peers see that this engine's memory is gone."""
         for transport in self.transports.values():
             transport.close()
+        if self._digester is not None:
+            self._digester.close()
         if self._pool is not None:
             self._pool.close()
