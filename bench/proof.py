@@ -1,0 +1,188 @@
+"""What proving bytes costs: time to the first token of requests that hit, with the proof on and off, in turns.
+
+host   `OffloadingConnector`: prompts that lie in host memory, `verify_host_loads` true and false; to the first token,
+       which one forward computes
+p2p    `P2PConnector` over shared memory, `verify_loads` true and false in both engines, pull and push: from the end of
+       prefill to the first token that the decode engine computes itself (`own`, a hit's first token in vLLM), and to
+       the one that prefill sampled and hands over (`first`)
+
+SmolLM2-135M, one torch thread per engine, engines in processes of their own that rest while others are measured. Each
+round measures every prompt length in every case, with proof and without in turns, first one then the other first; a
+ratio is that of the two in one round. Writes bench/results/proof.json. The goal (issue 14): at most 3 % for what is on
+by default.
+"""
+
+from __future__ import annotations
+
+import argparse
+import multiprocessing
+import os
+import statistics
+import time
+from multiprocessing.connection import Connection
+from typing import Any
+
+import record
+from p2p_handover import prompt_of, sampling, step, take_over
+
+LENGTHS = (512, 1500, 3000)
+MODES = ("pull", "push")
+
+
+def start(connector: str, num_blocks: int, **extra: Any) -> Any:
+    """An engine with one thread, in the process that calls."""
+    import torch
+
+    from kvferry import LLM
+
+    torch.set_num_threads(1)
+    config = {
+        "kv_connector": connector,
+        "kv_role": "kv_both",
+        "kv_load_failure_policy": "fail",
+        "kv_connector_extra_config": extra,
+    }
+    return LLM("smollm2", dtype="float32", num_kv_blocks=num_blocks, kv_transfer_config=config)
+
+
+def host_engine(orders: Connection, lengths: tuple[int, ...], verifies: bool) -> None:
+    """Store all prompts, then answer each that is ordered with the seconds to its first token."""
+    num_blocks = sum(lengths) // 16 + 100
+    llm = start("OffloadingConnector", num_blocks, cpu_bytes_to_use=1 << 30, verify_host_loads=verifies)
+    for length in lengths:
+        llm.generate(prompt_of(length), sampling(1))
+    orders.send("ready")
+    while (length := orders.recv()) is not None:
+        while llm.has_requests():
+            step(llm)
+        assert llm.reset_prefix_cache(), "blocks are still held"
+        begun_s = time.monotonic()
+        llm.add_request(prompt_of(length), sampling(1))
+        while not (outputs := step(llm)):
+            pass
+        assert outputs[0].num_external_tokens >= length - 64, outputs[0]
+        orders.send({"first": time.monotonic() - begun_s})
+    llm.shutdown()
+
+
+def prefill_engine(orders: Connection, lengths: tuple[int, ...], mode: str, verifies: bool) -> None:
+    """Prefill each prompt that is ordered, from its prefix cache; answer when that ended, and the parameters."""
+    num_blocks = sum(lengths) // 16 + 100
+    llm = start("P2PConnector", num_blocks, transport="shm", mode=mode, verify_loads=verifies)
+    orders.send("ready")
+    while (length := orders.recv()) is not None:
+        llm.add_request(prompt_of(length), sampling(1, do_remote_decode=True))
+        while not (outputs := llm.step()):
+            pass
+        orders.send((time.monotonic(), outputs[0].kv_transfer_params))
+        while llm.has_requests():  # pushes, and takes its blocks back
+            step(llm)
+    llm.shutdown()
+
+
+def decode_engine(orders: Connection, lengths: tuple[int, ...], verifies: bool) -> None:
+    """Take each prompt over that is ordered, and tell when its tokens came."""
+    num_blocks = sum(lengths) // 16 + 100
+    llm = start("P2PConnector", num_blocks, transport="shm", verify_loads=verifies)
+    orders.send("ready")
+    while (order := orders.recv()) is not None:
+        length, ended_s, params = order
+        assert llm.reset_prefix_cache(), "blocks are still held"
+        sample = take_over(llm, prompt_of(length), ended_s, params, rests=True)
+        while llm.has_requests():
+            step(llm)
+        orders.send({"first": sample["first_token_s"], "own": sample["first_decode_token_s"]})
+    llm.shutdown()
+
+
+class Engines:
+    """Processes by name; one works at a time, but for prefill and decode of one hand-over."""
+
+    def __init__(self, lengths: tuple[int, ...]) -> None:
+        context = multiprocessing.get_context("spawn")
+        makers: dict[str, Any] = {}
+        for verifies in (True, False):
+            makers[f"host {verifies}"] = host_engine, (lengths, verifies)
+            makers[f"decode {verifies}"] = decode_engine, (lengths, verifies)
+            for mode in MODES:
+                makers[f"{mode} {verifies}"] = prefill_engine, (lengths, mode, verifies)
+        self.orders: dict[str, Connection] = {}
+        self.processes = []
+        for name, (target, arguments) in makers.items():
+            self.orders[name], theirs = context.Pipe()
+            self.processes.append(context.Process(target=target, args=(theirs, *arguments), daemon=True))
+            self.processes[-1].start()
+            assert self.orders[name].recv() == "ready"
+
+    def ask(self, name: str, order: Any) -> Any:
+        """What an engine answers."""
+        self.orders[name].send(order)
+        return self.orders[name].recv()
+
+    def hand_over(self, mode: str, length: int, verifies: bool) -> dict[str, float]:
+        """One sample."""
+        ended_s, params = self.ask(f"{mode} {verifies}", length)
+        sample: dict[str, float] = self.ask(f"decode {verifies}", (length, ended_s, params))
+        return sample
+
+    def close(self) -> None:
+        """End all."""
+        for orders in self.orders.values():
+            orders.send(None)
+        for process in self.processes:
+            process.join(30)
+
+
+def measure(rounds: int, lengths: tuple[int, ...]) -> list[dict[str, Any]]:
+    """Per case and length: samples, and the median of the rounds' ratios."""
+    engines = Engines(lengths)
+    samples: dict[tuple[str, int, str], list[list[float]]] = {}
+    try:
+        for number in range(rounds + 1):
+            for length in lengths:
+                for case in ("host", *MODES):
+                    pair: dict[bool, dict[str, float]] = {}
+                    for verifies in (True, False) if number % 2 else (False, True):
+                        pair[verifies] = (
+                            engines.ask(f"host {verifies}", length)
+                            if case == "host"
+                            else engines.hand_over(case, length, verifies)
+                        )
+                    for what in pair[True] if number else ():  # the first round is not counted
+                        both = [pair[True][what], pair[False][what]]
+                        samples.setdefault((case, length, what), []).append(both)
+    finally:
+        engines.close()
+    return [
+        {
+            "case": case, "num_tokens": length, "what": what,
+            "median_s": {"proved": statistics.median(x for x, _ in found),
+                         "unproved": statistics.median(y for _, y in found)},
+            "added_share": statistics.median(x / y for x, y in found) - 1,
+            "added_s": statistics.median(x - y for x, y in found),
+            "samples_s": found,
+        }
+        for (case, length, what), found in samples.items()
+    ]  # fmt: skip
+
+
+def main() -> None:
+    """Measure, print, write bench/results/proof.json."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--lengths", type=int, nargs="+", default=LENGTHS, help="of prompts, in tokens")
+    options = parser.parse_args()
+    results = measure(options.rounds, tuple(options.lengths))
+    print(f"load average {os.getloadavg()}")
+    print(f"{'case':6} {'tokens':>6} {'to':8} {'proved':>9} {'unproved':>9} {'added':>9}   share")
+    for row in results:
+        proved, unproved = (1000 * row["median_s"][name] for name in ("proved", "unproved"))
+        print(
+            f"{row['case']:6} {row['num_tokens']:6} {row['what']:8} {proved:6.1f} ms {unproved:6.1f} ms"
+            f" {1000 * row['added_s']:6.1f} ms   {100 * row['added_share']:+.1f} %"
+        )
+    record.write("proof", {"machine": record.machine(), "results": results})
+
+
+if __name__ == "__main__":
+    main()
