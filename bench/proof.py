@@ -27,6 +27,7 @@ from p2p_handover import prompt_of, sampling, step, take_over
 
 LENGTHS = (512, 1500, 3000)
 MODES = ("pull", "push")
+CASES = ("host", *MODES)
 
 
 def start(connector: str, num_blocks: int, **extra: Any) -> Any:
@@ -98,13 +99,16 @@ def decode_engine(orders: Connection, lengths: tuple[int, ...], verifies: bool) 
 class Engines:
     """Processes by name; one works at a time, but for prefill and decode of one hand-over."""
 
-    def __init__(self, lengths: tuple[int, ...]) -> None:
+    def __init__(self, lengths: tuple[int, ...], cases: tuple[str, ...]) -> None:
         context = multiprocessing.get_context("spawn")
         makers: dict[str, Any] = {}
         for verifies in (True, False):
-            makers[f"host {verifies}"] = host_engine, (lengths, verifies)
-            makers[f"decode {verifies}"] = decode_engine, (lengths, verifies)
-            for mode in MODES:
+            if "host" in cases:
+                makers[f"host {verifies}"] = host_engine, (lengths, verifies)
+            modes = [mode for mode in MODES if mode in cases]
+            if modes:
+                makers[f"decode {verifies}"] = decode_engine, (lengths, verifies)
+            for mode in modes:
                 makers[f"{mode} {verifies}"] = prefill_engine, (lengths, mode, verifies)
         self.orders: dict[str, Connection] = {}
         self.processes = []
@@ -133,14 +137,14 @@ class Engines:
             process.join(30)
 
 
-def measure(rounds: int, lengths: tuple[int, ...]) -> list[dict[str, Any]]:
+def measure(rounds: int, lengths: tuple[int, ...], cases: tuple[str, ...]) -> list[dict[str, Any]]:
     """Per case and length: samples, and the median of the rounds' ratios."""
-    engines = Engines(lengths)
+    engines = Engines(lengths, cases)
     samples: dict[tuple[str, int, str], list[list[float]]] = {}
     try:
         for number in range(rounds + 1):
             for length in lengths:
-                for case in ("host", *MODES):
+                for case in cases:
                     pair: dict[bool, dict[str, float]] = {}
                     for verifies in (True, False) if number % 2 else (False, True):
                         pair[verifies] = (
@@ -171,8 +175,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--lengths", type=int, nargs="+", default=LENGTHS, help="of prompts, in tokens")
+    parser.add_argument("--cases", nargs="+", default=CASES, choices=CASES)
     options = parser.parse_args()
-    results = measure(options.rounds, tuple(options.lengths))
+    results = measure(options.rounds, tuple(options.lengths), tuple(options.cases))
     print(f"load average {os.getloadavg()}")
     print(f"{'case':6} {'tokens':>6} {'to':8} {'proved':>9} {'unproved':>9} {'added':>9}   share")
     for row in results:

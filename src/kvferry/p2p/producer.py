@@ -412,7 +412,8 @@ class Producer(Role):
 
     def _order_digests(self, lease: Lease, num_tokens: int) -> None:
         """Of its first tokens. Blocks that are whole among others that have been read keep the digests of then."""
-        if not self._local.makes_digests or num_tokens in lease.digests or lease.ended is not None:
+        is_known = num_tokens in lease.digests or not num_tokens
+        if not self._local.makes_digests or is_known or lease.ended is not None:
             return
         known = max((n for n, made in lease.digests.items() if self._is_made(made)), default=0)
         same = min(known, num_tokens)

@@ -5,7 +5,8 @@ Engines have memory: a block is a list of cells (one per rank), a cell holds a v
 once, as if another request had got it. One-sided transfers read and write cell by cell, each at its own time,
 also after the core gave the load up; only destroying the connection ends that. Messages are lost, doubled, delayed and
 overtake each other. Engines crash and come back at the same address with empty memory and a new generation, freeze,
-lose links. Routers mix requests up, so that an engine is sent for the KV of other tokens.
+lose links. Routers mix requests up, so that an engine is sent for the KV of other tokens. About half of them make
+digests of cells, some late or never.
 
 The rules are checked here, by what is in memory and what was promised, never by asking the core. `run` answers the
 list of broken rules.
@@ -157,6 +158,7 @@ class World:
 
     def __init__(self, seed: int, faults: Faults | None = None) -> None:
         self.rng = random.Random(seed)
+        self.proof_rng = random.Random(f"proofs of {seed}")  # of its own: schedules stay what they are
         self.faults = faults or Faults.draw(self.rng)
         self.is_calm = self.faults == Faults()
         self.settings = SETTINGS
@@ -213,6 +215,7 @@ class World:
             b"geometry",
             {"fake": (generation.encode(),) * NUM_RANKS},
             RULES,
+            makes_digests=self.proof_rng.random() < 0.5,
         )
         core = P2PCore(local, lambda *_: [], self.settings, lambda: f"{self.rng.getrandbits(128):032x}")
         cells = [[("junk", next(self.junk)) for _ in range(NUM_RANKS)] for _ in range(NUM_BLOCKS)]
@@ -272,12 +275,37 @@ class World:
                 for fault, chance in ((self.crash, self.faults.crash), (self.freeze, self.faults.freeze)):
                     if self.rng.random() < chance / 2:
                         self.at(self.small() * self.rng.choice((1, 20)), lambda fault=fault: fault(victim))
+            case a.StartDigests():
+                for rank in range(NUM_RANKS):
+                    self.digest(engine, action.job, rank)
             case a.Release():
                 self.release(engine, action)
             case a.LoadEnded():
                 self.load_ended(engine, action)
             case a.BlocksSafe():
                 self.give_back(engine, engine.loads[action.request_id])
+
+    def digest(self, engine: Engine, job: a.DigestJob, rank: int) -> None:
+        """A rank reads its blocks soon, answers later, or never."""
+        answer_s = self.small() * self.proof_rng.choice((1, 1, 1, 100))
+
+        def read() -> None:
+            made = self.digests(engine, job.blocks, job.token_range, rank)
+            tell = lambda: self.call(engine, lambda core: core.digests_made(job.job_id, rank, made, self.now))  # noqa: E731
+            if self.is_calm or self.proof_rng.random() < 0.95:
+                self.at(answer_s, lambda: self.awake(engine, tell))
+
+        self.awake(engine, read)
+
+    def digests(self, engine: Engine, blocks: Any, token_range: tuple[int, int], rank: int) -> tuple[bytes, ...]:
+        """By group, position after position, of what is in the cells now."""
+        out = []
+        for rule, ids in zip(RULES, blocks, strict=True):
+            first, end = -(-token_range[0] // rule.block_tokens), -(-token_range[1] // rule.block_tokens)
+            texts = [str(engine.cells[block][rank]) if block else "" for block in ids[first:end]]
+            found = [hashlib.md5(text.encode()).digest() if text else bytes(16) for text in texts]
+            out.append(bytes(16 * min(first, end)) + b"".join(found))
+        return tuple(out)
 
     def small(self) -> float:
         return 0.001 + self.rng.random() * 0.02
@@ -423,11 +451,13 @@ class World:
         if status is TransferStatus.FAILED:
             transfer.connection.is_broken = True
         engine, job = transfer.owner, transfer.job
+        is_read = job.is_proved and status is TransferStatus.OK
+        made = self.digests(engine, job.local_blocks, job.token_range, transfer.rank) if is_read else None
         for _ in range(1 + (self.rng.random() < self.faults.double)):
             self.awake(
                 engine,
                 lambda: self.call(
-                    engine, lambda core: core.transfer_ended(job.job_id, transfer.rank, status, "sim", self.now)
+                    engine, lambda core: core.transfer_ended(job.job_id, transfer.rank, status, "sim", self.now, made)
                 ),
             )
 
@@ -589,7 +619,12 @@ class World:
             self.rule(not load.is_other, f"WRONG BYTES accepted in {load.uid}: the KV of other tokens")
             self.check_bytes(engine, load)
             self.at(self.rng.random() * 4, lambda: self.awake(engine, lambda: self.decoded(engine, load)))
-        elif not ended.blocks_quarantined:
+        elif ended.is_proved:
+            self.check_bytes(engine, load)
+            is_wrong = bool(self.broken)
+            self.broken.clear()
+            self.rule(is_wrong, f"{load.uid} failed for its bytes, which are right: {ended.reason}")
+        if not ended.ok and not ended.blocks_quarantined:
             self.give_back(engine, load)
 
     def decoded(self, engine: Engine, load: LoadTruth) -> None:

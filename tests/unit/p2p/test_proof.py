@@ -299,6 +299,18 @@ def test_a_proof_of_another_form_is_none() -> None:
         assert not (ended.ok and ended.is_proved)
 
 
+@pytest.mark.parametrize("mode", MODES)
+def test_a_hand_over_of_no_tokens_has_nothing_to_prove(mode: str) -> None:
+    world = World(mode)
+    world.call(P, "request_started", "r", "t", 1)
+    params = world.call(P, "finish", "r", a.FinishReason.LENGTH, [[], []], 0, [7], digest_at, mode=mode)
+    world.call(D, "announce", "x", params if mode == "pull" else PUSH, m.TokenProof(0, digest_at(0)))
+    world.call(D, "park", "x", [[], []], (0, 0))
+    ended = world.ended()
+    assert ended is not None
+    assert ended.ok
+
+
 def test_first_blocks_are_those_that_both_have() -> None:
     both = ((1, 2, 3), (0, 5, 6))
     assert first_blocks(both, both, RULES, (0, 12)) == (0, 1)
