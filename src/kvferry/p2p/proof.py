@@ -4,8 +4,8 @@
     rank      xxh3-128 of the digests of the blocks that count, position by position, group after group
     engine    one such digest per rank (`BytesProof`)
 
-Equal KV has equal digests only where both engines cut and order it alike: same ranks, groups, layers and order within a
-page, which `proof_form` tells. Where in memory blocks lie, and in what order, does not count.
+Equal KV has equal digests only where both engines cut and order it alike: same ranks, groups, layers, pages and order
+within a page, which `proof_form` tells. Where in memory blocks lie, and in what order, does not count.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def proof_form(engine: EngineGeometry) -> bytes:
     """Equal where equal KV has equal digests."""
     ranks = [
         [
-            [y.group, y.layout.name, y.heads, y.parts, y.form.value, y.layout.payload_description()]
+            [y.group, y.layout.name, y.heads, y.parts, y.form.value, y.layout.shape, y.layout.payload_description()]
             for y in sorted(rank.layers, key=lambda y: y.group)
         ]
         for rank in engine.ranks

@@ -399,6 +399,19 @@ def test_where_blocks_lie_does_not_count_but_their_order_within_a_page_does() ->
     assert made["a"] == made["b"] != made["c"]
 
 
+def test_blocks_that_are_cut_into_other_pages_have_another_form() -> None:
+    """Digests of a block that is filled in part go page by page."""
+
+    def engine(tokens_per_page: int, ratio: int) -> EngineGeometry:
+        page = tokens_per_page * 4
+        y = LayerLayout("a", "int8", 0, 0, page, ratio, (1, tokens_per_page, 4), (page, 4, 1), 1)
+        groups = (GroupGeometry(16, AttentionKind.FULL),)
+        layer = LayerGeometry(0, y, (0,), (("k", 2), ("v", 2)))
+        return EngineGeometry((RankGeometry(2, (2 * 64,), groups, (layer,)),))
+
+    assert proof_form(engine(16, 1)) != proof_form(engine(8, 2))
+
+
 def test_a_job_ends_also_when_its_blocks_cannot_be_read() -> None:
     digester, _, _ = world_of("HNC", PageForm.CONTENT)
     try:
