@@ -410,8 +410,7 @@ class P2PSchedulerSide(SchedulerSide):
     def _order_prompt_digests(self, step: StepView) -> None:
         for item, num_tokens in self._digests.ending_prompts(step):
             what = item.request_id, item.block_ids, num_tokens
-            job = self.agent.use(lambda core, now, what=what: core.prompt_ends(*what, now))  # type: ignore[misc]
-            if job is not None:
+            if job := self.agent.use(lambda core, now, what=what: core.prompt_ends(*what, now)):  # type: ignore[misc]
                 self._order_digests(job, self._orders.prompt_digests)
 
     def update_connector_output(self, connector_output: KVConnectorOutput) -> None:
@@ -425,8 +424,7 @@ class P2PSchedulerSide(SchedulerSide):
             if len(ranks) == self.host.world_size:
                 del self._jobs[ended.job_id]
             self.counters.count(ended, op)
-            what = ended.job_id, ended.rank, ended.status, ended.reason
-            digests = ended.digests
+            what, digests = (ended.job_id, ended.rank, ended.status, ended.reason), ended.digests
             self.agent.use(lambda core, now, what=what, digests=digests: core.transfer_ended(*what, now, digests))  # type: ignore[misc]
         for made in report.digests:
             self._digests.answered(made)
@@ -445,8 +443,7 @@ class P2PSchedulerSide(SchedulerSide):
         While a push waits for its consumer too, in hosts that would not step otherwise.
         """
         now = self._clock.now()
-        waits = [deadline for book in (self._jobs, self._closing) for *_, deadline in book.values()]
-        waits += self._digests.deadlines()
+        waits = [*self._digests.deadlines(), *(due for x in (self._jobs, self._closing) for *_, due in x.values())]
         if self.agent.has_events or not self._orders.is_empty() or any(now < deadline for deadline in waits):
             return True
         if self.config.mode == "pull" or self.host.steps_for_held_blocks:
