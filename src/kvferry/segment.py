@@ -29,7 +29,7 @@ logger = logging.getLogger(__name__)
 SHM_DIRECTORY = Path("/dev/shm")
 PAGE_BYTES = 4096
 _DESCRIPTORS = "/proc/"
-_NAME = re.compile(r"kvferry-[A-Za-z0-9]+-\d+-[0-9a-f]{16}")
+_NAME = re.compile(r"kvferry-[A-Za-z0-9]+-[0-9]+-[0-9a-f]{16}")
 
 
 class NoRoom(OSError):
@@ -131,7 +131,7 @@ class Segment:
 
 def is_segment_path(path: str) -> bool:
     """Whether a segment could lie there; for paths that others have named."""
-    return os.path.isabs(path) and _NAME.fullmatch(os.path.basename(path)) is not None
+    return os.path.isabs(path) and "\0" not in path and _NAME.fullmatch(os.path.basename(path)) is not None
 
 
 def sweep_dead_segments(folder: Path) -> list[Path]:
@@ -169,7 +169,14 @@ def _new_name(engine_id: str) -> str:
 
 
 def _check_is(fd: int, path: str, num_bytes: int, header: bytes, what: str) -> None:
-    if os.fstat(fd).st_size != num_bytes or os.pread(fd, len(header), 0) != header:
+    about = os.fstat(fd)
+    is_named_once = about.st_nlink == (1 if _has_name(path) else 0)
+    if not stat.S_ISREG(about.st_mode) or about.st_uid != os.geteuid() or about.st_mode & 0o077 or not is_named_once:
+        raise HostError(
+            f"{path} is not mapped as {what}: whoever else can open the file could end this process by truncating it. "
+            "It must be a file of this user, with mode 0600 and a single name: run both engines as one user"
+        )
+    if about.st_size != num_bytes or os.pread(fd, len(header), 0) != header:
         raise HostError(f"{path} is not the {what} it is said to be: nonce, version or size differ")
 
 

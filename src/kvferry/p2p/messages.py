@@ -271,6 +271,7 @@ class Handover(Struct, frozen=True, kw_only=True):
             raise TransferError(f"kv_transfer_params is a {type(params).__name__}, an object is needed")
         try:
             known = {name: params[name] for name in cls.__struct_fields__ if params.get(name) is not None}
+            msgspec.msgpack.encode(known)  # UnicodeEncodeError for half a surrogate pair, which JSON can bring along
             return msgspec.convert(known, cls)
-        except (msgspec.ValidationError, ValueError) as error:
+        except (TypeError, OverflowError, RecursionError, msgspec.ValidationError, ValueError) as error:
             raise TransferError(f"kv_transfer_params cannot be used: {error}") from error

@@ -17,7 +17,7 @@ import struct
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import msgspec
 import numpy as np
@@ -41,6 +41,7 @@ _MADV_POPULATE_WRITE = 23
 _AREA_BYTES = 2 << 20  # of one huge page
 _SHORT_STEP_BYTES = 8 << 20  # about a millisecond
 _LONG_STEP_BYTES = 32 << 20
+_MAX_POOL_BYTES = 1 << 48  # of one mapping: more than any process can map
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
 
@@ -149,18 +150,22 @@ def _pool_bytes(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int
     return int(shape[0])
 
 
+_Path = Annotated[str, msgspec.Meta(max_length=4095)]
+_Bytes = Annotated[int, msgspec.Meta(ge=0, le=_MAX_POOL_BYTES)]
+
+
 class _Part(msgspec.Struct, frozen=True):
     """One mapping, as a peer needs it."""
 
-    path: str
-    num_bytes: int
-    nonce: bytes
+    path: _Path
+    num_bytes: Annotated[int, msgspec.Meta(ge=1, le=_MAX_POOL_BYTES)]
+    nonce: Annotated[bytes, msgspec.Meta(min_length=16, max_length=16)]
 
 
 class _Blob(msgspec.Struct, frozen=True, tag_field="transport", tag="shm 1"):
     boot_id: str
     parts: tuple[_Part, ...]
-    regions: tuple[tuple[int, int, int], ...]
+    regions: tuple[tuple[_Bytes, _Bytes, _Bytes], ...]
     """Part, offset in it, bytes."""
 
 

@@ -32,7 +32,7 @@ _MIN_KEY_BYTES = 16
 _MAGIC = b"KVF"
 _HOST = re.compile(r"(?!-)[A-Za-z0-9_.-]{1,253}")
 _WHY_NO_TOKEN = ("carries no token of the proxy", "this engine has no key_file to check the proxy's token with")
-_TOKEN = re.compile(r"v1\.(\d{1,12})\.([A-Za-z0-9_-]{43})")
+_TOKEN = re.compile(r"v1\.([0-9]{1,12})\.([A-Za-z0-9_-]{43})")
 
 
 class Codec(Generic[M]):

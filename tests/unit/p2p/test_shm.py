@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -268,6 +269,81 @@ def test_a_blob_cannot_name_other_files(here: End, path: str) -> None:
     blob = msgspec.msgpack.decode(here.transport.local_blob())
     blob["parts"][0]["path"] = path
     assert "no KV pool" in str(here.transport.why_unreachable(msgspec.msgpack.encode(blob)))
+
+
+def random_value(rng: random.Random) -> object:
+    plain = [
+        None,
+        True,
+        -1,
+        0,
+        1,
+        2**31,
+        2**47,
+        2**48,
+        2**48 + 1,
+        2**62,
+        2**63 - 1,
+        2**63,
+        2**64 - 1,
+        1.5,
+        float("nan"),
+    ]
+    texts = ["", "\0", "/dev/shm/kvferry-x-1-0123456789abcdef", "/dev/shm\0/kvferry-x-1-0123456789abcdef", "x" * 9000]
+    texts += ["/dev/shm/" + "a/" * 3000 + "kvferry-x-1-0123456789abcdef", "/dev/shm/kvferry-x-\u0661-0123456789abcdef"]
+    return rng.choice(
+        [*plain, *texts, b"", b"n" * 16, b"n" * 5000, [], [[0, 0, 0]], [[0, -1, 2]], [[0, 2**63, 2**63]], {}]
+    )
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_whatever_a_blob_says_is_a_transfer_error(here: End, seed: int) -> None:
+    rng = random.Random(seed)
+    for _ in range(100):
+        blob = msgspec.msgpack.decode(here.transport.local_blob())
+        for _ in range(rng.randint(1, 2)):
+            place = (
+                rng.choice([blob, blob["parts"][0]]) if isinstance(blob.get("parts"), list) and blob["parts"] else blob
+            )
+            if isinstance(place, dict):
+                place[rng.choice([*place])] = random_value(rng)
+        raw = msgspec.msgpack.encode(blob)
+        for ask in (here.transport.why_unreachable, here.transport.maker_has_ended):
+            ask(raw)
+        try:
+            here.transport.close_peer(here.transport.connect(raw))
+        except TransferError:
+            continue
+
+
+@pytest.mark.parametrize(
+    ("field", "value"), [("num_bytes", -1), ("num_bytes", 2**63), ("path", "/dev/shm/a\0/kvferry-x-1-0123456789abcdef")]
+)
+def test_values_that_no_pool_has_are_refused(here: End, field: str, value: object) -> None:
+    blob = msgspec.msgpack.decode(here.transport.local_blob())
+    blob["parts"][0][field] = value
+    blob["regions"] = []
+    assert here.transport.why_unreachable(msgspec.msgpack.encode(blob))
+
+
+@pytest.mark.parametrize("fault", ["mode", "link", "user"])
+def test_files_that_others_could_truncate_are_not_mapped(
+    here: End, fault: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    blob = here.transport.local_blob()
+    path = Path(msgspec.msgpack.decode(blob)["parts"][0]["path"])
+    other = path.with_name(f"kvferry-link-1-{os.getpid():016x}")
+    assert here.transport.why_unreachable(blob) is None
+    if fault == "mode":
+        path.chmod(0o620)
+    elif fault == "link":
+        os.link(path, other)
+    else:
+        monkeypatch.setattr(os, "geteuid", lambda: path.stat().st_uid + 1)
+    try:
+        assert "a file of this user, with mode 0600 and a single name" in str(here.transport.why_unreachable(blob))
+    finally:
+        other.unlink(missing_ok=True)
 
 
 def test_another_boot_is_another_machine(here: End) -> None:

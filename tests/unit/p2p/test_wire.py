@@ -10,6 +10,7 @@ import pytest
 
 from kvferry.connectors.p2p.config import P2PConfig
 from kvferry.errors import ConfigError, TransferError
+from kvferry.p2p.messages import Handover
 from kvferry.p2p.wire import Address, Codec, check_peer, derive_key, is_allowed, sign_peer, verify_peer
 
 KEY = "correct horse battery staple"
@@ -125,6 +126,11 @@ def test_a_token_is_good_for_what_it_names_and_until_it_expires() -> None:
         (KEY, token[:-1] + ("A" if token[-1] != "A" else "B"), ADDRESS, "transfer-1"),
         (KEY, "v1.1000.", ADDRESS, "transfer-1"),
         (KEY, "", ADDRESS, "transfer-1"),
+        *(
+            (KEY, token.replace("1000", digits), ADDRESS, "transfer-1")
+            for digits in ("\u0661000", "\uff11000", "\u0967000")
+        ),
+        (KEY, token + "\n", ADDRESS, "transfer-1"),
     ]
     for arguments in forged:
         with pytest.raises(TransferError, match="token"):
@@ -154,3 +160,58 @@ def test_short_keys_are_refused_and_purposes_differ() -> None:
         derive_key("short", "x")
     assert derive_key(KEY, "client") != derive_key(KEY, "server")
     assert KEY.encode() not in derive_key(KEY, "client")
+
+
+def random_value(rng: random.Random, depth: int = 0) -> object:
+    """What JSON can bring along, and a little more."""
+    texts = [
+        "",
+        "\0",
+        "\ud800",
+        "a\udfff",
+        "\u0661\u0662",
+        "x" * 600,
+        "127.0.0.1",
+        "::1",
+        "pull",
+        "push",
+        "[",
+        "-",
+        "v1.1.x",
+    ]
+    plain = [None, True, False, -1, 0, 1, 65535, 65536, 2**31, 2**63, 2**64, 10**30, 1.5, float("nan"), float("inf")]
+    nested: list[object] = []
+    if depth < 3:
+        nested = [
+            [random_value(rng, depth + 1) for _ in range(rng.randint(0, 3))],
+            {rng.choice(texts): random_value(rng, depth + 1) for _ in range(rng.randint(0, 3))},
+        ]
+    return rng.choice([*texts, *plain, *nested])
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_whatever_a_request_names_is_refused_or_can_be_sent(seed: int) -> None:
+    rng = random.Random(seed)
+    good = {
+        "remote_host": "10.0.0.7",
+        "remote_port": 4711,
+        "transfer_mode": "push",
+        "transfer_id": "t",
+        "remote_request_id": "r",
+        "remote_num_tokens": 3,
+        "remote_first_token_ids": [1],
+    }
+    for _ in range(500):
+        params = dict(good)
+        for name in rng.sample([*good], rng.randint(0, 3)):
+            params[name] = random_value(rng)
+        try:
+            handover = Handover.parse(params)
+            address = Address(handover.remote_host, handover.remote_port)
+            check_peer(address, key=KEY, token=str(params.get("remote_host")), transfer_id="t", now_s=0)
+        except TransferError:
+            continue
+        msgspec.msgpack.encode(handover)
+    with pytest.raises(TransferError):
+        Handover.parse({**good, "transfer_id": "\ud800"})
+    assert Handover.parse(good).peer == "10.0.0.7:4711"

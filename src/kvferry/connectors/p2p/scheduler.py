@@ -240,9 +240,11 @@ class P2PSchedulerSide(SchedulerSide):
         if (chain := self._keys.chain(request)) is None:
             logger.warning("%s: not handed over: %s", request_id, _UNKNOWN)
             return
-        if not isinstance(transfer_id, str) or not 0 < len(transfer_id) <= 512:
+        if not isinstance(transfer_id, str) or not 0 < len(transfer_id) <= 512 or not transfer_id.isprintable():
             if transfer_id is not None:
-                logger.warning("%s: transfer_id=%r is no text of 1 to 512 characters; made up", request_id, transfer_id)
+                logger.warning(
+                    "%s: transfer_id=%r is no text of 1 to 512 printable characters; made up", request_id, transfer_id
+                )
             transfer_id = secrets.token_hex(16) if self.config.mode == "push" else None
         self._senders[request_id] = chain
         self._digests.expect(request_id, request.num_prompt_tokens)
