@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
 import re
 import signal
@@ -27,10 +28,14 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 _LINGER_S = 2.0
 _BACKLOG = 512
+_MAX_MESSAGE_CHARS = 1000
+_MAX_STOP_CHARS = 256
+_MAX_CONTAINERS = 500_000  # each costs Python far more memory and time than the two bytes it has in JSON
+_HALF_CHARACTER = re.compile(rb"\\[uU][dD][89a-fA-F]|\xed[\xa0-\xbf]")  # of a surrogate pair: escaped, or as bytes
 
 
 class ApiError(Exception):
-    """An error that the client is told in OpenAI's shape."""
+    """An error that the client is told in OpenAI's shape. A long text is cut: it may repeat what the client sent."""
 
     def __init__(
         self,
@@ -41,6 +46,8 @@ class ApiError(Exception):
         code: str | None = None,
         headers: dict[str, str] | None = None,
     ) -> None:
+        if len(message) > _MAX_MESSAGE_CHARS:
+            message = message[:_MAX_MESSAGE_CHARS] + "..."
         super().__init__(message)
         self.status = status
         self.message = message
@@ -49,10 +56,10 @@ class ApiError(Exception):
         self.headers = headers
 
     @classmethod
-    def of(cls, error: ConfigError) -> ApiError:
-        """400; our texts begin with the name of the field where one is to blame."""
+    def of(cls, error: ConfigError, param: str | None = None) -> ApiError:
+        """400; our texts begin with the name of the field where one is to blame, else it is `param`."""
         name = re.match(r"(\w+)=", str(error))
-        return cls(400, str(error), param=name[1] if name else None)
+        return cls(400, str(error), param=name[1] if name else param)
 
     def body(self) -> dict[str, Any]:
         """The reply's body."""
@@ -71,6 +78,54 @@ async def read_body(request: Request, limit_bytes: int) -> bytes:
         if len(data) > limit_bytes:
             raise ApiError(413, f"the body is larger than {limit_bytes} bytes", headers={"Connection": "close"})
     return bytes(data)
+
+
+def load_object(data: bytes) -> dict[str, Any]:
+    """The JSON object that a body is; ApiError (400) for anything else, which names the field where one is to blame.
+
+    Takes time in proportion to the body, also for a hostile one. Of a name that comes twice the last value counts.
+    """
+    if data.count(b"[") + data.count(b"{") > _MAX_CONTAINERS:
+        raise ApiError(400, f"the body has more than {_MAX_CONTAINERS} brackets that open a list or an object")
+    try:
+        content = json.loads(data.decode(errors="surrogatepass"), parse_constant=_refuse_constant)
+    except (ValueError, RecursionError) as error:
+        raise ApiError(400, f"the body is not valid JSON: {error}") from None
+    if not isinstance(content, dict):
+        raise ApiError(400, f"the body must be a JSON object, not a {type(content).__name__}")
+    if _HALF_CHARACTER.search(data):  # half of a surrogate pair is no text, and could be neither hashed nor sent back
+        for name, value in content.items():
+            try:
+                json.dumps([name, value], ensure_ascii=False).encode()
+            except UnicodeEncodeError:
+                shown = name.encode(errors="replace").decode()
+                raise ApiError(
+                    400, f"{shown}: has half of a character (U+D800 to U+DFFF): surrogates not allowed",
+                    param=shown,
+                ) from None  # fmt: skip
+    return content
+
+
+def check_stops(body: dict[str, Any], max_stops: int) -> None:
+    """ApiError for more stop strings or stop token ids than `max_stops`, or longer ones than 256 characters.
+
+    Each token that is generated is compared with all of them, for every choice.
+    """
+    for name in ("stop", "stop_token_ids"):
+        value = body.get(name)
+        if isinstance(value, list) and len(value) > max_stops:
+            raise ApiError(
+                400, f"{name} has {len(value)} entries; this server takes at most {max_stops} (--max-stops)", param=name
+            )
+        for text in value if isinstance(value, list) else (value,):
+            if isinstance(text, str) and len(text) > _MAX_STOP_CHARS:
+                raise ApiError(
+                    400, f"{name} has a text of {len(text)} characters; at most {_MAX_STOP_CHARS} are taken", param=name
+                )
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is no JSON")
 
 
 async def unless_gone(request: Request, work: Awaitable[T]) -> T:

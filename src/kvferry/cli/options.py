@@ -107,6 +107,9 @@ NumThreads = Annotated[
 ListenHost = Annotated[str, typer.Option(help="Address to listen on.")]
 ListenPort = Annotated[int, typer.Option(help="Port to listen on; 0 takes any free one.")]
 MaxBodyBytes = Annotated[int, size_option("Largest request body.", default="8MiB")]
+MaxStops = Annotated[
+    int, typer.Option(help="Most stop strings of a request, and most tokens that stop it; more are refused with 400.")
+]
 DrainTimeout = Annotated[float, typer.Option(help="Seconds that requests under way may take to end after SIGTERM.")]
 TRANSFER_OPTIONS = ("kv_transfer_config", "kv_offloading_size", "kv_offloading_backend")
 

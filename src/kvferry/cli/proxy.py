@@ -63,6 +63,7 @@ def proxy(
         int, typer.Option(help="Pieces of prompts (512 bytes) remembered per prefill engine.")
     ] = 100_000,
     max_body_bytes: opt.MaxBodyBytes = 8 << 20,
+    max_stops: opt.MaxStops = 64,
     drain_timeout_s: opt.DrainTimeout = 30.0,
 ) -> None:
     """Route requests to engines that prefill and engines that decode.

@@ -17,6 +17,7 @@ _SERVER_OPTIONS = (
     "port",
     "max_queued_requests",
     "max_body_bytes",
+    "max_stops",
     "drain_timeout_s",
     "access_log",
     "log_interval_s",
@@ -70,6 +71,7 @@ def serve(
         int, typer.Option(help="Requests that may wait beyond --max-num-seqs; more are refused with 503.")
     ] = 64,
     max_body_bytes: opt.MaxBodyBytes = 8 << 20,
+    max_stops: opt.MaxStops = 64,
     access_log: Annotated[bool, typer.Option(help="Write a line to stdout for each HTTP request.")] = False,
     log_interval_s: Annotated[
         float, typer.Option(help="Seconds between log lines of what the engine did, if anything; 0: none.")

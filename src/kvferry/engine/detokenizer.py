@@ -83,8 +83,11 @@ class Detokenizer:
         text = self.text
         if self._keeps_stop:
             return len(text)
-        longest = max(map(len, self._stops), default=1)
-        for start in range(max(0, len(text) - longest + 1), len(text)):
-            if any(stop.startswith(text[start:]) for stop in self._stops):
-                return start
-        return len(text)
+        safe = len(text)
+        for stop in self._stops:
+            start = text.find(stop[0], max(0, len(text) - len(stop) + 1))
+            while 0 <= start < safe:
+                if stop.startswith(text[start:]):
+                    safe = start
+                start = text.find(stop[0], start + 1)
+        return safe

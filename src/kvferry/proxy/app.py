@@ -97,7 +97,8 @@ class Proxy:
         self.metrics.in_flight.inc()
         try:
             data = await read_body(request, self.config.max_body_bytes)
-            reply = await unless_gone(request, self.relay.open(Call.parse(request.scope["path"], data, headers)))
+            call = Call.parse(request.scope["path"], data, headers, self.config.max_stops)
+            reply = await unless_gone(request, self.relay.open(call))
         except BaseException as err:
             self._ended(_outcome(err))
             raise

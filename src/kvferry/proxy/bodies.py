@@ -11,12 +11,18 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from kvferry.http import ApiError
+from kvferry.http import ApiError, check_stops, load_object
 
 Params = dict[str, Any]
 SignPeer = Callable[[Params], str | None]
 """Makes the token that proves to the decode engine that the proxy named this peer; None: the params name none."""
 
+_ENTRIES: dict[str, tuple[tuple[type, ...], str]] = {
+    "prompt": ((str, int, list, dict), "text, a token id or a list of token ids"),
+    "messages": ((dict,), "a message"),
+    "stop": ((str,), "text"),
+    "stop_token_ids": ((int,), "a token id"),
+}
 _VLLM_ENGINE_DEAD = "EngineCore encountered an issue"  # the text of its EngineDeadError, which has no code of its own
 _ENDED_BY_ERROR = 'it ended the request with finish_reason="error", as for KV that failed to load'
 _REMOTE_FIELDS = ("remote_engine_id", "remote_block_ids", "remote_host", "remote_port", "remote_request_id")
@@ -57,14 +63,16 @@ class Call:
         return "use_beam_search" if body.get("use_beam_search") else None
 
     @classmethod
-    def parse(cls, path: str, data: bytes, headers: Mapping[str, str]) -> Call:
-        """Raises ApiError (400) unless it is a JSON object that leaves `kv_transfer_params` to the proxy."""
-        try:
-            body = json.loads(data)
-        except (ValueError, RecursionError) as error:
-            raise ApiError(400, f"the body is not valid JSON: {error}") from None
-        if not isinstance(body, dict):
-            raise ApiError(400, "the body must be a JSON object")
+    def parse(cls, path: str, data: bytes, headers: Mapping[str, str], max_stops: int) -> Call:
+        """ApiError (400) unless it is a JSON object that leaves `kv_transfer_params` to the proxy, with lists of what
+        belongs into them, and few enough stops: what every engine refuses is not passed on to two of them."""
+        body = load_object(data)
+        check_stops(body, max_stops)
+        for name, (kinds, what) in _ENTRIES.items():
+            value = body.get(name)
+            for index, entry in enumerate(value if isinstance(value, list) else ()):
+                if not isinstance(entry, kinds):
+                    raise ApiError(400, f"{name}.{index} is of type {type(entry).__name__}, not {what}", param=name)
         if body.get("kv_transfer_params") is not None:
             raise ApiError(
                 400, "kv_transfer_params are the proxy's to set: leave them out, or ask an engine directly",

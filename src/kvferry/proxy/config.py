@@ -48,6 +48,8 @@ class ProxyConfig:
     prefix_memory_chunks: int = _at_least(1, 100_000)
     """Pieces of prompts remembered per prefill engine."""
     max_body_bytes: int = _at_least(1, 8 << 20)
+    max_stops: int = _at_least(0, 64)
+    """Stop strings of a request, and stop token ids; more are refused with 400."""
     host: str = "127.0.0.1"
     port: int = field(default=8100, metadata={"minimum": 0, "maximum": 65535})
     """0: any free one."""

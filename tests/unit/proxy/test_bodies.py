@@ -105,15 +105,15 @@ def test_what_cannot_be_split(body: dict[str, Any], why: str | None) -> None:
 @pytest.mark.parametrize("data", [b"", b"{", b"[]", b"7", b"\xff", b"[" * 100_000], ids=lambda d: d[:8])
 def test_bodies_that_are_no_object(data: bytes) -> None:
     with pytest.raises(ApiError) as caught:
-        Call.parse(PATH, data, {})
+        Call.parse(PATH, data, {}, 64)
     assert caught.value.status == 400
 
 
 def test_clients_do_not_name_peers() -> None:
     with pytest.raises(ApiError, match="proxy's to set") as caught:
-        Call.parse(PATH, b'{"prompt": "a", "kv_transfer_params": {"remote_host": "10.0.0.1"}}', {})
+        Call.parse(PATH, b'{"prompt": "a", "kv_transfer_params": {"remote_host": "10.0.0.1"}}', {}, 64)
     assert caught.value.param == "kv_transfer_params"
-    assert Call.parse(PATH, b'{"prompt": "a", "kv_transfer_params": null}', {}).body == {"prompt": "a"}
+    assert Call.parse(PATH, b'{"prompt": "a", "kv_transfer_params": null}', {}, 64).body == {"prompt": "a"}
 
 
 def chunk(**choice: Any) -> dict[str, Any]:

@@ -18,7 +18,14 @@ from starlette.routing import Route
 
 from kvferry.engine.outputs import RequestOutput
 from kvferry.engine.prompts import render_messages
-from kvferry.engine.server.protocol import ChatBody, CompletionBody, GenerationBody, TokenIds, parse_body
+from kvferry.engine.server.protocol import (
+    BodyLimits,
+    ChatBody,
+    CompletionBody,
+    GenerationBody,
+    TokenIds,
+    parse_body,
+)
 from kvferry.engine.server.replies import ChatDialect, Choice, CompletionDialect, Dialect, Reply
 from kvferry.engine.server.service import EngineFailed, EngineService, EngineStopped, Generation, Job, Overloaded
 from kvferry.errors import ConfigError
@@ -29,6 +36,8 @@ if TYPE_CHECKING:
     from starlette.requests import Request
 
 _RETRY_AFTER_S = 1
+# A P2P connector's words for parameters that no engine could follow; a peer that is away is no mistake of the client.
+_BLAMES_PARAMS = (": kv_transfer_params cannot be used: ", ": the request names peer ")
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +47,7 @@ class ModelInfo:
     names: tuple[str, ...]
     """What clients may call it; replies bear the first."""
     root: str
-    max_model_len: int
+    limits: BodyLimits
     tokenizer: Any
     """For the routes alone: the engine's thread uses another. None: token ids in, token ids out."""
 
@@ -74,24 +83,26 @@ class Routes:
 
     async def completions(self, request: Request) -> Response:
         """POST /v1/completions."""
-        body = parse_body(CompletionBody, await read_body(request, self._max_body_bytes))
+        body = parse_body(CompletionBody, await read_body(request, self._max_body_bytes), self._model.limits)
         prompts = body.prompts()
-        self._check_size(len(prompts) * body.num_choices)
+        self._model.limits.check_choices(len(prompts) * body.num_choices)
         return await self._complete(request, body, [await self._token_ids(p) for p in prompts], CompletionDialect())
 
     async def chat_completions(self, request: Request) -> Response:
         """POST /v1/chat/completions."""
-        body = parse_body(ChatBody, await read_body(request, self._max_body_bytes))
-        self._check_size(body.num_choices)
+        body = parse_body(ChatBody, await read_body(request, self._max_body_bytes), self._model.limits)
+        self._model.limits.check_choices(body.num_choices)
+        self._model.limits.check_text(body.num_chars, "messages")
         return await self._complete(request, body, [await self._in_text_thread(self._render, body)], ChatDialect())
 
     async def _complete(
         self, request: Request, body: GenerationBody, prompts: list[TokenIds], dialect: Dialect
     ) -> Response:
         self._check_model(body.model)
+        limits = self._model.limits
         for prompt in prompts:
-            self._check_length(len(prompt))
-        params = body.sampling_params(self._model.max_model_len)
+            limits.check_length(len(prompt), dialect.prompt_field)
+        params = body.sampling_params(limits.max_model_len)
         jobs = [Job(prompt, choice, body.cache_salt) for prompt in prompts for choice in params]
         self._metrics.observe("vllm:request_params_n", body.num_choices)
         self._metrics.observe("vllm:request_params_max_tokens", params[0].max_tokens)
@@ -106,7 +117,10 @@ class Routes:
             body.num_remote_cached_tokens,
             choices=[Choice(index) for index in range(len(jobs))],
         )
-        generation = await self._service.submit(jobs, reply.reply_id)
+        try:
+            generation = await self._service.submit(jobs, reply.reply_id)
+        except ConfigError as error:
+            raise ApiError.of(error, dialect.prompt_field) from error
         if body.stream:
             return EventStream(_events(generation, reply, body.wants_stream_usage), self._closer(generation))
         return await self._whole(request, generation, reply)
@@ -126,19 +140,6 @@ class Routes:
 
         return close
 
-    def _check_size(self, num_choices: int) -> None:
-        if num_choices > self._service.max_unfinished:
-            raise ApiError(400, f"{num_choices} choices at once; this server takes {self._service.max_unfinished}")
-
-    def _check_length(self, num_tokens: int) -> None:
-        """The engine checks it too, but hashing a prompt of megabytes would hold up everybody's next step."""
-        limit = self._model.max_model_len
-        if num_tokens >= limit:
-            raise ApiError(
-                400, f"the prompt has {num_tokens} tokens, which with one to generate is above max_model_len={limit}",
-                param="prompt", code="context_length_exceeded",
-            )  # fmt: skip
-
     def _check_model(self, name: str | None) -> None:
         if name is not None and name not in self._model.names:
             raise ApiError(
@@ -151,6 +152,7 @@ class Routes:
     async def _token_ids(self, prompt: str | TokenIds) -> TokenIds:
         if not isinstance(prompt, str):
             return prompt
+        self._model.limits.check_text(len(prompt), "prompt")
         return await self._in_text_thread(self._tokenize, prompt, True)
 
     async def _in_text_thread(self, work: Callable[..., TokenIds], *arguments: Any) -> TokenIds:
@@ -187,7 +189,7 @@ class Routes:
             "created": self._created,
             "owned_by": "kvferry",
             "root": self._model.root,
-            "max_model_len": self._model.max_model_len,
+            "max_model_len": self._model.limits.max_model_len,
         }
 
     async def health(self, request: Request) -> Response:
@@ -245,8 +247,11 @@ async def _collect(generation: Generation, reply: Reply) -> None:
 
 
 def _check(output: RequestOutput) -> None:
-    if output.error is not None:
-        raise ApiError(500, output.error)
+    if output.error is None:
+        return
+    if any(words in output.error for words in _BLAMES_PARAMS):
+        raise ApiError(400, output.error, param="kv_transfer_params")
+    raise ApiError(500, output.error)
 
 
 async def _events(generation: Generation, reply: Reply, with_usage: bool) -> AsyncIterator[bytes]:

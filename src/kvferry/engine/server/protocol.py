@@ -6,23 +6,99 @@ the caller's account are ignored.
 
 from __future__ import annotations
 
-import json
+from dataclasses import dataclass
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic_core import PydanticCustomError
 
 from kvferry.engine.config import MAX_COMPLETIONS, RequestOutputKind, SamplingParams
 from kvferry.errors import ConfigError, did_you_mean
-from kvferry.http import ApiError
+from kvferry.http import ApiError, check_stops, load_object
 
 TokenIds = list[int]
+_Ids = Annotated[list[int], Field(fail_fast=True)]  # else a list of a million mistakes makes a million errors
 Body = TypeVar("Body", bound="GenerationBody")
 REMOTE_CACHED = "remote_prefill_cached_tokens"  # vLLM's name
 _DEFAULT_COMPLETION_TOKENS = 16  # OpenAI's
+_MAX_SALT_CHARS = 1024  # it is hashed for each choice
+
+
+@dataclass(frozen=True, slots=True)
+class BodyLimits:
+    """What is checked of a body before anything is made of it: the work for it must not depend on what it asks for."""
+
+    max_model_len: int
+    max_choices: int
+    """Of all prompts together."""
+    max_stops: int
+    """Stop strings, and stop token ids."""
+    longest_token_chars: int = 1
+    """Characters of the longest token: a longer text than `max_model_len` of those is not tokenized."""
+
+    def check(self, body: dict[str, Any]) -> None:
+        """ApiError for lists that are too long, whatever is in them."""
+        prompt = body.get("prompt")
+        if isinstance(prompt, list) and len(prompt) > max(self.max_choices, self.max_model_len):
+            if type(prompt[0]) is int:
+                self.check_length(len(prompt))
+            raise ApiError(
+                400, f"prompt has {len(prompt)} entries; this server takes {self.max_choices} choices at once",
+                param="prompt",
+            )  # fmt: skip
+        for name, value in (("messages", body.get("messages")), *_contents(body)):
+            if isinstance(value, list) and len(value) > self.max_model_len:
+                raise ApiError(
+                    400, f"{name} has {len(value)} entries, more than max_model_len={self.max_model_len}",
+                    param="messages", code="context_length_exceeded",
+                )  # fmt: skip
+        check_stops(body, self.max_stops)
+
+    def check_choices(self, num_choices: int) -> None:
+        """ApiError when these are too many."""
+        if num_choices > self.max_choices:
+            raise ApiError(400, f"{num_choices} choices at once; this server takes {self.max_choices}")
+
+    def check_length(self, num_tokens: int, param: str = "prompt") -> None:
+        """The engine checks it too, but hashing a prompt of megabytes would hold up everybody's next step."""
+        if num_tokens >= self.max_model_len:
+            raise ApiError(
+                400, f"the prompt has {num_tokens} tokens, which with one to generate is above "
+                f"max_model_len={self.max_model_len}", param=param, code="context_length_exceeded",
+            )  # fmt: skip
+
+    def check_text(self, num_chars: int, param: str) -> None:
+        """Before it is tokenized."""
+        if num_chars > self.max_model_len * self.longest_token_chars:
+            raise ApiError(
+                400, f"{param}: the prompt has {num_chars} characters, more than max_model_len={self.max_model_len} "
+                f"tokens of {self.longest_token_chars} characters, the longest that this model has",
+                param=param, code="context_length_exceeded",
+            )  # fmt: skip
+
+
+def _contents(body: dict[str, Any]) -> list[tuple[str, Any]]:
+    """What the messages say, by a name for errors."""
+    messages = body.get("messages")
+    listed = messages if isinstance(messages, list) else []
+    return [
+        (f"messages.{index}.content", message.get("content"))
+        for index, message in enumerate(listed)
+        if isinstance(message, dict)
+    ]
 
 
 class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True, protected_namespaces=())
+    model_config = ConfigDict(strict=True, protected_namespaces=())
+
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse_unknown(cls, content: Any) -> Any:
+        """Name the first unknown field; pydantic's own `extra="forbid"` would list all of them."""
+        for name in content if isinstance(content, dict) else ():
+            if name not in cls.model_fields:
+                raise PydanticCustomError("unknown_field", "not supported", {"name": name})
+        return content
 
 
 class StreamOptions(_Strict):
@@ -44,20 +120,20 @@ class GenerationBody(_Strict):
     presence_penalty: float | None = None
     frequency_penalty: float | None = None
     seed: int | None = None
-    stop: str | list[str] | None = None
+    stop: str | Annotated[list[str], Field(fail_fast=True)] | None = None
     # vLLM's
     top_k: int | None = None
     min_p: float | None = None
     repetition_penalty: float | None = None
-    stop_token_ids: TokenIds | None = None
+    stop_token_ids: _Ids | None = None
     ignore_eos: bool | None = None
     include_stop_str_in_output: bool | None = None
     skip_special_tokens: bool | None = None
     return_token_ids: bool | None = None
-    cache_salt: Annotated[str, Field(min_length=1)] | None = None
+    cache_salt: Annotated[str, Field(min_length=1, max_length=_MAX_SALT_CHARS)] | None = None
     kv_transfer_params: dict[str, Any] | None = None
     # only the value that means nothing
-    logit_bias: Annotated[dict[str, float], Field(max_length=0)] | None = None
+    logit_bias: Annotated[dict[str, Any], Field(max_length=0)] | None = None
     # ignored
     user: Any = None
     metadata: Any = None
@@ -119,7 +195,7 @@ class GenerationBody(_Strict):
 class CompletionBody(GenerationBody):
     """POST /v1/completions."""
 
-    prompt: str | list[str] | TokenIds | list[TokenIds]
+    prompt: str | Annotated[list[str], Field(fail_fast=True)] | _Ids | Annotated[list[_Ids], Field(fail_fast=True)]
     logprobs: int | None = None
     echo: Literal[False] | None = None
     best_of: Literal[1] | None = None
@@ -153,7 +229,7 @@ class Message(_Strict):
     """One turn of a chat."""
 
     role: str
-    content: str | list[TextPart]
+    content: str | Annotated[list[TextPart], Field(fail_fast=True)]
     name: str | None = None
 
     def for_template(self) -> dict[str, str]:
@@ -171,8 +247,8 @@ class ResponseFormat(_Strict):
 class ChatBody(GenerationBody):
     """POST /v1/chat/completions."""
 
-    messages: Annotated[list[Message], Field(min_length=1)]
-    max_completion_tokens: int | None = None
+    messages: Annotated[list[Message], Field(fail_fast=True, min_length=1)]
+    max_completion_tokens: Annotated[int, Field(ge=1, lt=1 << 63)] | None = None
     logprobs: bool | None = None
     top_logprobs: int | None = None
     add_generation_prompt: bool = True
@@ -180,6 +256,11 @@ class ChatBody(GenerationBody):
     tools: Annotated[list[Any], Field(max_length=0)] | None = None
     tool_choice: Literal["none"] | None = None
     parallel_tool_calls: Any = None
+
+    @property
+    def num_chars(self) -> int:
+        """Of all that the messages say."""
+        return sum(len(message.role) + len(message.for_template()["content"]) for message in self.messages)
 
     def limit_tokens(self, longest: int) -> int:
         limit = self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
@@ -193,26 +274,23 @@ class ChatBody(GenerationBody):
         return self.top_logprobs or 0
 
 
-def parse_body(kind: type[Body], data: bytes) -> Body:
+def parse_body(kind: type[Body], data: bytes, limits: BodyLimits) -> Body:
     """Check a request body. Raises ApiError (400) naming the first field that is wrong."""
+    content = load_object(data)
+    limits.check(content)
     try:
-        content = json.loads(data, parse_constant=_refuse_constant)
-        if rb"\ud" in data.lower():  # half of a surrogate pair is no text, and could be neither hashed nor sent back
-            json.dumps(content, ensure_ascii=False).encode()
         return kind.model_validate(content)
-    except (ValueError, RecursionError) as error:
-        if not isinstance(error, ValidationError):
-            raise ApiError(400, f"the body is not valid JSON: {error}") from None
-        first = error.errors(include_url=False, include_context=False)[0]
-    path = [str(step) for step in first["loc"]]
-    if not path:
-        raise ApiError(400, f"the body must be a JSON object: {first['msg']}")
-    message = first["msg"]
-    if first["type"] == "extra_forbidden":
-        near = did_you_mean(path[-1], kind.model_fields).partition(" (known")[0] if len(path) == 1 else ""
-        message = f"not supported{near}"
+    except ValidationError as error:
+        # Of a field that may be one of several things, the reading that got furthest is meant.
+        wrong = max(error.errors(include_url=False, include_input=False), key=lambda each: _depth(each["loc"]))
+    path = [str(step) for step in wrong["loc"] if isinstance(step, int) or (step.isidentifier() and step != "str")]
+    message = wrong["msg"]
+    if wrong["type"] == "unknown_field":
+        name = wrong["ctx"]["name"]
+        near = did_you_mean(name, kind.model_fields).partition(" (known")[0] if not path else ""
+        path, message = [*path, name], f"{message}{near}"
     raise ApiError(400, f"{'.'.join(path)}: {message}", param=path[0])
 
 
-def _refuse_constant(name: str) -> None:
-    raise ValueError(f"{name} is no JSON")
+def _depth(place: tuple[int | str, ...]) -> tuple[int, list[int]]:
+    return len(place), [step for step in place if isinstance(step, int)]

@@ -41,6 +41,8 @@ class Dialect(Protocol):
     """How one endpoint puts the same things."""
 
     id_prefix: str
+    prompt_field: str
+    """What the prompt comes in."""
     whole: str
     """`object` of a whole reply."""
     chunk: str
@@ -60,6 +62,7 @@ class CompletionDialect:
     """/v1/completions."""
 
     id_prefix = "cmpl"
+    prompt_field = "prompt"
     whole = chunk = "text_completion"
 
     def opening(self) -> None:
@@ -85,6 +88,7 @@ class ChatDialect:
     """/v1/chat/completions."""
 
     id_prefix = "chatcmpl"
+    prompt_field = "messages"
     whole = "chat.completion"
     chunk = "chat.completion.chunk"
 

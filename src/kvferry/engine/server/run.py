@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from kvferry.engine.llm import LLM
 from kvferry.engine.server.app import ModelInfo, create_app
+from kvferry.engine.server.protocol import BodyLimits
 from kvferry.engine.server.service import EngineService
 from kvferry.errors import ConfigError, HostError
 from kvferry.http import Server, run_until_signal
@@ -31,6 +32,8 @@ class ServerOptions:
     max_queued_requests: int = 64
     """Unfinished requests beyond those that can run at once; more are refused with 503."""
     max_body_bytes: int = 8 << 20
+    max_stops: int = 64
+    """Stop strings of a request, and stop token ids; more are refused with 400."""
     access_log: bool = False
     """A line on stdout for each HTTP request."""
     log_interval_s: float = 10.0
@@ -43,6 +46,7 @@ class ServerOptions:
             ("port", 0),
             ("max_queued_requests", 0),
             ("max_body_bytes", 1),
+            ("max_stops", 0),
             ("drain_timeout_s", 0),
             ("log_interval_s", 0),
         ):
@@ -61,7 +65,12 @@ def make_server(llm: LLM, options: ServerOptions, on_listening: Callable[[], Non
     model = ModelInfo(
         names=options.model_names,
         root=llm.config.model_config.model,
-        max_model_len=llm.config.model_config.max_model_len,
+        limits=BodyLimits(
+            llm.config.model_config.max_model_len,
+            limit,
+            options.max_stops,
+            1 if llm.tokenizer is None else max(map(len, llm.tokenizer.get_vocab())),
+        ),
         tokenizer=copy.deepcopy(llm.tokenizer),
     )
     app = create_app(service, model, metrics, options.max_body_bytes)
