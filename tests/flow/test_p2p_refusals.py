@@ -1,0 +1,128 @@
+"""After a hand-over that was refused nothing wrong is kept: not in the prefix cache, in host memory, or on disk."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from kvferry import LLM, SamplingParams
+from kvferry.engine.outputs import RequestOutput
+from kvferry.testing.stub_model import StubModel
+
+pytestmark = pytest.mark.usefixtures("runner")
+
+P2P = {"kv_connector": "P2PConnector", "kv_connector_extra_config": {"transport": "shm", "handshake_s": 15.0}}
+PREFILLED = [(i * 31 + i * i) % 1000 for i in range(160)]
+WANTED = [*PREFILLED[:70], 7, *PREFILLED[71:]]
+
+
+class Engines:
+    def __init__(self) -> None:
+        self.all: list[LLM] = []
+        self.outputs: dict[str, RequestOutput] = {}
+
+    def start(self, transfer: dict[str, Any], policy: str) -> LLM:
+        transfer = {"kv_role": "kv_both", "kv_load_failure_policy": policy, **transfer}
+        llm = LLM(StubModel(), kv_transfer_config=transfer, num_kv_blocks=65, block_size=16)
+        self.all.append(llm)
+        return llm
+
+    def run(self, llm: LLM, name: str, prompt: list[int], transfer: dict[str, Any] | None = None, **more: Any) -> Any:
+        extra = None if transfer is None else {"kv_transfer_params": transfer}
+        sampling = SamplingParams(temperature=0.0, max_tokens=more.pop("max_tokens", 8), extra_args=extra)
+        llm.add_request(prompt, sampling, request_id=name, **more)
+        deadline_s = time.monotonic() + 60
+        while name not in self.outputs or not self.outputs[name].finished:
+            assert time.monotonic() < deadline_s
+            for engine in self.all:
+                self.outputs |= {output.request_id: output for output in engine.step()}
+            time.sleep(0.0005)
+        return self.outputs[name]
+
+    def stop(self, llm: LLM) -> None:
+        self.all.remove(llm)
+        llm.shutdown()
+
+
+@pytest.fixture
+def engines() -> Iterator[Engines]:
+    made = Engines()
+    yield made
+    for llm in made.all:
+        llm.shutdown()
+
+
+def stored(folder: Path) -> dict[str, Any]:
+    """Memory of one chunk, so that what is loaded comes from the disk."""
+    extra = {
+        "weights_version": "1", "cpu_bytes_to_use": 1 << 16,
+        "secondary_tiers": [{"type": "fs", "path": str(folder), "max_bytes": 1 << 24}],
+    }  # fmt: skip
+    return {"kv_connector": "OffloadingConnector", "kv_connector_extra_config": extra}
+
+
+@pytest.mark.parametrize("mode", ["pull", "push"])
+@pytest.mark.parametrize("policy", ["recompute", "fail"])
+def test_disk_beside_a_hand_over_keeps_nothing_wrong_after_a_refusal(
+    engines: Engines, tmp_path: Path, mode: str, policy: str
+) -> None:
+    p2p = {**P2P, "kv_connector_extra_config": P2P["kv_connector_extra_config"] | {"mode": mode, "lease_s": 1.0}}
+    both = {"kv_connector": "MultiConnector", "kv_connector_extra_config": {"connectors": [p2p, stored(tmp_path)]}}
+    prefill, decode = engines.start(p2p, "fail"), engines.start(both, policy)
+    handed = engines.run(prefill, "p", PREFILLED, {"do_remote_decode": True}, max_tokens=1).kv_transfer_params
+    refused = engines.run(decode, "d", WANTED, handed)
+    right = StubModel().expected_tokens(WANTED, 8)
+    assert refused.outputs[0].token_ids == (right if policy == "recompute" else [])
+    assert "the KV of other tokens" in (refused.error or json.dumps(refused.kv_transfer_params))
+    for name, prompt in (("wanted", WANTED), ("prefilled", PREFILLED)):
+        again = engines.run(decode, name, prompt)
+        assert again.outputs[0].token_ids == StubModel().expected_tokens(prompt, 8)
+    engines.stop(decode)  # what it has stored is on the disk now
+    fresh = engines.start(stored(tmp_path), "fail")
+    for name, prompt in (("wanted on disk", WANTED), ("prefilled on disk", PREFILLED)):
+        found = engines.run(fresh, name, prompt)
+        assert found.outputs[0].token_ids == StubModel().expected_tokens(prompt, 8)
+        assert found.num_external_tokens > 0, "there is something on the disk to be right or wrong"
+
+
+@pytest.mark.parametrize("mode", ["pull", "push"])
+@pytest.mark.parametrize("is_same", [True, False])
+def test_an_adapter_of_the_same_name_with_other_weights_is_refused(
+    engines: Engines, tmp_path: Path, mode: str, is_same: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The embedded engine runs no adapters: requests get one as vLLM's have it, of each engine's own folder."""
+    extra = P2P["kv_connector_extra_config"] | {"mode": mode, "lease_s": 1.0}
+    folders = [tmp_path / "prefill" / "adapter", tmp_path / "decode" / "adapter"]
+    for number, folder in enumerate(folders):
+        folder.mkdir(parents=True)
+        weights = {"w": {"dtype": "U8", "shape": [1], "data_offsets": [0, 1]}}
+        header = json.dumps(weights).encode()
+        value = b"\x01" if is_same or number == 0 else b"\x02"
+        (folder / "adapter_model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + value)
+        (folder / "adapter_config.json").write_text("{}")
+    prefill, decode = (engines.start({**P2P, "kv_connector_extra_config": extra}, "recompute") for _ in folders)
+    for llm, folder in zip((prefill, decode), folders, strict=True):
+        use_adapter(monkeypatch, llm, SimpleNamespace(lora_name="adapter", lora_path=str(folder), adapter_id=1))
+    handed = engines.run(prefill, "p", PREFILLED, {"do_remote_decode": True}, max_tokens=1).kv_transfer_params
+    output = engines.run(decode, "d", PREFILLED, handed)
+    assert output.outputs[0].token_ids == StubModel().expected_tokens(PREFILLED, 8)
+    assert output.num_external_tokens == (len(PREFILLED) if is_same else 0)
+    if not is_same:
+        assert "LoRA adapter" in output.kv_transfer_params["load_error"]
+
+
+def use_adapter(monkeypatch: pytest.MonkeyPatch, llm: LLM, adapter: Any) -> None:
+    make = llm._make_request
+
+    def with_adapter(*arguments: Any, **more: Any) -> Any:
+        request = make(*arguments, **more)
+        request.lora_request = adapter
+        return request
+
+    monkeypatch.setattr(llm, "_make_request", with_adapter)
