@@ -25,6 +25,9 @@ logger = logging.getLogger(__name__)
 
 GIB = 1 << 30
 _SIZE = re.compile(r"(\d+(?:\.\d+)?) ?(B|[kKMGT]i?B)")
+_LONGEST_SIZE = 40
+_LONGEST_SHOWN = 300
+_LONGEST_TEXT = 4096  # so are paths
 _SIZE_FORMS = 'a whole number of bytes, or text with a unit such as "8GB" (8 * 10^9 bytes) or "8GiB" (8 * 2^30 bytes)'
 _UNITS = {"B": 1, **{f"{prefix}B": 1000 ** (i + 1) for i, prefix in enumerate("KMGT")}}
 _UNITS |= {f"{prefix}iB": 1024 ** (i + 1) for i, prefix in enumerate("KMGT")}
@@ -38,6 +41,10 @@ _TYPE_NAMES = {NoneType: "null", str: "text", dict: "an object"}
 _LISTS: dict[Any, str] = {int: "whole numbers", str: "texts"}
 _TRUTH = {"0": False, "1": True, "false": False, "true": True}
 _UPSTREAM_TRUTH = {**_TRUTH, "no": False, "yes": True, "off": False, "on": True, "": False}
+
+_LARGEST = (1 << 63) - 1
+_LARGEST_FLOAT = 1e9
+"""Of settings that are no whole numbers; most are seconds, and clocks and sockets overflow behind this."""
 
 C = TypeVar("C")
 
@@ -130,6 +137,8 @@ class KVTransferConfig:
         for f in fields(self):
             where = f"kv_transfer_config.{f.name}"
             value = _of_type(getattr(self, f.name), hints[f.name], where)
+            if isinstance(value, str):
+                _check_inside(value, where)
             setattr(self, f.name, _in_bounds(value, f.metadata, where))
         if self.kv_connector is not None and self.kv_role is None:
             raise ConfigError(
@@ -150,11 +159,11 @@ class KVTransferConfig:
         if isinstance(value, str):
             value = parse_json_object(value, "kv_transfer_config")
         if not isinstance(value, Mapping):
-            raise ConfigError(f"kv_transfer_config={value!r} must be an object, JSON text or a KVTransferConfig")
+            raise ConfigError(f"kv_transfer_config={shown(value)} must be an object, JSON text or a KVTransferConfig")
         known = {f.name for f in fields(cls)}
         for key in value:
             if key not in known:
-                raise ConfigError(f"kv_transfer_config.{key} is not a known key{did_you_mean(str(key), known)}")
+                raise ConfigError(f"kv_transfer_config.{_key(key)} is not a known key{did_you_mean(_key(key), known)}")
         return cls(**dict(value))
 
     @property
@@ -193,12 +202,12 @@ def transfer_config(
     if kv_offloading_size is not None:
         return _implicit_offloading(transfer, kv_offloading_size, kv_offloading_backend or "native")
     if kv_offloading_backend is not None:
-        raise ConfigError(f"kv_offloading_backend={kv_offloading_backend!r} needs kv_offloading_size (GiB)")
+        raise ConfigError(f"kv_offloading_backend={shown(kv_offloading_backend)} needs kv_offloading_size (GiB)")
     if transfer.kv_connector is None:
         for name in ("kv_role", "kv_connector_module_path", "kv_connector_extra_config"):
             if (value := getattr(transfer, name)) not in (None, {}):
                 raise ConfigError(
-                    f"kv_transfer_config.{name}={value!r} is set but kv_connector is not: "
+                    f"kv_transfer_config.{name}={shown(value)} is set but kv_connector is not: "
                     "name the connector it is for, or leave it out"
                 )
     return transfer
@@ -207,7 +216,7 @@ def transfer_config(
 def parse_size(value: object, where: str) -> int:
     """Bytes of a size: a whole number, or text such as "8GB" or "1.5GiB". ConfigError that names the forms."""
     if isinstance(value, str):
-        text = value.strip()
+        text = value.strip() if len(value) <= _LONGEST_SIZE else ""
         if text.isdecimal():
             return int(text)
         if (match := _SIZE.fullmatch(text)) is not None:
@@ -215,14 +224,14 @@ def parse_size(value: object, where: str) -> int:
             return int(Fraction(number) * _UNITS[unit[0].upper() + unit[1:]])
     elif isinstance(value, int | float) and not isinstance(value, bool) and value == value // 1:
         return int(value)
-    raise ConfigError(f"{where}={value!r} must be {_SIZE_FORMS}")
+    raise ConfigError(f"{where}={shown(value)} must be {_SIZE_FORMS}")
 
 
 def _implicit_offloading(transfer: KVTransferConfig, size: float | str, backend: str) -> KVTransferConfig:
-    where = f"kv_offloading_size={size!r}"
+    where = f"kv_offloading_size={shown(size)}"
     if backend not in _OFFLOADING_BACKENDS:
         near = did_you_mean(str(backend), _OFFLOADING_BACKENDS)
-        raise ConfigError(f"kv_offloading_backend={backend!r} is not known{near}")
+        raise ConfigError(f"kv_offloading_backend={shown(backend)} is not known{near}")
     size_bytes = _offloading_bytes(size)
     if size_bytes < 1:
         raise ConfigError(f'{where} must be a number above 0 (GiB of host memory), or text with a unit such as "8GB"')
@@ -252,7 +261,7 @@ def _offloading_bytes(size: object) -> int:
     """Bytes of `kv_offloading_size`: a number is GiB, text has a unit; 0 when it is neither."""
     if isinstance(size, str) and _SIZE.fullmatch(size.strip()) is not None:
         return parse_size(size, "kv_offloading_size")
-    is_number = isinstance(size, int | float) and not isinstance(size, bool) and math.isfinite(size)
+    is_number = isinstance(size, int | float) and not isinstance(size, bool) and abs(size) <= _LARGEST
     return int(size * GIB) if is_number else 0  # type: ignore[operator]
 
 
@@ -275,9 +284,13 @@ def parse_json_object(text: str, where: str) -> dict[str, Any]:
     try:
         value = json.loads(text, object_pairs_hook=unique, parse_constant=no_number)
     except json.JSONDecodeError as err:
-        raise ConfigError(f"{where} is not valid JSON at character {err.pos}: {err.msg}; got {text!r}") from None
+        raise ConfigError(f"{where} is not valid JSON at character {err.pos}: {err.msg}; got {shown(text)}") from None
+    except ConfigError:
+        raise
+    except (ValueError, RecursionError) as err:  # a number of thousands of digits, or thousands of brackets
+        raise ConfigError(f"{where} is JSON that cannot be read: {err}; got {shown(text)}") from None
     if not isinstance(value, dict):
-        raise ConfigError(f"{where} must be a JSON object, got {text!r}")
+        raise ConfigError(f"{where} must be a JSON object, got {shown(text)}")
     return value
 
 
@@ -294,7 +307,7 @@ def parse_settings(cls: type[C], values: Mapping[str, Any], where: str) -> C:
     hints = get_type_hints(cls)
     for key in values:
         if key not in known:
-            raise ConfigError(f"{where}.{key} is unknown{did_you_mean(str(key), known)}")
+            raise ConfigError(f"{where}.{_key(key)} is unknown{did_you_mean(_key(key), known)}")
     settings = {}
     for name, f in known.items():
         if name in values:
@@ -302,23 +315,59 @@ def parse_settings(cls: type[C], values: Mapping[str, Any], where: str) -> C:
             if "bytes" in name.split("_") and isinstance(value, str):
                 value = parse_size(value, f"{where}.{name}")
             value = _of_type(value, hints[name], f"{where}.{name}")
+            _check_inside(value, f"{where}.{name}")
             if value == "":
                 raise ConfigError(f"{where}.{name} must not be empty")
-            settings[name] = _in_bounds(value, f.metadata, f"{where}.{name}")
+            is_float = float in (hints[name], *get_args(hints[name]))
+            settings[name] = _in_bounds(value, f.metadata, f"{where}.{name}", is_float=is_float)
         elif f.default is MISSING:
             raise ConfigError(f"{where}.{name} is missing")
     return cls(**settings)
+
+
+def shown(value: object) -> str:
+    """A wrong value for a message: on one line, cut where it is long, and never an error of its own."""
+    try:
+        text = repr(value)
+    except ValueError:  # Python does not write a number of more than 4,300 digits
+        return "a number of thousands of digits" if isinstance(value, int) else f"a {type(value).__name__} too long"
+    return text if len(text) <= _LONGEST_SHOWN else f"{text[:_LONGEST_SHOWN]}... ({len(text)} characters)"
+
+
+def _key(key: object) -> str:
+    """A key that nobody knows, for a message: as it is where it can be printed."""
+    return key[:_LONGEST_SHOWN] if isinstance(key, str) and key.isprintable() else shown(key)
+
+
+def _check_inside(value: Any, where: str) -> None:
+    """ConfigError for what no setting may hold at any depth: numbers or texts too large, NUL, half a surrogate pair."""
+    if isinstance(value, Mapping):
+        for key, item in value.items():
+            _check_inside(key, where)
+            _check_inside(item, f"{where}.{_key(key)}")
+    elif isinstance(value, list | tuple):
+        for i, item in enumerate(value):
+            _check_inside(item, f"{where}[{i}]")
+    elif isinstance(value, int) and abs(value) > _LARGEST:
+        raise ConfigError(f"{where}={shown(value)} must be at most {_LARGEST}")
+    elif isinstance(value, str):
+        if len(value) > _LONGEST_TEXT:
+            raise ConfigError(f"{where}={shown(value)} must be at most {_LONGEST_TEXT} characters long")
+        if "\0" in value:
+            raise ConfigError(f"{where}={shown(value)} holds a NUL character, which no name or path may: leave it out")
+        if any("\ud800" <= character <= "\udfff" for character in value):
+            raise ConfigError(f"{where}={shown(value)} holds half of a surrogate pair, which is no character")
 
 
 def _of_type(value: Any, hint: Any, where: str) -> Any:
     """`value` if it is what the annotation says (simple types, Literal, dict, tuple[Mapping, ...], unions of them)."""
     if get_origin(hint) is tuple and (of := get_args(hint)[0]) in _LISTS:
         if not isinstance(value, list):
-            raise ConfigError(f"{where}={value!r} must be a list of {_LISTS[of]}")
+            raise ConfigError(f"{where}={shown(value)} must be a list of {_LISTS[of]}")
         return tuple(_of_type(item, of, f"{where}[{i}]") for i, item in enumerate(value))
     if get_origin(hint) is tuple:
         if not isinstance(value, list) or not all(isinstance(item, Mapping) for item in value):
-            raise ConfigError(f"{where}={value!r} must be a list of objects")
+            raise ConfigError(f"{where}={shown(value)} must be a list of objects")
         return tuple(value)
     parts = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
     choices = [choice for part in parts if get_origin(part) is Literal for choice in get_args(part)]
@@ -329,23 +378,28 @@ def _of_type(value: Any, hint: Any, where: str) -> Any:
     if is_number or (isinstance(value, tuple(types)) and not (isinstance(value, bool) and bool not in types)):
         return value
     if choices:
-        if isinstance(value, str) and value in choices:
+        if any(value is choice or (isinstance(value, str) and value == choice) for choice in choices):
             return value
-        near = did_you_mean(value, choices) if isinstance(value, str) else ""
-        raise ConfigError(f"{where}={value!r} is not one of {', '.join(choices)}{near if 'mean' in near else ''}")
+        near = did_you_mean(value, map(str, choices)) if isinstance(value, str) else ""
+        raise ConfigError(
+            f"{where}={shown(value)} is not one of {', '.join(map(str, choices))}{near if 'mean' in near else ''}"
+        )
     names = " or ".join(_TYPE_NAMES.get(t) or str(t.__name__) for t in types)
-    raise ConfigError(f"{where}={value!r} must be {names}")
+    raise ConfigError(f"{where}={shown(value)} must be {names}")
 
 
-def _in_bounds(value: Any, bounds: Mapping[str, Any], where: str) -> Any:
+def _in_bounds(value: Any, bounds: Mapping[str, Any], where: str, *, is_float: bool = False) -> Any:
     if isinstance(value, tuple):
         return tuple(_in_bounds(item, bounds, f"{where}[{i}]") for i, item in enumerate(value))
     if isinstance(value, float) and not math.isfinite(value):
-        raise ConfigError(f"{where}={value} must be a finite number")
-    if value is None:
+        raise ConfigError(f"{where}={shown(value)} must be a finite number")
+    if not isinstance(value, int | float):
         return value
+    largest = _LARGEST_FLOAT if is_float else _LARGEST
+    if abs(value) > largest:
+        raise ConfigError(f"{where}={shown(value)} must be at most {largest:{'g' if is_float else 'd'}}")
     if (minimum := bounds.get("minimum")) is not None and value < minimum:
-        raise ConfigError(f"{where}={value} must be at least {minimum}")
+        raise ConfigError(f"{where}={shown(value)} must be at least {minimum}")
     if (maximum := bounds.get("maximum")) is not None and value > maximum:
-        raise ConfigError(f"{where}={value} must be at most {maximum}")
+        raise ConfigError(f"{where}={shown(value)} must be at most {maximum}")
     return value

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from pathlib import Path
 from typing import NamedTuple
+
+from kvferry.errors import ConfigError
 
 
 class Space(NamedTuple):
@@ -15,6 +18,14 @@ class Space(NamedTuple):
     is_writable: bool
 
 
+def folder_of(text: str, setting: str) -> Path:
+    """The folder that a setting names, "~" meaning a home. ConfigError, naming `setting`, for one of nobody's."""
+    try:
+        return Path(text).expanduser()
+    except RuntimeError as error:
+        raise ConfigError(f"{setting}={text!r}: {error} Give the path in full") from error
+
+
 def unwritable(folder: Path, setting: str) -> list[str]:
     """The problem, naming `setting`, when this process cannot make files in the folder, or cannot make the folder."""
     if space_at(folder).is_writable:
@@ -23,10 +34,23 @@ def unwritable(folder: Path, setting: str) -> list[str]:
 
 
 def space_at(folder: Path) -> Space:
-    """The space at `folder`, or at the nearest of its parents that exists. Makes nothing."""
-    path = folder.expanduser().absolute()
-    while not path.exists():
+    """The space at `folder`, or at the nearest of its parents that exists. Makes nothing.
+
+    A path that no file system takes, for it is too long, is not writable.
+    """
+    path, is_path = folder.absolute(), True
+    while not os.path.exists(path):  # false too where the name is too long
+        is_path = is_path and _may_be(path)
         path = path.parent
     status = os.statvfs(path)
-    is_writable = path.is_dir() and os.access(path, os.W_OK | os.X_OK)
+    is_writable = is_path and path.is_dir() and os.access(path, os.W_OK | os.X_OK)
     return Space(status.f_bavail * status.f_frsize, status.f_blocks * status.f_frsize, is_writable)
+
+
+def _may_be(path: Path) -> bool:
+    """Whether a file system takes the name, whatever is there."""
+    try:
+        os.lstat(path)
+    except OSError as error:
+        return error.errno != errno.ENAMETOOLONG
+    return True

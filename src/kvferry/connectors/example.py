@@ -42,7 +42,7 @@ from kvferry.contract.views import BlockIds, RequestView, StepView
 from kvferry.errors import ConfigError, TierCorrupt
 from kvferry.hashing import UNIT_TOKENS, KeyChain, digest
 from kvferry.layout import KVLayout
-from kvferry.space import unwritable
+from kvferry.space import folder_of, unwritable
 from kvferry.types import NULL_BLOCK_ID, AttentionKind
 
 logger = logging.getLogger(__name__)
@@ -115,7 +115,7 @@ class ExampleSchedulerSide(SchedulerSide):
         settings = sorted(settings_identity(host).items())
         description = [_FORMAT, group.block_tokens, host.world_size, group.layer_names, settings]
         namespace = hashlib.sha256(json.dumps(description).encode()).hexdigest()[:32]
-        self._root = Path(config.shared_storage_path).absolute() / namespace
+        self._root = folder_of(config.shared_storage_path, f"{_WHERE}.shared_storage_path").absolute() / namespace
         self._tmp = self._root / f"tmp-{uuid.uuid4().hex}"
         self._tmp_numbers = count()
         self._requests: dict[str, _RequestState] = {}
@@ -136,7 +136,8 @@ class ExampleSchedulerSide(SchedulerSide):
         config = parse_settings(ExampleConfig, host.extra_config, _WHERE)
         _only_group(host)
         check_identity(host, config.weights_version)
-        return unwritable(Path(config.shared_storage_path), f"{_WHERE}.shared_storage_path")
+        where = f"{_WHERE}.shared_storage_path"
+        return unwritable(folder_of(config.shared_storage_path, where), where)
 
     def on_new_request(self, request: RequestView) -> None:
         """Begin the request's chain of keys; None when its tokens do not tell what its KV is."""

@@ -47,7 +47,7 @@ from kvferry.contract.sides import SchedulerSide, WorkerSide
 from kvferry.contract.views import BlockIds, RequestView, StepView
 from kvferry.errors import ConfigError, TierCorrupt, TierUnavailable
 from kvferry.hashing import DIGEST_BYTES, digest
-from kvferry.space import unwritable
+from kvferry.space import folder_of, unwritable
 from kvferry.store.io_threads import IoThreads, Urgency
 from kvferry.types import GroupInfo
 
@@ -89,7 +89,8 @@ class HiddenStatesConfig:
 
     def folder(self) -> Path:
         """The folder, made. ConfigError unless it is safe from other users."""
-        path, where = Path(self.shared_storage_path).expanduser().resolve(), f"{_WHERE}.shared_storage_path"
+        where = f"{_WHERE}.shared_storage_path"
+        path = folder_of(self.shared_storage_path, where).resolve()
         try:
             for folder in (*reversed(path.parents), path):
                 folder.mkdir(mode=0o700, exist_ok=True)
@@ -161,7 +162,8 @@ class HiddenStatesSchedulerSide(SchedulerSide):
     def check(cls, host: HostInfo) -> list[str]:
         """Settings, what the engine hands on; and whether the folder can be written."""
         config = HiddenStatesConfig.parse(host)
-        return unwritable(Path(config.shared_storage_path), f"{_WHERE}.shared_storage_path")
+        where = f"{_WHERE}.shared_storage_path"
+        return unwritable(folder_of(config.shared_storage_path, where), where)
 
     def on_new_request(self, request: RequestView) -> None:
         """All its tokens so far are its prompt."""

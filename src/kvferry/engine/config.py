@@ -16,7 +16,7 @@ from typing import Any, ClassVar
 
 import torch
 
-from kvferry.config import KVTransferConfig
+from kvferry.config import KVTransferConfig, shown
 from kvferry.engine.layout_choice import check_layout
 from kvferry.errors import ConfigError
 from kvferry.kv_events import KVEventsConfig
@@ -119,9 +119,9 @@ class SamplingParams:
     def _check_types(self) -> None:
         for name in ("ignore_eos", "skip_special_tokens", "include_stop_str_in_output"):
             if not isinstance(getattr(self, name), bool):
-                raise ConfigError(f"{name}={_shown(getattr(self, name))} must be true or false")
+                raise ConfigError(f"{name}={shown(getattr(self, name))} must be true or false")
         if self.extra_args is not None and not isinstance(self.extra_args, dict):
-            raise ConfigError(f"extra_args={_shown(self.extra_args)} must be an object")
+            raise ConfigError(f"extra_args={shown(self.extra_args)} must be an object")
 
     def _check_stops(self) -> None:
         if not all(isinstance(text, str) and text for text in self.stop):
@@ -166,17 +166,24 @@ class EngineOptions:
         if self.num_kv_blocks is not None and self.kv_cache_bytes is not None:
             raise ConfigError("num_kv_blocks and kv_cache_bytes are both set: give the size of the KV cache once")
         if self.dtype not in DTYPE_NAMES:
-            raise ConfigError(f"dtype={self.dtype!r} is not one of {', '.join(DTYPE_NAMES)}")
+            raise ConfigError(f"dtype={shown(self.dtype)} is not one of {', '.join(DTYPE_NAMES)}")
         _require_device(self.device)
         _require_int("seed", self.seed, *_SEEDS)
         for name in ("enable_prefix_caching", "use_v2_model_runner", "disable_hybrid_kv_cache_manager"):
             value = getattr(self, name)
             if not isinstance(value, bool) and (value is not None or name == "enable_prefix_caching"):
-                raise ConfigError(f"{name}={value!r} must be True or False")
+                raise ConfigError(f"{name}={shown(value)} must be True or False")
         names: Any = self.v2_model_architectures
-        if isinstance(names, str) or not all(isinstance(name, str) and name for name in names or ()):
-            raise ConfigError(f"v2_model_architectures={names!r} must be a list of names such as 'LlamaForCausalLM'")
+        is_list = names is None or (isinstance(names, Iterable) and not isinstance(names, str | Mapping))
+        if not is_list or not all(isinstance(name, str) and name for name in names or ()):
+            raise ConfigError(
+                f"v2_model_architectures={shown(names)} must be a list of names such as 'LlamaForCausalLM'"
+            )
         object.__setattr__(self, "v2_model_architectures", None if names is None else tuple(names))
+        layers: Any = self.hidden_state_layers
+        if not isinstance(layers, Sequence) or isinstance(layers, str | bytes):
+            raise ConfigError(f"hidden_state_layers={shown(layers)} must be a list of numbers of layers")
+        object.__setattr__(self, "hidden_state_layers", tuple(layers))
         for index in self.hidden_state_layers:
             _require_int("hidden_state_layers", index, 0)
         if list(self.hidden_state_layers) != sorted(set(self.hidden_state_layers)):
@@ -315,10 +322,12 @@ def _require_device(device: object) -> None:
     try:
         kind = torch.device(device).type if isinstance(device, str) else "none"
     except RuntimeError as err:
-        raise ConfigError(f"device={device!r} is not a device torch knows") from err
+        raise ConfigError(f"device={shown(device)} is not a device torch knows") from err
     has_cuda = torch.cuda.is_available()
     if kind not in ("cpu", "cuda") or (kind == "cuda" and not has_cuda):
-        raise ConfigError(f"device={device!r} is not available; this machine has cpu{' and cuda' if has_cuda else ''}")
+        raise ConfigError(
+            f"device={shown(device)} is not available; this machine has cpu{' and cuda' if has_cuda else ''}"
+        )
 
 
 def _require_int(name: str, value: object, minimum: int, maximum: int = _LARGEST) -> None:
@@ -326,13 +335,7 @@ def _require_int(name: str, value: object, minimum: int, maximum: int = _LARGEST
         what = f"of at least {minimum}" if maximum == _LARGEST else f"from {minimum} to {maximum}"
         if isinstance(value, int) and value > maximum:
             what = f"of at most {maximum}"
-        raise ConfigError(f"{name}={_shown(value)} must be a whole number {what}")
-
-
-def _shown(value: object) -> str:
-    if isinstance(value, int) and abs(value) >= 10**30:  # Python does not write one of more than 4,300 digits
-        return "a number of more than 30 digits"
-    return repr(value)[:200]
+        raise ConfigError(f"{name}={shown(value)} must be a whole number {what}")
 
 
 def _require_number(name: str, value: object, minimum: float, maximum: float = math.inf) -> None:
@@ -340,4 +343,4 @@ def _require_number(name: str, value: object, minimum: float, maximum: float = m
     # Whole numbers may be larger than any float.
     if not is_number or not minimum <= value <= min(maximum, sys.float_info.max):  # type: ignore[operator]
         what = f"of at least {minimum:g}" if maximum == math.inf else f"from {minimum:g} to {maximum:g}"
-        raise ConfigError(f"{name}={_shown(value)} must be a number {what}")
+        raise ConfigError(f"{name}={shown(value)} must be a number {what}")

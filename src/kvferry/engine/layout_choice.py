@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from kvferry.config import shown
 from kvferry.errors import ConfigError, did_you_mean
 
 LAYOUTS = ("BLNHC", "BLHNC", "LBNHC", "LBHNC")
@@ -31,8 +32,10 @@ def check_layout(name: object) -> str:
         return str(name)
     if isinstance(name, str) and name in LAYOUT_ALIASES:
         return LAYOUT_ALIASES[name]
-    hint = did_you_mean(str(name).upper(), ["auto", *LAYOUTS, *LAYOUT_ALIASES], list_all=True)
-    raise ConfigError(f"kv_cache_layout={name!r} is not a layout this engine has{hint}")
+    hint = did_you_mean(
+        name.upper() if isinstance(name, str) else "", ["auto", *LAYOUTS, *LAYOUT_ALIASES], list_all=True
+    )
+    raise ConfigError(f"kv_cache_layout={shown(name)} is not a layout this engine has{hint}")
 
 
 def choose_layout(setting: str, connector: str | None, required: str | None) -> LayoutChoice:

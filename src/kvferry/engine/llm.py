@@ -13,7 +13,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from kvferry.clock import Clock, SystemClock
-from kvferry.config import KVTransferConfig, parse_size, transfer_config
+from kvferry.config import KVTransferConfig, parse_size, shown, transfer_config
 from kvferry.contract import ConnectorStats, KVConnectorBase_V1
 from kvferry.engine.config import EngineOptions, RequestOutputKind, SamplingParams
 from kvferry.engine.connector_host import start_connectors
@@ -98,14 +98,14 @@ class LLM:
             max_model_len=max_model_len,
             max_num_seqs=max_num_seqs,
             max_num_batched_tokens=max_num_batched_tokens,
-            dtype=str(dtype).removeprefix("torch."),
+            dtype=(dtype if isinstance(dtype, str) else shown(dtype)).removeprefix("torch."),
             device=device,
             enable_prefix_caching=enable_prefix_caching,
             seed=seed,
             use_v2_model_runner=use_v2_model_runner,
             v2_model_architectures=v2_model_architectures,  # type: ignore[arg-type]  # made a tuple when checked
             disable_hybrid_kv_cache_manager=disable_hybrid_kv_cache_manager,
-            hidden_state_layers=tuple(hidden_state_layers),
+            hidden_state_layers=hidden_state_layers,  # type: ignore[arg-type]  # likewise
             kv_cache_layout=kv_cache_layout,
             kernel_block_size=kernel_block_size,
         )

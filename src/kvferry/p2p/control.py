@@ -263,7 +263,8 @@ class ControlChannel(Generic[M]):
             (zmq.SNDHWM, _HIGH_WATER), (zmq.RCVHWM, 0), (zmq.RCVBUF, _RECEIVE_BUFFER_BYTES),
             (zmq.LINGER, 0), (zmq.MAXMSGSIZE, self._codec.max_bytes), (zmq.IPV6, 1),
             (zmq.HANDSHAKE_IVL, round(min(max(0.001, self._settings.handshake_s), _LONGEST_S) * 1000)),
-            (zmq.HEARTBEAT_IVL, _HEARTBEAT_MS), (zmq.HEARTBEAT_TIMEOUT, round(self._settings.silence_s * 1000)),
+            (zmq.HEARTBEAT_IVL, _HEARTBEAT_MS),
+            (zmq.HEARTBEAT_TIMEOUT, round(min(self._settings.silence_s, _LONGEST_S) * 1000)),
         ):  # fmt: skip
             made.setsockopt(option, value)
         return made

@@ -23,7 +23,7 @@ from kvferry.clock import Clock, SystemClock
 from kvferry.config import parse_settings
 from kvferry.errors import ConfigError, TierBusy, TierCorrupt, TierError, TierUnavailable
 from kvferry.hashing import digest as digest_of
-from kvferry.space import space_at
+from kvferry.space import folder_of, space_at
 from kvferry.store.disk_files import ChunkFolder, FoundChunk, OnStep, chunk_name, why_unusable
 from kvferry.store.disk_format import HEADER_BYTES, UnknownFormat
 from kvferry.store.disk_index import FOLDER_BYTES, OWN, DiskIndex, Entry, Room, Victim, chunk_cost_bytes
@@ -54,7 +54,7 @@ class DiskSettings:
 
     path: str  # the folder; made if missing
     max_bytes: int | None = None  # quota of all files in it, of all namespaces; None: as much as the disk gives
-    num_threads: int = field(default=2, metadata={"minimum": 1})
+    num_threads: int = field(default=2, metadata={"minimum": 1, "maximum": 256})
     fsync: bool = False  # True: chunks survive power loss too (several ms each); False: the death of the process
     name: str = "fs"
 
@@ -158,9 +158,10 @@ class DiskTier:
     def from_config(cls, config: Mapping[str, Any], namespace: Namespace, clock: Clock, where: str) -> DiskTier:
         """As `DiskSettings` says."""
         settings = parse_settings(DiskSettings, config, where)
+        folder = folder_of(settings.path, f"{where}.path")
         try:
             return cls(
-                Path(settings.path).expanduser(),
+                folder,
                 namespace,
                 max_bytes=settings.max_bytes,
                 num_threads=settings.num_threads,
@@ -187,7 +188,8 @@ class DiskTier:
         """The chunks that quota and disk give room for. ConfigError for wrong settings; opens and makes nothing."""
         settings = parse_settings(DiskSettings, config, where)
         _check_quota(settings.name, settings.max_bytes, payload_bytes)
-        space = space_at(Path(settings.path))
+        folder = folder_of(settings.path, f"{where}.path")
+        space = space_at(folder)
         limit_bytes, reason = settings.max_bytes, f"max_bytes {settings.max_bytes}"
         if limit_bytes is None:
             limit_bytes, reason = space.free_bytes, f"no max_bytes: the {space.free_bytes} bytes that are free"
@@ -198,7 +200,7 @@ class DiskTier:
         elif limit_bytes > space.total_bytes:
             problem = f"{where}.max_bytes={limit_bytes} is more than the whole disk ({space.total_bytes}): lower it"
         else:
-            problem = why_unusable(Path(settings.path))
+            problem = why_unusable(folder)
         return TierRoom(settings.name, num_chunks, f"{reason}, {payload_bytes} bytes a chunk", problem)
 
     def check_fits(self, payload_bytes: int) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from kvferry.connectors.offloading.config import EXTRA_CONFIG, ChunkGeometry, OffloadingConfig, check_groups
@@ -47,7 +46,7 @@ def offloading_capacity(vllm_config: Any, kv_cache_config: KVCacheConfig) -> lis
 
 
 def _host_capacity(config: OffloadingConfig, geometry: ChunkGeometry, parts: int) -> TierCapacity:
-    folder = Path(config.arena_dir) if config.arena_dir else SHM_DIRECTORY
+    folder = config.arena_folder or SHM_DIRECTORY
     arena = ArenaInfo(str(folder / "arena"), geometry.num_slots, geometry.slot_bytes, b"")
     space = space_at(folder)
     problem = None

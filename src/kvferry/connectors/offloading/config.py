@@ -5,11 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from kvferry.config import parse_settings
 from kvferry.errors import ConfigError
 from kvferry.hashing import UNIT_TOKENS
+from kvferry.space import folder_of
 from kvferry.types import AttentionKind, GroupInfo
 
 EXTRA_CONFIG = "kv_connector_extra_config"
@@ -63,6 +65,11 @@ class OffloadingConfig:
     """A request waits for tiers below host memory at most this long without progress."""
     shutdown_timeout_s: float = field(default=30.0, metadata={"minimum": 0})
     """At shutdown, how long pending writes to the tiers may take."""
+
+    @property
+    def arena_folder(self) -> Path | None:
+        """`arena_dir` as a path; ConfigError when it begins with the home of a user who is none."""
+        return None if self.arena_dir is None else folder_of(self.arena_dir, f"{EXTRA_CONFIG}.arena_dir")
 
     @classmethod
     def parse(cls, extra_config: Mapping[str, Any]) -> OffloadingConfig:

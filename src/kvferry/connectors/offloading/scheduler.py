@@ -17,7 +17,6 @@ import time
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
-from pathlib import Path
 from typing import Any
 
 from kvferry.clock import Clock, SystemClock
@@ -114,7 +113,7 @@ class OffloadingSchedulerSide(SchedulerSide):
                 engine_id=self.host.engine_id,
                 num_slots=geometry.num_slots,
                 slot_bytes=geometry.slot_bytes,
-                directory=Path(self.config.arena_dir) if self.config.arena_dir else None,
+                directory=self.config.arena_folder,
             )
             undo.callback(arena.close)
             self._geometry = geometry
