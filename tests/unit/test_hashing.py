@@ -118,6 +118,22 @@ def test_published_vectors() -> None:
         assert [v.hex() for v in by_hand] == vector["chain"]
 
 
+def test_published_vectors_of_token_digests() -> None:
+    """Of the second list; by the page's definition, and by the code."""
+    vectors = json.loads(re.findall(r"```json\n(.*?)```", DOCS.read_text(), re.DOTALL)[1])
+    assert len(vectors) >= 3
+    for vector in vectors:
+        model, salt, count = vector["model"], vector["cache_salt"], vector["num_tokens"]
+        tokens = list(range(vector["first_token"], vector["first_token"] + count))
+        root = hashlib.sha256(b"kvferry-key-v1" + field(model) + field(salt) + field(None)).digest()
+        start = [root, *by_definition(model, salt, None, tokens)][count // 16]
+        rest = b"".join(struct.pack("<I", token) for token in tokens[count // 16 * 16 :])
+        by_hand = hashlib.sha256(b"kvferry-tokens-v1" + struct.pack("<I", count) + start + rest).hexdigest()
+        longer = [*tokens, 1, 2, 3]
+        assert by_hand == vector["digest"]
+        assert TokenDigests(KeyChain(Identity(model, salt)), longer).at(count).hex() == vector["digest"]
+
+
 def test_store_key_appends_group_and_rank() -> None:
     assert store_key(b"\x01" * 32, 2, 258) == b"\x01" * 32 + b"\x02\x00" + b"\x02\x01"
 
