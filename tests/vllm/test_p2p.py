@@ -224,6 +224,21 @@ def check_recomputed(got: dict[str, Any], reference: dict[str, Any]) -> None:
     assert_same_tokens(got, reference)
 
 
+@pytest.mark.parametrize("mode", ["pull", "push"])
+def test_what_nobody_fetches_comes_free_when_it_is_given_back(
+    start_engine: StartEngine, tiny_llama: str, mode: str
+) -> None:
+    """By an ordinary request: of vLLM's server kvferry has no route. `reset` waits for less than the lease's 400 s."""
+    p = start_engine(**engine_args(tiny_llama, transfer_config("kv_producer", "fail", mode=mode)))
+    for seed, name in ((63, "remote_lease_id"), (64, "transfer_id")):
+        asked = {**DECODE, "transfer_id": f"transfer {seed}"}
+        reply = p.ask(generate=random_prompt(seed, NUM_TOKENS), max_tokens=1, transfer=asked)
+        given_back = {"do_release": True, name: reply["kv_transfer_params"][name]}
+        assert p.ask(generate=[1], max_tokens=1, transfer=given_back)["kv_transfer_params"] is None
+        p.ask(reset=False)  # no block is held
+    assert p.stop() == 0
+
+
 def test_over_nixl(start_engines: StartEngines, tiny_llama: str, tmp_path: Path) -> None:
     """One engine pulls, the other pushes; both hand over and take. Its successor only has the name."""
     pushes, pulls = start_engines(
