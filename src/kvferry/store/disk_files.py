@@ -7,7 +7,9 @@
            tmp/                            files being written; swept at open
            quarantine/                     files that were refused
 
-Files are 0600, folders 0700: KV reveals prompts. A file appears under its name whole or not at all (tmp + rename).
+Files are 0600, folders 0700: KV reveals prompts. Only a folder of this user that nobody else can write to is used, and
+no link in it is followed: who can write there could have files elsewhere deleted, or make the engine answer wrongly. A
+file appears under its name whole or not at all (tmp + rename).
 """
 
 from __future__ import annotations
@@ -17,8 +19,10 @@ import itertools
 import os
 import re
 import socket
+import stat
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -58,7 +62,8 @@ class ChunkFolder:
     def __init__(self, path: Path, namespace: Namespace, *, fsync: bool, on_step: OnStep | None) -> None:
         """Make it where missing, lock it, sweep what a killed process left half-written.
 
-        ConfigError: not a folder, not writable, of another format, or in use by another process (its pid is named).
+        ConfigError: not a folder, not writable, writable for other users, of another format, or in use by
+        another process (its pid is named).
         """
         if not _HEX.fullmatch(namespace.digest):
             raise ConfigError(f"a namespace digest must be lower-case hex, not {namespace.digest!r}")
@@ -73,8 +78,10 @@ class ChunkFolder:
         """How often the folder was gone with all that was in it, and was made anew."""
         try:
             path.mkdir(mode=0o700, parents=True, exist_ok=True)
+            _check_private(path)
             self._lock_fd = _lock(path / "LOCK")
             self._device = os.fstat(self._lock_fd).st_dev
+            _leave_when_forked(self)
         except OSError as error:
             raise ConfigError(f"cannot use {path} as a store, it is no writable folder: {error.strerror}") from error
         try:
@@ -88,6 +95,12 @@ class ChunkFolder:
 
     def close(self) -> None:
         """Give the lock back. Idempotent."""
+        if self._lock_fd >= 0:
+            _unlock(self._lock_fd)
+            self._lock_fd = -1
+
+    def leave(self) -> None:
+        """In a forked child: the lock is its parent's, and is not kept beyond the parent's end."""
         if self._lock_fd >= 0:
             os.close(self._lock_fd)
             self._lock_fd = -1
@@ -145,8 +158,10 @@ class ChunkFolder:
         """
         path = f"{self.path}/{chunk_name(self._namespace, key)}"
         header = bytearray(HEADER_BYTES)
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
         try:
+            if not stat.S_ISREG(os.fstat(fd).st_mode):
+                raise TierCorrupt(f"chunk {key.hex()}: {path} is no file")
             # One byte more than there should be, to see that there is no more.
             num_read = _read_all(
                 fd, [memoryview(header), payload, memoryview(bytearray(1))], HEADER_BYTES + len(payload)
@@ -185,18 +200,19 @@ class ChunkFolder:
                 self.path.mkdir(mode=0o700, parents=True, exist_ok=True)
                 was_empty = not (self.path / "FORMAT").exists()
                 try:
+                    _check_private(self.path)
                     lock_fd = _lock(self.path / "LOCK")
-                except ConfigError as error:  # another process was quicker
+                except ConfigError as error:  # another process was quicker, or other users can write there
                     raise TierUnavailable(str(error)) from error
-                os.close(self._lock_fd)
+                _unlock(self._lock_fd)
                 self._lock_fd = lock_fd
                 self._device = os.fstat(lock_fd).st_dev
                 self.num_losses += was_empty
             try:
                 self._prepare_marker()
+                self._make_folders()
             except ConfigError as error:
                 raise TierUnavailable(str(error)) from error
-            self._make_folders()
 
     def probe(self, num_bytes: int) -> None:
         """See whether a file of so many bytes can be written: as `restore`, and OSError when it cannot."""
@@ -243,19 +259,26 @@ class ChunkFolder:
     def _prepare(self) -> None:
         self._prepare_marker()
         self._make_folders()
-        for leftover in (self.path / "tmp").iterdir():
-            leftover.unlink()
+        tmp_fd = os.open(self.path / "tmp", os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        try:
+            for leftover in os.listdir(tmp_fd):
+                os.unlink(leftover, dir_fd=tmp_fd)
+        finally:
+            os.close(tmp_fd)
 
     def _make_folders(self) -> None:
         for name in ("tmp", "quarantine", self._namespace):
-            (self.path / name).mkdir(mode=0o700, exist_ok=True)
+            folder = self.path / name
+            folder.mkdir(mode=0o700, exist_ok=True)
+            _check_private(folder, may_be_link=False)
 
     def _prepare_marker(self) -> None:
         marker = self.path / "FORMAT"
         try:
-            found = marker.read_text("utf-8", "replace").strip()
+            found = _read_marker(marker)
         except FileNotFoundError:
-            fd = os.open(f"{marker}.tmp", os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+            flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
+            fd = os.open(f"{marker}.tmp", flags, 0o600)
             try:
                 os.write(fd, f"{FOLDER_FORMAT}\n".encode())
             finally:
@@ -295,9 +318,12 @@ def _device_of(path: Path) -> int:
 def why_unusable(path: Path) -> str | None:
     """Why the folder cannot be opened as a store now, with the remedy; None: it can. Makes and changes nothing."""
     try:
-        fd = os.open(path / "LOCK", os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+        _check_private(path)
+        fd = os.open(path / "LOCK", os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
     except FileNotFoundError:
         return None
+    except ConfigError as error:
+        return str(error)
     except OSError as error:
         return f"cannot use {path} as a store: {error}"
     try:
@@ -307,6 +333,42 @@ def why_unusable(path: Path) -> str | None:
     finally:
         os.close(fd)
     return None
+
+
+def _check_private(path: Path, *, may_be_link: bool = True) -> None:
+    """ConfigError unless this is a folder that this user owns and nobody else can write to."""
+    about = os.stat(path, follow_symlinks=may_be_link)
+    if stat.S_ISLNK(about.st_mode):
+        raise ConfigError(f"{path} is a link, and what it points to is not touched: remove it")
+    if about.st_uid != os.geteuid() or about.st_mode & 0o022:
+        raise ConfigError(
+            f"{path} cannot be used in a store: other users can write there, or it is another user's; take "
+            "their right away (chmod go-w), or set path to a folder of your own, or to one that is not there yet"
+        )
+
+
+def _read_marker(path: Path) -> str:
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+    try:
+        return os.read(fd, 1000).decode("utf-8", "replace").strip()
+    finally:
+        os.close(fd)
+
+
+def _leave_when_forked(folder: ChunkFolder) -> None:
+    known = weakref.ref(folder)
+
+    def leave() -> None:
+        if (living := known()) is not None:
+            living.leave()
+
+    os.register_at_fork(after_in_child=leave)
+
+
+def _unlock(fd: int) -> None:
+    """Also where a forked child has a copy of the descriptor."""
+    fcntl.flock(fd, fcntl.LOCK_UN)
+    os.close(fd)
 
 
 def _in_use(path: Path, fd: int) -> str:

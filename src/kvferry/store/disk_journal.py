@@ -101,7 +101,8 @@ class Journal:
     def _rewrite(self, order: list[int]) -> None:
         data = _pack((chunk_id, Use.USED) for chunk_id in order)
         tmp = f"{self._path}.tmp"
-        fd = os.open(tmp, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+        flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
+        fd = os.open(tmp, flags, 0o600)
         try:
             _write_all(fd, data)
             if self._on_step is not None:
@@ -127,7 +128,7 @@ class Journal:
 def read_order(path: str) -> list[int]:
     """Ids of the chunks the journal knows, least recently used first. A missing journal knows none."""
     try:
-        with open(path, "rb") as file:
+        with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NOFOLLOW | os.O_NONBLOCK)) as file:
             data = file.read()
     except FileNotFoundError:
         return []

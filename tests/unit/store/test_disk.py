@@ -596,3 +596,84 @@ def test_a_failed_opening_gives_the_lock_back(make_disk, tmp_path: Path) -> None
         make_disk()
     (tmp_path / "disk/quarantine").unlink()
     make_disk()
+
+
+# -- what others have put into the folder ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["tmp", "quarantine", "c0ffee00"])
+def test_linked_subfolders_are_refused_and_their_targets_left_alone(make_disk, tmp_path: Path, name: str) -> None:
+    make_disk().close()
+    target = tmp_path / "elsewhere"
+    target.mkdir()
+    (target / "precious").write_bytes(b"x")
+    (tmp_path / "disk" / name).rmdir()
+    (tmp_path / "disk" / name).symlink_to(target)
+    with pytest.raises(ConfigError, match=f"{name} is a link.*remove it"):
+        make_disk()
+    assert (target / "precious").read_bytes() == b"x"
+    (tmp_path / "disk" / name).unlink()
+    make_disk()
+
+
+@pytest.mark.parametrize("name", [".", "tmp", "quarantine", "c0ffee00"])
+@pytest.mark.parametrize("mode", [0o777, 0o720, 0o702])
+def test_folders_that_others_can_write_to_are_refused(make_disk, tmp_path: Path, name: str, mode: int) -> None:
+    make_disk().close()
+    (tmp_path / "disk" / name).chmod(mode)
+    with pytest.raises(ConfigError, match=r"other users can write there.*chmod go-w"):
+        make_disk()
+    (tmp_path / "disk" / name).chmod(0o700)
+    make_disk()
+
+
+def test_a_folder_of_another_user_is_refused(make_disk, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "disk").mkdir(mode=0o700)
+    monkeypatch.setattr(os, "geteuid", lambda: (tmp_path / "disk").stat().st_uid + 1)
+    with pytest.raises(ConfigError, match="another user's"):
+        make_disk()
+    assert not list((tmp_path / "disk").iterdir())
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir], ids=["fifo", "folder"])
+@pytest.mark.parametrize("name", ["journal", "journal.tmp", "FORMAT", "LOCK"])
+def test_what_is_no_file_is_not_waited_for(make_disk, kit, tmp_path: Path, make, name: str) -> None:
+    make_disk().close()
+    path = tmp_path / "disk" / name
+    path.unlink(missing_ok=True)
+    make(path)
+    if name in ("FORMAT", "LOCK") or (name, make) == ("journal", os.mkdir):
+        with pytest.raises(ConfigError, match=r"cannot use|holds a store of format"):
+            make_disk()
+        return
+    tier = make_disk()  # without an order of use
+    kit.store(tier, 1)
+    assert kit.load(tier, 1)[0].ok
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir], ids=["fifo", "folder"])
+def test_a_chunk_that_is_no_file_is_a_miss_at_once_and_set_aside(make_disk, kit, make) -> None:
+    tier = make_disk()
+    kit.store(tier, 1)
+    path = chunk_path(tier, kit, 1)
+    path.unlink()
+    make(path)
+    assert isinstance(kit.load(tier, 1)[0].error, TierCorrupt)
+    assert not path.exists()
+    assert not tier.contains([kit.key(1)])[0]
+
+
+def test_a_forked_child_does_not_keep_the_lock(make_disk) -> None:
+    tier = make_disk()
+    end, child_end = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        os.close(child_end)
+        os.read(end, 1)  # until the parent has looked
+        os._exit(0)
+    try:
+        tier.close()
+        make_disk()
+    finally:
+        os.close(child_end)
+        os.waitpid(pid, 0)
