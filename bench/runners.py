@@ -93,19 +93,21 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=100, help="decode steps per engine and batch")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--tiny", action="store_true", help="the small model alone, 3 steps, to see that it runs")
     args = parser.parse_args()
+    if args.tiny:
+        args.steps = 3
     torch.set_num_threads(args.threads)
     machine = record.machine()
     print(f"seed {args.seed}")
     summary: dict[str, Any] = {}
     samples: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as folder:
-        models = {
-            "tiny": tiny_model(folder),
-            "smollm2": load_model(find_model_folder("smollm2"), "bfloat16", "cpu"),
-        }
+        models = {"tiny": tiny_model(folder)}
+        if not args.tiny:
+            models["smollm2"] = load_model(find_model_folder("smollm2"), "bfloat16", "cpu")
         for name, model in models.items():
-            for batch in BATCHES:
+            for batch in BATCHES[:1] if args.tiny else BATCHES:
                 job = f"{name}, decode {batch}"
                 print(job)
                 samples[job] = measure(model, batch, args.steps, args.seed)

@@ -16,7 +16,13 @@ BENCH = ROOT / "bench"
 
 @pytest.mark.parametrize(
     ("command", "missed_goal_status"),
-    [(["host_tier.py", "--rounds", "1"], 0), (["hybrid.py"], 0), (["p2p_plan.py", "--rounds", "1"], 1)],
+    [
+        (["host_tier.py", "--rounds", "1"], 0),
+        (["hybrid.py"], 0),
+        (["p2p_plan.py", "--rounds", "1"], 1),
+        (["engine.py", "--tiny", "--without-vllm"], 0),
+        (["runners.py", "--tiny"], 0),
+    ],
     ids=lambda value: value[0].removesuffix(".py") if isinstance(value, list) else "",
 )
 def test_a_bench_runs(command: list[str], missed_goal_status: int, tmp_path: Path) -> None:
