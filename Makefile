@@ -122,6 +122,7 @@ bench: venv venv-native venv-vllm
 	@$(BIN)/python bench/p2p_plan.py
 	@$(BIN)/python bench/p2p.py transports
 	@$(BIN)/python bench/p2p_handover.py
+	@$(BIN)/python bench/proof.py
 	@$(BIN)/python bench/in_vllm.py
 
 clean:
