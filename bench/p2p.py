@@ -302,7 +302,10 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--own", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--measure", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--tiny", action="store_true", help="64 MiB and two rounds, to see that it runs")
     options = parser.parse_args()
+    if options.tiny:
+        options.bytes, options.rounds = 64 << 20, 2
     if options.own:
         own(options.own)
     elif options.measure:
