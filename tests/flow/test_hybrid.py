@@ -396,10 +396,12 @@ def test_decode_bench_fills_each_groups_own_blocks(make_llm: Any) -> None:
     ):
         assert [i for i, block in enumerate(table) if block] == [*filled, 20]
         assert all(torch.all(view[table[i]] == 3.0) for i in filled)
+        last = view[table[20]]  # all made up but the one token that was computed
+        assert (last == 3.0).sum() * 16 == last.numel() * 15
     while llm.has_unfinished_requests():
         (*_, output) = llm.step() or [None]
     assert output is not None
-    assert output.num_external_tokens == 320
+    assert output.num_external_tokens == 329
 
 
 @pytest.mark.parametrize("setting", [None, True, False])

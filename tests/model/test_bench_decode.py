@@ -56,7 +56,7 @@ def test_prompts_are_not_computed_and_steps_are_of_the_whole_batch(monkeypatch):
 
     monkeypatch.setattr(StubModel, "forward", spy)
     (result,) = measure(StubModel(), ENGINE, (100, 6), [4], 2, Console(file=io.StringIO()))
-    run = [(4, 4 * 4, 100), *((4, 4, 101 + i) for i in range(5))]  # 96 of 100 tokens are made up
+    run = [(4, 4, 100), *((4, 4, 101 + i) for i in range(5))]  # 99 of 100 tokens are made up
     assert batches == run[:4] + run + run
     assert [len(steps) for steps in result.step_s] == [5, 5]
 

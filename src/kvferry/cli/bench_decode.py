@@ -138,7 +138,7 @@ def measure(
     transfer = {**_TRANSFER, "kv_connector_extra_config": {"seed": engine["seed"]}}
     limits = {
         "max_num_seqs": most,
-        "max_num_batched_tokens": max(512, most * block_size),  # the tails of all prompts in one step
+        "max_num_batched_tokens": max(512, most),  # the last tokens of all prompts in one step
         "num_kv_blocks": 1 + most * -(-(num_prompt + num_output) // block_size),
         "max_model_len": num_prompt + num_output,
     }
@@ -173,8 +173,7 @@ def _run(llm: LLM, prompts: list[list[int]], num_output: int) -> list[float]:
         started_s = time.perf_counter()
         outputs += llm.step()
         seconds.append(time.perf_counter() - started_s)
-    block_size = llm.config.cache_config.block_size
-    claim = (len(prompts[0]) - 1) // block_size * block_size
+    claim = len(prompts[0]) - 1
     if len(seconds) != num_output - 1 or any(output.num_external_tokens != claim for output in outputs):
         raise HostError(
             f"a batch of {len(prompts)} took {len(seconds)} decoding steps instead of {num_output - 1}, or its prompts "

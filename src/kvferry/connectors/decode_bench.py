@@ -1,14 +1,13 @@
 """DecodeBenchConnector: prompts cost nothing, so that decoding alone is measured.
 
-It claims a prompt's KV up to the last place where a claim may end, and fills the claimed blocks with noise. The engine
-then computes the rest of the prompt and decodes at full context length. Answers mean nothing, and neither does the KV:
-the engine's own prefix cache holds it from then on, and so does every other connector that saves it.
+It claims a prompt's KV but for the last token, as vLLM's connector of the same name does, and fills the claimed tokens'
+blocks with noise. The engine then computes that token and decodes at full context length. Answers mean nothing, and
+neither does the KV: the engine's own prefix cache holds it from then on, and so does every connector that saves it.
 """
 
 from __future__ import annotations
 
 import logging
-import math
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -73,7 +72,6 @@ class DecodeBenchSchedulerSide(SchedulerSide):
     def __init__(self, host: HostInfo) -> None:
         super().__init__(host)
         DecodeBenchConfig.parse(host)
-        self._alignment_tokens = math.lcm(*(group.block_tokens for group in host.groups))
         self._num_local_tokens: dict[str, int] = {}
         self._fills: dict[int, list[int]] = {}
         logger.warning("DecodeBenchConnector: the KV of prompts is made up, so answers mean nothing")
@@ -85,19 +83,21 @@ class DecodeBenchSchedulerSide(SchedulerSide):
         return []
 
     def get_num_new_matched_tokens(self, request: RequestView, num_computed_tokens: int) -> tuple[int | None, bool]:
-        """All but the last token, or the last few where claims must be aligned."""
+        """All but the last token, which the engine must compute."""
         self._num_local_tokens[request.request_id] = num_computed_tokens
-        end = (request.num_tokens - 1) // self._alignment_tokens * self._alignment_tokens
-        return max(0, end - num_computed_tokens), False
+        return max(0, request.num_tokens - 1 - num_computed_tokens), False
 
     def update_state_after_alloc(self, request: RequestView, block_ids: BlockIds, num_external_tokens: int) -> None:
-        """Order the noise for the claimed blocks, in each group those that the request really has."""
+        """Order the noise for the blocks of claimed tokens, in each group those that the request really has.
+
+        The last block may hold more tokens than were claimed: the engine writes these later, over the noise.
+        """
         if not num_external_tokens:
             return
         first = self._num_local_tokens[request.request_id]
         for group, table in zip(self.host.groups, block_ids, strict=True):
             size = group.block_tokens
-            blocks = table[first // size : (first + num_external_tokens) // size]
+            blocks = table[first // size : -(-(first + num_external_tokens) // size)]
             fills = self._fills.setdefault(group.group_id, [])
             fills.extend(block_id for block_id in blocks if block_id != NULL_BLOCK_ID)
 
