@@ -27,6 +27,7 @@ from typing import Any, cast
 
 from kvferry.config import KVTransferConfig, lmcache_upstream_environment
 from kvferry.contract.base import CONNECTOR_API, KVConnectorBase_V1
+from kvferry.contract.class_hooks import ask_class
 from kvferry.errors import (
     ConfigError,
     ConnectorAttributeNotFound,
@@ -540,7 +541,7 @@ def _capability(connector_class: type[KVConnectorBase_V1], hook: str, transfer: 
         if inspect.getattr_static(connector_class, hook) is not inspect.getattr_static(KVConnectorBase_V1, hook):
             return None
         transfer = KVTransferConfig()
-    return bool(getattr(connector_class, hook)(transfer))
+    return bool(ask_class(connector_class, hook, transfer))
 
 
 @functools.cache  # looks through every installed package: a tenth of a second

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 
 from kvferry.config import KVTransferConfig, v2_runner_environment
 from kvferry.contract import KVCacheConfig, KVCacheSpec, KVConnectorFactory
+from kvferry.contract.class_hooks import ask_class
 from kvferry.contract.host import groups_of
 from kvferry.engine.config import (
     CacheConfig,
@@ -92,7 +93,8 @@ def plan_engine(model: ModelShape, options: EngineOptions, transfer: KVTransferC
         use_v2_model_runner=runner.use_v2,
         load_config=LoadConfig(model.load_format),
     )
-    required = None if connector is None else connector.connector_class.get_required_kvcache_layout(config)
+    hook = "get_required_kvcache_layout"
+    required = None if connector is None else ask_class(connector.connector_class, hook, config)
     layout = choose_layout(options.kv_cache_layout, None if connector is None else connector.name, required)
     config = replace(config, cache_config=replace(config.cache_config, kv_cache_layout=layout.layout))
     return EnginePlan(config, kv_cache_config_for(budget.num_blocks, groups, layout.layout), hybrid, runner, layout)

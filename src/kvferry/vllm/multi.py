@@ -14,6 +14,7 @@ from vllm.config import KVTransferConfig
 from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
 from vllm.distributed.kv_transfer.kv_connector.v1 import base as vllm_base
 
+from kvferry.contract.class_hooks import ask_class
 from kvferry.contract.multi import MultiConnector
 from kvferry.contract.multi.config import ChildRules, child_configs
 from kvferry.contract.multi.messages import as_events
@@ -106,7 +107,7 @@ def _others(multi: type[_FerryMulti], vllm_config: Any, arguments: Any, built: d
             found |= {f"{child.label}/{label}": metrics for label, metrics in inner.items()}
         elif not issubclass(kind, VllmAnswers):
             if kind not in built:
-                built[kind] = kind.build_prom_metrics(config, *arguments)
+                built[kind] = ask_class(kind, "build_prom_metrics", config, *arguments)
             found[child.label] = built[kind]
     return {label: metrics for label, metrics in found.items() if metrics is not None}
 

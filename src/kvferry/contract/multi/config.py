@@ -11,6 +11,7 @@ from typing import Any
 
 from kvferry.config import KVTransferConfig, parse_settings
 from kvferry.contract.base import KVConnectorBase_V1
+from kvferry.contract.class_hooks import ask_class
 from kvferry.contract.factory import KVConnectorFactory
 from kvferry.errors import ConfigError, ConnectorNotFound, did_you_mean
 
@@ -65,7 +66,7 @@ class ChildRules:
 
     def supports_hma(self, connector_class: type[Any], transfer: Any) -> bool:
         """True when the child, so configured, supports hybrid KV caches."""
-        return bool(connector_class.supports_hma_config(transfer))
+        return bool(ask_class(connector_class, "supports_hma_config", transfer))
 
 
 @dataclass(frozen=True, slots=True)

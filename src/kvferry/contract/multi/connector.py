@@ -15,6 +15,7 @@ from typing import Any
 
 from kvferry.config import KVTransferConfig
 from kvferry.contract.base import KVConnectorRole, SupportsHMA
+from kvferry.contract.class_hooks import ask_class
 from kvferry.contract.multi.config import child_configs
 from kvferry.contract.multi.scheduler import MultiSchedulerHooks
 from kvferry.contract.multi.worker import MultiWorkerHooks
@@ -51,14 +52,16 @@ class MultiConnector(MultiSchedulerHooks, MultiWorkerHooks, SupportsHMA):
     def supports_v2_model_runner_config(cls, kv_transfer_config: KVTransferConfig) -> bool:
         """True when every child supports the second model runner."""
         children = child_configs(kv_transfer_config, cls.child_rules)
-        return all(child.connector_class.supports_v2_model_runner_config(child.transfer) for child in children)
+        return all(
+            ask_class(child.connector_class, "supports_v2_model_runner_config", child.transfer) for child in children
+        )
 
     @classmethod
     def get_required_kvcache_layout(cls, vllm_config: Any) -> str | None:
         """The layout that the children insist on; ConfigError when they differ."""
         wanted: dict[str, str] = {}
         for child in child_configs(vllm_config.kv_transfer_config, cls.child_rules):
-            layout = child.connector_class.get_required_kvcache_layout(child.host_config(vllm_config))
+            layout = ask_class(child.connector_class, "get_required_kvcache_layout", child.host_config(vllm_config))
             if layout is not None:
                 wanted[child.label] = layout
         if len({_SAME_LAYOUT.get(layout, layout) for layout in wanted.values()}) > 1:
@@ -71,7 +74,9 @@ class MultiConnector(MultiSchedulerHooks, MultiWorkerHooks, SupportsHMA):
         """True when any child requires it."""
         parent = KVTransferConfig(cls.__name__, kv_role="kv_both", kv_connector_extra_config=extra_config)
         return any(
-            child.connector_class.requires_piecewise_for_cudagraph(child.transfer.kv_connector_extra_config)
+            ask_class(
+                child.connector_class, "requires_piecewise_for_cudagraph", child.transfer.kv_connector_extra_config
+            )
             for child in child_configs(parent, cls.child_rules)
         )
 
@@ -93,9 +98,8 @@ class MultiConnector(MultiSchedulerHooks, MultiWorkerHooks, SupportsHMA):
         """Those of the children that have any, or None."""
         metrics: dict[str, Any] = {}
         for child in child_configs(vllm_config.kv_transfer_config, cls.child_rules):
-            own = child.connector_class.build_prom_metrics(
-                child.host_config(vllm_config), metric_types, labelnames, per_engine_labelvalues
-            )
+            arguments = child.host_config(vllm_config), metric_types, labelnames, per_engine_labelvalues
+            own = ask_class(child.connector_class, "build_prom_metrics", *arguments)
             if own is not None:
                 metrics[child.label] = own
         return MultiPromMetrics(metrics) if metrics else None
