@@ -9,10 +9,12 @@ Results are cached by path and stamp (size, mtime, ctime and inode) of every fil
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import logging
 import os
+import stat
 import struct
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
@@ -27,6 +29,7 @@ FULL_READ_LIMIT_BYTES = 8 << 30
 _PAGE_BYTES = 64 << 10
 _NUM_SAMPLED_PAGES = 64
 _READ_BYTES = 8 << 20
+_MAX_LINKS = 40
 _CONFIGS = ("config.json", "adapter_config.json")
 _OTHER_WEIGHTS = ("*.bin", "*.pt", "*.pth", "*.py")
 
@@ -69,9 +72,56 @@ def stamp_folder(folder: Path) -> list[list[object]]:
     return [_stamp(file) for file in _files(folder)]
 
 
-def newest_change_s(folder: Path) -> float:
-    """When one of those files, or its inode, was changed last (seconds since the epoch, by the file system's clock)."""
-    return max(file.stat().st_ctime for file in _files(folder))
+def newest_change_s(folder: Path, *, is_strict: bool) -> float:
+    """When this path led to other bytes last, at the latest (seconds since the epoch, by the file system's clock).
+
+    That is the newest change of the files above, of the folder, and of each name on the way to them. A rename changes
+    the time of what it moves and of the folder around it, so a name has not changed since the older of the two. Where
+    both are new, a folder may have been renamed, or other things only came and went in it: `is_strict` takes it as
+    renamed; otherwise it is, when its times say that nothing came or went in it last.
+    """
+    places = [folder, *_files(folder)]
+    inodes_s = max(place.stat().st_ctime for place in places)
+    return max(inodes_s, *(_name_changed_s(step, is_strict) for place in places for step in _steps(place)))
+
+
+def stamp_way(folder: Path) -> list[list[object]]:
+    """What changes when the path begins to lead to another folder, or something in the folder comes or goes."""
+    way = [[str(step), *_inode(step)] for step in _steps(folder)]
+    return [*way, [str(folder), folder.stat().st_ctime_ns]]
+
+
+def _inode(step: Path) -> list[object]:
+    status = step.lstat()  # of a folder its time says too much: what comes and goes in it changes that
+    return [status.st_dev, status.st_ino, 0 if stat.S_ISDIR(status.st_mode) else status.st_ctime_ns]
+
+
+def _name_changed_s(step: Path, is_strict: bool) -> float:
+    status = step.lstat()
+    if not is_strict and stat.S_ISDIR(status.st_mode) and status.st_mtime_ns == status.st_ctime_ns:
+        return 0.0  # something in it came or went last, which a rename does not look like
+    return min(status.st_ctime, step.parent.lstat().st_ctime)
+
+
+def _steps(path: Path) -> Iterator[Path]:
+    """Every name on the way, those that its symbolic links lead over too, each with no link before its last part."""
+    place, rest, num_links = Path("/"), [*path.absolute().parts[:0:-1]], 0
+    while rest:
+        name = rest.pop()
+        if name == "..":
+            place = place.parent
+            continue
+        step = place / name
+        yield step
+        if not step.is_symlink():
+            place = step
+            continue
+        num_links += 1
+        if num_links > _MAX_LINKS:
+            raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), str(path))
+        target = step.readlink()
+        place = Path("/") if target.is_absolute() else place
+        rest += [part for part in reversed(target.parts) if part != target.anchor]
 
 
 def fingerprint_files(files: Iterable[Path]) -> str | None:

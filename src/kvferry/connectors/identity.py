@@ -9,13 +9,14 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import os
 import time
 from pathlib import Path
 
 from kvferry.contract.host import HostInfo
 from kvferry.contract.views import RequestView
 from kvferry.errors import ConfigError
-from kvferry.fingerprint import fingerprint_files, fingerprint_folder, newest_change_s, stamp_folder
+from kvferry.fingerprint import fingerprint_files, fingerprint_folder, newest_change_s, stamp_folder, stamp_way
 from kvferry.hashing import Identity, KeyChain, store_key
 from kvferry.p2p.geometry import CONFIG_MAKER
 from kvferry.types import GroupInfo, StoreKey
@@ -37,12 +38,21 @@ def model_identity(host: HostInfo, weights_version: str | None) -> str:
     folder = Path(host.model)
     fingerprint = fingerprint_folder(folder)
     is_loaded = host.weights_stamp is None or stamp_folder(folder) == host.weights_stamp
-    if not is_loaded or (host.loaded_after_s is not None and newest_change_s(folder) > host.loaded_after_s):
-        raise ConfigError(
-            f"files of the model in {host.model!r} changed while this engine loaded them, so what it loaded is "
-            f"uncertain: start it again when they are complete, or {_REMEDY}"
-        )
+    if not is_loaded or _is_younger(folder, host):
+        raise _changed(folder, f", or {_REMEDY}")
     return fingerprint
+
+
+def _is_younger(folder: Path, host: HostInfo) -> bool:
+    """True when a folder of weights is seen to be younger than what the host loaded from there."""
+    return host.loaded_after_s is not None and newest_change_s(folder, is_strict=False) > host.loaded_after_s
+
+
+def _changed(folder: Path, or_else: str = "") -> ConfigError:
+    return ConfigError(
+        f"files of the model in {str(folder)!r}, the folder itself, or a folder or link on its path changed while this "
+        f"engine loaded them, so what it loaded is uncertain: start it again when they are complete{or_else}"
+    )
 
 
 def check_identity(host: HostInfo, weights_version: str | None) -> None:
@@ -70,6 +80,8 @@ def settings_identity(host: HostInfo) -> dict[str, str]:
         draft = Path(host.draft_model)
         has_weights = any(draft.glob("*.safetensors"))
         out["draft_model"] = fingerprint_folder(draft) if has_weights else host.draft_model
+        if has_weights and _is_younger(draft, host):
+            raise _changed(draft)
     return out
 
 
@@ -96,13 +108,15 @@ class _Adapters:
     """What adapters' files hold, as far as it is certain that the host has loaded just that.
 
     Hosts load an adapter at some time after the engine's start, again when it was evicted, and say nothing of it. So
-    what its files hold is known while they have not changed since the engine's start, or never again.
+    what its files hold is known while neither they have changed since the engine's start nor anything on the path by
+    which they are found, or never again.
     """
 
     def __init__(self, settings: str, started_s: float) -> None:
         self._settings = settings
         self._started_s = started_s
-        self._known: dict[str, tuple[list[list[object]], str]] = {}
+        self._start_folder = _working_folder()
+        self._known: dict[str, tuple[object, str]] = {}
         self._refused: dict[str, str] = {}
 
     def fingerprint(self, path: str) -> str | None:
@@ -112,16 +126,16 @@ class _Adapters:
         return self._known[path][1] if self.is_certain(path) else None
 
     def is_certain(self, path: str) -> bool:
-        """False from the first change of its files on."""
+        """False from the first change of its files, its folder or its path on."""
         known = self._known.get(path)
         if known is None or path in self._refused:
             return False
         try:
-            is_same = stamp_folder(Path(path)) == known[0]
+            is_same = self._stamp(path) == known[0]
         except (ConfigError, OSError):
             is_same = False
         if not is_same:
-            self._refuse(path, "its files have changed since the engine began to use them")
+            self._refuse(path, "its files, its folder or its path have changed since the engine began to use them")
         return is_same
 
     def why_not(self, path: str) -> str:
@@ -131,9 +145,14 @@ class _Adapters:
     def _look_at(self, path: str) -> None:
         folder = Path(path)
         try:
-            stamp = stamp_folder(folder)
-            if newest_change_s(folder) > self._started_s:
-                self._refuse(path, "its files are younger than the engine, so what it loaded of them is uncertain")
+            stamp = self._stamp(path)
+            is_moved = not folder.is_absolute() and _working_folder() != self._start_folder
+            if is_moved or newest_change_s(folder, is_strict=True) > self._started_s:
+                self._refuse(
+                    path,
+                    "its files, its folder, or a folder or link on its path changed after the engine's start, so what "
+                    "the engine loaded of them is uncertain",
+                )
                 return
             fingerprint = fingerprint_folder(folder)
         except (ConfigError, OSError) as err:
@@ -141,11 +160,19 @@ class _Adapters:
             return
         self._known[path] = stamp, f"{fingerprint} {self._settings}" if self._settings else fingerprint
 
+    def _stamp(self, path: str) -> object:
+        return stamp_folder(Path(path)), stamp_way(Path(path))
+
     def _refuse(self, path: str, why: str) -> None:
         self._refused[path] = why
         logger.warning(
             "KV of LoRA adapter %s is neither stored nor loaded until the engine is restarted: %s", path, why
         )
+
+
+def _working_folder() -> tuple[int, int]:
+    status = os.stat(".")
+    return status.st_dev, status.st_ino
 
 
 class KeyMaker:

@@ -144,7 +144,7 @@ def test_two_requests_may_save_one_block_in_one_step(host):
 def adapter(tmp_path_factory, monkeypatch):
     """Weights of an adapter that is older than the engine."""
     folder = tmp_path_factory.mktemp("adapter")
-    monkeypatch.setenv("XDG_CACHE_HOME", str(folder / "cache"))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
     (folder / "adapter.safetensors").write_bytes(bytes(100))
     return folder / "adapter.safetensors"
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,6 +18,7 @@ from kvferry.config import KVTransferConfig
 from kvferry.connectors.identity import KeyMaker, check_identity, model_identity, peer_facts, settings_identity
 from kvferry.contract import FullAttentionSpec, make_kv_cache_config
 from kvferry.contract.host import HostInfo, _process_started_s, host_info
+from kvferry.contract.views import RequestView
 from kvferry.errors import ConfigError
 from kvferry.fingerprint import fingerprint_folder, stamp_folder
 
@@ -59,7 +61,7 @@ def test_weights_that_change_while_they_are_loaded_end_the_start(folder: Path) -
     host = replace(info(folder), weights_stamp=stamp)
     assert model_identity(host, None) == fingerprint_folder(folder)
     (folder / "model.safetensors").write_bytes(bytes(1001))
-    with pytest.raises(ConfigError, match=r"changed while this engine loaded them.*start it again"):
+    with pytest.raises(ConfigError, match=r"changed while this engine loaded them.*start it again.*weights_version"):
         model_identity(host, None)
     assert model_identity(host, "7") == "version:7"
     changed_s = (folder / "model.safetensors").stat().st_ctime
@@ -135,3 +137,145 @@ def test_weights_that_change_in_the_running_engine_are_certain_no_more(
     assert "changed" in keys.why_not(None)
     assert vouched.is_certain(None)
     assert caplog.text.count("neither stored nor loaded") == 1
+
+
+def put(folder: Path, content: bytes) -> Path:
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text("{}")
+    (folder / "model.safetensors").write_bytes(content)
+    return folder
+
+
+@pytest.fixture
+def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Folders of weights that differ, in folders, and links to them."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    made = tmp_path / "root"
+    for name, content in {"a/b/cur": b"1", "a/b/new": b"2", "a/c/cur": b"2", "d/b/cur": b"2"}.items():
+        put(made / name, content)
+    (made / "a/b/cur/second.safetensors").write_bytes(b"3")
+    put(made / "blobs", b"1")
+    (made / "blobs/other").write_bytes(b"2")
+    (made / "linked").mkdir()
+    for name, target in {
+        "link": str(made / "a/b/cur"), "above": "a/b", "inner": "a/b/cur", "outer": "a/../inner",
+        "linked/model.safetensors": "../blobs/model.safetensors",
+    }.items():  # fmt: skip
+        (made / name).symlink_to(target)
+    return made
+
+
+def time_between(root: Path) -> float:
+    """By the file system's clock: later than all that was done before, and earlier than what will be done."""
+    probe, deadline_s = root.parent / "probe", time.monotonic() + 10
+    times: set[float] = set()
+    while len(times) < 3:
+        assert time.monotonic() < deadline_s
+        probe.write_text("")
+        times.add(probe.stat().st_ctime)
+    return sorted(times)[1]
+
+
+def swap(path: Path, other: Path) -> None:
+    kept = path.with_name("kept")
+    path.rename(kept)
+    other.rename(path)
+    kept.rename(other)
+
+
+def relink(link: Path, target: str) -> None:
+    made = link.with_name("made")
+    made.symlink_to(target)
+    made.rename(link)
+
+
+SWAPS: dict[str, tuple[str, Callable[[Path], object]]] = {
+    "folder": ("a/b/cur", lambda root: swap(root / "a/b/cur", root / "a/b/new")),
+    "folder above": ("a/b/cur", lambda root: swap(root / "a/b", root / "a/c")),
+    "two above": ("a/b/cur", lambda root: swap(root / "a", root / "d")),
+    "file": ("a/b/cur", lambda root: swap(root / "a/b/cur/model.safetensors", root / "a/b/new/model.safetensors")),
+    "file goes": ("a/b/cur", lambda root: (root / "a/b/cur/second.safetensors").unlink()),
+    "link": ("link", lambda root: relink(root / "link", "a/b/new")),
+    "link behind a link": ("outer", lambda root: relink(root / "inner", "a/b/new")),
+    "link on the path": ("above/cur", lambda root: relink(root / "above", "a/c")),
+    "target of a file": ("linked", lambda root: swap(root / "blobs/model.safetensors", root / "blobs/other")),
+}
+"""Path of the weights, and what makes it lead to others whose files are older than the engine."""
+
+
+def lora(path: Path) -> RequestView:
+    return RequestView(SimpleNamespace(lora_request=SimpleNamespace(lora_path=str(path))))
+
+
+@pytest.mark.parametrize("name", SWAPS)
+def test_weights_that_are_exchanged_for_older_files_are_noticed(root: Path, name: str) -> None:
+    where, change = SWAPS[name]
+    path, started_s = root / where, time_between(root)
+    early = KeyMaker("m", (), 1, started_s=started_s)
+    assert early.chain(lora(path)) is not None
+    host = replace(info(path), loaded_after_s=started_s)
+    assert model_identity(host, None) == fingerprint_folder(path)
+    change(root)
+    late = KeyMaker("m", (), 1, started_s=started_s)
+    assert late.chain(lora(path)) is None, "the engine may have loaded it before"
+    assert not early.is_certain(str(path))
+    with pytest.raises(ConfigError, match="changed while this engine loaded them"):
+        model_identity(host, None)
+    with pytest.raises(ConfigError, match="changed while this engine loaded them"):
+        settings_identity(replace(host, draft_model=str(path)))
+    assert KeyMaker("m", (), 1, started_s=time_between(root)).chain(lora(path)) is not None, "a restart helps"
+
+
+def test_an_adapter_that_was_another_for_a_while_is_certain_no_more(root: Path) -> None:
+    """It may have been loaded again meanwhile."""
+    folder, link = root / "a/b/cur", root / "link"
+    keys = KeyMaker("m", (), 1, started_s=time_between(root))
+    for path in (folder, link):
+        assert keys.chain(lora(path)) is not None
+    relink(link, "a/b/new")
+    relink(link, str(folder))
+    assert not keys.is_certain(str(link))
+    assert keys.is_certain(str(folder))
+    swap(folder, root / "a/b/new")
+    swap(folder, root / "a/b/new")
+    assert not keys.is_certain(str(folder))
+
+
+def test_what_comes_and_goes_beside_weights_harms_nothing(root: Path) -> None:
+    path, started_s = root / "a/b/cur", time_between(root)
+    early, late = (KeyMaker("m", (), 1, started_s=started_s) for _ in range(2))
+    host = replace(info(path), loaded_after_s=started_s)
+    assert early.chain(lora(path)) is not None
+    put(root / "a/b/more", b"4")
+    assert late.chain(lora(path)) is not None, "the folder around has not been renamed: the one around it is old"
+    put(root / "a/more", b"4")
+    (root / "more").touch()
+    assert model_identity(host, None) == fingerprint_folder(path)
+    for keys in (early, late):
+        assert keys.is_certain(str(path))
+    strict = KeyMaker("m", (), 1, started_s=started_s)
+    assert strict.chain(lora(path)) is None, "any of the folders may have been renamed"
+    assert "on its path changed" in strict.why_not(str(path))
+
+
+def test_a_relative_path_means_the_folder_that_it_meant_at_the_start(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(root / "a/b")
+    keys = KeyMaker("m", (), 1, started_s=time_between(root))
+    assert keys.chain(lora(Path("cur"))) is not None
+    monkeypatch.chdir(root / "a/c")
+    assert not keys.is_certain("cur")
+    assert KeyMaker("m", (), 1, started_s=time_between(root)).chain(lora(Path("cur"))) is not None
+    monkeypatch.chdir(root / "a/b")
+    assert keys.chain(lora(Path("../b/cur"))) is not None
+    monkeypatch.chdir(root / "a/c")
+    assert keys.chain(lora(Path("../c/cur"))) is None
+
+
+def test_links_in_a_circle_are_no_folder(root: Path) -> None:
+    (root / "one").symlink_to("two")
+    (root / "two").symlink_to("one")
+    keys = KeyMaker("m", (), 1)
+    assert keys.chain(lora(root / "one/cur")) is None
+    assert "cannot be read" in keys.why_not(str(root / "one/cur"))

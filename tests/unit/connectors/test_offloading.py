@@ -221,7 +221,8 @@ def test_reset_forgets_everything_also_copies_under_way(make_host: Any, tmp_path
 def adapter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The weights' file of an adapter, written before any engine starts."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    weights = tmp_path / "adapter.safetensors"
+    weights = tmp_path / "adapter" / "adapter.safetensors"
+    weights.parent.mkdir()
     weights.write_bytes(bytes(1000))
     wait_for_file_clock(weights)
     return weights
@@ -229,7 +230,7 @@ def adapter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def wait_for_file_clock(file: Path) -> None:
     """Until files that are written now are younger than this one, by the file system's clock."""
-    probe, deadline_s = file.with_name("probe"), time.monotonic() + 10
+    probe, deadline_s = file.parent.with_name("probe"), time.monotonic() + 10
     while not probe.exists() or probe.stat().st_ctime_ns <= file.stat().st_ctime_ns:
         assert time.monotonic() < deadline_s
         probe.write_text("")
