@@ -54,3 +54,11 @@ def _may_be(path: Path) -> bool:
     except OSError as error:
         return error.errno != errno.ENAMETOOLONG
     return True
+
+
+def device_at(folder: Path) -> int:
+    """Number of the file system that the folder is on, or would be on."""
+    path = folder.absolute()
+    while not os.path.exists(path):
+        path = path.parent
+    return os.stat(path).st_dev

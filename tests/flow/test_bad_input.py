@@ -308,6 +308,25 @@ CASES += [
         connector(kv_connector="OfloadingConnector", kv_connector_module_path="kvferry.vllm"),
         ["'OfloadingConnector'"],
     ),
+    # what several together lack
+    (
+        "two tiers of one folder",
+        lambda tmp: extra(secondary_tiers=[
+            {"type": "fs", "path": str(tmp / path), "name": path} for path in ("kv", "./x/../kv")
+        ]),
+        ["kv"],
+    ),
+    (
+        "two parts with one folder",
+        lambda tmp: named("MultiConnector", connectors=[tier(tmp)["kv_transfer_config"]] * 2),
+        [os.sep + "kv"],
+    ),
+    ("two P2P parts", named("MultiConnector", connectors=[{
+        "kv_connector": "P2PConnector", "kv_connector_extra_config": {"transport": "shm", "weights_version": "1"},
+    }] * 2), ["both want to allocate the KV memory", "use one of them"]),
+    ("KV cache beyond memory", {"num_kv_blocks": 10**10}, ["cannot be allocated on cpu", "lower num_kv_blocks"]),
+    ("KV cache bytes beyond memory", {"num_kv_blocks": None, "kv_cache_bytes": 10**15}, ["lower num_kv_blocks"]),
+    ("hidden states for nobody", {"hidden_state_layers": [1]}, ["hidden_state_layers"]),
     ("relative module", connector(kv_connector_module_path=".mine"), ["'.mine'", "relative", "my_package.my_module"]),
     ("folder in use", held, ["is in use by another process (pid 4711", "set path to another folder"]),
 ]  # fmt: skip

@@ -17,7 +17,9 @@ import torch
 from kvferry.cli.options import Host
 from kvferry.config import KVTransferConfig
 from kvferry.connectors.offloading import OffloadingConnector
-from kvferry.connectors.offloading.capacity import offloading_capacity
+from kvferry.connectors.offloading.capacity import TierCapacity, offloading_capacity
+from kvferry.connectors.p2p.config import P2PConfig
+from kvferry.connectors.p2p.worker import P2PWorkerSide
 from kvferry.contract import KVConnectorFactory
 from kvferry.contract.host import groups_of, host_info
 from kvferry.contract.multi import MultiConnector
@@ -27,7 +29,7 @@ from kvferry.engine.model_loader import ModelShape
 from kvferry.engine.plan import EnginePlan, plan_engine
 from kvferry.errors import ConfigError
 from kvferry.segment import SHM_DIRECTORY
-from kvferry.space import space_at
+from kvferry.space import device_at, space_at
 from kvferry.vllm.compat import installed_vllm, is_supported, supported_versions
 from kvferry.vllm.names import is_vllms_own
 
@@ -75,6 +77,7 @@ def diagnose(
     for path, part in _connectors(plan.config.kv_transfer_config):
         _add_connector(result, path, part)
         result.problems += _lacks(plan, path, part, options, host)
+    result.problems += _two_pools(plan)
     if plan.config.kv_transfer_config is None and not result.findings:
         result.add("connector", "none", "kv_transfer_config names none, and there is no kv_offloading_size")
     if host is Host.VLLM:
@@ -90,7 +93,7 @@ def diagnose(
     result.add("model runner", "V2" if plan.runner.use_v2 else "V1", plan.runner.reason)
     _add_vllm(result)
     _add_layout(result, plan)
-    _add_capacities(result, plan)
+    _add_capacities(result, plan, is_cuda=options.device.startswith("cuda"))
     result.problems += [warning for warning in (plan.hybrid.warning, *plan.runner.warnings) if warning is not None]
     return result
 
@@ -139,6 +142,17 @@ def _lacks(plan: EnginePlan, path: str, transfer: KVTransferConfig, options: Eng
     return [problem if path == "connector" else f"{path}: {problem}" for problem in problems]
 
 
+def _two_pools(plan: EnginePlan) -> list[str]:
+    """The parts of a MultiConnector that would each allocate the KV memory, if there is more than one."""
+    names = []
+    for _, part in _connectors(plan.config.kv_transfer_config):
+        sides = getattr(KVConnectorFactory.get_connector_class(part), "sides", None)
+        if sides is not None and issubclass(sides[1], P2PWorkerSide):
+            info = host_info(replace(plan.config, kv_transfer_config=part), plan.kv_cache_config)
+            names += [str(part.kv_connector)] if P2PConfig.parse(info.extra_config, sides[0].variant).uses_pool else []
+    return [f"{' and '.join(names)} both want to allocate the KV memory: use one of them"] if names[1:] else []
+
+
 def _add_groups(result: Diagnosis, plan: EnginePlan) -> None:
     longest, step_tokens = plan.config.model_config.max_model_len, plan.config.scheduler_config.max_num_batched_tokens
     for group in groups_of(plan.kv_cache_config):
@@ -176,8 +190,9 @@ def _add_layout(result: Diagnosis, plan: EnginePlan) -> None:
     result.problems += [] if plan.layout.warning is None else [plan.layout.warning]
 
 
-def _add_capacities(result: Diagnosis, plan: EnginePlan) -> None:
+def _add_capacities(result: Diagnosis, plan: EnginePlan, *, is_cuda: bool) -> None:
     cache = plan.config.cache_config
+    memory_bytes = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     usable, num_groups = cache.num_gpu_blocks - 1, len(plan.kv_cache_config.kv_cache_groups)
     bytes_ = max(tensor.offset + tensor.size for tensor in plan.kv_cache_config.kv_cache_tensors)
     result.add_capacity(
@@ -187,17 +202,41 @@ def _add_capacities(result: Diagnosis, plan: EnginePlan) -> None:
         + (f"the tokens of {num_groups} groups, of which those with windows need less; " if num_groups > 1 else "")
         + f"a request has at most {plan.config.model_config.max_model_len}",
     )
+    if bytes_ > memory_bytes and not is_cuda:
+        result.problems.append(
+            f"the KV cache of {bytes_} bytes cannot be allocated on cpu: lower num_kv_blocks or kv_cache_bytes (the "
+            f"machine has {memory_bytes} bytes of memory)"
+        )
     _add_capacities_of_tiers(result, plan)
 
 
 def _add_capacities_of_tiers(result: Diagnosis, plan: EnginePlan) -> None:
+    folders: dict[str, str] = {}  # of a disk -> the place that has it
+    arenas: dict[int, list[tuple[str, TierCapacity]]] = {}  # by file system
     for path, part in _connectors(plan.config.kv_transfer_config):
-        if issubclass(KVConnectorFactory.get_connector_class(part), OffloadingConnector):
-            for tier in offloading_capacity(replace(plan.config, kv_transfer_config=part), plan.kv_cache_config):
-                place = tier.name if path == "connector" else f"{tier.name} of {path}"
-                result.add_capacity(place, tier.num_tokens, tier.reason)
-                if tier.problem is not None:
-                    result.problems.append(tier.problem)
+        if not issubclass(KVConnectorFactory.get_connector_class(part), OffloadingConnector):
+            continue
+        for tier in offloading_capacity(replace(plan.config, kv_transfer_config=part), plan.kv_cache_config):
+            place = tier.name if path == "connector" else f"{tier.name} of {path}"
+            result.add_capacity(place, tier.num_tokens, tier.reason)
+            if tier.problem is not None:
+                result.problems.append(tier.problem)
+            elif tier.host_bytes and tier.folder is not None:
+                arenas.setdefault(device_at(tier.folder), []).append((place, tier))
+            elif tier.folder is not None:
+                first = folders.setdefault(os.path.realpath(tier.folder), place)
+                if first != place:
+                    what = f"path={str(tier.folder)!r} of tier {place} is the folder of tier {first} too"
+                    result.problems.append(f"{what}: give each a folder of its own")
+    for found in arenas.values():
+        folder = found[0][1].folder or SHM_DIRECTORY
+        needed, free = sum(tier.host_bytes for _, tier in found), space_at(folder).free_bytes
+        if needed > free and found[1:]:
+            names = " and ".join(place for place, _ in found)
+            result.problems.append(
+                f"no room for {names} together in {folder}: {needed} bytes are needed, {free} bytes are free; lower "
+                "cpu_bytes_to_use of one, or set its arena_dir to a folder on a disk"
+            )
 
 
 def _environment() -> dict[str, Any]:

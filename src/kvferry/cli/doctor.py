@@ -38,6 +38,7 @@ def doctor(
     disable_hybrid_kv_cache_manager: opt.DisableHybrid = None,
     kv_cache_layout: opt.KVCacheLayout = "auto",
     kernel_block_size: opt.KernelBlockSize = None,
+    hidden_state_layers: opt.HiddenStateLayers = None,
     host: Annotated[
         opt.Host, typer.Option(help="Whose start is judged: kvferry's own engine, or vLLM's with kvferry's connectors.")
     ] = opt.Host.EMBEDDED,
@@ -57,7 +58,8 @@ def doctor(
         from kvferry.engine.model_facts import read_model_facts
     except ModuleNotFoundError as err:
         raise ConfigError(f"{err.name} is not installed: {install_hint('engine')}") from err
-    options = EngineOptions(**{name: context.params[name] for name in opt.ENGINE_OPTIONS})
+    settings = {name: context.params[name] for name in opt.ENGINE_OPTIONS}
+    options = EngineOptions(**settings, hidden_state_layers=tuple(hidden_state_layers or ()))
     facts = read_model_facts(model, dtype, any_architecture=host is opt.Host.VLLM)
     diagnosis = diagnose(facts, options, transfer, host)
     if as_json:

@@ -96,6 +96,13 @@ KernelBlockSize = Annotated[
         "where the block size is a multiple of it."
     ),
 ]
+HiddenStateLayers = Annotated[
+    list[int] | None,
+    typer.Option(
+        "--hidden-state-layer",
+        help="Number of a layer whose hidden states go to the connector; may be repeated. None by default.",
+    ),
+]
 EnablePrefixCaching = Annotated[bool, typer.Option(help="Reuse the KV of equal prefixes in the engine.")]
 Seed = Annotated[int, typer.Option(help="Seed for requests that bring none.")]
 NumThreads = Annotated[

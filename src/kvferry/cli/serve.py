@@ -58,13 +58,7 @@ def serve(
     explain_requests: Annotated[
         bool, typer.Option(help="Remember why prefixes were hits or not, for `kvferry explain` and /debug/requests.")
     ] = True,
-    hidden_state_layers: Annotated[
-        list[int] | None,
-        typer.Option(
-            "--hidden-state-layer",
-            help="Number of a layer whose hidden states go to the connector; may be repeated. None by default.",
-        ),
-    ] = None,
+    hidden_state_layers: opt.HiddenStateLayers = None,
     seed: opt.Seed = 0,
     num_threads: opt.NumThreads = None,
     max_queued_requests: Annotated[

@@ -142,8 +142,6 @@ class LLM:
         plan.log()
         self.config, self.kv_cache_config = replace(plan.config, kv_events_config=events), plan.kv_cache_config
         self.config = replace(self.config, hidden_state_layers=options.hidden_state_layers)
-        if options.hidden_state_layers and self.config.kv_transfer_config is None:
-            raise ConfigError("hidden_state_layers is set but there is no connector to take them: configure one")
         self._hosted = start_connectors(self.config, self.kv_cache_config, options.device, self._clock)
         if self._publisher is not None:
             self._collect_events(events)

@@ -25,6 +25,7 @@ from kvferry.engine.kv_groups import full_attention_specs, grouped_specs, kv_cac
 from kvferry.engine.layout_choice import LayoutChoice, choose_kernel_block, choose_layout
 from kvferry.engine.model_loader import ModelShape, architecture_of
 from kvferry.engine.runner_choice import RunnerChoice, choose_model_runner, v2_support, without_v2
+from kvferry.errors import ConfigError
 
 logger = logging.getLogger(__name__)
 
@@ -52,6 +53,8 @@ class EnginePlan:
 def plan_engine(model: ModelShape, options: EngineOptions, transfer: KVTransferConfig) -> EnginePlan:
     """Plan without taking memory or opening anything. Raises ConfigError for settings that cannot work together."""
     configured = transfer if transfer.is_kv_transfer_instance else None
+    if options.hidden_state_layers and configured is None:
+        raise ConfigError("hidden_state_layers is set but there is no connector to take them: configure one")
     connector = None if configured is None else KVConnectorFactory.resolve(configured)
     runner = choose_model_runner(
         v2_runner_environment(),

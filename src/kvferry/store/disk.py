@@ -201,7 +201,7 @@ class DiskTier:
             problem = f"{where}.max_bytes={limit_bytes} is more than the whole disk ({space.total_bytes}): lower it"
         else:
             problem = why_unusable(folder)
-        return TierRoom(settings.name, num_chunks, f"{reason}, {payload_bytes} bytes a chunk", problem)
+        return TierRoom(settings.name, num_chunks, f"{reason}, {payload_bytes} bytes a chunk", problem, folder)
 
     def check_fits(self, payload_bytes: int) -> None:
         """ConfigError when the quota is smaller than one such chunk."""

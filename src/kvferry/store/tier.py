@@ -38,6 +38,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Protocol
 
 from kvferry.clock import Clock
@@ -100,6 +101,7 @@ class TierRoom:
     num_chunks: int | None  # None: not known
     reason: str
     problem: str | None = None  # why it could not be opened on this machine, and the remedy
+    folder: Path | None = None  # that it has for itself alone
 
 
 class Tier(Protocol):

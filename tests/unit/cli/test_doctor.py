@@ -8,9 +8,11 @@ from typing import Any
 
 import pytest
 import torch
+import typer
 from typer.testing import CliRunner
 
 from kvferry import LLM
+from kvferry.cli import diagnosis as diagnosis_module
 from kvferry.cli.diagnosis import Diagnosis, diagnose
 from kvferry.cli.main import app
 from kvferry.config import transfer_config
@@ -197,6 +199,45 @@ def test_the_command_reads_a_configuration_and_no_weights(folder: Path) -> None:
     for words in ("OffloadingConnector", "hybrid KV cache: off", "model runner: V1", "KV layout: BLNHC", "no problems"):
         assert words in text.stdout
     assert list(folder.iterdir()) == [folder / "config.json"]
+
+
+def test_parts_that_fit_one_by_one_but_not_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    space = Space(free_bytes=5 << 20, total_bytes=64 << 20, is_writable=True)
+    monkeypatch.setattr("kvferry.connectors.offloading.capacity.space_at", lambda folder: space)
+    monkeypatch.setattr(diagnosis_module, "space_at", lambda folder: space)
+    parts = [offloading(cpu_bytes_to_use=2 << 20)] * 2
+    multi = {"kv_connector": "MultiConnector", "kv_role": "kv_both", "kv_connector_extra_config": {"connectors": parts}}
+    problems = judge(multi).problems
+    assert len(problems) == 1, problems
+    problem = problems[0]
+    assert all(word in problem for word in ("together", "host of connector[0]", "host of connector[1]", "arena_dir"))
+    assert judge(offloading(cpu_bytes_to_use=2 << 20)).problems == []
+
+
+OF_SERVERS = {
+    "--host": "where serve listens; of doctor it says whose start is judged", "--port": "as --host",
+    "--served-model-name": "a name for clients", "--enable-prefix-caching": "changes no need", "--seed": "as that",
+    "--kv-events-config": "its endpoints are bound at the start alone", "--explain-requests": "changes no need",
+    "--num-threads": "changes no need", "--max-queued-requests": "HTTP", "--max-body-bytes": "HTTP",
+    "--max-stops": "a limit of requests",
+    "--access-log": "HTTP", "--log-interval-s": "HTTP", "--drain-timeout-s": "HTTP",
+}  # fmt: skip
+"""Options of `kvferry serve` that doctor has no use for, and why."""
+
+
+def test_doctor_has_every_option_of_serve_that_a_start_depends_on() -> None:
+    commands = typer.main.get_command(app).commands  # type: ignore[attr-defined]
+    options = {
+        name: {text for parameter in commands[name].params for text in parameter.opts if text.startswith("--")}
+        for name in ("serve", "doctor")
+    }
+    assert options["serve"] - options["doctor"] == set(OF_SERVERS) - {"--host"}
+
+
+def test_hidden_states_for_nobody_are_refused_as_the_server_refuses_them(folder: Path) -> None:
+    result = run("--model", str(folder), "--hidden-state-layer", "1")
+    assert isinstance(result.exception, ConfigError)
+    assert "hidden_state_layers is set but there is no connector" in str(result.exception)
 
 
 def test_exit_status(folder: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from kvferry.connectors.offloading.config import EXTRA_CONFIG, ChunkGeometry, OffloadingConfig, check_groups
@@ -23,6 +24,10 @@ class TierCapacity:
     num_tokens: int | None
     reason: str
     problem: str | None = None
+    folder: Path | None = None
+    """Where it lies: of host memory the arena's, of a disk the one that it has for itself alone."""
+    host_bytes: int = 0
+    """Of the arena."""
 
 
 def offloading_capacity(vllm_config: Any, kv_cache_config: KVCacheConfig) -> list[TierCapacity]:
@@ -40,7 +45,7 @@ def offloading_capacity(vllm_config: Any, kv_cache_config: KVCacheConfig) -> lis
     for i, settings in enumerate(config.secondary_tiers):
         room = tier_room(settings, max(geometry.payload_bytes), where=f"{EXTRA_CONFIG}.secondary_tiers[{i}]")
         num_tokens = None if room.num_chunks is None else room.num_chunks // parts * geometry.chunk_tokens
-        capacities.append(TierCapacity(room.name, num_tokens, room.reason, room.problem))
+        capacities.append(TierCapacity(room.name, num_tokens, room.reason, room.problem, room.folder))
     check_tier_names([capacity.name for capacity in capacities[1:]])
     return capacities
 
@@ -61,4 +66,6 @@ def _host_capacity(config: OffloadingConfig, geometry: ChunkGeometry, parts: int
         f"a chunk of {geometry.chunk_tokens} tokens; the arena takes {arena.total_bytes} of {space.free_bytes} free "
         f"bytes in {folder}",
         problem,
+        folder,
+        arena.total_bytes,
     )

@@ -82,6 +82,11 @@ class P2PConfig:
         return config
 
     @property
+    def uses_pool(self) -> bool:
+        """Whether the KV memory is to lie where peers on this machine can map it."""
+        return self.transport in ("auto", "shm")
+
+    @property
     def peers(self) -> tuple[str, ...]:
         """Who may be named by requests."""
         return LOOPBACK if self.allowed_peers is None else tuple(self.allowed_peers)

@@ -37,8 +37,7 @@ class P2PWorkerSide(WorkerSide):
         self.config = P2PConfig.parse(host.extra_config, self.variant)
         shm_dir = Path(self.config.shm_dir) if self.config.shm_dir else None
         is_auto = self.config.transport == AUTO
-        shares = is_auto or self.config.transport == "shm"
-        self._pool = SharedPool(host.engine_id, shm_dir, is_optional=is_auto) if shares else None
+        self._pool = SharedPool(host.engine_id, shm_dir, is_optional=is_auto) if self.config.uses_pool else None
         self.transports: dict[str, Transport] = {}
         """Those that serve this worker's KV, by name."""
         self._digester: Digester | None = None
