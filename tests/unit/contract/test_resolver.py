@@ -252,6 +252,38 @@ def test_registered_names_win_over_entry_points(
     assert "registered res_other:Plain" in mine
 
 
+def test_a_module_that_fails_shadows_nothing(
+    resolver: ConnectorResolver, folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (folder / "res_late.py").write_text("raise RuntimeError('no device')\n")
+    importlib.invalidate_caches()
+    with pytest.raises(ConnectorNotFound, match="no device"):
+        resolver.find_class(config("OffloadingConnector", "res_late"))
+    assert warnings_of(caplog) == [], "a class that cannot be used hides none"
+
+
+def test_two_argument_form_has_its_remedy_and_a_line_in_the_log(
+    resolver: ConnectorResolver, folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (folder / "res_two.py").write_text(
+        "from res_conn import Plain\nclass Two(Plain):\n    def __init__(self, vllm_config, role): pass\n"
+    )
+    importlib.invalidate_caches()
+    with pytest.raises(ConnectorNotFound) as caught:
+        resolver.find_class(config("Two", "res_two"))
+    for text in ("third argument", "super().__init__(vllm_config, role, kv_cache_config)"):
+        assert text in str(caught.value)
+    errors = [record.getMessage() for record in caplog.records if record.levelno == logging.ERROR]
+    assert len(errors) == 1
+    assert "super().__init__(vllm_config, role, kv_cache_config)" in errors[0]
+
+
+@pytest.mark.parametrize("path", [".res_conn", "..res_conn"])
+def test_a_relative_path_is_called_relative(resolver: ConnectorResolver, path: str) -> None:
+    with pytest.raises(ConnectorNotFound, match="relative module path"):
+        resolver.find_class(config("Plain", path))
+
+
 def test_shadows_can_be_refused(resolver: ConnectorResolver, folder: Path, caplog: pytest.LogCaptureFixture) -> None:
     with pytest.raises(ConfigError, match=r"module path res_conn:.* built-in kvferry\..*on_shadow='warn'"):
         resolver.find_class(config("OffloadingConnector", "res_conn", on_shadow="error"))
