@@ -283,6 +283,25 @@ class Driver:
             "layers_by_group": self._llm.collective_rpc("layers_by_group")[0],
         }
 
+    def raise_in(self, hook: str) -> dict[str, Any]:
+        """This hook of the scheduler's side raises from now on, and no other; "": none. Needs the core in this process.
+
+        `get_kv_connector_kv_cache_events` is the worker's.
+        """
+        scheduler = self._llm.llm_engine.engine_core.engine_core.scheduler.connector
+        worker = _worker_connector()
+        for side in (scheduler.side, worker.side):
+            for name in [name for name, value in vars(side).items() if getattr(value, "is_told_to_raise", False)]:
+                delattr(side, name)
+        if hook:
+
+            def fail(*args: Any, **kwargs: Any) -> Any:
+                raise TypeError("told to raise")
+
+            fail.is_told_to_raise = True  # type: ignore[attr-defined]
+            setattr((worker if hook == "get_kv_connector_kv_cache_events" else scheduler).side, hook, fail)
+        return {"raise_in": hook}
+
     def connector(self, _: bool) -> dict[str, Any]:
         """See WorkerProbe.connector_origin."""
         return {"origin": self._llm.collective_rpc("connector_origin")[0]}

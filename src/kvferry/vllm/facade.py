@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import functools
+import logging
 import types
-from collections.abc import Iterable
-from dataclasses import fields
+from collections.abc import Callable, Iterable
+from dataclasses import fields, replace
 from inspect import getattr_static
-from typing import Any
+from typing import Any, TypeVar
 
 from vllm.distributed import kv_events as vllm_events
 from vllm.distributed.kv_transfer.kv_connector.v1 import base as vllm_base
@@ -15,6 +16,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1 import base as vllm_base
 from kvferry.contract import base as own
 from kvferry.contract.facade import facade_mixin
 from kvferry.contract.factory import KVConnectorFactory
+from kvferry.contract.stats import ConnectorStats
 from kvferry.errors import HostError
 from kvferry.vllm.stats import FerryStats, MetricsOfAll, StatsTeller
 
@@ -23,11 +25,60 @@ vllm_base.KVConnectorHandshakeMetadata.register(own.KVConnectorHandshakeMetadata
 vllm_base.KVConnectorWorkerMetadata.register(own.KVConnectorWorkerMetadata)
 own.SupportsHMA.register(vllm_base.SupportsHMA)
 
+logger = logging.getLogger(__name__)
+C = TypeVar("C")
+
 _CLASS_HOOKS = ("get_required_kvcache_layout", "requires_piecewise_for_cudagraph")
+
+
+_NEUTRAL: dict[str, Callable[..., Any]] = {
+    "on_new_request": lambda request: None,
+    "get_num_new_matched_tokens": lambda request, num_computed_tokens: (0, False),
+    "get_external_cache_hit_sources": lambda request, num: {vllm_base.CacheHitSource.EXTERNAL_UNSPECIFIED: num},
+    "has_pending_block_frees": lambda: False,
+    "has_pending_push_work": lambda: False,
+    "take_events": list,
+    "get_kv_connector_stats": lambda: None,
+    "get_kv_connector_kv_cache_events": lambda: None,
+    "reset_cache": lambda: False,
+}
+"""Hooks after whose failure the engine can go on, as nothing was promised: hook -> the answer in place of theirs.
+
+What other hooks raise ends the engine, as vLLM does by itself: of a load or save under way there is no telling what
+has become of it, and going on could be a wrong answer.
+"""
+
+
+def guarded(connector: type[C]) -> type[C]:
+    """The class, changed so that what the hooks of _NEUTRAL raise is logged, counted and answered for."""
+    for hook, neutral in _NEUTRAL.items():
+        if (ask := getattr(connector, hook, None)) is not None:
+            setattr(connector, hook, _guarded_hook(hook, ask, neutral))
+    return connector
+
+
+def _guarded_hook(hook: str, ask: Callable[..., Any], neutral: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(ask)
+    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if self.has_guard:
+            return ask(self, *args, **kwargs)
+        try:
+            return ask(self, *args, **kwargs)
+        except Exception:  # a host hook: what one request brings along must not end the engine
+            self.num_hook_errors += 1
+            logger.exception("%s.%s failed; going on without it", type(self).__name__, hook)
+            return neutral(*args, **kwargs)
+
+    return call
 
 
 class VllmAnswers:
     """Turns our answers into vLLM's types. Stands before the class that answers in a connector's bases."""
+
+    has_guard = False
+    """True for a MultiConnector's child: its parent deals with what its hooks raise."""
+    num_hook_errors = 0
+    """What hooks raised and `guarded` answered for."""
 
     def __init__(self, vllm_config: Any, role: Any, kv_cache_config: Any) -> None:
         super().__init__(vllm_config, role, kv_cache_config)  # type: ignore[call-arg]  # what answers is next
@@ -51,7 +102,11 @@ class VllmAnswers:
 
     def get_kv_connector_stats(self) -> Any:
         """What has changed since the last call; None when nothing has."""
-        return self._stats.changes(super().get_kv_connector_stats())  # type: ignore[misc]
+        stats = super().get_kv_connector_stats()  # type: ignore[misc]
+        if self.num_hook_errors:
+            stats = stats or ConnectorStats()
+            stats = replace(stats, fallbacks={**stats.fallbacks, "hook raised": self.num_hook_errors})
+        return self._stats.changes(stats)
 
     def take_events(self) -> Iterable[Any]:
         """As vLLM's classes of the same names."""
@@ -95,4 +150,4 @@ def vllm_form(own_class: type[Any]) -> type[Any]:
         **{hook: getattr_static(own_class, hook) for hook in _CLASS_HOOKS},
     }
     bases = (VllmAnswers, mixin, vllm_base.KVConnectorBase_V1, *hma)
-    return types.new_class(own_class.__name__, bases, exec_body=lambda body: body.update(namespace))
+    return guarded(types.new_class(own_class.__name__, bases, exec_body=lambda body: body.update(namespace)))

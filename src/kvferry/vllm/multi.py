@@ -22,7 +22,7 @@ from kvferry.contract.stats import ConnectorStats
 from kvferry.errors import ConfigError, ConnectorNotFound
 from kvferry.vllm import CONNECTOR_NAMES
 from kvferry.vllm.compat import as_newest
-from kvferry.vllm.facade import VllmAnswers
+from kvferry.vllm.facade import VllmAnswers, guarded
 from kvferry.vllm.stats import FerryStats, MetricsOfAll
 
 _PATH = "kv_connector_module_path"
@@ -69,6 +69,9 @@ class _FerryMulti(VllmAnswers, MultiConnector, vllm_base.KVConnectorBase_V1):  #
     def __init__(self, vllm_config: Any, role: Any, kv_cache_config: Any) -> None:
         vllm_base.KVConnectorBase_V1.__init__(self, vllm_config, role, kv_cache_config)
         super().__init__(vllm_config, role, as_newest(kv_cache_config))
+        for child in self.children:
+            if isinstance(child.connector, VllmAnswers):
+                child.connector.has_guard = True
 
     def take_events(self) -> Iterable[Any]:
         """All children's events as they are: vLLM's have no place for a source."""
@@ -112,6 +115,7 @@ def _others(multi: type[_FerryMulti], vllm_config: Any, arguments: Any, built: d
     return {label: metrics for label, metrics in found.items() if metrics is not None}
 
 
+@guarded
 class FerryMultiConnectorNoHMA(_FerryMulti):
     """Several connectors as one, without hybrid KV caches: vLLM switches them off."""
 
@@ -121,6 +125,7 @@ class FerryMultiConnectorNoHMA(_FerryMulti):
         return False
 
 
+@guarded
 class FerryMultiConnector(_FerryMulti, vllm_base.SupportsHMA):
     """Several connectors as one; hybrid KV caches are on where all of them support these.
 
