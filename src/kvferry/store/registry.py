@@ -45,6 +45,17 @@ def tier_room(config: Mapping[str, Any], payload_bytes: int, *, where: str) -> T
     return TierRoom(name, None, f"tiers of type {config['type']!r} do not tell before they are opened")
 
 
+_VLLMS_KEYS = {
+    "root_dir": "write path",
+    "n_read_threads": "write num_threads, which counts readers and writers together",
+    "n_write_threads": "write num_threads, which counts readers and writers together",
+    "enable_kv_events": "kvferry sends events of every tier where KV events are on; leave the key out",
+    "locality": "leave the key out",
+    "module_path": "write tier_module_path",
+}
+"""What vLLM's TieringOffloadingSpec calls settings of a tier -> what to write here."""
+
+
 def _find(config: Mapping[str, Any], where: str) -> tuple[TierFactory, dict[str, Any]]:
     if not isinstance(config, Mapping):
         raise ConfigError(f"{where} must be an object like {{'type': 'fs', 'path': ...}}, not {config!r}")
@@ -55,6 +66,8 @@ def _find(config: Mapping[str, Any], where: str) -> tuple[TierFactory, dict[str,
         raise ConfigError(f"{where}.type={type_name!r} must be text{did_you_mean('', TIER_TYPES)}")
     if not type_name:
         raise ConfigError(f"{where}.type is missing{did_you_mean('', TIER_TYPES)}")
+    for key in sorted(_VLLMS_KEYS.keys() & settings.keys()) if module_path is None else ():
+        raise ConfigError(f"{where}.{key}={settings[key]!r} is a setting of vLLM's tiers: {_VLLMS_KEYS[key]}")
     if module_path is not None:
         if not isinstance(module_path, str) or not module_path:
             raise ConfigError(f"{where}.tier_module_path must name a module, not {module_path!r}")
