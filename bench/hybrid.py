@@ -7,7 +7,6 @@ request decodes. Both exclude the null block. Nothing is timed.
 
 from __future__ import annotations
 
-import argparse
 from dataclasses import asdict, dataclass
 
 import record
@@ -49,7 +48,7 @@ def measure(num_tokens: int, hybrid: bool) -> Sample:
 
 def main() -> None:
     """Measure, print, write bench/results/hybrid.json."""
-    argparse.ArgumentParser(description=__doc__).parse_args()
+    record.parse(record.parser(__doc__))
     samples = [measure(num_tokens, hybrid) for num_tokens in NUM_TOKENS for hybrid in (False, True)]
     for one, several in zip(samples[::2], samples[1::2], strict=True):
         print(

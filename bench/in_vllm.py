@@ -110,7 +110,7 @@ class Bench:
         self.hook_shares: list[float] = []
         self.with_connector: list[float] = []  # seconds over those of an engine without one, per pair
         self.num_other_tokens = 0
-        self.rates: dict[int, dict[str, list[float]]] = {n: {"scatter_s": [], "digest_s": []} for n in SIZES}
+        self.rates: dict[int, dict[str, list[float]]] = {n: {"scatter_s": [], "digest_s": []} for n in args.sizes}
         self.vllm_version = ""
 
     def _start(self, kind: str) -> Child:
@@ -151,17 +151,17 @@ class Bench:
     def run_round(self, number: int) -> None:
         """Every case at least once per size, `REPEATS` times per prompt where that needs no restart."""
         rng = random.Random(self._args.seed + number)
-        prompts = {size: [self._prompt(rng, size) for _ in range(2)] for size in SIZES}
+        prompts = {size: [self._prompt(rng, size) for _ in range(2)] for size in self._args.sizes}
         first: dict[int, list[int]] = {}
         children = {kind: self._start(kind) for kind in ("plain", "kvferry", "sync", "example")}
-        for size in SIZES:
+        for size in self._args.sizes:
             first[size] = self._in_one_life(children, prompts[size], size)
             self._overhead(children, rng, size)
             self._rates(children["plain"], size)
         for child in children.values():
             child.stop()
         children = {kind: self._start(kind) for kind in ("kvferry", "example")}
-        for size in SIZES:
+        for size in self._args.sizes:
             for i, suffix in enumerate(("", " cold")):
                 for kind, case in (("kvferry", "disk"), ("example", "example")):
                     if suffix:
@@ -244,7 +244,7 @@ def summarise(bench: Bench, seed: int) -> dict[str, Any]:
     rates = {
         size: {name: statistics.median(values) for name, values in rate.items()} for size, rate in bench.rates.items()
     }
-    short, long = SIZES
+    short, long = sizes = tuple(bench.rates)
     figures = {
         f"host / local, {short}": (medians["host"][short] / medians["local"][short], GOAL),
         f"host / (local + scatter), {long}": (
@@ -252,9 +252,9 @@ def summarise(bench: Bench, seed: int) -> dict[str, Any]:
             GOAL,
         ),
         **{
-            f"disk cold / example cold, {n}": (medians["disk cold"][n] / medians["example cold"][n], 1.0) for n in SIZES
+            f"disk cold / example cold, {n}": (medians["disk cold"][n] / medians["example cold"][n], 1.0) for n in sizes
         },
-        **{f"warm disk / example, {n}": (medians["disk"][n] / medians["example"][n], GOAL) for n in SIZES},
+        **{f"warm disk / example, {n}": (medians["disk"][n] / medians["example"][n], GOAL) for n in sizes},
         "hook time / step time": (statistics.median(bench.hook_shares), HOOK_GOAL),
     }
     goals = {name: {"value": round(v, 4), "goal": g, "met": v <= g} for name, (v, g) in figures.items()}
@@ -269,7 +269,7 @@ def summarise(bench: Bench, seed: int) -> dict[str, Any]:
         "median_s": medians,
         "first_hits_median_s": first_hits,
         "scatter_and_digest_s": rates,
-        "digest_share_of_disk": {n: round(rates[n]["digest_s"] / medians["disk"][n], 4) for n in SIZES},
+        "digest_share_of_disk": {n: round(rates[n]["digest_s"] / medians["disk"][n], 4) for n in sizes},
         "goals": goals,
         "overhead": overhead,
         "num_first_tokens_other_than_computed": bench.num_other_tokens,
@@ -278,13 +278,13 @@ def summarise(bench: Bench, seed: int) -> dict[str, Any]:
 
 def main() -> None:
     """Measure, print, write bench/results/vllm.json and vllm.png."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = record.parser(__doc__)
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--sizes", type=int, nargs=2, default=SIZES, help="tokens of a short and a long prompt")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--vllm-python", default=str(VLLM_PYTHON))
-    parser.add_argument("--trial", action="store_true", help="print only, write no files")
-    args = parser.parse_args()
+    args = record.parse(parser, rounds=1, sizes=(512, 768))
     if not Path(args.vllm_python).exists():
         print(f"{args.vllm_python} is missing: make venv-vllm", file=sys.stderr)
         sys.exit(2)
@@ -297,8 +297,6 @@ def main() -> None:
     machine["load_average_at_end"] = list(os.getloadavg())
     summary = summarise(bench, args.seed)
     print(json.dumps(summary["median_s"], indent=1))
-    if args.trial:
-        return
     content = {
         "machine": machine,
         "settings": {name: value for name, value in vars(args).items() if name != "vllm_python"},

@@ -31,6 +31,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import record
 import torch
 
 from kvferry.p2p.choice import create_transports
@@ -272,7 +273,6 @@ def _name(size: int) -> str:
 
 def _transports(native_python: Path, num_bytes: int, rounds: int) -> None:
     import plots
-    import record
 
     machine = record.machine()
     command = [native_python, __file__, "--measure", "--bytes", str(num_bytes), "--rounds", str(rounds)]
@@ -295,17 +295,14 @@ def _transports(native_python: Path, num_bytes: int, rounds: int) -> None:
 
 def main() -> None:
     """Measure, print, write bench/results/p2p_transports.{json,png}."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = record.parser(__doc__)
     parser.add_argument("part", nargs="?", choices=["transports"], default="transports")
     parser.add_argument("--native-python", type=Path, default=ROOT / ".venv-native" / "bin" / "python")
     parser.add_argument("--bytes", type=int, default=256 << 20)
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--own", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--measure", action="store_true", help=argparse.SUPPRESS)
-    parser.add_argument("--tiny", action="store_true", help="64 MiB and two rounds, to see that it runs")
-    options = parser.parse_args()
-    if options.tiny:
-        options.bytes, options.rounds = 64 << 20, 2
+    options = record.parse(parser, bytes=64 << 20, rounds=1)
     if options.own:
         own(options.own)
     elif options.measure:

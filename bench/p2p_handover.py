@@ -34,7 +34,6 @@ bench/results/p2p_handover.{json,png}.
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import json
 import multiprocessing
@@ -50,6 +49,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx2
+import record
 
 LENGTHS = (512, 1500, 3000)
 MODES = ("pull", "push")
@@ -366,13 +366,11 @@ def summary(samples: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
 def main() -> None:
     """Measure, print, write the results. The exit status is 1 when the goal is missed."""
     import plots
-    import record
 
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = record.parser(__doc__)
     parser.add_argument("--rounds", type=int, default=27)
     parser.add_argument("--lengths", type=int, nargs="+", default=LENGTHS)
-    parser.add_argument("--dry", action="store_true", help="write no results")
-    options = parser.parse_args()
+    options = record.parse(parser, rounds=REPORTED_EVERY, lengths=(64,))
     machine = record.machine()
     samples, first = measure(options.rounds, tuple(options.lengths))
     samples |= measure_proxy(options.rounds // REPORTED_EVERY, tuple(options.lengths))
@@ -382,9 +380,8 @@ def main() -> None:
             f"{name:20}", "  ".join(f"{key.removesuffix('_ms')} {value:6.1f}" for key, value in medians.items()), "ms"
         )
     print(f"goal: {said['goal']}: {'met' if said['met'] else 'MISSED'}, worst {said['worst_overhead_ms']:.1f} ms")
-    if not options.dry:
-        content = {"machine": machine, **said, "first_hand_overs": first, "samples": samples}
-        plots.save(record.write("p2p_handover", content))
+    content = {"machine": machine, **said, "first_hand_overs": first, "samples": samples}
+    plots.save(record.write("p2p_handover", content))
     raise SystemExit(not said["met"])
 
 

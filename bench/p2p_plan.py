@@ -14,7 +14,6 @@ Writes bench/results/p2p_plan.{json,png}.
 
 from __future__ import annotations
 
-import argparse
 import os
 import random
 import resource
@@ -156,10 +155,10 @@ def line_ms(num_blocks: int) -> float:
 
 def main() -> None:
     """Measure, print, write the results. Exit status 1 when the goal is missed."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = record.parser(__doc__)
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args()
+    args = record.parse(parser, rounds=1)
     machine = record.machine()
     machine["versions"]["msgspec"] = version("msgspec")
     result = measure(args.rounds, args.seed)

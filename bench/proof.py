@@ -14,7 +14,6 @@ by default.
 
 from __future__ import annotations
 
-import argparse
 import multiprocessing
 import os
 import statistics
@@ -172,11 +171,11 @@ def measure(rounds: int, lengths: tuple[int, ...], cases: tuple[str, ...]) -> li
 
 def main() -> None:
     """Measure, print, write bench/results/proof.json."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = record.parser(__doc__)
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--lengths", type=int, nargs="+", default=LENGTHS, help="of prompts, in tokens")
     parser.add_argument("--cases", nargs="+", default=CASES, choices=CASES)
-    options = parser.parse_args()
+    options = record.parse(parser, rounds=1, lengths=[64])
     results = measure(options.rounds, tuple(options.lengths), tuple(options.cases))
     print(f"load average {os.getloadavg()}")
     print(f"{'case':6} {'tokens':>6} {'to':8} {'proved':>9} {'unproved':>9} {'added':>9}   share")

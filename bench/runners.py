@@ -9,7 +9,6 @@ the same turn (above 1: faster than the baseline, which is V1 with blocks of 16,
 
 from __future__ import annotations
 
-import argparse
 import os
 import random
 import statistics
@@ -89,14 +88,11 @@ def summarise(samples: dict[str, list[float]]) -> dict[str, dict[str, float]]:
 
 def main() -> None:
     """Measure, print, write bench/results/runners.json."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = record.parser(__doc__)
     parser.add_argument("--steps", type=int, default=100, help="decode steps per engine and batch")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--tiny", action="store_true", help="the small model alone, 3 steps, to see that it runs")
-    args = parser.parse_args()
-    if args.tiny:
-        args.steps = 3
+    args = record.parse(parser, steps=2)
     torch.set_num_threads(args.threads)
     machine = record.machine()
     print(f"seed {args.seed}")
@@ -107,7 +103,7 @@ def main() -> None:
         if not args.tiny:
             models["smollm2"] = load_model(find_model_folder("smollm2"), "bfloat16", "cpu")
         for name, model in models.items():
-            for batch in BATCHES[:1] if args.tiny else BATCHES:
+            for batch in BATCHES:
                 job = f"{name}, decode {batch}"
                 print(job)
                 samples[job] = measure(model, batch, args.steps, args.seed)

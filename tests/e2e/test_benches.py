@@ -1,42 +1,36 @@
-"""Benchmarks that need this environment alone run to their end with tiny settings, and leave committed results be."""
+"""Benchmarks that need this environment alone. tests/native and tests/vllm have the others."""
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from tests.benches import ROOT, run_tiny
 
-ROOT = Path(__file__).parents[2]
-BENCH = ROOT / "bench"
+ELSEWHERE = {
+    "p2p.py": "tests/native/test_bench.py",
+    "in_vllm.py": "tests/vllm/test_benches.py",
+    "proof.py": "tests/native/test_bench.py",  # it has no place in the time of `make test`, as has the next one
+    "demo.py": "tests/vllm/test_benches.py",  # it needs no vLLM, but more time than `make test` has
+}
+NO_BENCH = {"plots.py", "record.py", "in_vllm_engine.py", "engine_vllm.py"}
+HERE = {
+    "host_tier.py": "host_tier.py",
+    "hybrid.py": "hybrid.py",
+    "p2p_plan.py": "p2p_plan.py",
+    "p2p_handover.py": "p2p_handover.py",
+    "runners.py": "runners.py",
+    "engine.py": "engine.py --without-vllm",
+}
 
 
-@pytest.mark.parametrize(
-    ("command", "missed_goal_status"),
-    [
-        (["host_tier.py", "--rounds", "1"], 0),
-        (["hybrid.py"], 0),
-        (["p2p_plan.py", "--rounds", "1"], 1),
-        (["engine.py", "--tiny", "--without-vllm"], 0),
-        (["runners.py", "--tiny"], 0),
-    ],
-    ids=lambda value: value[0].removesuffix(".py") if isinstance(value, list) else "",
-)
-def test_a_bench_runs(command: list[str], missed_goal_status: int, tmp_path: Path) -> None:
-    """`missed_goal_status`: what it ends with when it has measured, and the figures of a busy machine miss its goal."""
-    committed = {path: path.read_bytes() for path in (BENCH / "results").iterdir()}
-    done = subprocess.run(
-        [sys.executable, str(BENCH / command[0]), *command[1:]],
-        env={**os.environ, "KVFERRY_BENCH_RESULTS": str(tmp_path), "PYTHONPATH": str(ROOT / "src")},
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert done.returncode in (0, missed_goal_status), done.stdout + done.stderr
-    name = command[0].removesuffix(".py")
-    assert "machine" in json.loads((tmp_path / f"{name}.json").read_text()), done.stdout + done.stderr
-    assert {path: path.read_bytes() for path in (BENCH / "results").iterdir()} == committed
+@pytest.mark.parametrize("script", HERE)
+def test_a_bench_runs(script: str, tmp_path: Path) -> None:
+    run_tiny(HERE[script], tmp_path, missed_goal_status=int(script in ("p2p_plan.py", "p2p_handover.py")))
+
+
+def test_no_bench_is_forgotten() -> None:
+    """Here or elsewhere, each is run; a helper of others is none."""
+    assert {path.name for path in (ROOT / "bench").glob("*.py")} == {*HERE, *ELSEWHERE, *NO_BENCH}
+    for script, test in ELSEWHERE.items():
+        assert f"{script}" in (ROOT / test).read_text()
