@@ -1,8 +1,9 @@
 """Fingerprint of a model: one changed byte of config or weights is another model, in every host.
 
 SHA-256 over, for `config.json` (adapters: `adapter_config.json` too), then each `*.safetensors`, then what else weights
-may come from (index files; then the files that these name, `*.bin`, `*.pt`, `*.pth`, the model's own `*.py`), each in
-name order: u32-LE length of the file name, the name, u64-LE size, and the file's bytes. Folders over 8 GiB: of each
+and their meaning may come from (index files; then the files that these and `config.json` name, `*.bin`, `*.pt`, `*.pth`,
+the model's own `*.py`, and every `*.json` that is not known to be of the tokenizer, such as those that describe how
+weights are quantised), each in name order: u32-LE length of the file name, the name, u64-LE size, and the file's bytes. Folders over 8 GiB: of each
 `*.safetensors` only its header and 64 pages of 64 KiB, evenly spread, are read, and it begins with "sampled:".
 Results are cached by path and stamp (size, mtime, ctime and inode) of every file.
 """
@@ -19,6 +20,7 @@ import struct
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 from kvferry.config import cache_dir
 from kvferry.errors import ConfigError
@@ -31,7 +33,14 @@ _NUM_SAMPLED_PAGES = 64
 _READ_BYTES = 8 << 20
 _MAX_LINKS = 40
 _CONFIGS = ("config.json", "adapter_config.json")
-_OTHER_WEIGHTS = ("*.bin", "*.pt", "*.pth", "*.py")
+_OTHER_WEIGHTS = ("*.bin", "*.pt", "*.pth", "*.py", "*.json")
+_HARMLESS_JSON = frozenset(
+    ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
+     "chat_template.json", "generation_config.json", "preprocessor_config.json", "processor_config.json",
+     "video_preprocessor_config.json", "trainer_state.json", "all_results.json", "train_results.json",
+     "eval_results.json", "config_sentence_transformers.json", "modules.json")
+)  # fmt: skip
+"""Of tokenizers, samplers and training. Media processors have a fingerprint of their own, which is not the weights'."""
 
 Progress = Callable[[int, int], None]
 """Called with (bytes done, bytes in all)."""
@@ -149,19 +158,29 @@ def _files(folder: Path) -> list[Path]:
         )
     configs = [folder / name for name in _CONFIGS if (folder / name).is_file()]
     indexes = sorted(folder.glob("*.index.json"))
-    others = {file for pattern in _OTHER_WEIGHTS for file in folder.glob(pattern)}
+    others = {file for pattern in _OTHER_WEIGHTS for file in folder.glob(pattern) if file.name not in _HARMLESS_JSON}
+    for config in configs:
+        named = folder / str(_read(config).get("transformers_weights") or ".")
+        others.update([named] if named.is_file() else [])
+        indexes += [named] if named.name.endswith(".index.json") and named.is_file() and named not in indexes else []
     others.update(file for index in indexes for file in _named_in(index))
-    return configs + weights + indexes + sorted(others - {*weights, *indexes})
+    return configs + weights + indexes + sorted(others - {*configs, *weights, *indexes})
 
 
 def _named_in(index: Path) -> Iterator[Path]:
     """The files of an index of weights, which may lie in other folders. What is no such index names none."""
-    try:
-        weight_map = json.loads(index.read_text())["weight_map"]
-        names = {str(name) for name in weight_map.values()}
-    except (ValueError, KeyError, TypeError, AttributeError):
-        return
+    weight_map = _read(index).get("weight_map")
+    names = {str(name) for name in weight_map.values()} if isinstance(weight_map, dict) else ()
     yield from (index.parent / name for name in names if (index.parent / name).is_file())
+
+
+def _read(file: Path) -> dict[str, Any]:
+    """A JSON object; what is none is empty."""
+    try:
+        content = json.loads(file.read_text())
+    except ValueError:
+        return {}
+    return content if isinstance(content, dict) else {}
 
 
 def _pieces(file: Path, size: int, sampled: bool) -> Iterator[bytes]:

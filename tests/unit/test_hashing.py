@@ -208,6 +208,15 @@ def index_of(*names: str) -> str:
         ("pytorch_model.bin", "old weights", "new weights"),
         ("consolidated.pth", "old weights", "new weights"),
         ("modeling_own.py", "scale = 1", "scale = 2"),
+        ("named/by_config.safetensors", "old weights", "new weights"),
+        ("named/shard.safetensors", "old weights", "new weights"),
+        *(
+            (name, '{"zero_point": true}', '{"zero_point": false}')
+            for name in (
+                "quant_config.json", "quantize_config.json", "quantization_config.json", "hf_quant_config.json",
+                "kv_cache_scales.json", "params.json",
+            )
+        ),
     ],
 )
 def test_every_file_that_weights_may_come_from_counts(model_folder: Path, name: str, before: str, after: str) -> None:
@@ -215,12 +224,25 @@ def test_every_file_that_weights_may_come_from_counts(model_folder: Path, name: 
     (model_folder / "sub").mkdir()
     (model_folder / "sub" / "shard.safetensors").write_text("shard")
     (model_folder / "a.safetensors.index.json").write_text(index_of("sub/shard.safetensors"))
+    if name.startswith("named/"):  # transformers takes one file of weights, or an index, by this key
+        (model_folder / "named").mkdir()
+        (model_folder / "named" / "w.safetensors.index.json").write_text(index_of("shard.safetensors"))
+        is_index = name.endswith("shard.safetensors")
+        chosen = "named/w.safetensors.index.json" if is_index else name
+        (model_folder / "config.json").write_text(json.dumps({"transformers_weights": chosen}))
     plain = fingerprint_folder(model_folder)
     (model_folder / name).write_text(before)
     first = fingerprint_folder(model_folder)
     assert first != plain
     (model_folder / name).write_text(after)
     assert fingerprint_folder(model_folder) != first
+
+
+def test_what_only_tokenizers_read_does_not_count(model_folder: Path) -> None:
+    plain = fingerprint_folder(model_folder)
+    for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json", "README.md", "merges.txt"):
+        (model_folder / name).write_text("{}")
+    assert fingerprint_folder(model_folder) == plain
 
 
 def test_a_folder_of_one_file_of_weights_has_the_fingerprint_it_always_had(model_folder: Path) -> None:

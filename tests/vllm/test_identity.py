@@ -31,6 +31,12 @@ COUNTED = {
         "mm_hasher_algorithm", "mm_encoder_only", "mm_encoder_attn_dtype", "mm_encoder_fp8_scale_path",
         "video_pruning_rate", "video_pruning_method",
     },
+    "LoadConfig": {"model_loader_extra_config", "ignore_patterns"},
+    "KernelConfig": {"moe_backend", "linear_backend", "linear_backend_per_quant", "sparse_indexer_topk_backend"},
+    "VllmConfig": {
+        "model_config", "cache_config", "attention_config", "load_config", "kernel_config", "lora_config",
+        "speculative_config", "additional_config", "engram_config", "diffusion_config",
+    },
     "LoRAConfig": {"lora_dtype", "target_modules", "enable_tower_connector_lora"},
 }  # fmt: skip
 
@@ -78,11 +84,13 @@ def test_overrides_and_settings_are_told_apart_by_name(make_config: Any, tmp_pat
         assert field in {name for name, value in numerics_of(config).items() if plain[name] != value}, field
 
 
-def test_the_longest_request_counts_where_positions_depend_on_it(make_config: Any) -> None:
+@pytest.mark.parametrize("num_factors", [2, 16, 48, 64, 2000])
+def test_the_longest_request_counts_where_positions_depend_on_it(make_config: Any, num_factors: int) -> None:
+    """However long the text of the factors is: tiny models have few, real ones as many as half a head is wide."""
     assert numerics_of(make_config(max_model_len=256)) == numerics_of(make_config(max_model_len=512))
     yarn = {"hf_overrides": {"rope_parameters": YARN}}
     assert numerics_of(make_config(max_model_len=256, **yarn)) == numerics_of(make_config(max_model_len=512, **yarn))
-    half = [1.0] * 16
+    half = [1.0] * num_factors
     longrope = {
         "rope_type": "longrope", "short_factor": half, "long_factor": half, "rope_theta": 10000.0,
         "original_max_position_embeddings": 256, "factor": 4.0,
@@ -90,6 +98,56 @@ def test_the_longest_request_counts_where_positions_depend_on_it(make_config: An
     options = {"hf_overrides": {"rope_parameters": longrope}}
     short, long = (numerics_of(make_config(max_model_len=n, **options)) for n in (256, 512))
     assert {name for name in short if short[name] != long[name]} == {"max_model_len"}
+
+
+def test_llama_4_scales_queries_in_engines_for_long_requests() -> None:
+    class Config:
+        def to_dict(self) -> dict[str, Any]:
+            return {"text_config": {"model_type": "llama4_text"}, "model_type": "llama4"}
+
+    def engine(max_model_len: int, **overrides: Any) -> Any:
+        return SimpleNamespace(
+            model_config=SimpleNamespace(
+                hf_config=Config(), max_model_len=max_model_len, override_generation_config=overrides, model="m"
+            )
+        )
+
+    assert numerics_of(engine(1 << 14)) != numerics_of(engine(1 << 16))
+    assert numerics_of(engine(1 << 14)) != numerics_of(engine(1 << 14, attn_temperature_tuning=True))
+    assert numerics_of(engine(1 << 14)) == numerics_of(engine(1 << 14, temperature=0.5))
+
+
+@pytest.mark.parametrize("has_mistrals", [False, True])
+def test_formats_are_told_apart_where_they_read_other_files(has_mistrals: bool, tmp_path: Path) -> None:
+    (tmp_path / "model.safetensors").write_bytes(b"")
+    if has_mistrals:
+        (tmp_path / "consolidated.00.safetensors").write_bytes(b"")
+
+    def named(load_format: str) -> str:
+        load_config = vllm.config.LoadConfig(load_format=load_format)
+        model_config = SimpleNamespace(hf_config=None, model=str(tmp_path), max_model_len=8)
+        return numerics_of(SimpleNamespace(model_config=model_config, load_config=load_config))["load_format"]
+
+    assert named("hf") == named("safetensors") == named("fastsafetensors")
+    assert (named("auto") == named("hf")) is not has_mistrals
+    assert (named("auto") == named("mistral")) is has_mistrals
+    assert len({named(name) for name in ("hf", "pt", "npcache", "mistral", "sharded_state")}) == 5
+
+
+def test_how_weights_are_loaded_and_kernels_chosen_counts(make_config: Any) -> None:
+    plain = make_config()
+    for where, value in {
+        "load_config": vllm.config.LoadConfig(model_loader_extra_config={"pattern": "other-{rank}.safetensors"}),
+        "kernel_config": vllm.config.KernelConfig(moe_backend="triton"),
+    }.items():
+        other = make_config()
+        setattr(other, where, value)
+        if where == "load_config":
+            plain.load_config = vllm.config.LoadConfig()
+        else:
+            plain.kernel_config = vllm.config.KernelConfig()
+        assert numerics_of(plain) != numerics_of(other)
+        delattr(plain, where)
 
 
 def test_settings_of_adapters(make_config: Any) -> None:

@@ -13,6 +13,7 @@ import hashlib
 import json
 import re
 from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 _ROUNDING = "changes the order of additions only, as batching does"
@@ -85,6 +86,27 @@ HARMLESS: Mapping[str, Mapping[str, str]] = {
         "enable_mixed_moe_lora_format": "says how files are laid out", "enable_moe_shared_loras": _ADAPTERS,
         "lora_extra_vocab_size": _ADAPTERS, "bias_enabled": _ADAPTERS,
     },
+    "LoadConfig": {
+        "load_format": "read as the files that it means (_load_format)", "download_dir": "where to put downloads",
+        "safetensors_load_strategy": _SPEED, "safetensors_prefetch_num_threads": _SPEED,
+        "safetensors_prefetch_block_size": _SPEED, "device": "where weights lie while they are loaded",
+        "use_tqdm_on_load": "what is shown", "pt_load_map_location": "where weights lie while they are loaded",
+    },
+    "KernelConfig": {
+        "ir_op_priority": _ROUNDING, "enable_flashinfer_autotune": _SPEED, "enable_cutedsl_warmup": _SPEED,
+        "enable_rocm_segmented_attn_autotune": _SPEED, "enable_jit_warmup": _SPEED,
+    },
+    "VllmConfig": {
+        "parallel_config": _LAYOUT, "scheduler_config": _SPEED, "device_config": _ROUNDING, "offload_config": _MEMORY,
+        "aux_output_config": "what is told of a step", "mamba_config": _STATE, "watermark_config": _SAMPLING,
+        "structured_outputs_config": _SAMPLING, "observability_config": "what is told of a step",
+        "logging_config": "what is logged", "quant_config": "made from the model's configuration and files",
+        "compilation_config": _ROUNDING, "profiler_config": _SPEED, "kv_transfer_config": "how KV moves",
+        "kv_events_config": "how KV moves", "ec_transfer_config": "media's part of a key says which media",
+        "ec_manager_config": _MEMORY, "reasoning_config": _SAMPLING, "optimization_level": _SPEED,
+        "performance_mode": _SPEED, "instance_id": "a name", "shutdown_timeout": _SPEED,
+        "weight_transfer_config": "a change of weights in a running engine stops its caching",
+    },
 }  # fmt: skip
 """By class and field of a host's configuration: why KV of engines that differ in it may be shared."""
 
@@ -95,6 +117,11 @@ _HARMLESS_HF_KEYS = frozenset(
      "finetuning_task", "task_specific_params", "use_bfloat16", "unsloth_version", "unsloth_fixed")
 )  # fmt: skip
 """Keys of a model's configuration that act on training, loading or output alone, or are named elsewhere (dtype)."""
+
+_SAFETENSORS_FORMATS = frozenset(
+    ("auto", "hf", "safetensors", "fastsafetensors", "instanttensor", "runai_streamer")
+)
+"""`load_format`s that read one and the same files of a folder, unless it has Mistral's own beside them."""
 
 _LENGTHLESS_ROPE = frozenset(("default", "linear", "llama3", "yarn", "deepseek_yarn", "mrope", "proportional", "None"))
 """Kinds of rope scaling whose factors depend on the model's configuration alone, not on the longest request."""
@@ -117,13 +144,18 @@ def numerics_of(vllm_config: Any) -> dict[str, str]:
         "pooling": str(getattr(model, "runner_type", "generate") == "pooling"),
         **{f"hf_config.{key}": value for key, value in hf_config.items()},
     }
-    if _reads_length(hf_config) or getattr(model, "trust_remote_code", False):
+    if _reads_length(getattr(model, "hf_config", None)) or getattr(model, "trust_remote_code", False):
         out["max_model_len"] = str(model.max_model_len)
+    out["load_format"] = _load_format(vllm_config)
+    overrides = getattr(model, "override_generation_config", None) or {}
+    out["attn_temperature_tuning"] = str(overrides.get("attn_temperature_tuning"))  # vLLM's Llama 4 reads it there
     for where, config in (
         ("", model),
         ("cache.", cache),
         ("attention.", getattr(vllm_config, "attention_config", None)),
         ("multimodal.", getattr(model, "multimodal_config", None)),
+        ("load.", getattr(vllm_config, "load_config", None)),
+        ("kernel.", getattr(vllm_config, "kernel_config", None)),
     ):
         out.update((where + name, text) for name, text in _fields(config) if where + name not in out)
     for name in ("additional_config", "engram_config", "diffusion_config"):
@@ -167,20 +199,45 @@ def _flat(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, An
             yield prefix + name, value
 
 
-def _reads_length(hf_config: Mapping[str, str]) -> bool:
-    """True when positions may depend on the longest request that the engine was started for.
+def _reads_length(hf_config: Any) -> bool:
+    """True when KV may depend on the longest request that the engine was started for.
 
-    So does longrope, which picks its factors by that; what is not known is taken to do so.
+    So does longrope, which picks its factors by that, and Llama 4, which scales its queries by position in engines for
+    long requests; what is not known is taken to do so.
     """
-    for name, text in hf_config.items():
+    if not hasattr(hf_config, "to_dict"):
+        return False
+    for name, value in _flat(hf_config.to_dict()):
         key = name.rpartition(".")[2]
-        if key.startswith("dual_chunk"):
+        if key.startswith("dual_chunk") or key == "attn_temperature_tuning":
             return True
-        if key.startswith("rope_"):
-            kinds = re.findall(r'"(?:rope_type|type)":"?([\w-]+)', text)
-            if any(kind not in _LENGTHLESS_ROPE and kind != "null" for kind in kinds):
-                return True
+        if key == "model_type" and str(value).startswith("llama4"):
+            return True
+        if key.startswith("rope_") and any(kind not in _LENGTHLESS_ROPE for kind in _rope_kinds(value)):
+            return True
     return False
+
+
+def _rope_kinds(value: Any) -> Iterator[str]:
+    """Every `rope_type` and `type` at any depth."""
+    if isinstance(value, Mapping):
+        for key, inner in value.items():
+            if key in ("rope_type", "type") and not isinstance(inner, Mapping):
+                yield str(inner)
+            else:
+                yield from _rope_kinds(inner)
+
+
+def _load_format(vllm_config: Any) -> str:
+    """Which of a folder's weights are read. vLLM's `auto` takes Mistral's files where there are any."""
+    model = vllm_config.model_config
+    chosen = getattr(getattr(vllm_config, "load_config", None), "load_format", "auto")
+    name = str(chosen.name if isinstance(chosen, enum.Enum) else chosen).lower()
+    if name not in _SAFETENSORS_FORMATS:
+        return name
+    is_vllms_auto = name == "auto" and not hasattr(model, "weights_stamp")
+    has_mistrals = is_vllms_auto and any(Path(str(model.model)).glob("consolidated*.safetensors"))
+    return "mistral" if has_mistrals else "safetensors"
 
 
 def _fields(config: Any) -> Iterable[tuple[str, str]]:
