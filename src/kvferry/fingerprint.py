@@ -1,10 +1,11 @@
 """Fingerprint of a model: one changed byte of config or weights is another model, in every host.
 
-SHA-256 over, for `config.json` (adapters: `adapter_config.json` too), then each `*.safetensors`, then what else weights
-and their meaning may come from (index files; then the files that these and `config.json` name, `*.bin`, `*.pt`, `*.pth`,
-the model's own `*.py`, and every `*.json` that is not known to be of the tokenizer, such as those that describe how
-weights are quantised), each in name order: u32-LE length of the file name, the name, u64-LE size, and the file's bytes. Folders over 8 GiB: of each
-`*.safetensors` only its header and 64 pages of 64 KiB, evenly spread, are read, and it begins with "sampled:".
+SHA-256 over, for `config.json` (adapters: `adapter_config.json` too), then each `*.safetensors`, then what else
+weights and their meaning may come from (index files; then the files that these and `config.json` name, `*.bin`,
+`*.pt`, `*.pth`, the model's own `*.py`, and every `*.json` that is not known to be of the tokenizer, such as those
+that describe how weights are quantised), each in name order: u32-LE length of the file name, the name, u64-LE size,
+and the file's bytes. Folders over 8 GiB: of each `*.safetensors` only its header and 64 pages of 64 KiB, evenly
+spread, are read, and it begins with "sampled:".
 Results are cached by path and stamp (size, mtime, ctime and inode) of every file.
 """
 

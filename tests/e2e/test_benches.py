@@ -10,8 +10,8 @@ from tests.benches import ROOT, run_tiny
 ELSEWHERE = {
     "p2p.py": "tests/native/test_bench.py",
     "in_vllm.py": "tests/vllm/test_benches.py",
-    "proof.py": "tests/native/test_bench.py",  # it has no place in the time of `make test`, as has the next one
-    "demo.py": "tests/vllm/test_benches.py",  # it needs no vLLM, but more time than `make test` has
+    "proof.py": "tests/vllm/test_benches.py",  # this and the next need no vLLM, but more time than `make test` has
+    "demo.py": "tests/vllm/test_benches.py",
 }
 NO_BENCH = {"plots.py", "record.py", "in_vllm_engine.py", "engine_vllm.py"}
 HERE = {
@@ -33,4 +33,4 @@ def test_no_bench_is_forgotten() -> None:
     """Here or elsewhere, each is run; a helper of others is none."""
     assert {path.name for path in (ROOT / "bench").glob("*.py")} == {*HERE, *ELSEWHERE, *NO_BENCH}
     for script, test in ELSEWHERE.items():
-        assert f"{script}" in (ROOT / test).read_text()
+        assert script in (ROOT / test).read_text()

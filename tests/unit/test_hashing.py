@@ -213,8 +213,12 @@ def index_of(*names: str) -> str:
         *(
             (name, '{"zero_point": true}', '{"zero_point": false}')
             for name in (
-                "quant_config.json", "quantize_config.json", "quantization_config.json", "hf_quant_config.json",
-                "kv_cache_scales.json", "params.json",
+                "quant_config.json",
+                "quantize_config.json",
+                "quantization_config.json",
+                "hf_quant_config.json",
+                "kv_cache_scales.json",
+                "params.json",
             )
         ),
     ],

@@ -1,4 +1,4 @@
-"""The benchmarks against real vLLM, and that of the demo, which is too long for `make test`."""
+"""The benchmarks against real vLLM, and two that are too long for `make test`."""
 
 from __future__ import annotations
 
@@ -22,3 +22,8 @@ def test_the_bench_of_the_engine_beside_vllm_runs(tmp_path: Path) -> None:
 @pytest.mark.timeout(600)
 def test_the_bench_of_the_demo_runs(tmp_path: Path) -> None:
     run_tiny("demo.py", tmp_path)
+
+
+@pytest.mark.timeout(600)
+def test_the_bench_of_the_proof_runs(tmp_path: Path) -> None:
+    run_tiny("proof.py", tmp_path)

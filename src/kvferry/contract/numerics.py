@@ -118,9 +118,7 @@ _HARMLESS_HF_KEYS = frozenset(
 )  # fmt: skip
 """Keys of a model's configuration that act on training, loading or output alone, or are named elsewhere (dtype)."""
 
-_SAFETENSORS_FORMATS = frozenset(
-    ("auto", "hf", "safetensors", "fastsafetensors", "instanttensor", "runai_streamer")
-)
+_SAFETENSORS_FORMATS = frozenset(("auto", "hf", "safetensors", "fastsafetensors", "instanttensor", "runai_streamer"))
 """`load_format`s that read one and the same files of a folder, unless it has Mistral's own beside them."""
 
 _LENGTHLESS_ROPE = frozenset(("default", "linear", "llama3", "yarn", "deepseek_yarn", "mrope", "proportional", "None"))
