@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import subprocess
 import sys
@@ -13,8 +14,10 @@ from typing import Any
 
 import pytest
 from tests.fake_lmcache import CHUNK_TOKENS, SILENT, FakeServer
+from typer.testing import CliRunner
 
 from kvferry import LLM, SamplingParams
+from kvferry.cli.main import app
 from kvferry.contract import KVConnectorFactory, supports_hma
 from kvferry.contract.views import RequestView
 from kvferry.engine.outputs import RequestOutput
@@ -368,6 +371,19 @@ def test_mistakes_are_told_at_start(
     monkeypatch.setitem(ServerConnection.probe.__kwdefaults__, "timeout_s", timeout_s)
     with pytest.raises((ConfigError, HostError), match=says):
         make_llm(extra=extra, **options)
+
+
+def test_doctor_asks_for_the_server_as_the_start_does(server: FakeServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    said = {}
+    for url, timeout_s in ((server.url, 20.0), ("tcp://127.0.0.1:9", 0.3)):
+        monkeypatch.setitem(ServerConnection.probe.__kwdefaults__, "timeout_s", timeout_s)
+        extra = {"server_urls": url, "weights_version": "1"}
+        transfer = {"kv_connector": "LMCacheMPConnector", "kv_role": "kv_both", "kv_connector_extra_config": extra}
+        shown = CliRunner().invoke(app, ["doctor", "--kv-transfer-config", json.dumps(transfer)])
+        said[url] = shown.exit_code, " ".join(shown.output.split())
+    assert said[server.url][0] == 0, said
+    assert said["tcp://127.0.0.1:9"][0] == 1, said
+    assert "no LMCache server answers" in said["tcp://127.0.0.1:9"][1]
 
 
 def test_a_server_that_does_not_take_the_staging(

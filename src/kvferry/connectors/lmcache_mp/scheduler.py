@@ -33,11 +33,11 @@ from kvferry.contract.kv_cache import KVConnectorOutput
 from kvferry.contract.sides import SchedulerSide
 from kvferry.contract.stats import ConnectorStats, MediumStats
 from kvferry.contract.views import BlockIds, RequestView, ScheduledRequest, StepView
-from kvferry.errors import ConfigError
+from kvferry.errors import ConfigError, HostError
 from kvferry.hashing import KeyChain
 from kvferry.lmcache.config import LMCacheConfig, builtin_config, check_builtin
 from kvferry.lmcache.lookups import Lookups
-from kvferry.lmcache.wire import ServerKey
+from kvferry.lmcache.wire import ServerConnection, ServerKey
 from kvferry.types import NULL_BLOCK_ID
 
 logger = logging.getLogger(__name__)
@@ -87,10 +87,18 @@ class LMCacheSchedulerSide(SchedulerSide):
 
     @classmethod
     def check(cls, host: HostInfo) -> list[str]:
-        """Settings and identity; the server may come up later."""
+        """Settings, identity, and whether the server answers, for which it waits at most some seconds."""
         check_builtin(host.extra_config)
         only_group(host)
-        check_identity(host, LMCacheConfig.parse(host.extra_config).weights_version)
+        config = LMCacheConfig.parse(host.extra_config)
+        check_identity(host, config.weights_version)
+        connection = ServerConnection(config.url)
+        try:
+            connection.probe(http_port=config.http_port)
+        except HostError as err:
+            return [str(err)]
+        finally:
+            connection.close()
         return []
 
     def __init__(self, host: HostInfo, clock: Clock | None = None) -> None:
