@@ -325,6 +325,19 @@ def parse_settings(cls: type[C], values: Mapping[str, Any], where: str) -> C:
     return cls(**settings)
 
 
+VllmsOwn = Mapping[str, tuple[tuple[Any, ...], str]]
+"""Key of vLLM's connector of the same name -> values that say what holds here anyway, and what to do about others."""
+
+
+def without_vllms_own(values: Mapping[str, Any], own: VllmsOwn, where: str, connector: str) -> dict[str, Any]:
+    """The settings without those of vLLM's connector that hold here anyway. ConfigError says what to use instead."""
+    settings = dict(values)
+    for key, (holds, instead) in own.items():
+        if key in settings and (value := settings.pop(key)) not in holds:
+            raise ConfigError(f"{where}.{key}={shown(value)} is a setting of vLLM's {connector}: {instead}")
+    return settings
+
+
 def shown(value: object) -> str:
     """A wrong value for a message: on one line, cut where it is long, and never an error of its own."""
     try:

@@ -31,7 +31,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 
 from kvferry.clock import Clock, SystemClock
-from kvferry.config import parse_settings
+from kvferry.config import VllmsOwn, parse_settings, without_vllms_own
 from kvferry.connectors.identity import KeyMaker, settings_identity
 from kvferry.contract.base import (
     KVConnectorBase_V1,
@@ -54,6 +54,11 @@ from kvferry.types import GroupInfo
 logger = logging.getLogger(__name__)
 
 _WHERE = "kv_connector_extra_config"
+_VLLMS_OWN: VllmsOwn = {
+    "num_writer_threads": ((), "one thread writes; max_pending_files limits what waits; leave the key out"),
+    "allow_custom_save_path": ((False,), "clients choose no paths; leave the key out"),
+    "use_synchronization_lock": ((True, False), "a file appears when it is whole; leave the key out"),
+}
 _LAYER_MARK = "cache_only_layers."  # in the name of the layer by which both hosts hand hidden states on
 _OURS = re.compile(r"[\w-]{1,64}-[0-9a-f]{16}\.safetensors(\.error)?(\.tmp)?", re.ASCII)
 _SWEEP_EVERY_S = 60.0
@@ -76,7 +81,8 @@ class HiddenStatesConfig:
     @classmethod
     def parse(cls, host: HostInfo) -> HiddenStatesConfig:
         """Read the settings; ConfigError also when the engine hands on no hidden states."""
-        config = parse_settings(cls, host.extra_config, _WHERE)
+        own = without_vllms_own(host.extra_config, _VLLMS_OWN, _WHERE, "ExampleHiddenStatesConnector")
+        config = parse_settings(cls, own, _WHERE)
         if not host.hidden_state_layers:
             raise ConfigError(
                 "the ExampleHiddenStatesConnector gets no hidden states from this engine: give it hidden_state_layers; "

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from kvferry.config import parse_settings
+from kvferry.config import VllmsOwn, parse_settings, without_vllms_own
 from kvferry.errors import ConfigError
 from kvferry.hashing import UNIT_TOKENS
 from kvferry.space import folder_of
@@ -19,7 +19,7 @@ _SLOT_ALIGNMENT_BYTES = 4096
 _DEFAULT_CHUNK_TOKENS = 64
 
 _TIERS = "kvferry's tiers stand in secondary_tiers; leave the key out"
-_VLLMS_OWN: Mapping[str, tuple[tuple[Any, ...], str]] = {
+_VLLMS_OWN: VllmsOwn = {
     "spec_name": (("CPUOffloadingSpec", "TieringOffloadingSpec"), _TIERS),
     "spec_module_path": ((None,), "a tier of your own goes into secondary_tiers, with tier_module_path"),
     "eviction_policy": (
@@ -79,7 +79,9 @@ class OffloadingConfig:
             raise ConfigError(
                 f"{EXTRA_CONFIG}.{given[0]} and .{given[1]} both say how large a chunk is: give one of them"
             )
-        return parse_settings(cls, _without_vllms_own(extra_config), EXTRA_CONFIG)
+        return parse_settings(
+            cls, without_vllms_own(extra_config, _VLLMS_OWN, EXTRA_CONFIG, "OffloadingConnector"), EXTRA_CONFIG
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,15 +139,6 @@ def _chunk_tokens(config: OffloadingConfig, alignment: int) -> int:
             f"the nearest are {configured // unit * unit or unit} and {-(-configured // unit) * unit}"
         )
     return configured
-
-
-def _without_vllms_own(extra_config: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings without those of vLLM's OffloadingConnector that say what holds here anyway."""
-    settings = dict(extra_config)
-    for key, (holds, instead) in _VLLMS_OWN.items():
-        if key in settings and (value := settings.pop(key)) not in holds:
-            raise ConfigError(f"{EXTRA_CONFIG}.{key}={value!r} is a setting of vLLM's OffloadingConnector: {instead}")
-    return settings
 
 
 def check_groups(groups: Sequence[GroupInfo]) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from kvferry.config import parse_settings, read_secret
+from kvferry.config import VllmsOwn, parse_settings, read_secret, without_vllms_own
 from kvferry.errors import ConfigError
 from kvferry.p2p.actions import P2PSettings
 from kvferry.p2p.choice import check_transport
@@ -16,6 +16,21 @@ from kvferry.p2p.wire import LOOPBACK, derive_key, parse_network
 
 EXTRA_CONFIG = "kv_connector_extra_config"
 _WAITS = P2PSettings()
+_NO_WAY_BACK = "a decode engine hands no KV back here: put an OffloadingConnector beside it in a MultiConnector"
+_VLLMS_OWN: VllmsOwn = {
+    "backends": ((["UCX"],), "kvferry uses NIXL's UCX backend; leave the key out"),
+    "num_threads": ((), 'write it as "ucx": {"num_threads": 4}'),
+    "enforce_handshake_compat": (
+        (True,), "engines that differ are always refused, with the name of what differs; leave the key out"
+    ),
+    "enable_cross_layers_blocks": ((True, False), "the layout decides; leave the key out"),
+    "kv_lease_duration": ((), "write lease_s (seconds)"),
+    "engine_ttl": ((), "peers are forgotten by themselves; leave the key out"),
+    "kv_recompute_threshold": ((0, 64), "every hand-over that was asked for is fetched; leave the key out"),
+    "bidirectional_kv_xfer": ((False,), _NO_WAY_BACK),
+    "decoder_kv_blocks_ttl": ((), _NO_WAY_BACK),
+    "push_registration_timeout": ((), "write load_s (seconds)"),
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -64,7 +79,8 @@ class P2PConfig:
     @classmethod
     def parse(cls, extra_config: Mapping[str, Any], variant: Mapping[str, Any]) -> P2PConfig:
         """Read `kv_connector_extra_config` over what the connector's name says. ConfigError: key, value and remedy."""
-        config = parse_settings(cls, {**variant, **extra_config}, EXTRA_CONFIG)
+        own = without_vllms_own(extra_config, _VLLMS_OWN, EXTRA_CONFIG, "NixlConnector")
+        config = parse_settings(cls, {**variant, **own}, EXTRA_CONFIG)
         if "mode" in variant and config.mode != variant["mode"]:
             raise ConfigError(
                 f"{EXTRA_CONFIG}.mode={config.mode!r}, but the connector's name says {variant['mode']!r}: "
