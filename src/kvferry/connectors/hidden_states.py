@@ -41,7 +41,7 @@ from kvferry.contract.base import (
     SupportsHMA,
 )
 from kvferry.contract.facade import facade_mixin
-from kvferry.contract.host import HostInfo
+from kvferry.contract.host import HIDDEN_STATE_LAYER, HostInfo
 from kvferry.contract.kv_cache import KVConnectorOutput
 from kvferry.contract.sides import SchedulerSide, WorkerSide
 from kvferry.contract.views import BlockIds, RequestView, StepView
@@ -49,7 +49,6 @@ from kvferry.errors import ConfigError, TierCorrupt, TierUnavailable
 from kvferry.hashing import DIGEST_BYTES, digest
 from kvferry.space import folder_of, unwritable
 from kvferry.store.io_threads import IoThreads, Urgency
-from kvferry.types import GroupInfo
 
 logger = logging.getLogger(__name__)
 
@@ -59,7 +58,6 @@ _VLLMS_OWN: VllmsOwn = {
     "allow_custom_save_path": ((False,), "clients choose no paths; leave the key out"),
     "use_synchronization_lock": ((True, False), "a file appears when it is whole; leave the key out"),
 }
-_LAYER_MARK = "cache_only_layers."  # in the name of the layer by which both hosts hand hidden states on
 _OURS = re.compile(r"[\w-]{1,64}-[0-9a-f]{16}\.safetensors(\.error)?(\.tmp)?", re.ASCII)
 _SWEEP_EVERY_S = 60.0
 _CLOSE_LIMIT_S = 30.0
@@ -119,7 +117,7 @@ class PromptFile:
     token_ids: list[int]
     block_ids: list[int]
     identity: str
-    """Of settings, cache salt, adapter and media, beside the tokens; empty when the adapter's content is uncertain."""
+    """Of settings, layers, cache salt, adapter and media, beside the tokens; empty while the adapter is uncertain."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,8 +156,8 @@ class HiddenStatesSchedulerSide(SchedulerSide):
     def __init__(self, host: HostInfo) -> None:
         super().__init__(host)
         self._folder = HiddenStatesConfig.parse(host).folder()
-        self._group = _hidden_group(host) or host.groups[0]
-        settings = json.dumps([host.model, settings_identity(host)], sort_keys=True)
+        self._group = host.hidden_state_group or host.groups[0]
+        settings = json.dumps([host.model, host.hidden_state_layers, settings_identity(host)], sort_keys=True)
         self._keys = KeyMaker(settings, host.groups, host.world_size, host.adapter_settings)
         self._prompts: dict[str, _Prompt] = {}
         self._discards: list[str] = []
@@ -242,7 +240,7 @@ class HiddenStatesWorkerSide(WorkerSide):
         self._folder = self.config.folder()
         self._writer = IoThreads[Callable[[], None]]("kvferry-hidden-states", 1, lambda job: job())
         self._next_sweep_s = self.clock.now()
-        self._group = _hidden_group(host) or host.groups[0]
+        self._group = host.hidden_state_group or host.groups[0]
         self._ratio = 1
         """Kernel blocks of a block."""
         self._pages: torch.Tensor | None = None
@@ -255,7 +253,7 @@ class HiddenStatesWorkerSide(WorkerSide):
 
     def register_kv_caches(self, kv_caches: dict[str, torch.Tensor]) -> None:
         """Find the pages, if there are any, and into what a block is cut."""
-        self._pages = next((pages for name, pages in kv_caches.items() if _LAYER_MARK in name), None)
+        self._pages = next((pages for name, pages in kv_caches.items() if HIDDEN_STATE_LAYER in name), None)
         self._ratio = kv_caches[self._group.layer_names[0]].shape[0] // self.host.num_blocks
 
     def handle_preemptions(self, metadata: KVConnectorMetadata) -> None:
@@ -267,7 +265,7 @@ class HiddenStatesWorkerSide(WorkerSide):
 
     def save_kv_layer(self, layer_name: str, kv_layer: torch.Tensor, attn_metadata: Any) -> None:
         """Note that this step's hidden states are there."""
-        if _LAYER_MARK in layer_name:
+        if HIDDEN_STATE_LAYER in layer_name:
             self._step_rows = kv_layer, attn_metadata
 
     def wait_for_save(self, metadata: KVConnectorMetadata) -> None:
@@ -360,13 +358,19 @@ class HiddenStatesWorkerSide(WorkerSide):
 
 
 def load_hidden_states(
-    path: str | Path, timeout_s: float = 30.0, token_ids: Sequence[int] | None = None, *, verify: bool = True
+    path: str | Path,
+    timeout_s: float = 30.0,
+    token_ids: Sequence[int] | None = None,
+    *,
+    layers: Sequence[int] | None = None,
+    verify: bool = True,
 ) -> dict[str, torch.Tensor]:
     """What is in the file of a path that a request returned: "hidden_states" [tokens, states, hidden], "token_ids".
 
     Waits for the file, at most `timeout_s` seconds. Raises TierUnavailable when it did not come, or will not, and
     TierCorrupt when its bytes are not those that were written (unless `verify` is false; files of earlier versions
-    carry no digest to tell by), or `token_ids` are given and the file is of another prompt.
+    carry no digest to tell by), `token_ids` are given and the file is of another prompt, or `layers` are given and it
+    holds the hidden states of others.
     """
     deadline_s, failure = time.monotonic() + timeout_s, Path(f"{path}.error")
     while not Path(path).exists():
@@ -386,11 +390,19 @@ def load_hidden_states(
         raise TierCorrupt(
             f"{path} has the hidden states of {len(tensors['token_ids'])} other tokens than were asked for"
         )
+    held = _metadata(data).get("hidden_state_layers")
+    if layers is not None and held != json.dumps(sorted(set(layers))):
+        raise TierCorrupt(f"{path} has the hidden states of layers {held or 'unknown'}, not of {sorted(set(layers))}")
     return tensors
 
 
 def _header_end(data: bytes) -> int:
     return 8 + int.from_bytes(data[:8], "little")
+
+
+def _metadata(data: bytes) -> dict[str, str]:
+    found: dict[str, str] = json.loads(data[8 : _header_end(data)]).get("__metadata__", {})
+    return found
 
 
 def _field(text: str) -> bytes:
@@ -408,16 +420,11 @@ def _with_digest(data: bytes) -> bytes:
 def _is_as_written(data: bytes) -> bool:
     """Whether the digest in the file's metadata is that of the file; also where there is none."""
     end = _header_end(data)
-    told = json.loads(data[8:end]).get("__metadata__", {}).get("digest")
+    told = _metadata(data).get("digest")
     if told is None:
         return True
     header = data[:end].replace(_field(told), _field(_NO_DIGEST), 1)
     return bool(digest(header + data[end:]).hex() == told)
-
-
-def _hidden_group(host: HostInfo) -> GroupInfo | None:
-    """The KV cache group that hidden states are paged in, where the host does that."""
-    return next((group for group in host.groups if any(_LAYER_MARK in name for name in group.layer_names)), None)
 
 
 def _file_name(request_id: str) -> str:

@@ -70,13 +70,20 @@ def check_identity(host: HostInfo, weights_version: str | None) -> None:
 
 
 def settings_identity(host: HostInfo) -> dict[str, str]:
-    """Everything beside the weights that the numbers in the KV cache depend on: settings, media processor, draft."""
+    """Everything beside the weights that the numbers in the KV cache depend on.
+
+    That is settings, the media processor, the draft model, and which hidden states are paged in the cache.
+    """
     out = dict(host.numerics)
+    if host.hidden_state_group is not None:
+        out["hidden_state_layers"] = json.dumps(host.hidden_state_layers)
     folder = Path(host.model)
     processor = fingerprint_files(folder / name for name in _PROCESSOR_FILES)
-    if processor is not None:
-        out["media_processor"] = processor
-    if host.draft_model is not None:
+    if folder.is_dir():  # elsewhere there is no telling
+        out["media_processor"] = processor or "none"
+    if host.draft_model == host.model:
+        out["draft_model"] = "the model"
+    elif host.draft_model is not None:
         draft = Path(host.draft_model)
         has_weights = any(draft.glob("*.safetensors"))
         out["draft_model"] = fingerprint_folder(draft) if has_weights else host.draft_model

@@ -18,6 +18,9 @@ from kvferry.types import AttentionKind, GroupInfo
 if TYPE_CHECKING:
     from kvferry.contract.kv_cache import KVCacheConfig
 
+HIDDEN_STATE_LAYER = "cache_only_layers."
+"""In the name of the layer by which both hosts hand hidden states on."""
+
 
 @dataclass(frozen=True, slots=True)
 class HostInfo:
@@ -57,7 +60,7 @@ class HostInfo:
     """Attention layer -> how its kernels place tokens and elements within a page (`kvferry.p2p.geometry.PageForm`).
     The host knows it when the KV cache is registered."""
     draft_model: str | None = None
-    """Folder or hub name of the draft model, where it is another than the model: its KV lies in the cache too."""
+    """Folder or hub name of the draft model, or None: its KV lies in the cache too."""
     weights_stamp: Any = None
     """What `kvferry.fingerprint.stamp_folder` said of the model's folder before its weights were read, or None."""
     loaded_after_s: float | None = None
@@ -70,6 +73,11 @@ class HostInfo:
     """Why no request may use KV from elsewhere: the model's output needs every token in one forward. None: it may."""
     steps_for_held_blocks: bool = False
     """True when the host steps while blocks of ended requests are held, without being told to; vLLM does not."""
+
+    @property
+    def hidden_state_group(self) -> GroupInfo | None:
+        """The KV cache group in which hidden states are paged, where the host does that."""
+        return next((y for y in self.groups if any(HIDDEN_STATE_LAYER in name for name in y.layer_names)), None)
 
     @property
     def world_size(self) -> int:
@@ -163,9 +171,12 @@ def _hidden_state_layers(vllm_config: Any) -> tuple[int, ...]:
 
 
 def _draft_model(vllm_config: Any) -> str | None:
-    draft = getattr(getattr(vllm_config, "speculative_config", None), "draft_model_config", None)
+    speculative = getattr(vllm_config, "speculative_config", None)
+    draft = getattr(speculative, "draft_model_config", None)
+    if draft is None or draft is getattr(speculative, "target_model_config", None):  # vLLM's for drafts without a model
+        return None
     name = getattr(draft, "model", None)
-    return None if name is None or str(name) == str(vllm_config.model_config.model) else str(name)
+    return None if name is None else str(name)
 
 
 def _process_started_s() -> float | None:

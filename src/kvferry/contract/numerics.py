@@ -157,8 +157,8 @@ def numerics_of(vllm_config: Any) -> dict[str, str]:
     ):
         out.update((where + name, text) for name, text in _fields(config) if where + name not in out)
     for name in ("additional_config", "engram_config", "diffusion_config"):
-        if value := getattr(vllm_config, name, None):
-            out[name] = _text(value)
+        if hasattr(vllm_config, name):  # named where it is empty too, so that peers compare it
+            out[name] = _text(getattr(vllm_config, name) or None)
     return out
 
 

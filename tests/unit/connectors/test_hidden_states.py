@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -22,6 +23,9 @@ from kvferry.connectors.hidden_states import (
     HiddenStatesWorkerSide,
     load_hidden_states,
 )
+from kvferry.connectors.identity import peer_facts, settings_identity
+from kvferry.connectors.offloading.config import ChunkGeometry
+from kvferry.connectors.offloading.identity import store_namespace
 from kvferry.contract import FullAttentionSpec, KVConnectorFactory, make_kv_cache_config
 from kvferry.contract.host import host_info
 from kvferry.contract.kv_cache import KVConnectorOutput
@@ -385,6 +389,31 @@ def test_a_file_says_what_it_is_of(host: Host, tmp_path: Path) -> None:
         assert load_hidden_states(path, token_ids=request.all_token_ids)["token_ids"].tolist() == [*range(100, 105)]
         with pytest.raises(TierCorrupt, match="of 5 other tokens"):
             load_hidden_states(path, token_ids=[*range(101, 106)])
+        assert load_hidden_states(path, layers=[3, 1])["token_ids"].shape == (5,)
+        with pytest.raises(TierCorrupt, match=r"of layers \[1, 3\], not of \[1, 2\]"):
+            load_hidden_states(path, layers=(1, 2))
     assert identities[0] == identities[1] != ""
     assert len(set(identities)) == 4
     assert identities[-1] == "", "nobody knows what the adapter held"
+
+
+def test_which_states_are_paged_is_part_of_what_the_caches_hold(tmp_path: Path) -> None:
+    """Whoever stores or serves the KV cache stores them too."""
+    one, again, other = (info(tmp_path, spec=speculative(ids=ids)) for ids in ((1, 2), (2, 1), (2, 3)))
+    assert settings_identity(one) == settings_identity(again) != settings_identity(other)
+    assert dict(peer_facts(one, "1"))["hidden_state_layers"] == "[1, 2]"
+    geometry = ChunkGeometry(64, 16, (), 0, 0)
+    names = [store_namespace(host, geometry, {}).digest for host in (one, again, other)]
+    assert names[0] == names[1] != names[2]
+
+
+def test_states_that_are_not_paged_make_no_other_cache(tmp_path: Path) -> None:
+    """The embedded engine's: their layers are part of what their files are of, and of nothing else."""
+    host = replace(info(tmp_path), groups=info(tmp_path).groups[:1])
+    assert settings_identity(host) == settings_identity(replace(host, hidden_state_layers=()))
+    request = RequestView(SimpleNamespace(all_token_ids=[1]))
+    one, other = (
+        HiddenStatesSchedulerSide(replace(host, hidden_state_layers=layers))._identity(request)
+        for layers in ((1,), (2,))
+    )
+    assert "" != one != other != ""

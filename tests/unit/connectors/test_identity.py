@@ -21,6 +21,8 @@ from kvferry.contract.host import HostInfo, _process_started_s, host_info
 from kvferry.contract.views import RequestView
 from kvferry.errors import ConfigError
 from kvferry.fingerprint import fingerprint_folder, stamp_folder
+from kvferry.p2p.geometry import EngineGeometry, GroupGeometry, RankGeometry, differences
+from kvferry.types import AttentionKind
 
 
 @pytest.fixture
@@ -222,7 +224,7 @@ def test_weights_that_are_exchanged_for_older_files_are_noticed(root: Path, name
     with pytest.raises(ConfigError, match="changed while this engine loaded them"):
         model_identity(host, None)
     with pytest.raises(ConfigError, match="changed while this engine loaded them"):
-        settings_identity(replace(host, draft_model=str(path)))
+        settings_identity(replace(host, model="another", draft_model=str(path)))
     assert KeyMaker("m", (), 1, started_s=time_between(root)).chain(lora(path)) is not None, "a restart helps"
 
 
@@ -279,3 +281,38 @@ def test_links_in_a_circle_are_no_folder(root: Path) -> None:
     keys = KeyMaker("m", (), 1)
     assert keys.chain(lora(root / "one/cur")) is None
     assert "cannot be read" in keys.why_not(str(root / "one/cur"))
+
+
+def differing(one: HostInfo, other: HostInfo) -> list[str]:
+    rank = RankGeometry(1, (1,), (GroupGeometry(16, AttentionKind.FULL, None),), ())
+    a, b = (EngineGeometry((rank,), peer_facts(host, "1")) for host in (one, other))
+    return [line.partition(":")[0] for line in differences(a, b)]
+
+
+def test_what_only_one_peer_has_counts_where_the_other_could_have_it(folder: Path) -> None:
+    plain = info(folder, additional_config={}, engram_config=None)
+    set_up = info(folder, additional_config={"x": 1}, engram_config=None)
+    assert differing(plain, info(folder, additional_config=None, engram_config={})) == []
+    assert differing(plain, set_up) == differing(set_up, plain) == ["additional_config"]
+    assert differing(info(folder), set_up) == [], "our engine has no such setting"
+    (folder / "preprocessor_config.json").write_text("{}")
+    processed = peer_facts(plain, "1")
+    (folder / "preprocessor_config.json").unlink()
+    assert {name for name, _ in {*processed} ^ {*peer_facts(plain, "1")}} == {"media_processor"}
+    assert dict(peer_facts(plain, "1"))["media_processor"] == "none"
+    by_name = replace(plain, model="organization/name")
+    assert differing(plain, by_name) == differing(by_name, plain) == []
+
+
+def test_a_draft_of_the_models_own_is_another_than_one_from_elsewhere(folder: Path, root: Path) -> None:
+    """A draft on one side only makes no difference here: its layers, if it has any, are missing on the other."""
+
+    def drafting(model: Path) -> HostInfo:
+        return info(folder, speculative_config=SimpleNamespace(draft_model_config=SimpleNamespace(model=str(model))))
+
+    own, other = drafting(folder), drafting(root / "a/b/new")
+    assert differing(own, other) == differing(other, own) == ["draft_model"]
+    assert differing(own, drafting(folder)) == differing(info(folder), other) == []
+    target = SimpleNamespace(model=str(folder))
+    by_tokens = SimpleNamespace(draft_model_config=target, target_model_config=target)
+    assert settings_identity(info(folder, speculative_config=by_tokens)) == settings_identity(info(folder))
