@@ -181,6 +181,7 @@ class Driver:
     def __init__(self, llm: Any) -> None:
         self._llm = llm
         self._seen = self._metrics()
+        self._adapter: Any = None
 
     def _metrics(self) -> dict[str, float]:
         found = dict.fromkeys(METRICS, 0.0)
@@ -207,9 +208,17 @@ class Driver:
         """All prompts at once: {"outputs": one per prompt, and how much each of METRICS grew}."""
         requests = [{"prompt_token_ids": prompt} for prompt in prompts]
         started_s = time.monotonic()
-        outputs = self._llm.generate(requests, self._params(max_tokens, transfer), use_tqdm=False)
+        params, lora = self._params(max_tokens, transfer), self._adapter
+        outputs = self._llm.generate(requests, params, use_tqdm=False, lora_request=lora)
         seconds = time.monotonic() - started_s
         return {"outputs": [_output(output) for output in outputs], "seconds": seconds, **self._news()}
+
+    def load_adapter(self, path: str) -> dict[str, Any]:
+        """As `vllm serve --lora-modules` does at its start; all requests from now on are of this adapter."""
+        from vllm.lora.request import LoRARequest
+
+        self._adapter = LoRARequest("adapter", 1, path)
+        return {"is_loaded": self._llm.llm_engine.add_lora(self._adapter)}
 
     def generate(self, prompt: list[int], max_tokens: int, transfer: dict[str, Any] | None = None) -> dict[str, Any]:
         """One prompt (with these kv_transfer_params): tokens, top-2 gaps, and how much each of METRICS grew."""
