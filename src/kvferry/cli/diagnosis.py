@@ -10,6 +10,7 @@ import os
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,7 +26,7 @@ from kvferry.contract.host import groups_of, host_info
 from kvferry.contract.multi import MultiConnector
 from kvferry.engine.config import EngineOptions
 from kvferry.engine.hybrid import parts_of
-from kvferry.engine.model_loader import ModelShape
+from kvferry.engine.model_loader import ModelShape, check_weights
 from kvferry.engine.plan import EnginePlan, plan_engine
 from kvferry.errors import ConfigError
 from kvferry.segment import SHM_DIRECTORY
@@ -78,6 +79,10 @@ def diagnose(
         _add_connector(result, path, part)
         result.problems += _lacks(plan, path, part, options, host)
     result.problems += _two_pools(plan)
+    try:
+        check_weights(Path(model.path))
+    except ConfigError as err:
+        result.problems.append(str(err))
     if plan.config.kv_transfer_config is None and not result.findings:
         result.add("connector", "none", "kv_transfer_config names none, and there is no kv_offloading_size")
     if host is Host.VLLM:

@@ -11,6 +11,7 @@ import torch
 
 from kvferry.engine.kv_groups import LayerGeometry
 from kvferry.engine.model_loader import max_tokens_of, read_model_config
+from kvferry.errors import ConfigError
 
 
 @dataclass(slots=True)
@@ -33,7 +34,11 @@ def read_model_facts(source: str | Path, dtype: str = "auto", *, any_architectur
     """
     path, config = read_model_config(source, any_architecture=any_architecture)
     chosen = getattr(torch, dtype) if dtype != "auto" else getattr(config, "dtype", None) or torch.float32
-    return ModelFacts(str(path), chosen, _layers(config.get_text_config()), max_tokens_of(config), config)
+    try:
+        layers, max_tokens = _layers(config.get_text_config()), max_tokens_of(config)
+    except (ArithmeticError, AttributeError, TypeError, ValueError) as err:
+        raise ConfigError(f"model={str(source)!r}: its config.json describes no model that can run: {err}") from err
+    return ModelFacts(str(path), chosen, layers, max_tokens, config)
 
 
 def _layers(config: Any) -> list[LayerGeometry]:

@@ -21,7 +21,8 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from safetensors import SafetensorError
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError, safe_open
 from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
@@ -29,7 +30,7 @@ from transformers.models.auto.modeling_auto import (
 )
 from transformers.utils import logging as transformers_logging
 
-from kvferry.config import cache_dir
+from kvferry.config import cache_dir, shown
 from kvferry.engine.attention import (
     ATTENTION_NAME,
     AttentionOptions,
@@ -54,9 +55,10 @@ _GGUF_DTYPE = torch.bfloat16
 _BATCH_DEPENDENT_ROPE = ("dynamic", "longrope")
 # What transformers and the file formats below it raise for files and architectures they cannot take.
 _LOADING_ERRORS = (
-    ValueError, LookupError, OSError, ImportError, RuntimeError, TypeError, AttributeError, struct.error,
-    SafetensorError,
+    ValueError, LookupError, OSError, ImportError, RuntimeError, TypeError, AttributeError, ArithmeticError,
+    struct.error, SafetensorError, StrictDataclassError,
 )  # fmt: skip
+_GIVE = "give a model folder, a .gguf file, or 'smollm2'"
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")
 
 
@@ -105,12 +107,37 @@ def find_model_folder(source: str | Path) -> Path:
     if (path / "config.json").is_file():
         return path.resolve()
     what = f"folder {path} has no config.json" if path.is_dir() else f"there is no {path}"
-    raise ConfigError(f"model={str(source)!r}: {what}; give a model folder, a .gguf file, or 'smollm2'")
+    raise ConfigError(f"model={shown(str(source))}: {what}; {_GIVE}")
 
 
 def _find_gguf(source: str | Path) -> Path | None:
-    path = _smollm2_gguf() if str(source) == "smollm2" else Path(source).expanduser()
+    """The GGUF that `source` means, if it means one. ConfigError when it is no path at all."""
+    try:
+        path = _smollm2_gguf() if str(source) == "smollm2" else Path(source).expanduser()
+        path.stat()
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, RuntimeError) as err:  # too long, not readable, a NUL; a home of nobody's
+        raise ConfigError(f"model={shown(str(source))} is no path that can be read: {err}; {_GIVE}") from err
     return path if path.suffix == ".gguf" and path.is_file() else None
+
+
+def check_weights(folder: Path) -> None:
+    """ConfigError when the folder of a model has no weights, or files of them that are damaged; reads headers alone.
+
+    What is no folder (a GGUF, a name) is not looked at.
+    """
+    if not folder.is_dir():
+        return
+    files = sorted(folder.glob("*.safetensors"))
+    if not files and not any(folder.glob("*.bin")):
+        raise ConfigError(f"model={str(folder)!r} has no weights (*.safetensors): download them beside config.json")
+    for file in files:
+        try:
+            with safe_open(file, framework="pt"):
+                pass
+        except (SafetensorError, OSError) as err:
+            raise ConfigError(f"model={str(folder)!r}: {file.name} is damaged: {err}; download it again") from err
 
 
 def max_tokens_of(config: Any) -> int:
@@ -202,6 +229,7 @@ def load_model(source: str | Path, dtype: str, device: str) -> HFModel:
     """Load a model and prove that it runs paged. Raises ConfigError naming the architecture and what is missing."""
     folder, config = read_model_config(find_model_folder(source))
     name = architecture_of(config)
+    check_weights(folder)
     weights_stamp = _stamp(folder)
     try:
         with _no_progress_bars():
@@ -259,6 +287,9 @@ def _refuse_unsupported(config: Any, name: str) -> None:
         raise ConfigError(
             f"{name} is not supported: transformers has no decoder-only language model of model_type {kind!r}; {works}"
         )
+    num_layers = getattr(config.get_text_config(), "num_hidden_layers", None)
+    if isinstance(num_layers, int) and num_layers < 1:
+        raise ConfigError(f"{name} is not supported: the model's num_hidden_layers={num_layers} leaves nothing to run")
     rope = getattr(config, "rope_parameters", None) or {}
     # One set of parameters, or one per kind of layer.
     kinds = [part.get("rope_type") for part in (rope, *rope.values()) if isinstance(part, dict)]
@@ -283,7 +314,10 @@ class HFModel:
         self.max_model_len = max_tokens_of(model.config)
         self.eos_token_ids = _eos_token_ids(model)
         has_tokenizer = any((folder / name).is_file() for name in _TOKENIZER_FILES)
-        self.tokenizer: Any = AutoTokenizer.from_pretrained(folder) if has_tokenizer else None
+        try:
+            self.tokenizer: Any = AutoTokenizer.from_pretrained(folder) if has_tokenizer else None
+        except _LOADING_ERRORS as err:
+            raise ConfigError(f"model={str(folder)!r}: its tokenizer cannot be loaded: {err}") from err
         try:
             plain = _plain_logits(model, self._check_token_ids)
         except _LOADING_ERRORS as err:

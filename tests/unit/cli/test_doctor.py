@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import struct
 from pathlib import Path
 from typing import Any
 
@@ -51,8 +52,9 @@ class WantsLayout(KVConnectorBase_V1):
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """A model without weights: reading any would fail."""
+    """A model whose file of weights holds none: reading any would fail."""
     (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "model.safetensors").write_bytes(struct.pack("<Q", 8) + b"{}      ")
     (tmp_path / "model" / "config.json").write_text(json.dumps(CONFIG))
     return tmp_path / "model"
 
@@ -198,7 +200,7 @@ def test_the_command_reads_a_configuration_and_no_weights(folder: Path) -> None:
     assert text.exit_code == 0
     for words in ("OffloadingConnector", "hybrid KV cache: off", "model runner: V1", "KV layout: BLNHC", "no problems"):
         assert words in text.stdout
-    assert list(folder.iterdir()) == [folder / "config.json"]
+    assert {file.name for file in folder.iterdir()} == {"config.json", "model.safetensors"}
 
 
 def test_parts_that_fit_one_by_one_but_not_together(monkeypatch: pytest.MonkeyPatch) -> None:
