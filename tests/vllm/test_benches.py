@@ -1,4 +1,4 @@
-"""The benchmarks against real vLLM, and two that are too long for `make test`."""
+"""The benchmarks against real vLLM, and those that are too long for `make test`."""
 
 from __future__ import annotations
 
@@ -27,3 +27,8 @@ def test_the_bench_of_the_demo_runs(tmp_path: Path) -> None:
 @pytest.mark.timeout(600)
 def test_the_bench_of_the_proof_runs(tmp_path: Path) -> None:
     run_tiny("proof.py", tmp_path)
+
+
+@pytest.mark.timeout(600)
+def test_the_bench_of_hand_overs_runs(tmp_path: Path) -> None:
+    run_tiny("p2p_handover.py", tmp_path, missed_goal_status=1)
