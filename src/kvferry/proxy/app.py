@@ -17,6 +17,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from kvferry.clock import Clock, SystemClock
+from kvferry.config import shown
 from kvferry.http import ERROR_HANDLERS, ApiError, EventStream, Server, read_body, unless_gone
 from kvferry.proxy.bodies import Call, SignPeer
 from kvferry.proxy.config import ProxyConfig
@@ -146,7 +147,7 @@ class Proxy:
 def _one_segment(name: str) -> str:
     """A model's name for an engine's path. ApiError for one that could lead out of /v1/models there or on the way."""
     if name in ("", ".") or ".." in name.split("/") or len(name) > _MAX_NAME:
-        raise ApiError(404, f"no model can have the name {name[:_MAX_NAME]!r}: GET /v1/models lists all")
+        raise ApiError(404, f"no model can have the name {shown(name)}: GET /v1/models lists all")
     return quote(name, safe="")
 
 

@@ -171,6 +171,8 @@ class EngineError:
     """With status 503: there is no room now, for an engine that works."""
     is_death: bool = False
     """The engine itself has ended."""
+    blames_hand_over: bool = False
+    """`kv_transfer_params` are to blame, which are the proxy's: clients may send none."""
 
 
 def error_of(data: bytes) -> EngineError:
@@ -186,7 +188,8 @@ def error_of(data: bytes) -> EngineError:
     # `kvferry serve` says it with a code, vLLM (max_num_queued_reqs, max_num_queued_tokens) with a type.
     is_full = code == "overloaded" or fields.get("type") == "Service Unavailable"
     message = " ".join(text.split())[:1000]
-    return EngineError(message, code if isinstance(code, str) else "", is_full, _is_death(error))
+    blames_hand_over = fields.get("param") == "kv_transfer_params"
+    return EngineError(message, code if isinstance(code, str) else "", is_full, _is_death(error), blames_hand_over)
 
 
 def _is_death(error: Any) -> bool:

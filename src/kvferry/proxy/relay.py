@@ -413,7 +413,8 @@ class Relay:
     ) -> httpx2.Response:
         """The engine's reply, its status good and its body to be read; `stack` closes it.
 
-        `pair`: KV is to be transferred between these. An engine tells by status 500 that it was not.
+        `pair`: KV is to be transferred between these. An engine tells by status 500, or blame of
+        `kv_transfer_params`, that it was not.
         """
         limits = httpx2.Timeout(self._seconds(timeout), connect=self._config.connect_timeout_s, pool=None)
         headers = {"Content-Type": "application/json", "Accept-Encoding": "identity", **call.headers}
@@ -437,12 +438,13 @@ class Relay:
         error = error_of(data)
         if response.status_code == 429 or (response.status_code == 503 and error.is_full):
             raise self._full(engine, response, error)
-        if 400 <= response.status_code < 500:
+        is_hand_overs = pair is not None and (response.status_code == 500 or error.blames_hand_over)
+        if 400 <= response.status_code < 500 and not is_hand_overs:
             self._fleet.worked(engine)
             kind = response.headers.get("content-type", "application/json")
             raise Refused(engine, Reply(response.status_code, kind, data, outcome="refused"))
         why = f"status {response.status_code}: {error.message}"
-        if pair is not None and response.status_code == 500 and not error.is_death:
+        if pair is not None and is_hand_overs and not error.is_death:
             self._fleet.not_transferred(pair, why)
             raise LegFailed(engine, why)
         raise self._failed(engine, why, 503 if response.status_code == 503 else 502, is_death=error.is_death)
