@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 from tests.fake_lmcache import CHUNK_TOKENS, SILENT, FakeServer
+from transformers import LlamaConfig, LlamaForCausalLM
 from typer.testing import CliRunner
 
 from kvferry import LLM, SamplingParams
@@ -373,13 +374,19 @@ def test_mistakes_are_told_at_start(
         make_llm(extra=extra, **options)
 
 
-def test_doctor_asks_for_the_server_as_the_start_does(server: FakeServer, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_doctor_asks_for_the_server_as_the_start_does(
+    server: FakeServer, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    sizes = {"vocab_size": 97, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1}
+    LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=4, max_position_embeddings=64)).save_pretrained(tmp_path)
     said = {}
     for url, timeout_s in ((server.url, 20.0), ("tcp://127.0.0.1:9", 0.3)):
         monkeypatch.setitem(ServerConnection.probe.__kwdefaults__, "timeout_s", timeout_s)
         extra = {"server_urls": url, "weights_version": "1"}
         transfer = {"kv_connector": "LMCacheMPConnector", "kv_role": "kv_both", "kv_connector_extra_config": extra}
-        shown = CliRunner().invoke(app, ["doctor", "--kv-transfer-config", json.dumps(transfer)])
+        shown = CliRunner().invoke(
+            app, ["doctor", "--model", str(tmp_path), "--kv-transfer-config", json.dumps(transfer)]
+        )
         said[url] = shown.exit_code, " ".join(shown.output.split())
     assert said[server.url][0] == 0, said
     assert said["tcp://127.0.0.1:9"][0] == 1, said
