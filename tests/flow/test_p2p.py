@@ -926,6 +926,19 @@ def test_a_hand_over_that_is_given_back_frees_its_blocks_at_once(cluster: Cluste
 
 
 @pytest.mark.parametrize("mode", MODES)
+def test_a_hand_over_that_is_given_back_before_its_prefill_has_ended_holds_nothing(cluster: Cluster, mode: str) -> None:
+    prefill, decode = (cluster.start(mode=mode, lease_s=600.0) for _ in range(2))
+    cluster.add(prefill, "p", DECODE | {"transfer_id": "t1"}, max_tokens=4)
+    cluster.step(prefill)
+    cluster.add(prefill, "back", {"do_release": True, "transfer_id": "t1"}, [1], max_tokens=1)
+    output, _ = cluster.finish("p", "back")
+    cluster.until(lambda: prefill.connector_stats.held_blocks == 0)  # type: ignore[union-attr]
+    cluster.add(decode, "late", output.kv_transfer_params)
+    assert tokens(cluster.finish("late")[0]) == expected(PROMPT, 8)
+    cluster.check_idle()
+
+
+@pytest.mark.parametrize("mode", MODES)
 def test_a_hand_over_that_is_given_back_while_it_is_fetched_arrives(
     cluster: Cluster, faulty: type[FaultyShm], mode: str
 ) -> None:

@@ -196,7 +196,8 @@ class Producer(Role):
             return None
         lease.lease_id, lease.blocks = self._new_id(), blocks
         lease.num_tokens, lease.first_token_ids, lease.digest_at = num_tokens, first_token_ids, digest_at
-        lease.deadline_s, lease.last_s = now + self._settings.lease_s, now + self._settings.max_lease_s
+        lease.deadline_s = min(lease.deadline_s, now + self._settings.lease_s)  # given back before: at once
+        lease.last_s = now + self._settings.max_lease_s
         self._leases[lease.lease_id] = lease
         self._order_digests(lease, num_tokens)
         for consumer, tokens in lease.given_up.items():
@@ -227,9 +228,12 @@ class Producer(Role):
         self._release_if_over(lease, now)
 
     def give_back(self, lease_id: str, transfer_id: str, now: float) -> None:
-        """Nobody will come for this lease; whoever reads it already may go on. Unknown ids: nothing."""
+        """Nobody will come for this lease; whoever reads it already may go on. Unknown ids: nothing.
+
+        Of a request that still runs, the lease is over as soon as it is made.
+        """
         lease = self._leases.get(lease_id) or self._transfers.get(transfer_id)
-        if lease is not None and lease.lease_id:
+        if lease is not None and lease.request_id:
             lease.deadline_s = now
             self._release_if_over(lease, now)
 
