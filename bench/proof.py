@@ -4,7 +4,9 @@ host   `OffloadingConnector`: prompts that lie in host memory, `verify_host_load
        which one forward computes
 p2p    `P2PConnector` over shared memory, `verify_loads` true and false in both engines, pull and push: from the end of
        prefill to the first token that the decode engine computes itself (`own`, a hit's first token in vLLM), and to
-       the one that prefill sampled and hands over (`first`)
+       the one that prefill sampled and hands over (`first`). `client` is what a client waits for, without HTTP: the
+       prefill of a prompt that no cache has, and the hand-over to `first`; its share is the median time that the proof
+       adds to `first`, over the median of the whole, since a prefill varies by more than that from run to run
 
 SmolLM2-135M, one torch thread per engine, engines in processes of their own that rest while others are measured. Each
 round measures every prompt length in every case, with proof and without in turns, first one then the other first; a
@@ -66,15 +68,18 @@ def host_engine(orders: Connection, lengths: tuple[int, ...], verifies: bool) ->
 
 
 def prefill_engine(orders: Connection, lengths: tuple[int, ...], mode: str, verifies: bool) -> None:
-    """Prefill each prompt that is ordered, from its prefix cache; answer when that ended, and the parameters."""
+    """Prefill each prompt that is ordered; answer when that ended, how long it took, and the parameters."""
     num_blocks = sum(lengths) // 16 + 100
     llm = start("P2PConnector", num_blocks, transport="shm", mode=mode, verify_loads=verifies)
     orders.send("ready")
     while (length := orders.recv()) is not None:
+        assert llm.reset_prefix_cache(), "blocks are still held"
+        begun_s = time.monotonic()
         llm.add_request(prompt_of(length), sampling(1, do_remote_decode=True))
         while not (outputs := llm.step()):
             pass
-        orders.send((time.monotonic(), outputs[0].kv_transfer_params))
+        ended_s = time.monotonic()
+        orders.send((ended_s, ended_s - begun_s, outputs[0].kv_transfer_params))
         while llm.has_requests():  # pushes, and takes its blocks back
             step(llm)
     llm.shutdown()
@@ -124,9 +129,9 @@ class Engines:
 
     def hand_over(self, mode: str, length: int, verifies: bool) -> dict[str, float]:
         """One sample."""
-        ended_s, params = self.ask(f"{mode} {verifies}", length)
+        ended_s, prefill_s, params = self.ask(f"{mode} {verifies}", length)
         sample: dict[str, float] = self.ask(f"decode {verifies}", (length, ended_s, params))
-        return sample
+        return {**sample, "client": prefill_s + sample["first"]}
 
     def close(self) -> None:
         """End all."""
@@ -156,17 +161,24 @@ def measure(rounds: int, lengths: tuple[int, ...], cases: tuple[str, ...]) -> li
                         samples.setdefault((case, length, what), []).append(both)
     finally:
         engines.close()
-    return [
-        {
-            "case": case, "num_tokens": length, "what": what,
-            "median_s": {"proved": statistics.median(x for x, _ in found),
-                         "unproved": statistics.median(y for _, y in found)},
-            "added_share": statistics.median(x / y for x, y in found) - 1,
-            "added_s": statistics.median(x - y for x, y in found),
-            "samples_s": found,
-        }
-        for (case, length, what), found in samples.items()
-    ]  # fmt: skip
+    rows = {(case, length, what): row_of(case, length, what, found) for (case, length, what), found in samples.items()}
+    for (case, length, what), row in rows.items():
+        if what == "client":
+            row["added_s"] = rows[case, length, "first"]["added_s"]
+            row["added_share"] = row["added_s"] / row["median_s"]["unproved"]
+    return list(rows.values())
+
+
+def row_of(case: str, length: int, what: str, pairs: list[list[float]]) -> dict[str, Any]:
+    """What the samples (proved, unproved) of each round come to."""
+    return {
+        "case": case, "num_tokens": length, "what": what,
+        "median_s": {"proved": statistics.median(x for x, _ in pairs),
+                     "unproved": statistics.median(y for _, y in pairs)},
+        "added_share": statistics.median(x / y for x, y in pairs) - 1,
+        "added_s": statistics.median(x - y for x, y in pairs),
+        "samples_s": pairs,
+    }  # fmt: skip
 
 
 def main() -> None:
