@@ -18,6 +18,7 @@ import os
 import re
 import secrets
 import stat
+from collections.abc import Collection
 from contextlib import suppress
 from pathlib import Path
 
@@ -129,9 +130,9 @@ class Segment:
         os.close(self._fd)
 
 
-def is_segment_path(path: str) -> bool:
-    """Whether a segment could lie there; for paths that others have named."""
-    return os.path.isabs(path) and "\0" not in path and _NAME.fullmatch(os.path.basename(path)) is not None
+def is_segment_path(path: str, folders: Collection[Path] = (SHM_DIRECTORY,)) -> bool:
+    """Whether a segment could lie there, in one of the folders; for paths that others have named."""
+    return Path(path).parent in folders and "\0" not in path and _NAME.fullmatch(os.path.basename(path)) is not None
 
 
 def sweep_dead_segments(folder: Path) -> list[Path]:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import ctypes
 import logging
+import os
 import secrets
 import struct
 from collections.abc import Iterator, Sequence
@@ -55,8 +56,9 @@ class SharedPool:
 
     def __init__(self, engine_id: str, fallback_folder: Path | None = None, *, is_optional: bool = False) -> None:
         self.refusal = ""
+        self.allowed_folders = tuple(folder.absolute() for folder in (SHM_DIRECTORY, fallback_folder) if folder)
+        """Where it may lie, and where peers' memory is mapped from: what lies elsewhere could be anybody's file."""
         self._engine_id = engine_id
-        self._fallback_folder = fallback_folder
         self._is_optional = is_optional
         self._parts: list[tuple[Segment, _Part]] = []
 
@@ -121,7 +123,7 @@ class SharedPool:
 
     def _create(self, num_bytes: int, header: bytes) -> Segment:
         said = []
-        for folder in filter(None, (SHM_DIRECTORY, self._fallback_folder)):
+        for folder in self.allowed_folders:
             try:
                 segment = Segment.create(engine_id=self._engine_id, num_bytes=num_bytes, header=header, folder=folder)
             except OSError as error:
@@ -222,9 +224,8 @@ class ShmTransport(ThreadedTransport):
 
     def _has_gone(self, blob: _Blob) -> bool:
         """Only of folders where ours lies too: who writes to us shares these, whatever else containers hide."""
-        paths = [Path(part.path) for part in blob.parts]
-        is_here = blob.boot_id == self._boot_id
-        return is_here and any(path.parent in self._pool.folders and not path.exists() for path in paths)
+        ours = [part.path for part in blob.parts if is_segment_path(part.path, self._pool.folders)]
+        return blob.boot_id == self._boot_id and not all(map(os.path.exists, ours))
 
     def _register(self) -> bytes:
         parts: list[_Part] = []
@@ -247,6 +248,13 @@ class ShmTransport(ThreadedTransport):
         peer = _ShmPeer(_decode(blob))
         if peer.blob.boot_id != self._boot_id:
             raise TransferError("the peer is on another machine")
+        folders = self._pool.allowed_folders
+        for part in peer.blob.parts:
+            if not is_segment_path(part.path, folders):
+                raise TransferError(
+                    f"the peer's KV pool {part.path} is no file of kvferry's in {' or '.join(map(str, folders))}: "
+                    "set kv_connector_extra_config.shm_dir alike in both engines"
+                )
         for part in peer.blob.parts:
             _attach(part).close()
         return peer
@@ -319,8 +327,8 @@ def _attach(part: _Part) -> Segment:
 def _decode(blob: bytes) -> _Blob:
     """TransferError unless it is a blob of ours whose regions lie in its parts."""
     decoded = decode_blob(blob, _Blob)
-    if not decoded.parts or not all(is_segment_path(part.path) for part in decoded.parts):
-        raise TransferError("the peer's shm blob names a file that is no KV pool")
+    if not decoded.parts:
+        raise TransferError("the peer's shm blob names no KV pool")
     for part, offset, num_bytes in decoded.regions:
         if not 0 <= part < len(decoded.parts) or not 0 <= offset <= offset + num_bytes <= decoded.parts[part].num_bytes:
             raise TransferError("the peer's shm blob names a region outside its memory")

@@ -268,7 +268,30 @@ def test_memory_of_another_user_is_explained(here: End, monkeypatch: pytest.Monk
 def test_a_blob_cannot_name_other_files(here: End, path: str) -> None:
     blob = msgspec.msgpack.decode(here.transport.local_blob())
     blob["parts"][0]["path"] = path
-    assert "no KV pool" in str(here.transport.why_unreachable(msgspec.msgpack.encode(blob)))
+    why = str(here.transport.why_unreachable(msgspec.msgpack.encode(blob)))
+    assert f"{path} is no file of kvferry's in /dev/shm: set kv_connector_extra_config.shm_dir" in why
+
+
+def test_memory_is_mapped_from_dev_shm_and_the_engines_own_folder_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ends = {}
+    with monkeypatch.context() as patch:
+        shrink_shm(tmp_path, patch)
+        for name, folder in (("owner", "a"), ("same", "a"), ("other", "b")):
+            pool = SharedPool(name, tmp_path / folder)
+            transport = ShmTransport(pool)
+            kv = pool.zeros(100_000)
+            transport.register([Region(kv.data_ptr(), kv.nbytes)])
+            ends[name] = transport, pool, kv
+    blob = ends["owner"][0].local_blob()
+    assert ends["same"][0].why_unreachable(blob) is None
+    why = str(ends["other"][0].why_unreachable(blob))
+    assert f"{tmp_path}/a/kvferry-owner-" in why
+    assert f"is no file of kvferry's in {tmp_path}/shm or {tmp_path}/b: set" in why
+    for transport, pool, _ in ends.values():
+        transport.close()
+        pool.close()
 
 
 def random_value(rng: random.Random) -> object:
@@ -290,6 +313,7 @@ def random_value(rng: random.Random) -> object:
         float("nan"),
     ]
     texts = ["", "\0", "/dev/shm/kvferry-x-1-0123456789abcdef", "/dev/shm\0/kvferry-x-1-0123456789abcdef", "x" * 9000]
+    texts += ["/dev/shm/kvferry-" + "x" * 900 + "-1-0123456789abcdef"]
     texts += ["/dev/shm/" + "a/" * 3000 + "kvferry-x-1-0123456789abcdef", "/dev/shm/kvferry-x-\u0661-0123456789abcdef"]
     return rng.choice(
         [*plain, *texts, b"", b"n" * 16, b"n" * 5000, [], [[0, 0, 0]], [[0, -1, 2]], [[0, 2**63, 2**63]], {}]
