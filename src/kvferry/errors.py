@@ -9,7 +9,8 @@
     │   ├── TierCorrupt                    bytes did not match their digest or header
     │   └── TierUnavailable                disk full, folder gone, server down
     ├── TransferError                      a transfer between engines failed
-    │   └── TransferMismatch               the two engines' KV caches cannot be mapped onto each other
+    │   ├── TransferMismatch               the two engines' KV caches cannot be mapped onto each other
+    │   └── TransferParamsError            a request's kv_transfer_params cannot be used
     └── HostError                          the host (engine, vLLM) does not offer what is needed
 
 A cache miss is a value, never one of these.
@@ -73,6 +74,10 @@ class TransferError(KVFerryError):
 
 class TransferMismatch(TransferError):
     """KV of the two engines cannot be mapped; the text holds the differences, field by field."""
+
+
+class TransferParamsError(TransferError):
+    """A request's `kv_transfer_params` cannot be used here: whoever sent them is to blame, and neither engine."""
 
 
 class HostError(KVFerryError):

@@ -148,7 +148,9 @@ class TokenDigests:
         return self._chain.digest(num_tokens, self._token_ids[whole:num_tokens].tobytes())
 
 
-def first_tokens_digest(prompt_digest: bytes, token_ids: Sequence[int], sampling_facts: str) -> bytes:
-    """Binds sampled tokens to the prompt they continue, and to the settings they were sampled under (32 bytes)."""
+def first_tokens_digest(prompt_digest: bytes, token_ids: Sequence[int], sampling_facts: str, generation: str) -> bytes:
+    """Binds sampled tokens to their prompt, to the sampling settings and to the engine's life (32 bytes)."""
     tokens = np.array(token_ids, dtype="<u4").tobytes()
-    return hashlib.sha256(_FIRST_TOKENS_DOMAIN + prompt_digest + _field(sampling_facts) + tokens).digest()
+    return hashlib.sha256(
+        _FIRST_TOKENS_DOMAIN + prompt_digest + _field(sampling_facts) + _field(generation) + tokens
+    ).digest()

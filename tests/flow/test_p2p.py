@@ -14,6 +14,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -667,6 +668,54 @@ def test_bad_parameters_end_or_slow_down_one_request(cluster: Cluster, policy: s
     else:
         assert (tokens(bad), bad.outputs[0].finish_reason) == ([], "error")
         assert bad.error is not None
+    cluster.check_idle()
+
+
+@pytest.mark.parametrize(
+    ("wrong", "blamed"),
+    [
+        ({"remote_port": "many"}, "kv_transfer_params"),
+        ({"remote_host": "10.1.2.3"}, "kv_transfer_params"),
+        ({"remote_host": "10.1.2.3", "peer_token": "v1.7.x"}, "kv_transfer_params"),
+        ({"remote_host": "10.1.2.3", "peer_token": f"v1.7.{'x' * 43}"}, "kv_transfer_params"),
+        ({"remote_port": 9}, None),
+        ({"remote_lease_id": "0" * 32}, None),
+    ],
+    ids=str,
+)
+def test_an_error_says_whether_the_requests_own_parameters_are_to_blame(
+    cluster: Cluster, tmp_path: Path, wrong: dict[str, Any], blamed: str | None
+) -> None:
+    (tmp_path / "key").write_text("k" * 40)
+    (tmp_path / "key").chmod(0o600)
+    prefill, decode = (cluster.start(policy="fail", lease_s=0.5, key_file=str(tmp_path / "key")) for _ in range(2))
+    sent = cluster.prefill(prefill, "p", params={"transfer_id": "t"}) | wrong
+    cluster.add(decode, "d", sent)
+    (output,) = cluster.finish("d")
+    assert output.error
+    assert output.error_param == blamed, output.error
+    cluster.check_idle()
+
+
+class OtherWeights(StubModel):
+    """The same KV, and other tokens behind it."""
+
+    def _token(self, digest: bytes) -> int:
+        return (super()._token(digest) + 1) % 1000
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_first_tokens_of_another_engine_are_not_taken_over_with_this_ones_kv(cluster: Cluster, mode: str) -> None:
+    """They were chosen behind this prompt and under these settings, and their own digest comes with them."""
+    prefill, decode, other = (
+        cluster.start(mode=mode, lease_s=0.5, model=cls()) for cls in (StubModel, StubModel, OtherWeights)
+    )
+    sent, others = cluster.prefill(prefill, "p"), cluster.prefill(other, "o")
+    sent |= {name: value for name, value in others.items() if name.startswith("remote_first_token")}
+    assert sent["remote_first_token_ids"] != expected(PROMPT, 1)
+    cluster.add(decode, "d", sent)
+    (output,) = cluster.finish("d")
+    assert (tokens(output), output.num_external_tokens) == (expected(PROMPT, 8), 50)
     cluster.check_idle()
 
 

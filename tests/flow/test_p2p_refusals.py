@@ -27,9 +27,12 @@ class Engines:
         self.all: list[LLM] = []
         self.outputs: dict[str, RequestOutput] = {}
 
-    def start(self, transfer: dict[str, Any], policy: str) -> LLM:
+    def start(self, transfer: dict[str, Any], policy: str, path: str = "stub") -> LLM:
         transfer = {"kv_role": "kv_both", "kv_load_failure_policy": policy, **transfer}
-        llm = LLM(StubModel(), kv_transfer_config=transfer, num_kv_blocks=65, block_size=16)
+        model = StubModel(path=path)
+        if path != "stub":
+            model.load_format = "auto"  # its weights are those of the folder
+        llm = LLM(model, kv_transfer_config=transfer, num_kv_blocks=65, block_size=16)
         self.all.append(llm)
         return llm
 
@@ -100,12 +103,7 @@ def test_an_adapter_of_the_same_name_with_other_weights_is_refused(
     extra = P2P["kv_connector_extra_config"] | {"mode": mode, "lease_s": 1.0}
     folders = [tmp_path / "prefill" / "adapter", tmp_path / "decode" / "adapter"]
     for number, folder in enumerate(folders):
-        folder.mkdir(parents=True)
-        weights = {"w": {"dtype": "U8", "shape": [1], "data_offsets": [0, 1]}}
-        header = json.dumps(weights).encode()
-        value = b"\x01" if is_same or number == 0 else b"\x02"
-        (folder / "adapter_model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + value)
-        (folder / "adapter_config.json").write_text("{}")
+        save_weights(folder, 1 if is_same or number == 0 else 2, "adapter_")
     prefill, decode = (engines.start({**P2P, "kv_connector_extra_config": extra}, "recompute") for _ in folders)
     for llm, folder in zip((prefill, decode), folders, strict=True):
         use_adapter(monkeypatch, llm, SimpleNamespace(lora_name="adapter", lora_path=str(folder), adapter_id=1))
@@ -115,6 +113,52 @@ def test_an_adapter_of_the_same_name_with_other_weights_is_refused(
     assert output.num_external_tokens == (len(PREFILLED) if is_same else 0)
     if not is_same:
         assert "LoRA adapter" in output.kv_transfer_params["load_error"]
+
+
+@pytest.mark.parametrize("what", ["model", "adapter"])
+@pytest.mark.parametrize("is_loading", [False, True])
+def test_nothing_is_taken_once_files_of_the_decode_engine_have_changed(
+    engines: Engines, tmp_path: Path, what: str, is_loading: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What follows is computed with them: a model's files are mapped, and an adapter's are read again."""
+    prefix = {"model": "", "adapter": "adapter_"}
+    started = []
+    for side in ("prefill", "decode"):
+        for part in prefix:
+            save_weights(tmp_path / side / part, 1, prefix[part])
+        started.append(engines.start(P2P, "recompute", str(tmp_path / side / "model")))
+        path = str(tmp_path / side / "adapter")
+        use_adapter(monkeypatch, started[-1], SimpleNamespace(lora_name="a", lora_path=path, adapter_id=1))
+    prefill, decode = started
+
+    def hand_over(name: str, prompt: list[int]) -> RequestOutput:
+        handed = engines.run(prefill, f"{name} prefill", prompt, {"do_remote_decode": True}, max_tokens=1)
+        return engines.run(decode, name, prompt, handed.kv_transfer_params)
+
+    assert hand_over("unchanged", PREFILLED).num_external_tokens == len(PREFILLED)
+    scheduler_side = decode.connector.side
+    load_ended = scheduler_side._load_ended
+
+    def changed_and_ended(event: Any) -> None:
+        save_weights(tmp_path / "decode" / what, 2, prefix[what])
+        load_ended(event)
+
+    if is_loading:
+        monkeypatch.setattr(scheduler_side, "_load_ended", changed_and_ended)
+    else:
+        save_weights(tmp_path / "decode" / what, 2, prefix[what])
+    output = hand_over("changed", WANTED)
+    assert output.outputs[0].token_ids == StubModel().expected_tokens(WANTED, 8)
+    assert output.num_external_tokens == 0
+    assert "may not be what was loaded" in output.kv_transfer_params["load_error"]
+
+
+def save_weights(folder: Path, value: int, prefix: str) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    header = json.dumps({"w": {"dtype": "U8", "shape": [1], "data_offsets": [0, 1]}}).encode()
+    data = len(header).to_bytes(8, "little") + header + bytes([value])
+    (folder / f"{prefix}model.safetensors").write_bytes(data)
+    (folder / f"{prefix}config.json").write_text("{}")
 
 
 def use_adapter(monkeypatch: pytest.MonkeyPatch, llm: LLM, adapter: Any) -> None:

@@ -257,7 +257,8 @@ def test_a_folder_of_one_file_of_weights_has_the_fingerprint_it_always_had(model
     assert fingerprint_folder(model_folder) == f"sha256:{expected.hexdigest()}"
 
 
-def test_first_tokens_are_bound_to_prompt_settings_and_order() -> None:
+def test_first_tokens_are_bound_to_prompt_settings_engine_and_order() -> None:
     facts = '{"seed": "5"}'
-    data = b"kvferry-first-tokens-v1" + b"p" * 32 + struct.pack("<I", 13) + facts.encode() + struct.pack("<II", 7, 900)
-    assert first_tokens_digest(b"p" * 32, [7, 900], facts) == hashlib.sha256(data).digest()
+    data = b"kvferry-first-tokens-v1" + b"p" * 32 + struct.pack("<I", 13) + facts.encode()
+    data += struct.pack("<I", 2) + b"c0" + struct.pack("<II", 7, 900)
+    assert first_tokens_digest(b"p" * 32, [7, 900], facts, "c0") == hashlib.sha256(data).digest()

@@ -16,8 +16,8 @@ logger = logging.getLogger(__name__)
 def handed_over_tokens(request: Request, vocab_size: int) -> tuple[int, ...]:
     """What the prefill engine that the request names chose; nothing when that is no list of token ids of this model.
 
-    Nothing as well when they are not what it chose, when it chose them behind another prompt or under other sampling
-    settings, and when log probabilities are asked for: only who computes the token knows them.
+    Nothing as well when another engine chose them, or that one in another life, behind another prompt, or under other
+    sampling settings, and when log probabilities are asked for: only who computes the token knows them.
     """
     params = request.kv_transfer_params
     if not isinstance(params, dict) or not params.get("do_remote_prefill"):
@@ -27,7 +27,8 @@ def handed_over_tokens(request: Request, vocab_size: int) -> tuple[int, ...]:
         return ()
     if not all(type(token) is int and 0 <= token < vocab_size for token in tokens):
         return ()
-    if params.get("remote_first_tokens_digest") == _digest(request, tokens):
+    life = params.get("remote_generation")  # which the connector proves to be that of the engine whose KV comes
+    if isinstance(life, str) and params.get("remote_first_tokens_digest") == _digest(request, tokens, life):
         return tuple(tokens)
     logger.info(
         "%s: the first token is computed here: remote_first_token_ids were not sampled behind this prompt and under "
@@ -36,14 +37,14 @@ def handed_over_tokens(request: Request, vocab_size: int) -> tuple[int, ...]:
     return ()
 
 
-def _digest(request: Request, tokens: Sequence[int]) -> str | None:
+def _digest(request: Request, tokens: Sequence[int], generation: str) -> str | None:
     """As the prefill engine's connector makes it; None when the tokens do not tell what the prompt is."""
     view = RequestView(request)
     if view.has_unhashable_input or view.lora_path is not None:
         return None
     chain = KeyChain(Identity(HANDOVER, view.cache_salt), view.multimodal_items)
     prompt_digest = TokenDigests(chain, view.token_ids).at(view.num_prompt_tokens)
-    return first_tokens_digest(prompt_digest, tokens, view.sampling_facts).hex()
+    return first_tokens_digest(prompt_digest, tokens, view.sampling_facts, generation).hex()
 
 
 def take_over(request: Request, take: Callable[[Request, SampledToken], None]) -> bool:

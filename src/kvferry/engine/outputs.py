@@ -213,6 +213,8 @@ class RequestOutput:
     kv_transfer_params: dict[str, Any] | None = None
     error: str | None = None
     """Why `finish_reason` is "error"."""
+    error_param: str | None = None
+    """The request's own parameter that is to blame for it; None: no fault of whoever sent the request is known."""
     finished: bool = True
 
 
@@ -222,6 +224,7 @@ def merged(family: list[RequestOutput], *, first_index: int = 0, request_id: str
     Times are those until the first token of any of them and until the end of all.
     """
     first = family[0]
+    failed = next((output for output in family if output.error is not None), first)
     times = [output.metrics for output in family]
     return replace(
         first,
@@ -232,7 +235,8 @@ def merged(family: list[RequestOutput], *, first_index: int = 0, request_id: str
             max((each.e2e_s for each in times if each.e2e_s is not None), default=None),
             min((each.queue_s for each in times if each.queue_s is not None), default=None),
         ),
-        error=next((output.error for output in family if output.error is not None), None),
+        error=failed.error,
+        error_param=failed.error_param,
     )
 
 
@@ -269,6 +273,7 @@ def report(request: Request, tokenizer: Any) -> RequestOutput | None:
         external_hit_sources=request.external_hit_sources,
         kv_transfer_params=request.output_kv_transfer_params,
         error=request.error,
+        error_param=request.error_param,
         finished=finished,
     )
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Collection, Sequence
 
     from kvferry.engine.config import SamplingParams
     from kvferry.engine.detokenizer import Detokenizer
@@ -120,6 +120,7 @@ class Request:
         self.num_reported_tokens = 0
         self.stop_reason: int | str | None = None
         self.error: str | None = None
+        self.error_param: str | None = None
         # Where the prompt's KV came from when it was first admitted; shrinks when a load failed.
         self.num_local_tokens = 0
         self.num_external_tokens = 0
@@ -166,14 +167,29 @@ class Request:
         return self.skip_reading_prefix_cache
 
     def append_token(self, token: SampledToken) -> None:
-        """Add a generated token. Its text comes with `read_token`."""
+        """Add a generated token. Its text comes with `read`."""
         self.all_token_ids.append(token.token_id)
         if token.logprobs is not None:
             self.logprobs.append(token.logprobs)
         self._extend_hashes()
 
-    def read_token(self, token_id: int, is_last: bool) -> str | None:
-        """Add the token to the request's text. Returns the stop string that now ends the text, or None."""
+    def read(self, token_id: int, eos_token_ids: Collection[int], max_model_len: int) -> RequestStatus | None:
+        """Read the newest token into the request's text; the status to end with, or None to go on."""
+        params = self.sampling_params
+        is_stop = token_id in params.stop_token_ids
+        if is_stop or (token_id in eos_token_ids and not params.ignore_eos):
+            self.stop_reason = token_id if is_stop else None
+            if params.include_stop_str_in_output:
+                self._read_text(token_id, is_last=True)
+            return RequestStatus.FINISHED_STOPPED
+        is_last = self.num_output_tokens >= self.max_tokens or self.num_tokens >= max_model_len
+        self.stop_reason = self._read_text(token_id, is_last)
+        if self.stop_reason is not None:
+            return RequestStatus.FINISHED_STOPPED
+        return RequestStatus.FINISHED_LENGTH_CAPPED if is_last else None
+
+    def _read_text(self, token_id: int, is_last: bool) -> str | None:
+        """Returns the stop string that now ends the text, or None."""
         if self.detokenizer is None:
             return None
         stop = self.detokenizer.append(token_id)

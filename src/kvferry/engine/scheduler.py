@@ -356,24 +356,9 @@ class Scheduler:
             request.first_token_s = self._clock.now()
         self._news[request.request_id] = request
         request.append_token(token)
-        status = self._end_status(request, token.token_id)
+        status = request.read(token.token_id, self._eos_token_ids, self._max_model_len)
         if status is not None:
             self._finish(request, status)
-
-    def _end_status(self, request: Request, token: int) -> RequestStatus | None:
-        """Read the token into the request's text; the status to end with, or None to go on."""
-        params = request.sampling_params
-        is_stop = token in params.stop_token_ids
-        if is_stop or (token in self._eos_token_ids and not params.ignore_eos):
-            request.stop_reason = token if is_stop else None
-            if params.include_stop_str_in_output:
-                request.read_token(token, is_last=True)
-            return RequestStatus.FINISHED_STOPPED
-        is_last = request.num_output_tokens >= request.max_tokens or request.num_tokens >= self._max_model_len
-        request.stop_reason = request.read_token(token, is_last)
-        if request.stop_reason is not None:
-            return RequestStatus.FINISHED_STOPPED
-        return RequestStatus.FINISHED_LENGTH_CAPPED if is_last else None
 
     def _finish(self, request: Request, status: RequestStatus, error: str | None = None) -> None:
         """End a request from any state. Its blocks go back now, or when the connector lets go of them."""
@@ -390,6 +375,8 @@ class Scheduler:
             request.output_kv_transfer_params = params
         elif error and params and "load_error" in params:
             request.error = f"{error}: {params['load_error']}"
+            # Who computes a failed load again ends with an error of another cause.
+            request.error_param = None if self._recompute_failed_loads else params.get("load_error_param")
         self.transfers.release(request.request_id, self.manager.detach(request.request_id), keep, was_loading)
         self.transfers.remember(request.request_id)
         self._repairs.forget(request.request_id)

@@ -32,7 +32,7 @@ from typing import Annotated
 import msgspec
 from msgspec import Meta, Struct
 
-from kvferry.errors import TransferError
+from kvferry.errors import TransferParamsError
 from kvferry.hashing import DIGEST_BYTES
 from kvferry.p2p.wire import Address, Codec
 
@@ -266,12 +266,12 @@ class Handover(Struct, frozen=True, kw_only=True):
 
     @classmethod
     def parse(cls, params: object) -> Handover:
-        """Read a client's dictionary, which is left as it is; TransferError names the field that is wrong."""
+        """Read a client's dictionary, which is left as it is; TransferParamsError names the field that is wrong."""
         if not isinstance(params, dict):
-            raise TransferError(f"kv_transfer_params is a {type(params).__name__}, an object is needed")
+            raise TransferParamsError(f"kv_transfer_params is a {type(params).__name__}, an object is needed")
         try:
             known = {name: params[name] for name in cls.__struct_fields__ if params.get(name) is not None}
             msgspec.msgpack.encode(known)  # UnicodeEncodeError for half a surrogate pair, which JSON can bring along
             return msgspec.convert(known, cls)
         except (TypeError, OverflowError, RecursionError, msgspec.ValidationError, ValueError) as error:
-            raise TransferError(f"kv_transfer_params cannot be used: {error}") from error
+            raise TransferParamsError(f"kv_transfer_params cannot be used: {error}") from error

@@ -463,8 +463,11 @@ class Producer(Role):
         if claim is None:
             lease = self._transfers.get(message.transfer_id)
             over = lease.ended if lease else self._ended_leases.get(message.transfer_id)
-            if message.lease_generation and not same_life(message.lease_generation, self._local.generation):
-                over = over or Why.UNKNOWN
+            is_there = lease is not None and bool(lease.lease_id)
+            if message.lease_generation and not (
+                is_there and same_life(message.lease_generation, self._local.generation)
+            ):
+                over = over or Why.UNKNOWN  # the life that told of it had made the lease already
             if over is not None:
                 self._answer_for_good(peer, self._refused(message.claim_id, message.generation, over), now)
                 return

@@ -21,7 +21,7 @@ from typing import Any, Generic, NamedTuple, TypeVar
 
 import msgspec
 
-from kvferry.errors import ConfigError, TransferError
+from kvferry.errors import ConfigError, TransferError, TransferParamsError
 
 M = TypeVar("M", bound=msgspec.Struct)
 
@@ -141,18 +141,18 @@ def sign_peer(key: str, address: Address, transfer_id: str, expires_s: int) -> s
 
 
 def verify_peer(key: str, token: str, address: Address, transfer_id: str, now_s: float) -> None:
-    """TransferError unless the token was made by `sign_peer` for exactly this, with our key, and has not expired."""
+    """TransferParamsError unless `sign_peer` made the token for exactly this with our key, and it has not expired."""
     parts = _TOKEN.fullmatch(token)
     if parts is None:
-        raise TransferError("the peer token is malformed: pass peer_token on as `kvferry proxy` made it")
+        raise TransferParamsError("the peer token is malformed: pass peer_token on as `kvferry proxy` made it")
     expected = sign_peer(key, address, transfer_id, int(parts[1]))
     if not hmac.compare_digest(expected, token):
-        raise TransferError(
+        raise TransferParamsError(
             f"the peer token was not signed with this engine's key for {address}, {transfer_id!r}: give "
             "`kvferry proxy --shared-key-file` the key that stands in this engine's key_file"
         )
     if now_s >= int(parts[1]):
-        raise TransferError(
+        raise TransferParamsError(
             f"the peer token for {address} expired {now_s - int(parts[1]):.0f} s ago: it serves one request, and the "
             "clocks of proxy and engines must agree"
         )
@@ -167,11 +167,11 @@ def check_peer(
     transfer_id: str | None = None,
     now_s: float,
 ) -> None:
-    """May a request name this peer? TransferError, with the remedy, unless allow-listed or named in a valid token."""
+    """May a request name this peer? TransferParamsError, with a remedy, unless allow-listed or in a valid token."""
     if is_allowed(address.host, allowed):
         return
     if token is None or transfer_id is None or key is None:
-        raise TransferError(
+        raise TransferParamsError(
             f"the request names peer {address}, which is not in allowed_peers ({', '.join(allowed) or 'nobody'}), and "
             f"{_WHY_NO_TOKEN[key is None]}: add its host or network to allowed_peers of kv_connector_extra_config, or "
             "give one key to all engines (key_file) and to the proxy (--shared-key-file)"

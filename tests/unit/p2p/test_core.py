@@ -570,6 +570,20 @@ def test_a_right_registration_that_was_given_up_before_the_prefill_ended_frees_t
     assert pair.take(P, a.Release) == [a.Release("r", "done")]
 
 
+@pytest.mark.parametrize("other", ["nobody", "of a request that still runs"])
+def test_a_transfer_id_that_is_not_the_told_leases_is_refused_at_once(other: str) -> None:
+    """Only who was told by no lease may come before the request, and waits."""
+    pair = Pair()
+    pair.call(P, "request_started", "runs", "of a request that still runs", 1)
+    pair.call(P, "request_started", "r", "t", 1)
+    params = leased(pair, "push")
+    pair.load(D, params | {"transfer_id": other})
+    assert pair.take(D, a.LoadEnded) == [a.LoadEnded("x", False, "the producer refused the claim: unknown", False, 0)]
+    assert not pair.take(P, a.StartTransfer)
+    pair.load(D, params | {"transfer_id": other, "remote_generation": None}, "early")
+    assert not pair.take(D, a.LoadEnded)
+
+
 def test_kv_beyond_the_proof_cannot_be_asked_for() -> None:
     ids = {"generation": "1" * 32, "claim_id": "2" * 32, "to": "3" * 32}
     good = m.CODEC.encode(m.Register("t", ((1,), (2,)), 0, 12, 0, TOKENS, **ids))

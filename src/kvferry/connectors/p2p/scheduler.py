@@ -9,7 +9,8 @@ Blocks into which something may still be written are never given back: of a load
 core calls them safe, so that the request need not wait for that; of a request that is gone the host keeps them.
 
 A hand-over is bound to its tokens: what is leased, and what is asked for, goes by the digest of the tokens, with salt,
-adapter and media. Where that cannot be told (prompt embeddings, an adapter that cannot be read) nothing is handed over.
+adapter and media. Where that cannot be told (prompt embeddings, an adapter that cannot be read, files of adapter or
+model that change) nothing is handed over, nor taken.
 """
 
 from __future__ import annotations
@@ -19,8 +20,6 @@ import math
 import secrets
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
-from enum import Enum
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
@@ -30,6 +29,7 @@ from kvferry.connectors.identity import KeyMaker, peer_facts
 from kvferry.connectors.p2p.agent import P2PAgent
 from kvferry.connectors.p2p.config import P2PConfig
 from kvferry.connectors.p2p.digests import DigestBooks
+from kvferry.connectors.p2p.loads import Load, LoadState
 from kvferry.connectors.p2p.messages import OpenOrder, StepMetadata, WorkerHandshake, WorkerReport
 from kvferry.connectors.p2p.stats import P2PCounters
 from kvferry.connectors.p2p.windows import LastTables, begins_with_block
@@ -40,7 +40,7 @@ from kvferry.contract.kv_cache import KVConnectorOutput
 from kvferry.contract.sides import SchedulerSide
 from kvferry.contract.stats import ConnectorStats
 from kvferry.contract.views import BlockIds, RequestView, StepView
-from kvferry.errors import ConfigError, TransferError
+from kvferry.errors import ConfigError, TransferError, TransferParamsError
 from kvferry.hashing import HANDOVER, KeyChain, TokenDigests, first_tokens_digest
 from kvferry.p2p.actions import (
     BlocksSafe,
@@ -72,46 +72,10 @@ _REASONS = {
 }
 _MAX_HANDED_TOKENS = 1024
 _UNKNOWN = (
-    "its tokens do not tell what its KV is (prompt embeddings, or a LoRA adapter whose files cannot be read), so no "
-    "engine can prove that the KV is the request's own"
+    "its tokens do not tell what its KV is (prompt embeddings, a LoRA adapter whose files cannot be read, or files of "
+    "adapter or model that may not be what was loaded), so no engine can prove that the KV is the request's own"
 )
 _MAX_CHECKED = 32  # geometries of peers, of at most 1 MiB each
-
-
-class LoadState(Enum):
-    """A request whose KV a peer has, as the host sees it."""
-
-    ANNOUNCED = "announced"
-    LOADING = "loading"  # the host waits for it
-    FAILED = "failed"  # before the host gave it blocks
-    OVER = "over"
-
-
-_QUIET = (LoadState.ANNOUNCED, LoadState.FAILED)
-
-
-@dataclass(slots=True)
-class Load:
-    """One such request. Token positions count from its first token."""
-
-    peer: str = "no peer"
-    is_push: bool = False
-    num_remote_tokens: int | None = None
-    """Tokens whose KV the peer has; None: all of the prompt."""
-    state: LoadState = LoadState.ANNOUNCED
-    reason: str = ""
-    num_local_tokens: int = 0
-    end_token: int = 0
-    blocks: BlockIds = ()
-    is_gone: bool = False
-    """The request ended while it was loading."""
-
-
-def _told(request: RequestView, load: Load) -> dict[str, Any]:
-    """For routers, of a load that failed: why, and how much was computed here, the prompt's last token apart."""
-    num_last = request.num_prompt_tokens - 1
-    num_promised = min(load.num_remote_tokens or num_last, num_last)
-    return {"load_error": load.reason, "num_recomputed_tokens": max(0, num_promised - load.num_local_tokens)}
 
 
 class P2PSchedulerSide(SchedulerSide):
@@ -233,7 +197,8 @@ class P2PSchedulerSide(SchedulerSide):
         if params.get("do_remote_prefill") and self._is_consumer:
             self._announce(request, params)
         elif params.get("do_remote_prefill"):
-            self._refuse(request.request_id, f"do_remote_prefill, but kv_role is {self.host.kv_role}")
+            reason = f"do_remote_prefill, but kv_role is {self.host.kv_role}"
+            self._refuse(request.request_id, reason, blames_params=True)
 
     def _expect_consumer(self, request: RequestView, transfer_id: Any) -> None:
         request_id = request.request_id
@@ -255,7 +220,8 @@ class P2PSchedulerSide(SchedulerSide):
         try:
             handover = self._handover(params)
             load = Load(handover.peer, handover.transfer_mode == "push", handover.remote_num_tokens)
-            if (chain := self._keys.chain(request)) is None:
+            load.lora_path = request.lora_path
+            if (chain := self._keys.chain(request)) is None or not self._keys.is_certain(load.lora_path):
                 self._refuse(request_id, _UNKNOWN)
                 return
             num_tokens = self._num_wanted_tokens(request, load)
@@ -263,10 +229,10 @@ class P2PSchedulerSide(SchedulerSide):
             self.agent.use(lambda core, now: core.announce(request_id, handover, tokens, now))
             self._loads[request_id] = load
         except TransferError as error:
-            self._refuse(request_id, str(error))
+            self._refuse(request_id, str(error), blames_params=isinstance(error, TransferParamsError))
 
     def _handover(self, params: dict[str, Any]) -> Handover:
-        """TransferError when the parameters are malformed, or name a peer that may not be talked to."""
+        """TransferParamsError when the parameters are malformed, or name a peer that may not be talked to."""
         given = {name: value for name, value in params.items() if value is not None}
         handover = Handover.parse({"transfer_mode": self.config.mode, **given})
         token = given.get("peer_token")
@@ -280,8 +246,8 @@ class P2PSchedulerSide(SchedulerSide):
         )
         return handover
 
-    def _refuse(self, request_id: str, reason: str) -> None:
-        self._loads[request_id] = load = Load()
+    def _refuse(self, request_id: str, reason: str, *, blames_params: bool = False) -> None:
+        self._loads[request_id] = load = Load(blames_params=blames_params)
         self._fail(request_id, load, reason)
 
     def _fail(self, request_id: str, load: Load, reason: str, kind: str = "TransferError") -> None:
@@ -344,7 +310,7 @@ class P2PSchedulerSide(SchedulerSide):
                 self.agent.use(lambda core, now: core.abort(request_id, now))
             if load.state is not LoadState.LOADING:
                 del self._loads[request_id]
-        told = _told(request, load) if load is not None and load.reason else {}
+        told = load.told(request.num_prompt_tokens) if load is not None and load.reason else {}
         params = None
         if request_id in self._senders:
             block_ids = self._with_kept(request, block_ids)
@@ -389,8 +355,11 @@ class P2PSchedulerSide(SchedulerSide):
                     request_id, reason, block_ids, num_tokens, handed, digests.at, now, mode=mode
                 )
             )
+            if params is None:
+                return None
             sampled = digests.at(request.num_prompt_tokens), handed, request.sampling_facts
-            return params and {**params, "remote_first_tokens_digest": first_tokens_digest(*sampled).hex()}
+            first_tokens = first_tokens_digest(*sampled, params["remote_generation"])
+            return {**params, "remote_first_tokens_digest": first_tokens.hex()}
         except ValueError as error:
             logger.warning("%s: not handed over: %s", request_id, error)
             self.agent.use(lambda core, now: core.abort(request_id, now))
@@ -530,19 +499,24 @@ class P2PSchedulerSide(SchedulerSide):
         if load is None or load.state is LoadState.OVER:
             return
         was_loading = load.state is LoadState.LOADING
-        if not event.ok and not load.is_gone:
-            self._fail(request_id, load, event.reason, "TransferCorrupt" if event.is_proved else "TransferError")
+        ok, reason = event.ok, event.reason
+        if ok and not self._keys.is_certain(load.lora_path):
+            ok, reason = False, _UNKNOWN  # what is behind the loaded tokens is computed with other weights
+        if not ok and not load.is_gone:
+            self._fail(
+                request_id, load, reason, "TransferCorrupt" if event.is_proved and not event.ok else "TransferError"
+            )
         if not was_loading:
             return
-        if event.ok:
+        if ok:
             self._digests.note_load(request_id, load.peer, is_proved=event.is_proved)
         load.state = LoadState.OVER
-        self.counters.hit_tokens += load.end_token - load.num_local_tokens if event.ok else 0
+        self.counters.hit_tokens += load.end_token - load.num_local_tokens if ok else 0
         if load.is_gone and event.blocks_quarantined:
             return  # the host keeps the blocks until `BlocksSafe`
         if event.blocks_quarantined:
             self._pin(request_id, load)
-        self._order_end(request_id, ok=event.ok or load.is_gone)
+        self._order_end(request_id, ok=ok or load.is_gone)
 
     def _order_end(self, request_id: str, *, ok: bool) -> None:
         self._orders.received.append(request_id)

@@ -36,8 +36,6 @@ if TYPE_CHECKING:
     from starlette.requests import Request
 
 _RETRY_AFTER_S = 1
-# A P2P connector's words for parameters that no engine could follow; a peer that is away is no mistake of the client.
-_BLAMES_PARAMS = (": kv_transfer_params cannot be used: ", ": the request names peer ")
 
 
 @dataclass(frozen=True, slots=True)
@@ -249,9 +247,7 @@ async def _collect(generation: Generation, reply: Reply) -> None:
 def _check(output: RequestOutput) -> None:
     if output.error is None:
         return
-    if any(words in output.error for words in _BLAMES_PARAMS):
-        raise ApiError(400, output.error, param="kv_transfer_params")
-    raise ApiError(500, output.error)
+    raise ApiError(400 if output.error_param else 500, output.error, param=output.error_param)
 
 
 async def _events(generation: Generation, reply: Reply, with_usage: bool) -> AsyncIterator[bytes]:
