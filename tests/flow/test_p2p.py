@@ -648,7 +648,8 @@ def test_who_asks_for_other_tokens_leaves_the_lease_to_the_one_it_was_made_for(c
     "wrong",
     [
         {"remote_port": "many"}, {"remote_port": 0}, {"remote_host": None}, {"remote_lease_id": "x"},
-        {"remote_lease_id": "0" * 32}, {"remote_generation": "0" * 32}, {"transfer_mode": "throw"},
+        {"remote_lease_id": "0" * 32}, {"remote_generation": "0" * 32}, {"remote_generation": "\ud800"},
+        {"transfer_mode": "throw"},
         {"remote_host": "10.1.2.3"}, {"remote_num_tokens": -1}, {"remote_first_token_ids": ["a"]},
     ],
     ids=str,

@@ -27,8 +27,8 @@ def handed_over_tokens(request: Request, vocab_size: int) -> tuple[int, ...]:
         return ()
     if not all(type(token) is int and 0 <= token < vocab_size for token in tokens):
         return ()
-    life = params.get("remote_generation")  # which the connector proves to be that of the engine whose KV comes
-    if isinstance(life, str) and params.get("remote_first_tokens_digest") == _digest(request, tokens, life):
+    digest = _digest(request, tokens, params.get("remote_generation"))
+    if digest is not None and digest == params.get("remote_first_tokens_digest"):
         return tuple(tokens)
     logger.info(
         "%s: the first token is computed here: remote_first_token_ids were not sampled behind this prompt and under "
@@ -37,8 +37,13 @@ def handed_over_tokens(request: Request, vocab_size: int) -> tuple[int, ...]:
     return ()
 
 
-def _digest(request: Request, tokens: Sequence[int], generation: str) -> str | None:
-    """As the prefill engine's connector makes it; None when the tokens do not tell what the prompt is."""
+def _digest(request: Request, tokens: Sequence[int], generation: object) -> str | None:
+    """As the prefill engine's connector makes it; None when the tokens do not tell what the prompt is, or no life is named.
+
+    Its life (`generation`) the decode engine's connector proves to be that of the engine whose KV comes.
+    """
+    if not isinstance(generation, str) or not generation.isascii():
+        return None
     view = RequestView(request)
     if view.has_unhashable_input or view.lora_path is not None:
         return None
