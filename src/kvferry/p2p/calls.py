@@ -47,9 +47,13 @@ class Calls:
         """Send at the next `due`, and again until `answered` or the deadline. Takes the place of an equal one."""
         self._calls[kind, key] = Call(peer, generation, message, self._retry_s, now, deadline_s)
 
-    def answered(self, kind: str, key: str) -> bool:
-        """End a request; False when none was open."""
-        return self._calls.pop((kind, key), None) is not None
+    def answered(self, kind: str, key: str, by: str | None = None) -> bool:
+        """End a request, or one to this peer alone; False when none was open."""
+        call = self._calls.get((kind, key))
+        if call is None or by not in (None, call.peer):
+            return False
+        del self._calls[kind, key]
+        return True
 
     def has(self, kind: str, key: str, now: float) -> bool:
         """Whether this request is open."""

@@ -132,10 +132,12 @@ class Consumer(Role):
         if isinstance(message, m.Pushed):
             self._send(peer.name, m.PushedSeen(**self._ids(message.claim_id, message.generation)))
         if isinstance(message, m.Verdict | m.Withdrawn | m.Pushed | m.Refused):
-            self._calls.answered("withdraw", message.claim_id)
+            self._calls.answered("withdraw", message.claim_id, by=peer.name)
         load = self._loads.get(message.claim_id)
         if load is None or load.connection is None or not same_life(load.generation, message.generation):
             return
+        if load.handover.peer != peer.name:
+            return  # whoever claims to live the producer's life
         match message:
             case m.Granted():
                 self._on_granted(load, message, now)

@@ -64,6 +64,11 @@ class OpenClaim:
     proof_s: float = inf  # so long that, or the word that a write has ended, waits for them
     last: m.ClaimMessage | None = None  # the answer it ends with, as soon as there is room to remember it
 
+    @property
+    def key(self) -> str:
+        """What it is found by."""
+        return _key(self.peer, self.claim_id)
+
 
 @dataclass(slots=True)
 class Lease:
@@ -141,6 +146,11 @@ class _DigestOrder:
             return None
         cuts = [same // group.block_tokens * DIGEST_BYTES for group in groups]
         return tuple(old[:cut] + new[cut:] for old, new, cut in zip(before, digests, cuts, strict=True))
+
+
+def _key(peer: str, claim_id: str) -> str:
+    """Of a claim: an id that somebody else has overheard names a claim of its own there, and nobody else's."""
+    return f"{peer} {claim_id}"
 
 
 def is_handed_over(reason: FinishReason) -> bool:
@@ -240,13 +250,13 @@ class Producer(Role):
     def on_message(self, peer: Peer, message: m.ClaimMessage, now: float) -> None:
         """A request of a consumer. Answers are the same however often it comes."""
         if isinstance(message, m.PushedSeen):
-            self._calls.answered("pushed", message.claim_id)
+            self._calls.answered("pushed", _key(peer.name, message.claim_id))
             return
-        if (answer := self._ended_claims.get(message.claim_id)) is not None:
+        if (answer := self._ended_claims.get(_key(peer.name, message.claim_id))) is not None:
             self._send(peer.name, answer)
             return
-        claim = self._claims.get(message.claim_id)
-        if claim is not None and (claim.peer != peer.name or not same_life(claim.generation, message.generation)):
+        claim = self._claims.get(_key(peer.name, message.claim_id))
+        if claim is not None and not same_life(claim.generation, message.generation):
             return
         if claim is not None and claim.last is not None:
             return
@@ -350,9 +360,9 @@ class Producer(Role):
 
     def check_integrity(self) -> None:
         """AssertionError when the books contradict each other."""
-        for claim_id, claim in self._claims.items():
-            assert claim.lease.claims.get(claim_id) is claim, f"claim {claim_id} hangs in the air"
-            assert self._ended_claims.get(claim_id) is None, f"claim {claim_id} is open and ended"
+        for key, claim in self._claims.items():
+            assert claim.lease.claims.get(key) is claim, f"claim {key} hangs in the air"
+            assert self._ended_claims.get(key) is None, f"claim {key} is open and ended"
             assert not claim.ranks or self._jobs.get(claim.job_id) is claim
         leases = [*self._requests.values(), *(x for x in self._transfers.values() if not x.request_id)]
         live = [claim for claim in self._claims.values() if claim.lease.ended is None]
@@ -367,18 +377,22 @@ class Producer(Role):
 
     def _answer_for_good(self, peer: Peer, answer: m.ClaimMessage, now: float) -> None:
         """Answer about a claim that is not open, and never open it again; no room to remember: no answer."""
-        if self._ended_claims.put(answer.claim_id, answer, now):
+        if len(self._ended_claims) >= self._settings.max_remembered // 2:
+            return  # the other half is for claims that were open: whoever makes claims up does not use that up
+        if self._ended_claims.put(_key(peer.name, answer.claim_id), answer, now):
             self._send(peer.name, answer)
 
     def _open(self, peer: Peer, message: m.Claim | m.Register, lease: Lease) -> OpenClaim | None:
-        if peer.connection is None or peer.hello is None or len(self._claims) >= self._settings.max_claims:
+        # Half of them are for requests that we know: whoever registers for others does not use those up.
+        limit = self._settings.max_claims // (1 if lease.request_id else 2)
+        if peer.connection is None or peer.hello is None or len(self._claims) >= limit:
             return None
         claim_id, register = message.claim_id, message if isinstance(message, m.Register) else None
         claim = OpenClaim(
             claim_id, peer.name, peer.hello.generation, peer.connection, peer.hello.engine_id, lease, message.tokens,
             inf, register,
         )  # fmt: skip
-        self._claims[claim_id] = lease.claims[claim_id] = claim
+        self._claims[claim.key] = lease.claims[claim.key] = claim
         return claim
 
     def _extend(self, claim: OpenClaim, now: float) -> int:
@@ -549,17 +563,17 @@ class Producer(Role):
 
     def _end(self, claim: OpenClaim, answer: m.ClaimMessage, now: float) -> None:
         """Close a claim with its last answer; one that may be registered again stays while there is no room for it."""
-        if claim.claim_id not in self._claims:
+        if claim.key not in self._claims:
             return
-        if not self._ended_claims.put(claim.claim_id, answer, now) and claim.register is not None:
+        if not self._ended_claims.put(claim.key, answer, now) and claim.register is not None:
             claim.last, claim.deadline_s = answer, now + self._settings.retry_s
             return
-        del self._claims[claim.claim_id]
-        del claim.lease.claims[claim.claim_id]
+        del self._claims[claim.key]
+        del claim.lease.claims[claim.key]
         self._jobs.pop(claim.job_id, None)
         if isinstance(answer, m.Pushed):
             deadline_s = now + self._settings.load_s
-            self._calls.start("pushed", claim.claim_id, claim.peer, claim.generation, answer, now, deadline_s)
+            self._calls.start("pushed", claim.key, claim.peer, claim.generation, answer, now, deadline_s)
         else:
             self._send(claim.peer, answer)
         self._release_if_over(claim.lease, now)

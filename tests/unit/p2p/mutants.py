@@ -55,8 +55,8 @@ def counted_consumers(monkeypatch: Any) -> None:
     leases: dict[str, Any] = {}
 
     def on_message(self: Any, peer: Any, message: Any, now: float) -> None:
-        if message.claim_id in self._claims:
-            leases[message.claim_id] = self._claims[message.claim_id].lease
+        for claim in self._claims.values():
+            leases[claim.claim_id] = claim.lease
         if isinstance(message, Confirm | Withdraw) and message.claim_id in leases:
             lease = leases[message.claim_id]
             lease.served.add(f"message {len(lease.served)}")
