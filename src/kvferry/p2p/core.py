@@ -172,6 +172,13 @@ class P2PCore:
             self._dispatch(sender, message, now)
         self._end(now)
 
+    def check_of(self, peer: str, hello: m.Hello) -> Callable[[], object]:
+        """What finds out, for `message`, whether KV can be exchanged with who says this; also for other threads.
+
+        The check that the core was given must remember its answers.
+        """
+        return self._peers.check_of(peer, hello)
+
     def peer_connected(self, peer: str, now: float) -> None:
         """The control link to this peer is up."""
         self._begin(now)

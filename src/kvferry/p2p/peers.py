@@ -21,6 +21,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Set
 from dataclasses import dataclass
+from functools import partial
 from math import inf
 from typing import Any
 
@@ -107,6 +108,11 @@ class Peers:
     def get(self, name: str) -> Peer | None:
         """The record of a peer, if there is one."""
         return self._peers.get(name)
+
+    def check_of(self, name: str, hello: Hello) -> Callable[[], object]:
+        """The check of this peer's geometry, of which its Hello makes use."""
+        peer = self._peers.get(name)
+        return partial(self._check, self._local.geometry, hello.geometry, peer is not None and peer.is_source)
 
     def reaches(self, name: str, generation: str | None) -> bool:
         """Whether a message to this life of the peer may arrive."""

@@ -4,7 +4,9 @@
               ▲                                  │
               └──────── take_events() ◄──────────┴──► Connect, Disconnect, Send: carried out
 
-One lock around the core; everything done under it takes microseconds.
+One lock around the core; everything done under it takes microseconds. The agent's thread holds it for one message at a
+time, and lets whoever waits for it go first. Whether KV can be exchanged with a peer takes longer (up to 0.2 s, of a
+Hello as large as it may be), so that is found out before, without the lock, and in a part of the time only.
 """
 
 from __future__ import annotations
@@ -12,7 +14,8 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TypeVar
 
 from kvferry.clock import Clock
@@ -20,7 +23,7 @@ from kvferry.errors import TransferError
 from kvferry.p2p.actions import Action, Connect, Disconnect, Send
 from kvferry.p2p.control import Connected, ControlChannel, ControlSettings, Lost
 from kvferry.p2p.core import P2PCore
-from kvferry.p2p.messages import CODEC, AnyMessage
+from kvferry.p2p.messages import CODEC, AnyMessage, Hello
 from kvferry.p2p.wire import Address
 
 logger = logging.getLogger(__name__)
@@ -28,6 +31,61 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 _LONGEST_WAIT_S = 1.0
 _JOIN_S = 5.0
+_CHECKING = 0.2  # of the time may go into checks of Hellos
+_CHECK_AHEAD_S = 0.1  # of them may be spent at once
+_MAX_WAITING_BYTES = 8 << 20
+
+
+class HelloQueue:
+    """Hellos that wait for their check: the latest of each peer, the smallest first; the largest are dropped.
+
+    One need not wait while `may_check`: while checks take less than their part of the time. A flood of Hellos whose
+    checks are dear thus delays others, smaller ones least, and takes no more of the time.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
+        self._clock = clock
+        self._spare_s = _CHECK_AHEAD_S
+        self._at_s = clock()
+        self._waiting: dict[str, Hello] = {}
+
+    def may_check(self) -> bool:
+        """Whether there is time for one more check now."""
+        return self.wait_s() <= 0
+
+    def wait_s(self) -> float:
+        """How long until there is."""
+        now = self._clock()
+        self._spare_s = min(_CHECK_AHEAD_S, self._spare_s + _CHECKING * (now - self._at_s))
+        self._at_s = now
+        return -self._spare_s / _CHECKING
+
+    @contextmanager
+    def checking(self) -> Iterator[None]:
+        """Whatever is done within counts as a check."""
+        begun_s = self._clock()
+        try:
+            yield
+        finally:
+            self._spare_s -= self._clock() - begun_s
+
+    def put(self, peer: str, hello: Hello) -> None:
+        """Keep it until there is time."""
+        self._waiting[peer] = hello
+        while sum(map(_size, self._waiting.values())) > _MAX_WAITING_BYTES:
+            del self._waiting[max(self._waiting, key=lambda name: _size(self._waiting[name]))]
+
+    def take(self) -> tuple[str, Hello]:
+        """The next one; only while there are any."""
+        peer = min(self._waiting, key=lambda name: _size(self._waiting[name]))
+        return peer, self._waiting.pop(peer)
+
+    def __len__(self) -> int:
+        return len(self._waiting)
+
+
+def _size(hello: Hello) -> int:
+    return 1024 + len(hello.geometry) + sum(len(blob) for blobs in hello.transports.values() for blob in blobs)
 
 
 class P2PAgent:
@@ -36,6 +94,8 @@ class P2PAgent:
     def __init__(self, settings: ControlSettings, make_core: Callable[[Address], P2PCore], clock: Clock) -> None:
         self._clock = clock
         self._lock = threading.Lock()
+        self._queue = threading.Lock()  # who waits for the other one: it is not taken again past whoever does
+        self._hellos = HelloQueue()
         self._news = threading.Event()
         self._events: list[Action] = []
         self._is_closing = False
@@ -47,7 +107,7 @@ class P2PAgent:
 
     def use(self, call: Callable[[P2PCore, float], T]) -> T:
         """Give the core an input, from any thread: `call(core, now)`. What it raises, this raises."""
-        with self._lock:
+        with self._core_held():
             try:
                 return call(self._core, self._clock.now())
             finally:
@@ -56,7 +116,7 @@ class P2PAgent:
 
     def take_events(self) -> list[Action]:
         """What the core wants of the engine, in order."""
-        with self._lock:
+        with self._core_held():
             events, self._events = self._events, []
         return events
 
@@ -80,29 +140,51 @@ class P2PAgent:
                 logger.exception("P2P agent")
                 time.sleep(_LONGEST_WAIT_S / 10)
 
+    @contextmanager
+    def _core_held(self) -> Iterator[None]:
+        with self._queue:
+            self._lock.acquire()
+        try:
+            yield
+        finally:
+            self._lock.release()
+
     def _turn(self) -> None:
-        with self._lock:
+        with self._core_held():
             wait_s = self._core.next_deadline() - self._clock.now()
+        if self._hellos:
+            wait_s = min(wait_s, self._hellos.wait_s())
         if wait_s > 0:
             self._news.wait(min(wait_s, _LONGEST_WAIT_S))
         self._news.clear()
-        news = self._channel.poll()
-        with self._lock:
-            now = self._clock.now()
-            for peer, item in news:
-                self._hear(peer, item, now)
-            self._core.tick(now)
+        for peer, item in self._channel.poll():
+            if isinstance(item, Hello) and not self._hellos.may_check():
+                self._hellos.put(peer, item)
+            else:
+                self._hear(peer, item)
+        if self._hellos and self._hellos.may_check():
+            self._hear(*self._hellos.take())
+        with self._core_held():
+            self._core.tick(self._clock.now())
             self._settle()
 
-    def _hear(self, peer: str, item: AnyMessage | Connected | Lost, now: float) -> None:
-        match item:
-            case Connected():
-                self._core.peer_connected(peer, now)
-            case Lost():
-                logger.info("the control link to %s is down: %s", peer, item)
-                self._core.peer_lost(peer, str(item), now)
-            case _:
-                self._core.message(peer, item, now)
+    def _hear(self, peer: str, item: AnyMessage | Connected | Lost) -> None:
+        if isinstance(item, Hello):
+            with self._hellos.checking():
+                with self._core_held():
+                    check = self._core.check_of(peer, item)
+                check()  # the core asks again, and is answered at once
+        with self._core_held():
+            now = self._clock.now()
+            match item:
+                case Connected():
+                    self._core.peer_connected(peer, now)
+                case Lost():
+                    logger.info("the control link to %s is down: %s", peer, item)
+                    self._core.peer_lost(peer, str(item), now)
+                case _:
+                    self._core.message(peer, item, now)
+            self._settle()
 
     def _settle(self) -> None:
         """Carry out what the core wants of the network; keep the rest for the engine."""
