@@ -164,3 +164,16 @@ def test_nothing_of_the_prompt_is_told(make_engine: Any) -> None:
         while llm.has_unfinished_requests():
             llm.step()
         assert "987654" not in json.dumps(llm.explain(request_id))
+
+
+def test_request_that_needs_every_token_computed_is_told_that_nothing_is_loaded(make_engine: Any, script: Any) -> None:
+    engine = make_engine(script(), explain_requests=True)
+    engine.run(PROMPT)
+    request_id = engine.add(PROMPT, 2)
+    (request,) = engine.llm.scheduler.waiting
+    request.skip_reading_prefix_cache = True
+    for _ in range(2):  # before its admission and after its end
+        (run,) = engine.llm.explain(request_id)["ranges"]
+        assert (run["tokens"], run["place"], run["loaded"]) == ([0, len(PROMPT)], "nowhere", False)
+        assert run["reason"].startswith("nothing is loaded: the request needs every token computed")
+        engine.finish()

@@ -174,9 +174,12 @@ class SchedulerConnector:
         return self._first_asked_s.get(request_id)
 
     def explain(self, request: Request, num_local_tokens: int) -> list[PrefixRange]:
-        """What the connector says of the tokens behind the local ones."""
+        """What the connector says of the tokens behind the local ones, where the request may load them."""
         if self._guard is None:
             return []
+        if request.get_skip_reading_prefix_cache():
+            reason = "nothing is loaded: the request needs every token computed (skip_reading_prefix_cache)"
+            return [PrefixRange(num_local_tokens, request.num_tokens, "nowhere", reason)]
         answer: list[PrefixRange] = self._guard.call(
             "explain_prefix", [], request, num_local_tokens, check=broken_explanation
         )

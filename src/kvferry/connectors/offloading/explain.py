@@ -81,8 +81,6 @@ def _chunks(
 
 def _refusal(state: RequestState) -> str | None:
     """Why the request would not load what is there."""
-    if state.view.skip_reading_prefix_cache:
-        return "the request wants everything computed (skip_reading_prefix_cache)"
     if state.load is LoadState.FAILED:
         return "this request's earlier load failed, so it claims nothing more"
     return None
