@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import threading
 
+import openai
 import pytest
 from tests.e2e.test_proxy import ASK, TEXT, Running, running, wait_until
 
@@ -106,7 +107,7 @@ def test_request_that_ended_two_engines_is_not_given_to_a_third(role: str, mode:
         status, _, content = r.http("POST", "/v1/completions", ASK | {"stream": stream})
         error = json.loads(content)["error"]
         assert (status, error["code"]) == (502, "engines_ended")
-        assert "2 engines in a row went away while they had this request" in error["message"]
+        assert "2 engines in a row ended or fell silent while they had this request" in error["message"]
         assert sorted(len(one.seen) for one in engines) == [0, 1, 1]
         assert sum(one.url in error["message"] for one in engines) == 2
 
@@ -118,6 +119,32 @@ def test_stream_of_an_engine_that_ends_at_its_start_is_not_given_to_a_third() ->
         status, _, content = r.http("POST", "/v1/completions", ASK | {"stream": True})
         assert (status, json.loads(content)["error"]["code"]) == (502, "engines_ended")
         assert sorted(len(one.seen) for one in r.decode) == [0, 1, 1]
+
+
+@pytest.mark.parametrize(("role", "stream"), [("prefill", False), ("decode", False), ("decode", True)])
+def test_request_that_silenced_two_engines_is_not_given_to_a_third(role: str, stream: bool) -> None:
+    limits = dict.fromkeys(("prefill_timeout_s", "decode_timeout_s", "answer_timeout_s"), 60.0)
+    limits |= {f"{role}_timeout_s": 0.5} | ({"answer_timeout_s": 0.5} if role == "decode" else {})
+    with running(**{f"num_{role}": 3}, max_attempts=9, **limits) as r:
+        engines = r.prefill if role == "prefill" else r.decode
+        for one in engines:
+            one.mode = "hang"
+        status, headers, content = r.http("POST", "/v1/completions", ASK | {"stream": stream})
+        assert (status, json.loads(content)["error"]["code"]) == (502, "engines_ended")
+        assert "no answer within 0.5 s" in json.loads(content)["error"]["message"]
+        assert headers["x-should-retry"] == "false"
+        assert sorted(len(one.seen) for one in engines) == [0, 1, 1]
+
+
+def test_openais_client_does_not_send_a_request_again_that_ended_two_engines() -> None:
+    with running(num_decode=6, max_attempts=9) as r:
+        for one in r.decode:
+            one.mode = "drop"
+        assert openai.DEFAULT_MAX_RETRIES > 0
+        patient = r.client.with_options(max_retries=openai.DEFAULT_MAX_RETRIES)
+        with pytest.raises(openai.InternalServerError, match="2 engines in a row"):
+            patient.completions.create(**ASK)
+        assert sorted(len(one.seen) for one in r.decode) == [0, 0, 0, 0, 1, 1]
 
 
 def test_one_engine_that_ends_is_replaced_by_another() -> None:

@@ -395,6 +395,16 @@ def test_every_metric_is_there_from_the_start_and_counts() -> None:
         assert [server.http("GET", path)[0] for path in ("/health", "/ready")] == [200, 200]
 
 
+def test_request_that_was_under_way_when_the_engine_failed_is_not_sent_again_by_openais_client() -> None:
+    with running() as server:
+        server.server.linger_s = 240.0
+        server.model.fault = RuntimeError("the model broke")
+        client = server.client.with_options(max_retries=openai.DEFAULT_MAX_RETRIES)
+        with pytest.raises(openai.InternalServerError, match="the model broke") as caught:
+            client.completions.create(model="stub", prompt=PROMPT)
+        assert caught.value.code == "engine_ended", "that of the first try: a second one would find it unavailable"
+
+
 def test_engine_that_breaks_is_told_and_seen() -> None:
     with running() as server:
         server.server.linger_s = 240.0

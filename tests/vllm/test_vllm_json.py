@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -9,6 +10,8 @@ from typing import Any
 
 import pytest
 import vllm.distributed.kv_transfer.kv_connector.v1 as vllms
+from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
+from vllm.entrypoints.openai.completion.protocol import CompletionRequest
 
 from kvferry import ConfigError
 from kvferry.config import KVTransferConfig
@@ -16,6 +19,7 @@ from kvferry.contract.factory import KVConnectorFactory
 from kvferry.contract.host import host_info
 from kvferry.engine.config import EngineOptions
 from kvferry.engine.plan import plan_engine
+from kvferry.proxy.bodies import Call, prefill_body
 from kvferry.testing.stub_model import StubModel
 
 V1 = Path(vllms.__file__).parent
@@ -122,3 +126,23 @@ def test_what_is_refused_says_what_to_write(
         parse(connector, extra)
     assert instead in str(caught.value)
     assert f"{next(iter(extra))}=" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("protocol", "body"),
+    [
+        (CompletionRequest, {"prompt": "a", "logprobs": 2, "echo": False}),
+        (ChatCompletionRequest, {"messages": [{"role": "user", "content": "a"}], "logprobs": True, "top_logprobs": 2}),
+    ],
+)
+def test_proxys_prefill_leg_is_one_that_vllm_takes(protocol: Any, body: dict[str, Any]) -> None:
+    """vLLM's fields that need another field go from the leg together with that field."""
+    answer = {
+        "stream": True, "stream_options": {"include_usage": True}, "logprob_token_ids": [5], "stop": ["x"],
+        "include_stop_str_in_output": True, "return_token_ids": True, "return_tokens_as_token_ids": True,
+        "min_tokens": 3, "max_tokens": 9,
+    }  # fmt: skip
+    protocol.model_validate(body | answer)
+    leg = json.loads(prefill_body(Call("/v1/completions", body | answer), "t"))
+    protocol.model_validate(leg)
+    assert leg["max_tokens"] == 1

@@ -27,7 +27,9 @@ _VLLM_ENGINE_DEAD = "EngineCore encountered an issue"  # the text of its EngineD
 _ENDED_BY_ERROR = 'it ended the request with finish_reason="error", as for KV that failed to load'
 _REMOTE_FIELDS = ("remote_engine_id", "remote_block_ids", "remote_host", "remote_port", "remote_request_id")
 # Only for the answer, which the prefill engine does not give; min_tokens stays as far as it shapes the first token.
-_ANSWER_FIELDS = ("stream_options", "stop", "logprobs", "top_logprobs", "return_token_ids", "best_of", "echo")
+_ANSWER_FIELDS = (
+    "stream_options", "stop", "logprobs", "top_logprobs", "logprob_token_ids", "return_token_ids", "best_of", "echo",
+)  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)

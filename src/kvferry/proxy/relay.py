@@ -5,8 +5,8 @@ begins. What the prefill engine handed over is used again only when the decode e
 spent, and the prefill engine is asked anew. What nobody will fetch any more is given back, and its blocks come free.
 
 An engine that is full has not failed: the hand-over is kept, another engine is asked, and if all are full, the request
-waits for as long as they say. A request during which two engines went away is not tried a third time: it may be what
-ends them.
+waits for as long as they say. A request during which two engines went away, or fell silent, is not tried a third time:
+it may be what ends them. OpenAI's clients are told not to send it again, which they would do by themselves.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ class LegFailed(Exception):
     def __init__(
         self, engine: Engine, why: str, status: int = 502, *, was_taken: bool = True, is_death: bool = False
     ) -> None:
-        """`was_taken`: the engine may have begun; `is_death`: it went away while it had the request."""
+        """`was_taken`: the engine may have begun; `is_death`: it ended, or fell silent, while it had the request."""
         super().__init__(why)
         self.engine = engine
         self.why = why
@@ -400,7 +400,8 @@ class Relay:
 
     def _too_late(self, engine: Engine, timeout: Timeout) -> LegFailed:
         option = f"--{timeout.replace('_', '-')}"
-        return self._failed(engine, f"no answer within {self._seconds(timeout):g} s (the proxy's {option})", 504)
+        why = f"no answer within {self._seconds(timeout):g} s (the proxy's {option})"
+        return self._failed(engine, why, 504, is_death=True)
 
     async def _send(
         self,
@@ -460,7 +461,7 @@ class Relay:
         try:
             return await response.aread()
         except httpx2.RequestError as err:  # DecodingError too: the engine names a Content-Encoding that it is not
-            is_death = not isinstance(err, httpx2.DecodingError | httpx2.TimeoutException)
+            is_death = not isinstance(err, httpx2.DecodingError)
             raise self._failed(engine, f"its reply broke off: {_text(err)}", is_death=is_death) from err
 
     def _judge(self, engine: Engine, data: bytes) -> Verdict:
@@ -570,7 +571,7 @@ def _gave_up(failure: LegFailed, num_attempts: int) -> ApiError:
 def _ended_engines(deaths: list[LegFailed]) -> ApiError:
     named = "; ".join(f"{death.engine.role} engine {death.engine.url}: {death.why}" for death in deaths)
     return ApiError(
-        502, f"{len(deaths)} engines in a row went away while they had this request ({named}). It is not tried again, "
-        "for it may be what ends them: look at the engines' logs before you send it once more",
-        code="engines_ended",
+        502, f"{len(deaths)} engines in a row ended or fell silent while they had this request ({named}). It is not "
+        "tried again, for it may be what ends them: look at the engines' logs before you send it once more",
+        code="engines_ended", headers={"x-should-retry": "false"},
     )  # fmt: skip

@@ -34,7 +34,7 @@ def test_prefill_keeps_what_shapes_the_first_token() -> None:
     }  # fmt: skip
     answer = {
         "stream": True, "stream_options": {"include_usage": True}, "stop": ["x"], "logprobs": 3, "n": 1, "echo": True,
-        "max_tokens": 50, "return_token_ids": True,
+        "max_tokens": 50, "return_token_ids": True, "logprob_token_ids": [5],
     }  # fmt: skip
     params = {
         "do_remote_decode": True, "do_remote_prefill": False, "transfer_id": "t1", "remote_engine_id": None,

@@ -275,6 +275,8 @@ def _event(content: Mapping[str, Any]) -> bytes:
 
 def _unavailable(request: Request, error: Exception) -> Response:
     headers = {"Retry-After": str(_RETRY_AFTER_S)}
+    if isinstance(error, EngineFailed):  # OpenAI's clients would send it again by themselves, and perhaps end the next
+        headers["x-should-retry"] = "false"
     return api_error(request, ApiError(503, str(error), code=_code(error), headers=headers))
 
 
