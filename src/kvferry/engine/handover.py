@@ -38,9 +38,9 @@ def handed_over_tokens(request: Request, vocab_size: int) -> tuple[int, ...]:
 
 
 def _digest(request: Request, tokens: Sequence[int], generation: object) -> str | None:
-    """As the prefill engine's connector makes it; None when the tokens do not tell what the prompt is, or no life is named.
+    """As the prefill engine's connector makes it; None when the tokens do not tell the prompt, or no life is named.
 
-    Its life (`generation`) the decode engine's connector proves to be that of the engine whose KV comes.
+    That life (`generation`) the decode engine's connector proves to be that of the engine whose KV comes.
     """
     if not isinstance(generation, str) or not generation.isascii():
         return None
