@@ -332,7 +332,7 @@ class HiddenStatesWorkerSide(WorkerSide):
             ready.synchronize()
         tensors = {"hidden_states": rows.cpu().contiguous(), "token_ids": torch.tensor(file.token_ids)}
         layers = json.dumps(self.host.hidden_state_layers)
-        about = {"hidden_state_layers": layers, "model": self.host.model, "identity": file.identity}
+        about = {"hidden_state_layers": layers, "model": self.host.model, "identity": file.identity, "name": path.name}
         try:
             _write_file(path, _with_digest(save(tensors, {**about, "digest": _NO_DIGEST})))
         except OSError as err:
@@ -368,9 +368,9 @@ def load_hidden_states(
     """What is in the file of a path that a request returned: "hidden_states" [tokens, states, hidden], "token_ids".
 
     Waits for the file, at most `timeout_s` seconds. Raises TierUnavailable when it did not come, or will not, and
-    TierCorrupt when its bytes are not those that were written (unless `verify` is false; files of earlier versions
-    carry no digest to tell by), `token_ids` are given and the file is of another prompt, or `layers` are given and it
-    holds the hidden states of others.
+    TierCorrupt when its bytes are not those that were written, or were written for another request under another name
+    (unless `verify` is false; files of earlier versions carry no digest and no name to tell by), `token_ids` are given
+    and the file is of another prompt, or `layers` are given and it holds the hidden states of others.
     """
     deadline_s, failure = time.monotonic() + timeout_s, Path(f"{path}.error")
     while not Path(path).exists():
@@ -383,6 +383,9 @@ def load_hidden_states(
     try:
         if verify and not _is_as_written(data):
             raise TierCorrupt(f"{path} changed after it was written (its bytes have another digest): delete it")
+        name = _metadata(data).get("name", Path(path).name)
+        if verify and name != Path(path).name:
+            raise TierCorrupt(f"{path} is another request's file: it was written as {name!r}; verify=False takes it")
         tensors: dict[str, torch.Tensor] = load(data)
     except (SafetensorError, ValueError) as err:
         raise TierCorrupt(f"{path} cannot be read as safetensors, so it changed after it was written: {err}") from err

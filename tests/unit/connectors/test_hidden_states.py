@@ -397,6 +397,25 @@ def test_a_file_says_what_it_is_of(host: Host, tmp_path: Path) -> None:
     assert identities[-1] == "", "nobody knows what the adapter held"
 
 
+@pytest.mark.parametrize("fields", [{}, {"cache_salt": "a"}, {"lora_request": SimpleNamespace(lora_path="/none")}])
+def test_two_requests_files_that_were_exchanged_are_noticed_also_with_equal_tokens(
+    host: Host, fields: dict[str, Any]
+) -> None:
+    paths = []
+    for name, more in (("first", {}), ("second", fields)):
+        host.add(name, 5, **more)
+        host.step((name, 0, 5, [5]))
+        paths.append(Path(host.finish(name) or ""))
+        host.settle()
+    first, second = (path.read_bytes() for path in paths)
+    paths[0].write_bytes(second)
+    paths[1].write_bytes(first)
+    for path, other in zip(paths, reversed(paths), strict=True):
+        with pytest.raises(TierCorrupt, match=f"another request's file: it was written as '{other.name}'"):
+            load_hidden_states(path, token_ids=[*range(100, 105)])
+        assert load_hidden_states(path, verify=False)["token_ids"].shape == (5,)
+
+
 def test_which_states_are_paged_is_part_of_what_the_caches_hold(tmp_path: Path) -> None:
     """Whoever stores or serves the KV cache stores them too."""
     one, again, other = (info(tmp_path, spec=speculative(ids=ids)) for ids in ((1, 2), (2, 1), (2, 3)))
