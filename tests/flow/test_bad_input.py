@@ -2,339 +2,42 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
 import re
-import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.settings_tables import (
+    CASES,
+    FOR_VLLM,
+    arguments,
+    connector,
+    disk,
+    doctors_word,
+    in_vllm,
+    let_go,
+    named,
+    raw,
+    transfer,
+)
 from typer.testing import CliRunner
 
 from kvferry import LLM, SamplingParams
-from kvferry.cli.diagnosis import diagnose
 from kvferry.cli.main import app
 from kvferry.cli.options import Host
-from kvferry.config import parse_size, transfer_config
-from kvferry.engine.config import EngineOptions
 from kvferry.errors import ConfigError
 from kvferry.testing.stub_model import StubModel
-
-MiB = 1 << 20
-
-
-def transfer(extra: dict[str, Any] | None = None, **fields: Any) -> dict[str, Any]:
-    settings = {"weights_version": "1", "cpu_bytes_to_use": MiB, **(extra or {})}
-    return {
-        "kv_connector": "OffloadingConnector",
-        "kv_role": "kv_both",
-        "kv_connector_extra_config": {name: value for name, value in settings.items() if value is not None},
-        **fields,
-    }
-
-
-def disk(**settings: Any) -> dict[str, Any]:
-    return {"secondary_tiers": [{"type": "fs", **settings}]}
-
-
-def offloading(size: Any = 0.01, **settings: Any) -> dict[str, Any]:
-    """Settings of `LLM` for an implied connector."""
-    return {"kv_offloading_size": size, **settings}
-
-
-def connector(**fields: Any) -> dict[str, Any]:
-    return {"kv_transfer_config": transfer(**fields)}
-
-
-def extra(**settings: Any) -> dict[str, Any]:
-    return {"kv_transfer_config": transfer(settings)}
-
-
-def raw(config: Any) -> dict[str, Any]:
-    return {"kv_transfer_config": config}
-
-
-def tier(tmp: Path, **settings: Any) -> dict[str, Any]:
-    return extra(**disk(path=str(tmp / "kv"), **settings))
-
-
-Case = tuple[str, dict[str, Any] | Callable[[Path], dict[str, Any]], list[str]]
-TYPO = {"kv_conector": "OffloadingConnector"}
-CASES: list[Case] = [
-    # JSON
-    ("bad JSON", raw('{"kv_connector": "Off'), ["kv_transfer_config", "not valid JSON", "character 17"]),
-    ("JSON list", raw("[]"), ["kv_transfer_config must be a JSON object", "'[]'"]),
-    ("JSON text", raw('"OffloadingConnector"'), ["kv_transfer_config must be a JSON object"]),
-    ("key twice", raw('{"kv_role": "kv_both", "kv_role": "kv_both"}'), ["kv_transfer_config", "'kv_role' twice"]),
-    ("not a number", raw('{"kv_port": NaN}'), ["kv_transfer_config", "NaN", "give a number"]),
-    ("number for a config", raw(3), ["kv_transfer_config=3", "JSON text"]),
-    # keys, types and values of kv_transfer_config
-    ("unknown key", connector(kv_rol="x"), ["kv_transfer_config.kv_rol", "'kv_role'"]),
-    ("typo in the first key", raw(TYPO), ["kv_transfer_config.kv_conector", "'kv_connector'"]),
-    ("connector no text", connector(kv_connector=7), ["kv_transfer_config.kv_connector=7 must be text or null"]),
-    ("engine_id no text", connector(engine_id=5), ["kv_transfer_config.engine_id=5 must be text or null"]),
-    ("role no text", connector(kv_role=3), ["kv_transfer_config.kv_role=3", "kv_producer, kv_consumer, kv_both"]),
-    ("unknown role", connector(kv_role="kv_bot"), ["kv_transfer_config.kv_role='kv_bot'", "did you mean 'kv_both'"]),
-    ("port as text", connector(kv_port="x"), ["kv_transfer_config.kv_port='x' must be int"]),
-    ("port true", connector(kv_port=True), ["kv_transfer_config.kv_port=True must be int"]),
-    ("broken port", connector(kv_port=80.5), ["kv_transfer_config.kv_port=80.5 must be int"]),
-    ("port below", connector(kv_port=-1), ["kv_transfer_config.kv_port=-1 must be at least 0"]),
-    ("port above", connector(kv_port=65536), ["kv_transfer_config.kv_port=65536 must be at most 65535"]),
-    (
-        "settings no object",
-        connector(kv_connector_extra_config=[]),
-        ["kv_transfer_config.kv_connector_extra_config=[] must be an object"],
-    ),
-    (
-        "settings null",
-        connector(kv_connector_extra_config=None),
-        ["kv_transfer_config.kv_connector_extra_config=None must be an object"],
-    ),
-    (
-        "flag as text",
-        connector(enable_permute_local_kv="no"),
-        ["kv_transfer_config.enable_permute_local_kv='no' must be bool"],
-    ),
-    (
-        "module path no text",
-        connector(kv_connector_module_path=["m"]),
-        ["kv_transfer_config.kv_connector_module_path=['m'] must be text or null"],
-    ),
-    ("device no text", connector(kv_buffer_device=0), ["kv_transfer_config.kv_buffer_device=0 must be text"]),
-    (
-        "bad policy",
-        connector(kv_load_failure_policy="retry"),
-        ["kv_transfer_config.kv_load_failure_policy='retry'", "recompute"],
-    ),
-    ("policy null", connector(kv_load_failure_policy=None), ["kv_transfer_config.kv_load_failure_policy=None"]),
-    # combinations of them
-    ("no role", raw({"kv_connector": "OffloadingConnector"}), ["kv_role", "kv_both"]),
-    ("role of none", raw({"kv_role": "kv_both"}), ["kv_transfer_config.kv_role='kv_both'", "kv_connector is not"]),
-    (
-        "settings of none",
-        raw({"kv_connector_extra_config": {"a": 1}}),
-        ["kv_transfer_config.kv_connector_extra_config={'a': 1}", "kv_connector is not"],
-    ),
-    (
-        "module of none",
-        raw({"kv_connector_module_path": "m"}),
-        ["kv_transfer_config.kv_connector_module_path='m'", "kv_connector is not"],
-    ),
-    (
-        "unknown connector",
-        connector(kv_connector="OfloadingConnector"),
-        ["'OfloadingConnector'", "'OffloadingConnector'"],
-    ),
-    ("empty module path", connector(kv_connector_module_path=""), ["kv_connector_module_path is empty"]),
-    ("no module", connector(kv_connector_module_path="nothing.here"), ["kv_connector_module_path", "'nothing'"]),
-    (
-        "no class",
-        connector(kv_connector_module_path="kvferry.connectors.offloading", kv_connector="OffloadConnector"),
-        ["'OffloadConnector'", "'OffloadingConnector'"],
-    ),
-    # settings of the OffloadingConnector
-    (
-        "unknown setting",
-        extra(cpu_byte_to_use=1),
-        ["kv_connector_extra_config.cpu_byte_to_use is unknown", "'cpu_bytes_to_use'"],
-    ),
-    ("no host memory", extra(cpu_bytes_to_use=None), ["kv_connector_extra_config.cpu_bytes_to_use is missing"]),
-    ("memory as text", extra(cpu_bytes_to_use="1Gig"), ["kv_connector_extra_config.cpu_bytes_to_use='1Gig'", "8GiB"]),
-    ("memory below a chunk", extra(cpu_bytes_to_use=100), ["cpu_bytes_to_use=100", "at least 8192"]),
-    ("no memory at all", extra(cpu_bytes_to_use=0), ["cpu_bytes_to_use=0 must be at least 1"]),
-    ("more memory than there is", extra(cpu_bytes_to_use=1 << 50), ["/dev/shm", "lower cpu_bytes_to_use", "arena_dir"]),
-    ("odd chunk", extra(chunk_tokens=40), ["chunk_tokens=40", "multiple of 16", "32 and 48"]),
-    ("small chunk", extra(chunk_tokens=8), ["chunk_tokens=8 must be at least 16"]),
-    ("async as text", extra(load_async="yes"), ["kv_connector_extra_config.load_async='yes' must be bool"]),
-    ("timeout below 0", extra(stall_timeout_s=-1), ["stall_timeout_s=-1 must be at least 0"]),
-    ("timeout no number", extra(shutdown_timeout_s=float("nan")), ["shutdown_timeout_s=nan must be a finite number"]),
-    ("empty arena folder", extra(arena_dir=""), ["kv_connector_extra_config.arena_dir must not be empty"]),
-    ("arena in a file", lambda tmp: extra(arena_dir=str(_file(tmp))), ["file", "set arena_dir to another folder"]),
-    ("no weights version", extra(weights_version=None), ["set weights_version", "random"]),
-    # tiers
-    ("tiers no list", extra(secondary_tiers="fs"), ["kv_connector_extra_config.secondary_tiers='fs'", "list"]),
-    ("tier no object", extra(secondary_tiers=["fs"]), ["kv_connector_extra_config.secondary_tiers=['fs']", "objects"]),
-    ("no tier type", extra(secondary_tiers=[{"path": "x"}]), ["secondary_tiers[0].type is missing", "fs"]),
-    ("unknown tier", extra(secondary_tiers=[{"type": "fss"}]), ["secondary_tiers[0].type 'fss'", "'fs'"]),
-    ("tier type no text", extra(secondary_tiers=[{"type": 3}]), ["secondary_tiers[0].type=3", "text"]),
-    ("no path", extra(**disk()), ["secondary_tiers[0].path is missing"]),
-    ("tier key", lambda tmp: tier(tmp, max_byte=1), ["secondary_tiers[0].max_byte is unknown", "'max_bytes'"]),
-    ("quota as text", lambda tmp: tier(tmp, max_bytes="1G"), ["secondary_tiers[0].max_bytes='1G' must be", "8GB"]),
-    ("quota below a chunk", lambda tmp: tier(tmp, max_bytes=5000), ["max_bytes 5000", "raise max_bytes"]),
-    ("no threads", lambda tmp: tier(tmp, num_threads=0), ["num_threads", "at least 1"]),
-    ("path is a file", lambda tmp: extra(**disk(path=str(_file(tmp)))), ["secondary_tiers[0]", "no writable folder"]),
-    (
-        "two tiers of one name",
-        lambda tmp: extra(secondary_tiers=[{"type": "fs", "path": str(tmp / n)} for n in "ab"]),
-        ["name of its own", "['fs', 'fs']"],
-    ),
-    (
-        "no tier module",
-        extra(secondary_tiers=[{"type": "T", "tier_module_path": "no.module"}]),
-        ["secondary_tiers[0]", "no.module"],
-    ),
-    # implied offloading
-    (
-        "connector and size",
-        offloading(**connector()),
-        ["kv_transfer_config.kv_connector='OffloadingConnector'", "kv_offloading_size=0.01", "cpu_bytes_to_use"],
-    ),
-    (
-        "module path and size",
-        offloading(**raw({"kv_connector_module_path": "m"})),
-        ["kv_transfer_config.kv_connector_module_path='m'", "kv_offloading_size=0.01"],
-    ),
-    (
-        "another role and size",
-        offloading(**raw({"kv_role": "kv_producer"})),
-        ["kv_transfer_config.kv_role='kv_producer'", "kv_offloading_size=0.01"],
-    ),
-    (
-        "size twice",
-        offloading(**raw({"kv_connector_extra_config": {"cpu_bytes_to_use": 1}})),
-        ["kv_connector_extra_config.cpu_bytes_to_use=1", "kv_offloading_size=0.01"],
-    ),
-    ("size 0", offloading(0), ["kv_offloading_size=0 must be a number above 0 (GiB"]),
-    ("size below 0", offloading(-1.5), ["kv_offloading_size=-1.5 must be a number above 0"]),
-    ("size inf", offloading(float("inf")), ["kv_offloading_size=inf must be a number above 0"]),
-    ("size nan", offloading(float("nan")), ["kv_offloading_size=nan must be a number above 0"]),
-    ("size as text", offloading("4"), ["kv_offloading_size='4' must be a number above 0"]),
-    ("size true", offloading(True), ["kv_offloading_size=True must be a number above 0"]),
-    ("unknown backend", offloading(kv_offloading_backend="lmcach"), ["kv_offloading_backend='lmcach'", "'lmcache'"]),
-    (
-        "backend without size",
-        {"kv_offloading_backend": "native"},
-        ["kv_offloading_backend='native' needs kv_offloading_size"],
-    ),
-    # the engine's own
-    ("no block size", {"block_size": 0}, ["block_size=0 must be a whole number of at least 1"]),
-    ("cache of no size", {"num_kv_blocks": None, "kv_cache_bytes": "much"}, ["kv_cache_bytes='much' must be", "8GB"]),
-    ("block size as text", {"block_size": "16"}, ["block_size='16'"]),
-    ("no sequences", {"max_num_seqs": 0}, ["max_num_seqs=0"]),
-    ("no tokens", {"max_num_batched_tokens": -5}, ["max_num_batched_tokens=-5"]),
-    ("cache sized twice", {"kv_cache_bytes": 1 << 20}, ["num_kv_blocks and kv_cache_bytes", "once"]),
-    ("cache too small", {"num_kv_blocks": 2, "max_model_len": 64}, ["too small", "num_kv_blocks=5"]),
-    ("longer than the model", {"max_model_len": 5000}, ["max_model_len=5000", "limit of 4096"]),
-    ("unknown dtype", {"dtype": "float8"}, ["dtype='float8' is not one of", "bfloat16"]),
-    ("unknown device", {"device": "tpu"}, ["device='tpu' is not a device"]),
-    ("device not here", {"device": "meta"}, ["device='meta' is not available", "cpu"]),
-    ("device as number", {"device": 0}, ["device=0 is not available"]),
-    ("seed as text", {"seed": "1"}, ["seed='1' must be a whole number"]),
-    ("prefix caching as text", {"enable_prefix_caching": "no"}, ["enable_prefix_caching='no'", "True or False"]),
-    ("runner as text", {"use_v2_model_runner": "1"}, ["use_v2_model_runner='1'", "True or False"]),
-    ("hybrid as number", {"disable_hybrid_kv_cache_manager": 0}, ["disable_hybrid_kv_cache_manager=0"]),
-]
-
-
-def named(name: str, **settings: Any) -> dict[str, Any]:
-    """Another connector than the OffloadingConnector, with these settings alone."""
-    return raw({"kv_connector": name, "kv_role": "kv_both", "kv_connector_extra_config": settings})
-
-
-def held(tmp: Path) -> dict[str, Any]:
-    """A folder that somebody holds for as long as the test runs."""
-    (tmp / "kv").mkdir()
-    HELD.append(os.open(tmp / "kv" / "LOCK", os.O_RDWR | os.O_CREAT, 0o600))
-    os.write(HELD[-1], b"4711 on a host")
-    fcntl.flock(HELD[-1], fcntl.LOCK_EX)
-    return tier(tmp)
-
-
-def taken_port() -> dict[str, Any]:
-    """A port that is listened on for as long as the test runs."""
-    TAKEN.append(socket.create_server(("127.0.0.1", 0)))
-    return named("P2PConnector", port=TAKEN[-1].getsockname()[1])
 
 
 @pytest.fixture(autouse=True)
 def _let_go() -> Iterator[None]:
     yield
-    while HELD:
-        os.close(HELD.pop())
-    while TAKEN:
-        TAKEN.pop().close()
-
-
-HELD: list[int] = []
-TAKEN: list[socket.socket] = []
-CASES += [
-    # settings and needs of the other connectors
-    ("P2P key", named("P2PConnector", trnsport="shm"), ["kv_connector_extra_config.trnsport", "'transport'"]),
-    ("P2P transport", named("P2PConnector", transport="harbour"), ["transport='harbour'", "auto, shm, nixl"]),
-    ("P2P peers", named("P2PConnector", allowed_peers=[1]), ["allowed_peers=[1]", "list of texts"]),
-    ("P2P key file", named("P2PConnector", key_file="/nowhere"), ["key_file='/nowhere'", "cannot be read"]),
-    ("P2P short key", lambda tmp: named("P2PConnector", key_file=str(_file(tmp, "k"))), ["fewer than 16 bytes"]),
-    ("P2P key file in a list", named("MultiConnector", connectors=[{
-        "kv_connector": "P2PConnector", "kv_connector_extra_config": {"key_file": "/nowhere"},
-    }]), ["connector", "[0]", "key_file='/nowhere'"]),
-    ("P2P without key", named("P2PConnector", host="0.0.0.0"), ["host='0.0.0.0'", "set key_file"]),
-    ("P2P port taken", lambda tmp: taken_port(), ["cannot be bound", "a port that is free"]),
-    ("P2P mode", named("NixlPullConnector", mode="push"), ["mode='push'", "NixlConnector"]),
-    ("example without folder", named("ExampleConnector", weights_version="1"), ["shared_storage_path is missing"]),
-    (
-        "example in a file",
-        lambda tmp: named("ExampleConnector", weights_version="1", shared_storage_path=str(_file(tmp))),
-        ["shared_storage_path=", "no writable folder"],
-    ),
-    ("example without version", lambda tmp: named("ExampleConnector", shared_storage_path=str(tmp)), ["set weights_v"]),
-    ("hidden states", named("ExampleHiddenStatesConnector", shared_storage_path="x"), ["hidden_state_layers"]),
-    ("noise", named("DecodeBenchConnector", fill_stdd=1), ["fill_stdd", "'fill_std'"]),
-    ("recovery", named("LoadRecoveryExampleConnector", report_by="letter"), ["report_by='letter'"]),
-    ("LMCache", named("LMCacheMPConnector", weights_version="1", prt=1), ["kv_connector_extra_config.prt", "'port'"]),
-    ("LMCache version", named("LMCacheMPConnector"), ["set weights_version"]),
-    ("no children", named("MultiConnector", connectors=[]), ["connectors is empty"]),
-    ("child's key", named("MultiConnector", connectors=[{
-        "kv_connector": "OffloadingConnector", "kv_connector_extra_config": {"cpu_byte_to_use": 1},
-    }]), ["[0]", "cpu_byte_to_use"]),
-    # configurations written for vLLM
-    ("vLLM's name", named("FerryOffloadingConnector", cpu_byte_to_use=1), ["cpu_byte_to_use", "'cpu_bytes_to_use'"]),
-    (
-        "vLLM's form",
-        lambda tmp: connector(
-            kv_connector_module_path="kvferry.vllm",
-            kv_connector_extra_config={
-                "cpu_bytes_to_use": MiB, "weights_version": "1", **disk(path=str(tmp), max_byte=1)
-            },
-        ),
-        ["secondary_tiers[0].max_byte is unknown", "'max_bytes'"],
-    ),
-    (
-        "no such form",
-        connector(kv_connector="OfloadingConnector", kv_connector_module_path="kvferry.vllm"),
-        ["'OfloadingConnector'"],
-    ),
-    # what several together lack
-    (
-        "two tiers of one folder",
-        lambda tmp: extra(secondary_tiers=[
-            {"type": "fs", "path": str(tmp / path), "name": path} for path in ("kv", "./x/../kv")
-        ]),
-        ["kv"],
-    ),
-    (
-        "two parts with one folder",
-        lambda tmp: named("MultiConnector", connectors=[tier(tmp)["kv_transfer_config"]] * 2),
-        [os.sep + "kv"],
-    ),
-    ("two P2P parts", named("MultiConnector", connectors=[{
-        "kv_connector": "P2PConnector", "kv_connector_extra_config": {"transport": "shm", "weights_version": "1"},
-    }] * 2), ["both want to allocate the KV memory", "use one of them"]),
-    ("KV cache beyond memory", {"num_kv_blocks": 10**10}, ["cannot be allocated on cpu", "lower num_kv_blocks"]),
-    ("KV cache bytes beyond memory", {"num_kv_blocks": None, "kv_cache_bytes": 10**15}, ["lower num_kv_blocks"]),
-    ("hidden states for nobody", {"hidden_state_layers": [1]}, ["hidden_state_layers"]),
-    ("relative module", connector(kv_connector_module_path=".mine"), ["'.mine'", "relative", "my_package.my_module"]),
-    ("folder in use", held, ["is in use by another process (pid 4711", "set path to another folder"]),
-]  # fmt: skip
-
-
-def _file(tmp: Path, text: str = "") -> Path:
-    (tmp / "file").write_text(text)
-    return tmp / "file"
+    let_go()
 
 
 def own_segments() -> set[str]:
@@ -345,7 +48,7 @@ def own_segments() -> set[str]:
 @pytest.mark.parametrize(("settings", "texts"), [c[1:] for c in CASES], ids=[c[0] for c in CASES])
 def test_errors_name_key_value_and_remedy(settings: Any, texts: list[str], tmp_path: Path) -> None:
     segments, num_threads = own_segments(), threading.active_count()
-    given = settings(tmp_path) if callable(settings) else settings
+    given = arguments(settings, tmp_path)
     with pytest.raises(ConfigError) as caught:
         LLM(StubModel(), **{"num_kv_blocks": 32, **given})
     for text in texts:
@@ -354,23 +57,9 @@ def test_errors_name_key_value_and_remedy(settings: Any, texts: list[str], tmp_p
     assert threading.active_count() == num_threads, "a thread was left behind"
 
 
-def doctors_word(given: dict[str, Any], host: Host = Host.EMBEDDED) -> list[str]:
-    """What `kvferry doctor` finds wrong with arguments of `LLM`: its error, or the problems it lists."""
-    settings = {"num_kv_blocks": 32, **given}
-    transfer = [
-        settings.pop(f"kv_{name}", None) for name in ("transfer_config", "offloading_size", "offloading_backend")
-    ]
-    try:
-        if settings.get("kv_cache_bytes") is not None:
-            settings["kv_cache_bytes"] = parse_size(settings["kv_cache_bytes"], "kv_cache_bytes")
-        return diagnose(StubModel(), EngineOptions(**settings), transfer_config(*transfer), host).problems
-    except ConfigError as error:
-        return [str(error)]
-
-
 @pytest.mark.parametrize(("settings", "texts"), [c[1:] for c in CASES], ids=[c[0] for c in CASES])
 def test_doctor_finds_what_ends_a_start(settings: Any, texts: list[str], tmp_path: Path) -> None:
-    given = settings(tmp_path) if callable(settings) else settings
+    given = arguments(settings, tmp_path)
     files = set(tmp_path.rglob("*"))
     found = "\n".join(doctors_word(given))
     for text in texts:
@@ -393,28 +82,11 @@ def test_a_transport_that_is_not_installed(name: str, monkeypatch: pytest.Monkey
             assert "'kvferry[" not in text
 
 
-def in_vllm(given: dict[str, Any]) -> dict[str, Any]:
-    """The same connector as vLLM takes it."""
-    transfer = given["kv_transfer_config"]
-    return {**given, "kv_transfer_config": {**transfer, "kv_connector_module_path": "kvferry.vllm"}}
-
-
-FOR_VLLM = [
-    case
-    for case in CASES
-    if callable(case[1])
-    or (isinstance(case[1].get("kv_transfer_config"), dict) and "kv_offloading_size" not in case[1])
-]  # fmt: skip
-
-
 @pytest.mark.parametrize(("settings", "texts"), [c[1:] for c in FOR_VLLM], ids=[c[0] for c in FOR_VLLM])
 def test_doctor_judges_the_same_settings_for_vllm(
     settings: Any, texts: list[str], tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
-    given = settings(tmp_path) if callable(settings) else settings
-    if "kv_connector_module_path" not in given["kv_transfer_config"] and "kv_connector" in given["kv_transfer_config"]:
-        is_ferry = str(given["kv_transfer_config"]["kv_connector"]).startswith("Ferry")
-        given = given if is_ferry else in_vllm(given)
+    given = in_vllm(arguments(settings, tmp_path))
     if "hidden states" in request.node.name:
         return_value = doctors_word(given, Host.VLLM)  # vLLM's speculative_config says which, and doctor has none
         assert all("vLLM is not installed" in text for text in return_value)

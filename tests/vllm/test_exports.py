@@ -198,15 +198,18 @@ def test_nested_children_count(engine_config: Callable[..., Any]) -> None:
 
 
 @pytest.mark.parametrize(("is_example", "disables"), [(False, False), (True, True)])
-def test_literal_name_is_judged_by_vllm_over_the_children(
-    engine_config: Callable[..., Any], tmp_path: Path, is_example: bool, disables: bool
+@pytest.mark.parametrize("is_explicit", [False, True])
+def test_literal_name_is_judged_by_the_children(
+    engine_config: Callable[..., Any], tmp_path: Path, is_example: bool, disables: bool, is_explicit: bool
 ) -> None:
-    ours = {**offloading(), "kv_role": "kv_both", "kv_connector_module_path": "kvferry.vllm"}
-    theirs = {**example(tmp_path), "kv_role": "kv_both"}
+    """Also where they inherit their role and ours is named without its module, which vLLM's own lookup would refuse."""
+    more = {"kv_role": "kv_both", "kv_connector_module_path": "kvferry.vllm"} if is_explicit else {}
+    ours, theirs = {**offloading(), **more}, {**example(tmp_path), "kv_role": "kv_both"}
     config = engine_config(multi(ours, theirs if is_example else ours, name="MultiConnector"))
     assert config.scheduler_config.disable_hybrid_kv_cache_manager == disables
     connector = KVConnectorFactory.create_connector(config, ROLES[0], caches())
     assert type(connector) is kvferry.vllm.MultiConnector
+    assert type(connector.children[0].connector) is kvferry.vllm.OffloadingConnector
     connector.shutdown()
 
 

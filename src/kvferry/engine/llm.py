@@ -92,23 +92,16 @@ class LLM:
         self._is_shut_down = True  # until everything stands
         self._failure: str | None = None
         options = EngineOptions(
-            block_size=block_size,
-            num_kv_blocks=num_kv_blocks,
+            block_size=block_size, num_kv_blocks=num_kv_blocks,
             kv_cache_bytes=parse_size(kv_cache_bytes, "kv_cache_bytes") if kv_cache_bytes is not None else None,
-            max_model_len=max_model_len,
-            max_num_seqs=max_num_seqs,
-            max_num_batched_tokens=max_num_batched_tokens,
-            dtype=(dtype if isinstance(dtype, str) else shown(dtype)).removeprefix("torch."),
-            device=device,
-            enable_prefix_caching=enable_prefix_caching,
-            seed=seed,
-            use_v2_model_runner=use_v2_model_runner,
+            max_model_len=max_model_len, max_num_seqs=max_num_seqs, max_num_batched_tokens=max_num_batched_tokens,
+            dtype=(dtype if isinstance(dtype, str) else shown(dtype)).removeprefix("torch."), device=device,
+            enable_prefix_caching=enable_prefix_caching, seed=seed, use_v2_model_runner=use_v2_model_runner,
             v2_model_architectures=v2_model_architectures,  # type: ignore[arg-type]  # made a tuple when checked
             disable_hybrid_kv_cache_manager=disable_hybrid_kv_cache_manager,
             hidden_state_layers=hidden_state_layers,  # type: ignore[arg-type]  # likewise
-            kv_cache_layout=kv_cache_layout,
-            kernel_block_size=kernel_block_size,
-        )
+            kv_cache_layout=kv_cache_layout, kernel_block_size=kernel_block_size,
+        )  # fmt: skip
         transfer = transfer_config(kv_transfer_config, kv_offloading_size, kv_offloading_backend)
         events = KVEventsConfig.parse(kv_events_config)
         self._clock = clock or SystemClock()

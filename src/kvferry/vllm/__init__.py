@@ -6,8 +6,8 @@ Every built-in connector of kvferry is here under its name. What differs:
     FerryMultiConnectorNoHMA   the same for children that do not; vLLM then switches hybrid KV caches off
     LMCacheMPConnector         the class of the installed lmcache package, else kvferry's own, as `implementation` in
                                kv_connector_extra_config and LMCACHE_USE_UPSTREAM_MP say (kvferry.vllm.lmcache)
-    MultiConnector             FerryMultiConnector; vLLM itself reads the children of a connector of this name, so each
-                               needs kv_role, and ours a kv_connector_module_path
+    MultiConnector             FerryMultiConnector; where kvferry's plugin is not loaded, vLLM itself reads the children
+                               of a connector of this name: each needs kv_role, and ours a kv_connector_module_path
 
 With kvferry installed, vLLM also knows each by name alone, with "Ferry" in front (`FerryOffloadingConnector`), without
 a module path. Classes are made when they are asked for, so that naming one connector imports no other. The only

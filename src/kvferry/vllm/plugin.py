@@ -56,16 +56,15 @@ def _choose_by_configuration(factory: Any) -> None:
 
 
 def _ask_children(factory: Any) -> None:
-    """vLLM judges a composite by its class alone, unless its name is MultiConnector. Ours answers by its children, so
-    that vLLM switches hybrid KV caches off where one of them does not support them, as it does for its own."""
+    """vLLM judges a composite by its class alone, or, of the name MultiConnector, by children that it looks up itself
+    with what each one sets. Ours answers by its children, as it finds them and with what they inherit, so that vLLM
+    switches hybrid KV caches off where one of them does not support them, as it does for its own."""
     original = factory.supports_hma_config
 
     def supports_hma_config(_: Any, kv_transfer_config: Any) -> bool:
-        if not original(kv_transfer_config):
-            return False
         found = factory.get_connector_class(kv_transfer_config)
         if not found.__module__.startswith("kvferry.vllm") or not hasattr(found, "supports_hma_config"):
-            return True
+            return bool(original(kv_transfer_config))
         try:
             return bool(found.supports_hma_config(kv_transfer_config))
         except ConfigError:
