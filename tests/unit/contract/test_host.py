@@ -70,3 +70,11 @@ def test_a_model_that_pools_the_whole_prompt_is_given_no_hits(kind: str) -> None
     assert kind in reason
     for allowed in ({"pooler_config": pooler, "is_prefix_caching_supported": True}, {"pooler_config": None}, {}):
         assert host_info(host(allowed), caches()).no_hits_reason is None
+
+
+@pytest.mark.parametrize("layers", [None, []])
+def test_a_model_without_a_kv_cache_is_refused_with_what_to_do(layers: list[str] | None) -> None:
+    config = caches()
+    config.kv_cache_groups[:] = [] if layers is None else [SimpleNamespace(layer_names=layers, kv_cache_spec=None)]
+    with pytest.raises(ConfigError, match=r"the model has no KV cache .* start it without kv_transfer_config"):
+        host_info(host(), config)
