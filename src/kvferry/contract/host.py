@@ -149,8 +149,8 @@ def groups_of(kv_cache_config: KVCacheConfig) -> tuple[GroupInfo, ...]:
     """The KV cache groups. ConfigError when there are none, or one of them mixes kinds of attention."""
     if not any(group.layer_names for group in kv_cache_config.kv_cache_groups):
         raise ConfigError(
-            "the model has no KV cache (encoders, whose tokens see those behind them, have none), so there is nothing to "
-            "save or load: start it without kv_transfer_config"
+            "the model has no KV cache (encoders, whose tokens see those behind them, have none), so there is nothing "
+            "to save or load: start it without kv_transfer_config"
         )
     return tuple(_group_info(i, group) for i, group in enumerate(kv_cache_config.kv_cache_groups))
 
