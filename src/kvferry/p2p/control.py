@@ -8,11 +8,13 @@ Messages may be lost (not connected, queue full) but not altered; what comes fro
 every connection is CURVE: both key pairs are derived from the shared key, the listener admits that client key alone,
 and all is encrypted. Without one only loopback addresses are bound.
 
-What peers can cost is bounded: frame size, time for a handshake, connections, bytes of messages that wait for `poll`
-(per peer and in all), and bytes that ZMQ has received but not yet handed to this thread (per connection and in all).
-ZMQ's own bound on what it receives, RCVHWM, is off: it stops reading from a connection at that mark, and libzmq 4.3.5
-aborts the process (`Assertion failed: !_io_error`) when a connection hangs up while its input is stopped. The thread
-compares what the kernel received (TCP_INFO) with what ZMQ handed over, and cuts connections with too large a backlog.
+What peers can cost is bounded: frame size, time for a handshake, connections (by this process's descriptors), bytes of
+messages that wait for `poll` (per peer and in all), bytes that wait to be sent, and bytes that ZMQ has received but not
+yet handed to this thread (`kvferry.connections`). Strangers get half of the connections and of the inbox; of peers that
+the owner wants to `keep` none is cut for a stranger's sake. ZMQ's own bound on what it receives, RCVHWM, is off: it
+stops reading from a connection at that mark, and libzmq 4.3.5 aborts the process (`Assertion failed: !_io_error`) when
+a connection hangs up while its input is stopped. Names are looked up by threads of their own: ZMQ would do that on the
+one thread that serves all connections.
 """
 
 from __future__ import annotations
@@ -20,7 +22,6 @@ from __future__ import annotations
 import logging
 import secrets
 import socket
-import struct
 import threading
 import time
 from collections import Counter, deque
@@ -32,8 +33,9 @@ from typing import Any, Generic
 import zmq
 import zmq.utils.monitor
 
+from kvferry.connections import Connections, descriptor_share
 from kvferry.errors import ConfigError, TransferError
-from kvferry.p2p.wire import LOOPBACK, Address, Codec, M, derive_key, is_allowed
+from kvferry.p2p.wire import LOOPBACK, Address, Codec, M, derive_key, is_allowed, is_ip
 
 logger = logging.getLogger(__name__)
 
@@ -42,14 +44,14 @@ _LONGEST_S = 1_000_000.0  # zmq counts milliseconds in an int
 _HEARTBEAT_MS = 2000
 _HIGH_WATER = 16  # messages per connection that wait to be sent
 _MAX_RECEIVED = 256  # messages taken from a socket before the others have their turn
-_RECEIVE_BUFFER_BYTES = 256 << 10  # of the kernel, per connection
+_KERNEL_BUFFER_BYTES = 256 << 10  # per connection and direction
 _FRAME_HEADER_BYTES = 2  # of ZMTP, at least
 _TICK_MS = 500
 _JOIN_S = 5.0
 _MAX_WARNED = 1000
 _MESSAGE_BYTES = 256  # what one costs here beside its content, so that empty ones are bounded too
 _ZAP = "inproc://zeromq.zap.01"
-_TCP_BYTES_RECEIVED = 128  # offset in struct tcp_info of Linux
+_MAX_LOOKUPS = 32  # of names, at once
 _CONNECTED = zmq.EVENT_HANDSHAKE_SUCCEEDED
 
 
@@ -67,12 +69,17 @@ class ControlSettings:
     handshake_s: float = 5.0
     """A connection whose handshake takes longer is closed, by either side."""
     max_connections: int = 1024
+    """And an eighth of this process's descriptors; each takes two."""
     max_dialled: int = 1024
+    """And a sixteenth of this process's descriptors; each takes five."""
     max_backlog_bytes: int = 64 << 20
-    """Received by ZMQ and not yet read by the channel's thread, over all connections."""
+    """Held by ZMQ over all connections: received and not yet read by the channel's thread, or not yet sent."""
+    max_stranger_unsent_bytes: int = 256 << 10
+    """Waiting to be sent to one that is not kept, beside one message."""
     max_inbox_bytes: int = 32 << 20
     max_peer_inbox_bytes: int = 4 << 20
     max_outbox: int = 4096
+    max_outbox_bytes: int = 32 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,6 +116,10 @@ _LOST = {
 }
 
 
+_NO_NAME_REMEDY = (
+    "give the engine another host or advertised_host (kv_connector_extra_config): an address, or a name that the "
+    "machines of its peers resolve"
+)
 _REPORTED = (_CONNECTED, *_LOST)
 
 
@@ -174,8 +185,13 @@ class ControlChannel(Generic[M]):
         self._has_news = False
         self._warned: set[str] = set()
         self._outbox: deque[tuple[str, bytes | None]] = deque()  # empty: dial; None: hang up
+        self._outbox_bytes = 0
         self._dialled: dict[str, _Dialled] = {}
         self._names: set[str] = set()
+        self._max_dialled = descriptor_share(settings.max_dialled, 16)
+        self._kept: set[bytes] = set()
+        self._looking_up: set[str] = set()
+        self._looked_up: deque[tuple[str, str | Lost]] = deque()
         self._is_closing = False
         self._wake_in, self._wake_out = socket.socketpair()
         self._wake_in.setblocking(False)
@@ -198,7 +214,7 @@ class ControlChannel(Generic[M]):
         """
         Address.parse(peer)
         with self._lock:
-            if peer not in self._names and len(self._names) >= self._settings.max_dialled:
+            if peer not in self._names and len(self._names) >= self._max_dialled:
                 raise TransferError(f"{peer}: {len(self._names)} peers are connected already")
             self._names.add(peer)
         self._put(peer, b"")
@@ -207,11 +223,19 @@ class ControlChannel(Generic[M]):
         """To a peer that was dialled, or one that wrote to us. TransferError when the message is too large."""
         self._put(peer, self._codec.encode(message))
 
+    def keep(self, peer: str) -> None:
+        """This peer is no stranger: it has introduced itself. Until `disconnect`."""
+        if peer.startswith("@"):
+            self._kept.add(bytes.fromhex(peer[1:]))
+
     def disconnect(self, peer: str) -> None:
-        """Hang up a dialled peer."""
+        """Hang up a dialled peer; one that wrote to us is a stranger again."""
         with self._lock:
             self._names.discard(peer)
-        self._put(peer, None)
+        if peer.startswith("@"):
+            self._kept.discard(bytes.fromhex(peer[1:]))
+        else:
+            self._put(peer, None)
 
     def poll(self) -> list[tuple[str, M | Connected | Lost]]:
         """What has come since the last call, as (peer, message or change), in order per peer."""
@@ -245,10 +269,17 @@ class ControlChannel(Generic[M]):
 
     def _put(self, peer: str, frame: bytes | None) -> None:
         """Only messages may be lost: who dials waits for an answer."""
-        if frame and len(self._outbox) >= self._settings.max_outbox:
-            self.num_dropped += 1
-            return
-        self._outbox.append((peer, frame))
+        size = len(frame or b"")
+        with self._lock:
+            is_full = (
+                len(self._outbox) >= self._settings.max_outbox
+                or self._outbox_bytes + size > self._settings.max_outbox_bytes
+            )
+            if frame and is_full:
+                self.num_dropped += 1
+                return
+            self._outbox_bytes += size
+            self._outbox.append((peer, frame))
         self._wake()
 
     def _wake(self) -> None:
@@ -260,8 +291,9 @@ class ControlChannel(Generic[M]):
     def _socket(self, kind: int) -> zmq.Socket[bytes]:
         made = self._context.socket(kind)
         for option, value in (
-            (zmq.SNDHWM, _HIGH_WATER), (zmq.RCVHWM, 0), (zmq.RCVBUF, _RECEIVE_BUFFER_BYTES),
-            (zmq.LINGER, 0), (zmq.MAXMSGSIZE, self._codec.max_bytes), (zmq.IPV6, 1),
+            (zmq.SNDHWM, _HIGH_WATER), (zmq.RCVHWM, 0), (zmq.LINGER, 0),
+            (zmq.RCVBUF, _KERNEL_BUFFER_BYTES), (zmq.SNDBUF, _KERNEL_BUFFER_BYTES),
+            (zmq.MAXMSGSIZE, self._codec.max_bytes), (zmq.IPV6, 1),
             (zmq.HANDSHAKE_IVL, round(min(max(0.001, self._settings.handshake_s), _LONGEST_S) * 1000)),
             (zmq.HEARTBEAT_IVL, _HEARTBEAT_MS),
             (zmq.HEARTBEAT_TIMEOUT, round(min(self._settings.silence_s, _LONGEST_S) * 1000)),
@@ -285,9 +317,10 @@ class ControlChannel(Generic[M]):
         bound = socket.gethostname() if settings.host in ("*", "", "0.0.0.0", "::") else settings.host
         self.address = Address(settings.advertised_host or bound, port)
         self._monitor, self._port = monitor, port
-        self._connections = _Connections(3 * self._codec.max_bytes, settings.max_backlog_bytes)
+        most = descriptor_share(settings.max_connections, 8)
+        self._connections = Connections(3 * self._codec.max_bytes, settings.max_backlog_bytes, most)
 
-    def _dial(self, peer: str) -> _Dialled:
+    def _dial(self, peer: str, address: Address) -> _Dialled:
         dealer = self._socket(zmq.DEALER)
         dealer.setsockopt(zmq.ROUTING_ID, self._identity)
         dealer.setsockopt(zmq.IMMEDIATE, 1)  # nothing is queued for a peer that is not there: it would come too late
@@ -297,15 +330,43 @@ class ControlChannel(Generic[M]):
             dealer.curve_publickey = self._keys.client_public
             dealer.curve_secretkey = self._keys.client_secret
         monitor = dealer.get_monitor_socket(_CONNECTED | sum(_LOST) | zmq.EVENT_CONNECTED | zmq.EVENT_CLOSED)
-        dealer.connect(f"tcp://{peer}")
+        dealer.connect(f"tcp://{address}")
         self._poller.register(dealer, zmq.POLLIN)
         self._poller.register(monitor, zmq.POLLIN)
         return _Dialled(dealer, monitor)
 
     def _redial(self, peer: str) -> None:
-        if (known := self._dialled.get(peer)) is None or known.is_connected is False:
-            self._hang_up(peer)
-            self._dialled[peer] = self._dial(peer)
+        if peer in self._looking_up or ((known := self._dialled.get(peer)) and known.is_connected is not False):
+            return
+        self._hang_up(peer)
+        address = Address.parse(peer)
+        if is_ip(address.host):
+            self._dialled[peer] = self._dial(peer, address)
+        elif len(self._looking_up) >= _MAX_LOOKUPS:
+            self._put_inbox(peer, Lost(f"{_MAX_LOOKUPS} other names are being looked up", _NO_NAME_REMEDY))
+        else:
+            self._looking_up.add(peer)
+            threading.Thread(target=self._look_up, args=(peer, address), name="kvferry-p2p-name", daemon=True).start()
+
+    def _look_up(self, peer: str, address: Address) -> None:
+        """On a thread of its own: it may take half a minute."""
+        found: str | Lost
+        try:
+            found = _first_address(*address)
+        except (OSError, UnicodeError) as error:
+            found = Lost(f"the name {address.host!r} cannot be resolved: {error}", _NO_NAME_REMEDY)
+        self._looked_up.append((peer, found))
+        self._wake()
+
+    def _dial_found(self) -> None:
+        """Peers whose names have been looked up, unless they were given up meanwhile."""
+        while self._looked_up:
+            peer, found = self._looked_up.popleft()
+            self._looking_up.discard(peer)
+            if isinstance(found, Lost):
+                self._put_inbox(peer, found)
+            elif peer in self._names and peer not in self._dialled:
+                self._dialled[peer] = self._dial(peer, Address(found, Address.parse(peer).port))
 
     def _hang_up(self, peer: str) -> None:
         dialled = self._dialled.pop(peer, None)
@@ -337,17 +398,23 @@ class ControlChannel(Generic[M]):
         self._release()
 
     def _serve(self) -> None:
-        self._poller.poll(_TICK_MS)
+        self._poller.poll(0 if self._outbox else _TICK_MS)
         with suppress(BlockingIOError):
             self._wake_out.recv(4096)
         self._authenticate()
+        self._connections.keep_only(frozenset(self._kept))
         for event in _events(self._monitor):
             self._follow_connection("", event)
         self._connections.cut_overdue()
-        while self._outbox:
-            self._send(*self._outbox.popleft())
+        self._dial_found()
+        for _ in range(len(self._outbox)):
+            with self._lock:
+                peer, frame = self._outbox.popleft()
+                self._outbox_bytes -= len(frame or b"")
+            self._send(peer, frame)
+        self._connections.cut_overdue()
         for frames in self._receive("", self._router):
-            self._take(f"@{frames[0].bytes.hex()}", frames[1:])
+            self._take(f"@{frames[0].bytes.hex()}", frames[1:], is_stranger=frames[0].bytes not in self._kept)
         for peer, dialled in list(self._dialled.items()):
             self._follow(peer, dialled)
             for frames in self._receive(peer, dialled.socket):
@@ -375,7 +442,7 @@ class ControlChannel(Generic[M]):
             return
         try:
             if peer.startswith("@"):
-                self._router.send_multipart((bytes.fromhex(peer[1:]), frame), zmq.NOBLOCK)
+                self._reply(bytes.fromhex(peer[1:]), frame)
             elif frame == b"":
                 self._redial(peer)
             elif frame and peer in self._dialled:
@@ -387,6 +454,16 @@ class ControlChannel(Generic[M]):
         except (zmq.ZMQError, ValueError) as error:
             self.num_dropped += 1
             self._put_inbox(peer, Lost(str(error)))
+
+    def _reply(self, name: bytes, frame: bytes) -> None:
+        """zmq.Again where too much waits to be read by that peer already."""
+        connection = self._connections.named(name)
+        unsent = connection.unsent_bytes() if connection is not None and not connection.is_known else 0
+        if unsent and unsent + len(frame) > self._settings.max_stranger_unsent_bytes:
+            raise zmq.Again
+        self._router.send_multipart((name, frame), zmq.NOBLOCK)
+        if connection is not None:
+            connection.handed_bytes += len(frame)
 
     def _follow(self, peer: str, dialled: _Dialled) -> None:
         """Report changes of a dialled connection, not every attempt."""
@@ -405,7 +482,7 @@ class ControlChannel(Generic[M]):
         if event["event"] == zmq.EVENT_CONNECTED:
             self._connections.opened(number, owner, Address.parse(owner).port)
         elif event["event"] == zmq.EVENT_ACCEPTED:
-            self._connections.opened(number, "", self._port, self._settings.max_connections)
+            self._connections.opened(number, "", self._port)
         elif event["event"] in (zmq.EVENT_DISCONNECTED, zmq.EVENT_CLOSED):
             self._connections.closed(number)
 
@@ -414,20 +491,23 @@ class ControlChannel(Generic[M]):
         messages: list[list[zmq.Frame]] = []
         try:
             while len(messages) < _MAX_RECEIVED:
-                messages.append(from_.recv_multipart(zmq.NOBLOCK, copy=False))
-                self._connections.delivered(messages[-1])
+                messages.append(frames := from_.recv_multipart(zmq.NOBLOCK, copy=False))
+                with suppress(zmq.ZMQError):  # sent without a connection
+                    number, num_bytes = frames[-1].get(zmq.SRCFD), len(frames[-1]) + _FRAME_HEADER_BYTES
+                    self._connections.delivered(int(number), num_bytes, b"" if owner else frames[0].bytes)
         except zmq.Again:
             self._connections.drained(owner)
         return messages
 
-    def _take(self, peer: str, frames: list[zmq.Frame]) -> None:
-        """One message of exactly one frame, if there is room for it."""
+    def _take(self, peer: str, frames: list[zmq.Frame], *, is_stranger: bool = False) -> None:
+        """One message of exactly one frame, if there is room for it; for strangers half of it."""
         size = _MESSAGE_BYTES + sum(len(frame) for frame in frames)
         settings = self._settings
         with self._lock:
-            is_full = (
-                self._inbox_bytes[peer] + size > settings.max_peer_inbox_bytes
-                or self._inbox_bytes.total() + size > settings.max_inbox_bytes
+            is_full = self._inbox_bytes[
+                peer
+            ] + size > settings.max_peer_inbox_bytes or self._inbox_bytes.total() + size > settings.max_inbox_bytes // (
+                1 + is_stranger
             )
             if len(frames) != 1 or is_full:
                 self.num_dropped += 1
@@ -455,96 +535,10 @@ class _CurveKeys:
         self.client_public_raw = z85.decode(self.client_public)
 
 
-@dataclass(slots=True)
-class _Connection:
-    socket: socket.socket
-    owner: str
-    delivered_bytes: int = 0
-    """Received, and known to have been handed to the channel's thread."""
-    received_bytes: int = 0
-    """Received when it last delivered a message."""
-
-    def backlog_bytes(self) -> int:
-        """What the kernel received, less what was handed over."""
-        return self.count() - self.delivered_bytes
-
-    def count(self) -> int:
-        """Bytes that the kernel has received (Linux; 0 on kernels that do not count)."""
-        info = self.socket.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _TCP_BYTES_RECEIVED + 8)
-        return struct.unpack_from("<Q", info, _TCP_BYTES_RECEIVED)[0] if len(info) >= _TCP_BYTES_RECEIVED + 8 else 0
-
-
-class _Connections:
-    """Cuts connections that are too many, or whose backlog is too large; whole messages and parts of one count alike.
-
-    Works on a duplicate of the connection's descriptor, so that it can never hit another one that took its number.
-    """
-
-    def __init__(self, limit_bytes: int, total_limit_bytes: int) -> None:
-        self._limit_bytes = limit_bytes
-        self._total_limit_bytes = total_limit_bytes
-        self._open: dict[int, _Connection] = {}
-
-    def opened(self, number: int, owner: str, port: int, limit: int | None = None) -> None:
-        """Descriptor `number` is a connection now, from or to `port`; above `limit` of its owner's it is cut."""
-        self.closed(number)
-        try:
-            found = socket.fromfd(number, socket.AF_INET, socket.SOCK_STREAM)
-        except OSError:  # gone already
-            return
-        if not _is_connection(found, port, is_accepted=not owner):  # gone already, and its number is another's now
-            found.close()
-        elif limit is not None and sum(x.owner == owner for x in self._open.values()) >= limit:
-            _cut(found)
-            found.close()
-        else:
-            self._open[number] = _Connection(found, owner)
-
-    def closed(self, number: int) -> None:
-        """Nothing comes from this descriptor any more."""
-        if (old := self._open.pop(number, None)) is not None:
-            old.socket.close()
-
-    def delivered(self, frames: list[zmq.Frame]) -> None:
-        """A whole message came through; its last frame knows from where."""
-        with suppress(zmq.ZMQError, KeyError):  # sent without a connection, or by one that has gone
-            connection = self._open[frames[-1].get(zmq.SRCFD)]
-            connection.delivered_bytes += len(frames[-1]) + _FRAME_HEADER_BYTES
-            connection.received_bytes = connection.count()
-
-    def drained(self, owner: str) -> None:
-        """ZMQ holds no whole message of this owner's connections."""
-        for connection in self._open.values():
-            if connection.owner == owner:
-                connection.delivered_bytes = connection.received_bytes
-
-    def cut_overdue(self) -> None:
-        """Cut each connection above its limit, and the largest ones until the total is within its own."""
-        backlogs = [(connection.backlog_bytes(), connection) for connection in self._open.values()]
-        total = sum(size for size, _ in backlogs)
-        for size, connection in sorted(backlogs, key=lambda each: -each[0]):
-            if size <= self._limit_bytes and total <= self._total_limit_bytes:
-                return
-            _cut(connection.socket)
-            total -= size
-
-    def close(self) -> None:
-        """Let go of all."""
-        for number in list(self._open):
-            self.closed(number)
-
-
-def _is_connection(found: socket.socket, port: int, *, is_accepted: bool) -> bool:
-    try:
-        is_tcp = found.getsockopt(socket.SOL_SOCKET, socket.SO_DOMAIN) in (socket.AF_INET, socket.AF_INET6)
-        return is_tcp and (found.getsockname() if is_accepted else found.getpeername())[1] == port
-    except OSError:  # no socket at all, or closed by the other side
-        return False
-
-
-def _cut(connection: socket.socket) -> None:
-    with suppress(OSError):
-        connection.shutdown(socket.SHUT_RDWR)
+def _first_address(host: str, port: int) -> str:
+    """As ZMQ would look it up: IPv6, or IPv4 in its form. OSError or UnicodeError: there is none."""
+    found = socket.getaddrinfo(host, port, socket.AF_INET6, socket.SOCK_STREAM, flags=socket.AI_V4MAPPED)
+    return str(found[0][4][0])
 
 
 def _events(monitor: zmq.Socket[bytes]) -> list[Any]:

@@ -154,8 +154,8 @@ def test_who_was_lost_is_dialled_at_once_when_asked(channel, monkeypatch: pytest
     server, client = channel(), channel()
     dial = client._dial
 
-    def slowly_again(peer: str) -> Any:
-        made = dial(peer)
+    def slowly_again(*to: Any) -> Any:
+        made = dial(*to)
         made.socket.setsockopt(zmq.RECONNECT_IVL_MAX, 100_000)
         made.socket.setsockopt(zmq.RECONNECT_IVL, 100_000)
         return made

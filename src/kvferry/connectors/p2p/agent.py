@@ -20,7 +20,7 @@ from typing import TypeVar
 
 from kvferry.clock import Clock
 from kvferry.errors import TransferError
-from kvferry.p2p.actions import Action, Connect, Disconnect, Send
+from kvferry.p2p.actions import Action, Connect, Disconnect, OpenPeer, Send
 from kvferry.p2p.control import Connected, ControlChannel, ControlSettings, Lost
 from kvferry.p2p.core import P2PCore
 from kvferry.p2p.messages import CODEC, AnyMessage, Hello
@@ -197,6 +197,8 @@ class P2PAgent:
                 elif isinstance(action, Send):
                     self._send(action)
                 else:
+                    if isinstance(action, OpenPeer):
+                        self._channel.keep(action.peer)
                     self._events.append(action)
 
     def _connect(self, peer: str) -> None:
