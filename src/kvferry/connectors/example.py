@@ -14,6 +14,7 @@ import json
 import logging
 import os
 import shutil
+import stat
 import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
@@ -49,6 +50,8 @@ logger = logging.getLogger(__name__)
 
 _WHERE = "kv_connector_extra_config"
 _FORMAT = "kvferry-example-1"
+_MAX_HEADER_BYTES = 4096
+"""Of a block's file, beside the page."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -350,13 +353,24 @@ def _write(file: Path, label: str, page: torch.Tensor) -> None:
 def _read(file: Path, label: str, like: torch.Tensor) -> torch.Tensor:
     """The page in `file`, proved. OSError or TierCorrupt when there is none."""
     try:
-        tensors: dict[str, torch.Tensor] = load(file.read_bytes())
+        tensors: dict[str, torch.Tensor] = load(_bytes_of(file, like.nbytes + _MAX_HEADER_BYTES))
         page, proof = tensors["kv"], tensors["digest"]
-    except (SafetensorError, KeyError, ValueError) as err:
+    except (SafetensorError, KeyError, ValueError, RuntimeError) as err:  # RuntimeError: shapes that torch cannot make
         raise TierCorrupt(f"{file} is damaged: {err}") from err
-    if (page.dtype, page.shape) != (like.dtype, like.shape) or not torch.equal(proof, _digest(label, page)):
+    if (page.dtype, page.shape) != (like.dtype, like.shape) or proof.tolist() != _digest(label, page).tolist():
         raise TierCorrupt(f"{file} is damaged: its content is not what was written")
     return page
+
+
+def _bytes_of(file: Path, max_bytes: int) -> bytes:
+    """A file's content. TierCorrupt for one that is too large, a link's OSError, and for what is no file at all."""
+    with open(os.open(file, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as stream:
+        if not stat.S_ISREG(os.fstat(stream.fileno()).st_mode):
+            raise TierCorrupt(f"{file} is no file")
+        data = stream.read(max_bytes + 1)
+    if len(data) > max_bytes:
+        raise TierCorrupt(f"{file} is damaged: it has more than {max_bytes} bytes")
+    return data
 
 
 class ExampleConnector(

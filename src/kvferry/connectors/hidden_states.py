@@ -387,13 +387,13 @@ def load_hidden_states(
         if verify and name != Path(path).name:
             raise TierCorrupt(f"{path} is another request's file: it was written as {name!r}; verify=False takes it")
         tensors: dict[str, torch.Tensor] = load(data)
-    except (SafetensorError, ValueError) as err:
+        held_ids, held = tensors["token_ids"].tolist(), _metadata(data).get("hidden_state_layers")
+    except (SafetensorError, ValueError, KeyError, RuntimeError) as err:  # RuntimeError: as shapes no tensor can have
         raise TierCorrupt(f"{path} cannot be read as safetensors, so it changed after it was written: {err}") from err
-    if token_ids is not None and tensors["token_ids"].tolist() != list(token_ids):
+    if token_ids is not None and held_ids != list(token_ids):
         raise TierCorrupt(
             f"{path} has the hidden states of {len(tensors['token_ids'])} other tokens than were asked for"
         )
-    held = _metadata(data).get("hidden_state_layers")
     if layers is not None and held != json.dumps(sorted(set(layers))):
         raise TierCorrupt(f"{path} has the hidden states of layers {held or 'unknown'}, not of {sorted(set(layers))}")
     return tensors
@@ -404,7 +404,11 @@ def _header_end(data: bytes) -> int:
 
 
 def _metadata(data: bytes) -> dict[str, str]:
-    found: dict[str, str] = json.loads(data[8 : _header_end(data)]).get("__metadata__", {})
+    """The header's texts; ValueError for what is no header."""
+    header = json.loads(data[8 : _header_end(data)])
+    found = header.get("__metadata__", {}) if isinstance(header, dict) else None
+    if not isinstance(found, dict) or not all(isinstance(value, str) for value in found.values()):
+        raise ValueError("its header is none of a safetensors file")
     return found
 
 

@@ -16,6 +16,7 @@ import math
 import re
 import time
 import urllib.request
+from http.client import HTTPException
 from typing import Any
 
 import msgspec
@@ -159,7 +160,7 @@ class ServerConnection:
             opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
             with opener.open(address, timeout=timeout_s) as reply:
                 version = str(json.loads(reply.read(1000)))
-        except (OSError, ValueError) as err:
+        except (OSError, ValueError, HTTPException, RecursionError) as err:
             raise HostError(f"http_port: the LMCache server's {address} does not tell its version: {err}") from err
         numbers = version_numbers(version)
         if numbers < OLDEST_SERVER:
