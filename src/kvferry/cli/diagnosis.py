@@ -18,7 +18,7 @@ import torch
 from kvferry.cli.options import Host
 from kvferry.config import KVTransferConfig
 from kvferry.connectors.offloading import OffloadingConnector
-from kvferry.connectors.offloading.capacity import TierCapacity, offloading_capacity
+from kvferry.connectors.offloading.capacity import offloading_capacity
 from kvferry.connectors.p2p.config import P2PConfig
 from kvferry.connectors.p2p.worker import P2PWorkerSide
 from kvferry.contract import KVConnectorFactory
@@ -29,6 +29,8 @@ from kvferry.engine.hybrid import parts_of
 from kvferry.engine.model_loader import ModelShape, check_weights
 from kvferry.engine.plan import EnginePlan, plan_engine
 from kvferry.errors import ConfigError
+from kvferry.p2p.choice import AUTO, check_transport
+from kvferry.p2p.shm import SharedPool
 from kvferry.segment import SHM_DIRECTORY
 from kvferry.space import device_at, space_at
 from kvferry.vllm.compat import installed_vllm, is_supported, supported_versions
@@ -147,15 +149,36 @@ def _lacks(plan: EnginePlan, path: str, transfer: KVTransferConfig, options: Eng
     return [problem if path == "connector" else f"{path}: {problem}" for problem in problems]
 
 
-def _two_pools(plan: EnginePlan) -> list[str]:
-    """The parts of a MultiConnector that would each allocate the KV memory, if there is more than one."""
-    names = []
-    for _, part in _connectors(plan.config.kv_transfer_config):
+def _pools(plan: EnginePlan) -> Iterator[tuple[str, str, P2PConfig]]:
+    """Path, name and settings of the parts that allocate the KV memory where peers can map it."""
+    for path, part in _connectors(plan.config.kv_transfer_config):
         sides = getattr(KVConnectorFactory.get_connector_class(part), "sides", None)
         if sides is not None and issubclass(sides[1], P2PWorkerSide):
             info = host_info(replace(plan.config, kv_transfer_config=part), plan.kv_cache_config)
-            names += [str(part.kv_connector)] if P2PConfig.parse(info.extra_config, sides[0].variant).uses_pool else []
+            config = P2PConfig.parse(info.extra_config, sides[0].variant)
+            if config.uses_pool:
+                yield path, str(part.kv_connector), config
+
+
+def _two_pools(plan: EnginePlan) -> list[str]:
+    """The parts of a MultiConnector that would each allocate the KV memory, if there is more than one."""
+    names = [name for _, name, _ in _pools(plan)]
     return [f"{' and '.join(names)} both want to allocate the KV memory: use one of them"] if names[1:] else []
+
+
+def _pool_folder(config: P2PConfig, num_bytes: int) -> Path | None:
+    """Where the shared KV memory would lie; None: nowhere, and another transport serves. ConfigError: none does."""
+    pool = SharedPool("doctor", Path(config.shm_dir) if config.shm_dir else None)
+    try:
+        return pool.folder_for(num_bytes)
+    except ConfigError as no_room:
+        if config.transport != AUTO:
+            raise
+        try:
+            check_transport("nixl")
+        except ConfigError as no_nixl:
+            raise ConfigError(f"no p2p transport works here: shm: {no_room}; nixl: {no_nixl}") from no_nixl
+        return None
 
 
 def _add_groups(result: Diagnosis, plan: EnginePlan) -> None:
@@ -212,12 +235,15 @@ def _add_capacities(result: Diagnosis, plan: EnginePlan, *, is_cuda: bool) -> No
             f"the KV cache of {bytes_} bytes cannot be allocated on cpu: lower num_kv_blocks or kv_cache_bytes (the "
             f"machine has {memory_bytes} bytes of memory)"
         )
-    _add_capacities_of_tiers(result, plan)
+    _add_capacities_of_tiers(result, plan, 0 if is_cuda else bytes_)
 
 
-def _add_capacities_of_tiers(result: Diagnosis, plan: EnginePlan) -> None:
+def _add_capacities_of_tiers(result: Diagnosis, plan: EnginePlan, pool_bytes: int = 0) -> None:
+    """`pool_bytes`: of the KV memory on the CPU; 0: not known."""
     folders: dict[str, str] = {}  # of a disk -> the place that has it
-    arenas: dict[int, list[tuple[str, TierCapacity]]] = {}  # by file system
+    shared: dict[int, list[tuple[str, Path, int]]] = {}  # by file system: what lies there as shared memory
+    if pool_bytes:
+        _add_pools(result, plan, pool_bytes, shared)
     for path, part in _connectors(plan.config.kv_transfer_config):
         if not issubclass(KVConnectorFactory.get_connector_class(part), OffloadingConnector):
             continue
@@ -227,18 +253,34 @@ def _add_capacities_of_tiers(result: Diagnosis, plan: EnginePlan) -> None:
             if tier.problem is not None:
                 result.problems.append(tier.problem)
             elif tier.host_bytes and tier.folder is not None:
-                arenas.setdefault(device_at(tier.folder), []).append((place, tier))
+                shared.setdefault(device_at(tier.folder), []).append((place, tier.folder, tier.host_bytes))
             elif tier.folder is not None:
                 first = folders.setdefault(os.path.realpath(tier.folder), place)
                 if first != place:
                     what = f"path={str(tier.folder)!r} of tier {place} is the folder of tier {first} too"
                     result.problems.append(f"{what}: give each a folder of its own")
-    for found in arenas.values():
-        folder = found[0][1].folder or SHM_DIRECTORY
-        needed, free = sum(tier.host_bytes for _, tier in found), space_at(folder).free_bytes
+    result.problems += _do_not_fit_together(shared)
+
+
+def _add_pools(
+    result: Diagnosis, plan: EnginePlan, pool_bytes: int, shared: dict[int, list[tuple[str, Path, int]]]
+) -> None:
+    for path, name, config in _pools(plan):
+        try:
+            if (folder := _pool_folder(config, pool_bytes)) is not None:
+                shared.setdefault(device_at(folder), []).append((f"the KV memory of {name}", folder, pool_bytes))
+        except ConfigError as err:
+            result.problems.append(str(err) if path == "connector" else f"{path}: {err}")
+
+
+def _do_not_fit_together(shared: dict[int, list[tuple[str, Path, int]]]) -> Iterator[str]:
+    """Of what fits on each file system by itself: (place, folder, bytes)."""
+    for found in shared.values():
+        folder = found[0][1]
+        needed, free = sum(num_bytes for *_, num_bytes in found), space_at(folder).free_bytes
         if needed > free and found[1:]:
-            names = " and ".join(place for place, _ in found)
-            result.problems.append(
+            names = " and ".join(place for place, *_ in found)
+            yield (
                 f"no room for {names} together in {folder}: {needed} bytes are needed, {free} bytes are free; lower "
                 "cpu_bytes_to_use of one, or set its arena_dir to a folder on a disk"
             )

@@ -29,6 +29,7 @@ from kvferry.p2p.copying import copy_pieces
 from kvferry.p2p.threaded import Step, ThreadedTransport, Transfer, decode_blob
 from kvferry.p2p.transport import Capabilities, Ints, PeerHandle, TransferOp
 from kvferry.segment import PAGE_BYTES, SHM_DIRECTORY, Segment, is_segment_path
+from kvferry.space import space_at
 
 if TYPE_CHECKING:
     import torch
@@ -132,11 +133,25 @@ class SharedPool:
             if said:
                 logger.warning("the KV pool lies in files under %s, which may be slow: %s", folder, said[0])
             return segment
-        raise ConfigError(
-            f"no room for a shared KV pool of {num_bytes} bytes ({'; '.join(said)}): give the container more shared "
-            "memory (docker --shm-size), make the pool smaller, set kv_connector_extra_config.shm_dir to a folder on a "
-            "disk, or choose another transport than shm"
-        )
+        raise _no_room(num_bytes, said)
+
+    def folder_for(self, num_bytes: int) -> Path:
+        """Where a pool of so many bytes would lie. ConfigError, as `zeros` raises it, when it fits nowhere."""
+        said, num_bytes = [], PAGE_BYTES + num_bytes
+        for folder in self.allowed_folders:
+            space = space_at(folder)
+            if space.free_bytes >= num_bytes and space.is_writable:
+                return folder
+            said.append(f"{folder}: {f'{space.free_bytes} bytes are free' if space.is_writable else 'not writable'}")
+        raise _no_room(num_bytes, said)
+
+
+def _no_room(num_bytes: int, said: Sequence[str]) -> ConfigError:
+    return ConfigError(
+        f"no room for a shared KV pool of {num_bytes} bytes ({'; '.join(said)}): give the container more shared "
+        "memory (docker --shm-size), make the pool smaller, set kv_connector_extra_config.shm_dir to a folder on a "
+        "disk, or choose another transport than shm"
+    )
 
 
 def _pool_bytes(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int | None:

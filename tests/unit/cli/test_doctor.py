@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import struct
+import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -259,3 +261,48 @@ def test_little_shared_memory_is_what_the_engine_runs_into(monkeypatch: pytest.M
     with pytest.raises(ConfigError) as caught:
         LLM(StubModel(), num_kv_blocks=9, kv_transfer_config=offloading())
     assert str(caught.value) == problem
+
+
+@pytest.fixture
+def set_free(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
+    """Sets how many bytes every folder has free, as doctor and start see it."""
+
+    def set_(free_bytes: int) -> None:
+        space = Space(free_bytes, total_bytes=64 << 20, is_writable=True)
+        for module in ("segment", "p2p.shm", "connectors.offloading.capacity", "cli.diagnosis"):
+            monkeypatch.setattr(f"kvferry.{module}.space_at", lambda folder: space)
+
+    return set_
+
+
+@pytest.mark.parametrize("settings", [{"transport": "shm"}, {"transport": "shm", "shm_dir": "/tmp"}, {}], ids=str)
+def test_a_shared_kv_pool_that_does_not_fit(
+    settings: dict[str, Any], set_free: Callable[[int], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "nixl._api", None)  # cannot be imported, wherever the test runs
+    transfer = {
+        "kv_connector": "P2PConnector",
+        "kv_role": "kv_both",
+        "kv_connector_extra_config": {"weights_version": "1", **settings},
+    }
+    assert judge(transfer, num_kv_blocks=32).problems == []
+    set_free(32 * 16 * TOKEN_BYTES)  # the pool's header is on top
+    (problem,) = judge(transfer, num_kv_blocks=32).problems
+    assert all(word in problem for word in ("shared KV pool", "65536 bytes are free", "shm_dir", "--shm-size"))
+    with pytest.raises(ConfigError) as caught:
+        LLM(StubModel(), num_kv_blocks=32, kv_transfer_config=transfer)
+    assert problem[problem.index("no room") :] in str(caught.value)
+
+
+def test_a_shared_kv_pool_and_an_arena_that_do_not_fit_together(set_free: Callable[[int], None]) -> None:
+    """The pool takes 3,072,000 bytes and the arena, rounded, 2 MiB and more: each alone fits in 4,000,000."""
+    parts = [
+        {"kv_connector": "P2PConnector", "kv_connector_extra_config": {"weights_version": "1", "transport": "shm"}},
+        offloading(cpu_bytes_to_use=20_000),
+    ]
+    multi = {"kv_connector": "MultiConnector", "kv_role": "kv_both", "kv_connector_extra_config": {"connectors": parts}}
+    set_free(4_000_000)
+    (problem,) = judge(multi, num_kv_blocks=1500).problems
+    assert all(word in problem for word in ("the KV memory of P2PConnector", "host of connector[1]", "together"))
+    set_free(6_000_000)
+    assert judge(multi, num_kv_blocks=1500).problems == []
