@@ -69,6 +69,11 @@ def v2_runner_environment() -> dict[str, bool]:
     return said
 
 
+def environment_matching(pattern: str) -> dict[str, str]:
+    """Environment variable -> text, of those whose whole name fits the regular expression."""
+    return {name: text for name, text in sorted(os.environ.items()) if re.fullmatch(pattern, name)}
+
+
 def lmcache_upstream_environment() -> bool:
     """`LMCACHE_USE_UPSTREAM_MP`: True asks for the built-in LMCacheMPConnector. ConfigError unless a truth value."""
     text = os.environ.get("LMCACHE_USE_UPSTREAM_MP", "")

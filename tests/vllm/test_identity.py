@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from fnmatch import fnmatchcase
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -10,10 +11,11 @@ from typing import Any
 import pytest
 import torch
 import vllm.config
+import vllm.envs
 from conftest import TINY, StartEngines
 from engine_process import PATIENT, random_prompt
 
-from kvferry.contract.numerics import HARMLESS, adapter_settings, numerics_of
+from kvferry.contract.numerics import HARMLESS, HARMLESS_ENVIRONMENT, adapter_settings, numerics_of
 
 # Fields that make KV another one, by class. A field that stands neither here nor among the harmless fails the test.
 COUNTED = {
@@ -49,6 +51,50 @@ def test_every_field_is_counted_or_harmless_for_a_reason(name: str) -> None:
     assert not COUNTED[name] & HARMLESS[name].keys()
 
 
+# Of the variables that vLLM reads, with wildcards: those by which it computes or takes other kernels, weights or code.
+COUNTED_VARIABLES = (
+    "VLLM_FLOAT32_MATMUL_PRECISION", "VLLM_BATCH_INVARIANT", "VLLM_REPLICATE_EMBED", "VLLM_TRITON_*",
+    "VLLM_USE_MODELSCOPE", "VLLM_MODEL_REDIRECT_PATH", "VLLM_TEST_FORCE_LOAD_FORMAT", "VLLM_PLUGINS",
+    "VLLM_PP_LAYER_PARTITION", "VLLM_CPU_INT4_W4A8", "VLLM_CPU_ATTN_SPLIT_KV", "VLLM_ZENTORCH_WEIGHT_PREPACK",
+    "VLLM_VIDEO_LOADER_BACKEND", "VLLM_MEDIA_CONNECTOR", "VLLM_XLA_USE_SPMD", "VLLM_XPU_*", "VLLM_ROCM_*",
+    "VLLM_ADAPTIVE_VERIFICATION_PROFILE_CONTEXT_LEN", "VLLM_DISABLED_KERNELS", "VLLM_USE_HW_AGNOSTIC",
+    "VLLM_ENABLE_FLA_PACKED_RECURRENT_DECODE", "VLLM_GDN_DECODE_KERNEL", "VLLM_DISABLE_PYNCCL", "VLLM_USE_OINK_OPS",
+    "VLLM_MXFP4_*", "VLLM_MXFP8_*", "VLLM_MARLIN_*", "VLLM_HUMMING_*", "VLLM_DEEPEP*", "VLLM_TPU_USING_PATHWAYS",
+    "VLLM_USE_DEEP_GEMM*", "VLLM_MOE_*", "VLLM_DCP_Q_REPLICATE", "VLLM_USE_FUSED_MOE_GROUPED_TOPK", "VLLM_KIMI_K3_*",
+    "VLLM_ENABLE_GEMM_RS", "VLLM_BLOCKSCALE_FP8_GEMM_FLASHINFER", "VLLM_B12X_MOE_FP4_FORCE_A16",
+    "VLLM_USE_FLASHINFER_MOE_INT4", "VLLM_FLASHINFER_*", "VLLM_MAX_TOKENS_PER_EXPERT_FP4_MOE",
+    "VLLM_ALLOW_CHUNKED_LOCAL_ATTN_WITH_HYBRID_KV_CACHE", "VLLM_ALLREDUCE_*", "VLLM_USE_NCCL_SYMM_MEM",
+    "VLLM_DISABLE_DSV4_MEGAMOE_SHARED_EXPERT_FUSION", "VLLM_USE_DIRECT_DCP_*", "VLLM_ENABLE_HPC_OPS",
+    "VLLM_USE_TRITON_*",
+)  # fmt: skip
+
+
+def test_every_environment_variable_is_counted_or_harmless_for_a_reason() -> None:
+    """What does not begin with VLLM_ says where programs lie, and is never counted."""
+    variables = [name for name in vllm.envs.environment_variables if name.startswith("VLLM_")]
+    patterns = [pattern for group in (*HARMLESS_ENVIRONMENT.values(), COUNTED_VARIABLES) for pattern in group]
+    unjudged = [name for name in variables if not any(fnmatchcase(name, pattern) for pattern in patterns)]
+    assert not unjudged, f"say of each of {unjudged} whether KV depends on it"
+    for pattern in patterns:
+        assert any(fnmatchcase(name, pattern) for name in variables), f"vLLM reads no {pattern}"
+
+
+def test_variables_that_change_arithmetic_are_told_apart(make_config: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = numerics_of(make_config())
+    for name, value, counts in (
+        ("VLLM_CPU_INT4_W4A8", "0", True), ("VLLM_MARLIN_INPUT_DTYPE", "fp8", True),
+        ("VLLM_OF_A_LATER_VERSION", "1", True), ("NVIDIA_TF32_OVERRIDE", "1", True),
+        ("ONEDNN_DEFAULT_FPMATH_MODE", "BF16", True),
+        ("VLLM_CPU_KVCACHE_SPACE", "2", False), ("VLLM_API_KEY", "secret", False),
+        ("VLLM_USE_V2_MODEL_RUNNER", "1", False),
+    ):  # fmt: skip
+        with monkeypatch.context() as patch:
+            patch.setenv(name, value)
+            other = numerics_of(make_config())
+        assert [key for key in plain if plain[key] != other[key]] == (["environment"] if counts else []), name
+        assert not counts or name in other["environment"]
+
+
 @pytest.fixture(scope="module")
 def make_config(tiny_llama: str) -> Any:
     def make(cache: dict[str, Any] | None = None, **model: Any) -> Any:
@@ -62,6 +108,7 @@ def make_config(tiny_llama: str) -> Any:
     return make
 
 
+MODELS = Path(vllm.config.__file__).parents[1] / "model_executor/models"
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 512, "rope_theta": 10000.0}
 
 
@@ -74,6 +121,9 @@ def test_overrides_and_settings_are_told_apart_by_name(make_config: Any, tmp_pat
     (other / "config.json").write_text(text.replace('"rms_norm_eps": 1e-06', '"rms_norm_eps": 0.5'))
     for field, config in {
         "hf_config.rope_parameters": make_config(hf_overrides={"rope_parameters": YARN}),
+        "hf_config.initializer_range": make_config(hf_overrides={"initializer_range": 0.5}),
+        "hf_config.pad_token_id": make_config(hf_overrides={"pad_token_id": 7}),
+        "hf_overrides": make_config(hf_overrides={"a_key_without_value": None}),
         "hf_config.rms_norm_eps": make_config(hf_config_path=str(other)),
         "model_dtype": make_config(dtype="bfloat16"),
         "model_impl": make_config(model_impl="transformers"),
@@ -115,6 +165,20 @@ def test_llama_4_scales_queries_in_engines_for_long_requests() -> None:
     assert numerics_of(engine(1 << 14)) != numerics_of(engine(1 << 16))
     assert numerics_of(engine(1 << 14)) != numerics_of(engine(1 << 14, attn_temperature_tuning=True))
     assert numerics_of(engine(1 << 14)) == numerics_of(engine(1 << 14, temperature=0.5))
+
+
+def test_generation_config_of_llama_4_counts_where_it_lies(make_config: Any, tmp_path: Path) -> None:
+    """vLLM's Llama 4 reads `attn_temperature_tuning` there, in a file that is no part of the weights' fingerprint."""
+    plain = numerics_of(make_config())
+    (tmp_path / "generation_config.json").write_text('{"attn_temperature_tuning": true, "temperature": 0.5}')
+    other = numerics_of(make_config(generation_config=str(tmp_path)))
+    assert {name for name in plain if plain[name] != other[name]} == {"attn_temperature_tuning"}
+
+
+def test_nothing_else_of_a_generation_config_reaches_a_model() -> None:
+    """Of vLLM's models, three more read suppressed tokens there, and one how it samples by diffusion."""
+    readers = {file.name for file in MODELS.glob("**/*.py") if "try_get_generation_config" in file.read_text()}
+    assert readers == {"llama4.py", "gemma4_mm.py", "gemma4_unified.py", "gemma4_mtp.py", "diffusion_gemma.py"}
 
 
 @pytest.mark.parametrize("has_mistrals", [False, True])

@@ -13,8 +13,11 @@ import hashlib
 import json
 import re
 from collections.abc import Iterable, Iterator, Mapping
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
+
+from kvferry.config import environment_matching
 
 _ROUNDING = "changes the order of additions only, as batching does"
 _MEMORY = "says how much memory is taken, not what stands in it"
@@ -110,13 +113,82 @@ HARMLESS: Mapping[str, Mapping[str, str]] = {
 }  # fmt: skip
 """By class and field of a host's configuration: why KV of engines that differ in it may be shared."""
 
+HARMLESS_ENVIRONMENT: Mapping[str, tuple[str, ...]] = {
+    "acts when vLLM is built, or names a build": (
+        "VLLM_TARGET_DEVICE", "VLLM_MAIN_CUDA_VERSION", "VLLM_USE_PRECOMPILED*", "VLLM_SKIP_PRECOMPILED_VERSION_SUFFIX",
+        "VLLM_DOCKER_BUILD_CONTEXT", "VLLM_BUILD_*", "VLLM_IMAGE_TAG", "VLLM_SKIP_VERSION_SUFFIX",
+    ),
+    "says where files lie": (
+        "VLLM_CONFIG_ROOT", "VLLM_CACHE_ROOT", "VLLM_RPC_BASE_PATH", "VLLM_NCCL_SO_PATH", "VLLM_NCCL_INCLUDE_PATH",
+        "VLLM_ASSETS_CACHE*", "VLLM_XLA_CACHE_PATH", "VLLM_CUDART_SO_PATH", "VLLM_FLASHINFER_AUTOTUNE_CACHE_DIR",
+        "VLLM_CUDA_COMPATIBILITY_PATH", "VLLM_ENABLE_CUDA_COMPATIBILITY", "VLLM_HAS_FLASHINFER_CUBIN",
+    ),
+    "says how processes and machines find each other": (
+        "VLLM_HOST_IP", "VLLM_PORT", "VLLM_LOOPBACK_IP", "VLLM_NIXL_*", "VLLM_P2P_*", "VLLM_EC_*", "VLLM_MOONCAKE_*",
+        "VLLM_DP_*", "VLLM_RAY_*", "VLLM_USE_RAY_*", "VLLM_PROCESS_NAME_PREFIX", "VLLM_OBJECT_STORAGE_SHM_BUFFER_NAME",
+        "VLLM_GPU_NIC_PCIE_MAPPING", "VLLM_NIC_SELECTION_VARS", "VLLM_ELASTIC_EP_*", "VLLM_WORKER_MULTIPROC_METHOD",
+        "VLLM_ENABLE_V1_MULTIPROCESSING", "VLLM_DISTRIBUTED_USE_SPLIT_GROUP", "VLLM_SKIP_P2P_CHECK",
+        "VLLM_MQ_MAX_CHUNK_BYTES_MB", "VLLM_MSGPACK_ZERO_COPY_THRESHOLD", "VLLM_ALLOW_INSECURE_SERIALIZATION",
+    ),
+    "what is logged, counted, checked or dumped": (
+        "VLLM_LOGGING_*", "VLLM_CONFIGURE_LOGGING", "VLLM_LOG_*", "VLLM_DEBUG_*", "VLLM_TRACE_FUNCTION", "VLLM_USAGE_*",
+        "VLLM_NO_USAGE_STATS", "VLLM_DO_NOT_TRACK", "VLLM_DISABLE_LOG_LOGO", "VLLM_GC_DEBUG", "VLLM_*_FOR_PROFILING",
+        "VLLM_PATTERN_MATCH_DEBUG", "VLLM_GPU_SYNC_CHECK", "VLLM_COMPUTE_NANS_IN_LOGITS", "VLLM_RAISE_ON_LOGIT_NANS",
+        "VLLM_XLA_CHECK_RECOMPILATION", "VLLM_RINGBUFFER_WARNING_INTERVAL", "VLLM_KV_EVENTS_USE_INT_BLOCK_HASHES",
+        "VLLM_DISABLE_REQUEST_ID_RANDOMIZATION",
+    ),
+    "acts on requests and replies, and keys are made of tokens": (
+        "VLLM_HTTP_*", "VLLM_API_KEY", "VLLM_SERVER_DEV_MODE", "VLLM_USE_RUST_*", "VLLM_RUST_*", "VLLM_MAX_N_SEQUENCES",
+        "VLLM_MAX_COMPLETION_PROMPTS", "VLLM_MAX_STOP_STRINGS", "VLLM_MAX_NUM_BAD_WORDS", "VLLM_TOOL_*",
+        "VLLM_MAX_BAD_WORDS_TOTAL_TOKENS", "VLLM_ENFORCE_STRICT_TOOL_CALLING", "VLLM_GPT_OSS_*",
+        "VLLM_SYSTEM_START_DATE", "VLLM_ENABLE_RESPONSES_API_STORE", "VLLM_ENABLE_COHERE_API",
+        "VLLM_USE_EXPERIMENTAL_PARSER_CONTEXT", "VLLM_SKIP_MODEL_NAME_VALIDATION", "VLLM_CHAT_TEMPLATE_RENDER_TIMEOUT",
+        "VLLM_USE_FASTOKENS", "VLLM_XGRAMMAR_CACHE_MB", "VLLM_REGEX_*", "VLLM_V1_USE_OUTLINES_CACHE",
+        "VLLM_V1_OUTPUT_PROC_CHUNK_SIZE", "VLLM_KEEP_ALIVE_ON_ENGINE_DEATH", "VLLM_ALLOW_LONG_MAX_MODEL_LEN",
+    ),
+    "acts on logits, thus after the KV": ("VLLM_USE_FLASHINFER_SAMPLER", "VLLM_XPU_USE_SAMPLER_KERNEL"),
+    "the adapter's own files are part of a request's key": (
+        "VLLM_ALLOW_RUNTIME_LORA_UPDATING", "VLLM_LORA_RESOLVER_*", "VLLM_LORA_DISABLE_PDL",
+        "VLLM_LORA_ENABLE_DUAL_STREAM",
+    ),
+    "says how media are fetched, and the media's part of a key says what came": (
+        "VLLM_*_FETCH_TIMEOUT", "VLLM_MEDIA_CACHE*", "VLLM_MEDIA_FETCH_MAX_RETRIES", "VLLM_MAX_MEDIA_*",
+        "VLLM_MEDIA_URL_*", "VLLM_MEDIA_LOADING_*", "VLLM_MAX_AUDIO_*", "VLLM_MAX_EMBED_*", "VLLM_MAX_IMAGE_PIXELS",
+    ),
+    "says how much time, memory or how many threads are taken": (
+        "VLLM_ENGINE_READY_TIMEOUT_S", "VLLM_EXECUTE_MODEL_TIMEOUT_SECONDS", "VLLM_WORKER_SHUTDOWN_TIMEOUT_SECONDS",
+        "VLLM_CPU_KVCACHE_SPACE", "VLLM_CPU_OMP_THREADS_BIND", "VLLM_CPU_NUM_OF_RESERVED_CPU", "VLLM_CPU_CI_ENV",
+        "VLLM_ROCM_SLEEP_MEM_CHUNK_SIZE", "VLLM_ENABLE_STARTUP_PLAN", "VLLM_ENABLE_CUDAGRAPH_GC",
+        "VLLM_MEMORY_PROFILER_*", "VLLM_WEIGHT_OFFLOADING_*", "VLLM_KV_OFFLOAD_*", "VLLM_USE_SIMPLE_KV_OFFLOAD",
+        "VLLM_WSL2_*", "VLLM_USE_SPINLOOP_EXT", "VLLM_FASTSAFETENSORS_QUEUE_SIZE", "VLLM_RANDOMIZE_DP_DUMMY_INPUTS",
+        "VLLM_TRITON_JIT_WARMUP_NUM_THREADS", "VLLM_DEEP_GEMM_WARMUP", "VLLM_DBO_COMM_SMS",
+        "VLLM_DISABLE_SHARED_EXPERTS_STREAM", "VLLM_*_STREAM_*TOKEN_THRESHOLD", "VLLM_SPARSE_INDEXER_MAX_LOGITS_MB",
+    ),
+    "says how one and the same model is compiled": (
+        "VLLM_USE_STANDALONE_COMPILE", "VLLM_ENABLE_PREGRAD_PASSES", "VLLM_USE_BREAKABLE_CUDAGRAPH",
+        "VLLM_USE_AOT_COMPILE", "VLLM_USE_BYTECODE_HOOK", "VLLM_FORCE_AOT_LOAD", "VLLM_USE_MEGA_AOT_ARTIFACT",
+        "VLLM_DISABLE_COMPILE_CACHE", "VLLM_COMPILE_CACHE_SAVE_FORMAT", "VLLM_USE_LAYERNAME",
+        "VLLM_ENABLE_INDUCTOR_*", "VLLM_TUNED_CONFIG_FOLDER", "VLLM_FLASHINFER_AUTOTUNE_SKIP_OPS",
+    ),
+    "where bytes lie is compared with the layout": (
+        "VLLM_KV_CACHE_LAYOUT", "VLLM_SSM_CONV_STATE_LAYOUT", "VLLM_MLA_DISABLE", "VLLM_USE_V2_MODEL_RUNNER",
+    ),
+}  # fmt: skip
+"""Reason -> variables that vLLM reads, with wildcards, in which engines may differ that share KV. Others count."""
+
+_ARITHMETIC = "(ONEDNN|DNNL)_DEFAULT_FPMATH_MODE|NVIDIA_TF32_OVERRIDE|TORCH_ALLOW_TF32_CUBLAS_OVERRIDE"
+"""By which PyTorch computes with fewer bits than the tensors have."""
+
 _HARMLESS_HF_KEYS = frozenset(
     ("transformers_version", "torch_dtype", "dtype", "id2label", "label2id", "problem_type", "return_dict",
-     "output_hidden_states", "output_attentions", "use_cache", "initializer_range", "chunk_size_feed_forward",
-     "bos_token_id", "eos_token_id", "pad_token_id", "sep_token_id", "pretraining_tp", "tie_word_embeddings",
-     "finetuning_task", "task_specific_params", "use_bfloat16", "unsloth_version", "unsloth_fixed")
+     "output_hidden_states", "output_attentions", "use_cache", "chunk_size_feed_forward", "pretraining_tp",
+     "tie_word_embeddings", "finetuning_task", "task_specific_params", "use_bfloat16", "unsloth_version",
+     "unsloth_fixed")
 )  # fmt: skip
-"""Keys of a model's configuration that act on training, loading or output alone, or are named elsewhere (dtype)."""
+"""Keys of a model's configuration that act on training, loading or output alone, or are named elsewhere (dtype).
+
+Numbers of special tokens and `initializer_range` are none of them: vLLM computes embeddings of some models by them.
+"""
 
 _SAFETENSORS_FORMATS = frozenset(("auto", "hf", "safetensors", "fastsafetensors", "instanttensor", "runai_streamer"))
 """`load_format`s that read one and the same files of a folder, unless it has Mistral's own beside them."""
@@ -145,8 +217,10 @@ def numerics_of(vllm_config: Any) -> dict[str, str]:
     if _reads_length(getattr(model, "hf_config", None)) or getattr(model, "trust_remote_code", False):
         out["max_model_len"] = str(model.max_model_len)
     out["load_format"] = _load_format(vllm_config)
-    overrides = getattr(model, "override_generation_config", None) or {}
-    out["attn_temperature_tuning"] = str(overrides.get("attn_temperature_tuning"))  # vLLM's Llama 4 reads it there
+    out["attn_temperature_tuning"] = _attn_temperature_tuning(model)
+    # Beside what they resolve to: a model may read keys that do not count above, or none in place of a default.
+    out["hf_overrides"] = _text(getattr(model, "hf_overrides", None) or None)
+    out["environment"] = _text(_environment(model) or None)
     for where, config in (
         ("", model),
         ("cache.", cache),
@@ -216,6 +290,24 @@ def _reads_length(hf_config: Any) -> bool:
     return False
 
 
+def _attn_temperature_tuning(model: Any) -> str:
+    """vLLM's Llama 4 reads it from the generation config, whose file is no part of the weights' fingerprint."""
+    ask = getattr(model, "try_get_generation_config", dict)
+    settings = {**ask(), **(getattr(model, "override_generation_config", None) or {})}
+    return str(settings.get("attn_temperature_tuning"))
+
+
+def _is_vllms(model: Any) -> bool:
+    return not hasattr(model, "weights_stamp")
+
+
+def _environment(model: Any) -> dict[str, str]:
+    """Those that PyTorch computes by; of vLLM's, which it alone reads, all but the harmless."""
+    found = environment_matching(f"{_ARITHMETIC}|VLLM_.*" if _is_vllms(model) else _ARITHMETIC)
+    harmless = [pattern for patterns in HARMLESS_ENVIRONMENT.values() for pattern in patterns]
+    return {name: text for name, text in found.items() if not any(fnmatchcase(name, known) for known in harmless)}
+
+
 def _rope_kinds(value: Any) -> Iterator[str]:
     """Every `rope_type` and `type` at any depth."""
     if isinstance(value, Mapping):
@@ -233,7 +325,7 @@ def _load_format(vllm_config: Any) -> str:
     name = str(chosen.name if isinstance(chosen, enum.Enum) else chosen).lower()
     if name not in _SAFETENSORS_FORMATS:
         return name
-    is_vllms_auto = name == "auto" and not hasattr(model, "weights_stamp")
+    is_vllms_auto = name == "auto" and _is_vllms(model)
     has_mistrals = is_vllms_auto and any(Path(str(model.model)).glob("consolidated*.safetensors"))
     return "mistral" if has_mistrals else "safetensors"
 
