@@ -135,12 +135,14 @@ def _steps(path: Path) -> Iterator[Path]:
 
 
 def fingerprint_files(files: Iterable[Path]) -> str | None:
-    """SHA-256 over names and bytes of those of some small files that there are; None when there are none."""
+    """SHA-256 over names and bytes of those of some files that there are; None when there are none."""
     found = [file for file in files if file.is_file()]
     hasher = hashlib.sha256()
     for file in found:
-        name, data = file.name.encode(), file.read_bytes()
-        hasher.update(struct.pack("<I", len(name)) + name + struct.pack("<Q", len(data)) + data)
+        name, size = file.name.encode(), file.stat().st_size
+        hasher.update(struct.pack("<I", len(name)) + name + struct.pack("<Q", size))
+        for piece in _pieces(file, size, sampled=False):
+            hasher.update(piece)
     return f"sha256:{hasher.hexdigest()}" if found else None
 
 

@@ -78,9 +78,10 @@ def settings_identity(host: HostInfo) -> dict[str, str]:
     if host.hidden_state_group is not None:
         out["hidden_state_layers"] = json.dumps(host.hidden_state_layers)
     folder = Path(host.model)
-    processor = fingerprint_files(folder / name for name in _PROCESSOR_FILES)
+    processor = [folder / name for name in _PROCESSOR_FILES]
     if folder.is_dir():  # elsewhere there is no telling
-        out["media_processor"] = processor or "none"
+        out["media_processor"] = _contents(processor, host) or "none"
+    out["named_files"] = _named_files(host)
     if host.draft_model == host.model:
         out["draft_model"] = "the model"
     elif host.draft_model is not None:
@@ -90,6 +91,27 @@ def settings_identity(host: HostInfo) -> dict[str, str]:
         if has_weights and _is_younger(draft, host):
             raise _changed(draft)
     return out
+
+
+def _contents(files: list[Path], host: HostInfo) -> str | None:
+    """Of those that there are. ConfigError when one may not be what the host has read."""
+    for file in files:
+        if file.is_file() and host.loaded_after_s is not None and file.stat().st_ctime > host.loaded_after_s:
+            raise _changed(file.parent)
+    return fingerprint_files(files)
+
+
+def _named_files(host: HostInfo) -> str:
+    """What stands where settings point to: weights in the model's place, descriptions of quantisation, scales."""
+    found = []
+    for path in map(Path, host.named_paths):
+        if path.is_file():
+            found.append(_contents([path], host))
+        elif any(path.glob("*.safetensors")) and not path.samefile(host.model):
+            if _is_younger(path, host):
+                raise _changed(path)
+            found.append(fingerprint_folder(path))
+    return json.dumps(found) if found else "none"
 
 
 def peer_facts(host: HostInfo, weights_version: str | None) -> tuple[tuple[str, str], ...]:

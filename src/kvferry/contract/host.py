@@ -11,7 +11,7 @@ from multiprocessing import parent_process
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kvferry.contract.numerics import adapter_settings, hf_maker, numerics_of
+from kvferry.contract.numerics import adapter_settings, hf_maker, named_paths, numerics_of
 from kvferry.errors import ConfigError
 from kvferry.types import AttentionKind, GroupInfo
 
@@ -46,6 +46,8 @@ class HostInfo:
     """Class and version that resolved the model's configuration."""
     adapter_settings: str = ""
     """How the host applies LoRA adapters, where that is not as their files say."""
+    named_paths: tuple[str, ...] = ()
+    """What settings may mean as a file or folder, beside those of model, draft and adapters."""
     wants_kv_events: bool = False
     """True when the host publishes KV events, so that `take_events` is worth its work."""
     kv_role: str = "kv_both"
@@ -109,6 +111,7 @@ def host_info(vllm_config: Any, kv_cache_config: KVCacheConfig) -> HostInfo:
         numerics=numerics_of(vllm_config),
         config_maker=hf_maker(vllm_config),
         adapter_settings=adapter_settings(vllm_config),
+        named_paths=named_paths(vllm_config),
         wants_kv_events=bool(getattr(getattr(vllm_config, "kv_events_config", None), "enable_kv_cache_events", False)),
         kv_role=str(transfer.kv_role),
         total_kv_heads=_total_kv_heads(vllm_config, kv_cache_config),

@@ -33,7 +33,7 @@ _SPEED = "changes when things run, not what they compute"
 
 HARMLESS: Mapping[str, Mapping[str, str]] = {
     "ModelConfig": {
-        "model": _WEIGHTS, "model_weights": _WEIGHTS, "served_model_name": _TEXT, "seed": _SAMPLING,
+        "model": _WEIGHTS, "model_weights": "what stands there is read (named_paths)", "served_model_name": _TEXT, "seed": _SAMPLING,
         "runner": "runner_type is read", "convert": "convert_type is read", "hf_config": "each of its keys is read",
         "hf_text_config": "part of hf_config", "hf_config_path": _RESOLVED, "hf_overrides": _RESOLVED,
         "config_format": _RESOLVED, "max_model_len": "read where positions depend on it (_reads_length)",
@@ -234,6 +234,32 @@ def numerics_of(vllm_config: Any) -> dict[str, str]:
         if hasattr(vllm_config, name):  # named where it is empty too, so that peers compare it
             out[name] = _text(getattr(vllm_config, name) or None)
     return out
+
+
+def named_paths(vllm_config: Any) -> tuple[str, ...]:
+    """What settings may mean as a file or folder beside the model's: what stands there counts too."""
+    model, load = vllm_config.model_config, getattr(vllm_config, "load_config", None)
+    settings = (
+        getattr(model, "model_weights", None),  # read in the model's place by some loaders
+        getattr(model, "hf_overrides", None),
+        getattr(model, "quantization_config", None),
+        getattr(load, "model_loader_extra_config", None),
+        getattr(getattr(model, "multimodal_config", None), "mm_encoder_fp8_scale_path", None),
+        getattr(vllm_config, "additional_config", None),
+    )
+    return tuple(sorted(set(_paths_in(json.loads(json.dumps(settings, default=_plain))))))
+
+
+def _paths_in(value: Any) -> Iterator[str]:
+    """Every text that may be one, at any depth; single words are not taken for files of the working folder."""
+    if isinstance(value, str):
+        if "/" in value or value.endswith((".json", ".safetensors", ".pt", ".tensors")):
+            yield value
+    elif isinstance(value, list):
+        for inner in value:
+            yield from _paths_in(inner)
+    elif isinstance(value, dict):
+        yield from _paths_in([*value.values()])
 
 
 def adapter_settings(vllm_config: Any) -> str:

@@ -18,6 +18,7 @@ from kvferry.config import KVTransferConfig
 from kvferry.connectors.identity import KeyMaker, check_identity, model_identity, peer_facts, settings_identity
 from kvferry.contract import FullAttentionSpec, make_kv_cache_config
 from kvferry.contract.host import HostInfo, _process_started_s, host_info
+from kvferry.contract.numerics import named_paths
 from kvferry.contract.views import RequestView
 from kvferry.errors import ConfigError
 from kvferry.fingerprint import fingerprint_folder, stamp_folder
@@ -95,6 +96,43 @@ def test_the_media_processors_files_are_part_of_the_settings(folder: Path) -> No
     large = settings_identity(info(folder))
     assert plain != small != large
     assert dict(peer_facts(info(folder), None))["media_processor"] == large["media_processor"]
+
+
+def test_what_stands_where_settings_point_to_is_part_of_the_settings(folder: Path, tmp_path: Path) -> None:
+    """Some of vLLM's loaders take weights from `model_weights`, quantisations from a file that an override names."""
+    other, file = tmp_path / "other", tmp_path / "quant.json"
+    other.mkdir()
+
+    def named(additional: object = None, **model: object) -> str:
+        config = info(folder, additional_config=additional)
+        model_config = SimpleNamespace(model=str(folder), **model)
+        paths = named_paths(SimpleNamespace(model_config=model_config, additional_config=additional))
+        return settings_identity(replace(config, named_paths=paths))["named_files"]
+
+    found = []
+    for content in (b"1", b"2"):
+        (other / "model-rank-0-part-0.safetensors").write_bytes(content)
+        file.write_bytes(content)
+        found.append(named(model_weights=str(other)))
+        by_file = {
+            named(hf_overrides={"quantization_config_file": str(file)}),
+            named(hf_overrides={"text_config": {"files": [str(file)]}}),
+            named({"scales": str(file)}),
+        }
+        assert len(by_file) == 1
+        found += by_file
+    assert len({"none", *found}) == 5
+    assert named() == named(model_weights=str(folder), hf_overrides={"a": "/no/file"}) == "none"
+
+
+def test_files_that_settings_name_must_be_as_they_were_when_the_engine_read_them(folder: Path, tmp_path: Path) -> None:
+    scales, processor = tmp_path / "quant.json", folder / "preprocessor_config.json"
+    for file, host in ((scales, replace(info(folder), named_paths=(str(scales),))), (processor, info(folder))):
+        file.write_text("{}")
+        changed_s = file.stat().st_ctime
+        assert settings_identity(replace(host, loaded_after_s=changed_s + 1))
+        with pytest.raises(ConfigError, match="changed while this engine loaded them"):
+            settings_identity(replace(host, loaded_after_s=changed_s - 1))
 
 
 def test_the_draft_model_is_part_of_the_settings(folder: Path, tmp_path: Path) -> None:
