@@ -33,8 +33,9 @@ _SPEED = "changes when things run, not what they compute"
 
 HARMLESS: Mapping[str, Mapping[str, str]] = {
     "ModelConfig": {
-        "model": _WEIGHTS, "model_weights": "what stands there is read (named_paths)", "served_model_name": _TEXT, "seed": _SAMPLING,
-        "runner": "runner_type is read", "convert": "convert_type is read", "hf_config": "each of its keys is read",
+        "model": _WEIGHTS, "model_weights": "what stands there is read (named_paths)", "served_model_name": _TEXT,
+        "seed": _SAMPLING, "runner": "runner_type is read", "convert": "convert_type is read",
+        "hf_config": "each of its keys is read",
         "hf_text_config": "part of hf_config", "hf_config_path": _RESOLVED, "hf_overrides": _RESOLVED,
         "config_format": _RESOLVED, "max_model_len": "read where positions depend on it (_reads_length)",
         "spec_target_max_model_len": "of drafts, whose max_model_len is the target's",
