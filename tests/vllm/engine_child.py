@@ -168,6 +168,26 @@ class WorkerProbe:
         self._gate.set()
         del _worker_connector().side._copier.scatter
 
+    def refused_weights(self, model: str) -> list[str]:
+        """What the worker says to each way of giving it other weights; empty where it takes them."""
+        worker: Any = self
+        ways = (
+            lambda: worker.reload_weights(weights_path=model),
+            lambda: worker.reload_weights(weights_iterator=iter(())),
+            lambda: worker.update_config({"model_config": {"model": model}}),
+            lambda: worker.start_weight_update(),
+            lambda: worker.start_draft_weight_update(),
+            lambda: worker.reload_weights(),
+        )
+        said = []
+        for way in ways:
+            try:
+                way()
+                said.append("")
+            except Exception as err:
+                said.append(str(err))
+        return said
+
 
 def _worker_connector() -> Any:
     from vllm.distributed.kv_transfer import get_kv_transfer_group

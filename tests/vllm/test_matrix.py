@@ -63,6 +63,18 @@ def test_hit_without_a_local_hit(engine: EngineChild) -> None:
     assert_same_tokens(warm, cold)
 
 
+def test_other_weights_are_refused_while_kv_is_named_by_those_that_were_loaded(
+    engine: EngineChild, tiny_llama: str
+) -> None:
+    """The next engine would find their KV under the name of the first. The same weights may be loaded again."""
+    cold = engine.ask(generate=random_prompt(21, 200), max_tokens=MAX_TOKENS)
+    *refused, same = engine.ask(rpc="refused_weights", args=[tiny_llama])["answers"][0]
+    assert all("is refused" in said and "weights_version" in said for said in refused), refused
+    assert same == ""
+    engine.ask(reset=False)
+    assert_same_tokens(engine.ask(generate=random_prompt(21, 200), max_tokens=MAX_TOKENS), cold)
+
+
 def test_local_hits_come_first(engine: EngineChild) -> None:
     prompt = random_prompt(2, 700)
     cold = engine.ask(generate=prompt, max_tokens=MAX_TOKENS)

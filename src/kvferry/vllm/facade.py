@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import functools
 import logging
+import sys
 import types
+import weakref
 from collections.abc import Callable, Iterable
 from dataclasses import fields, replace
 from inspect import getattr_static
@@ -72,6 +74,41 @@ def _guarded_hook(hook: str, ask: Callable[..., Any], neutral: Callable[..., Any
     return call
 
 
+_WEIGHT_CHANGES = ("reload_weights", "update_config", "start_weight_update", "start_draft_weight_update")
+"""What vLLM's worker offers to put other weights into a running engine."""
+_HOLDERS = "_kvferry_holders"
+
+
+def _hold_weights(connector: Any) -> None:
+    """While the connector lives, this process's worker refuses other weights than those that name stored KV."""
+    module = sys.modules.get("vllm.v1.worker.gpu_worker")  # also of CPU workers; others have no such calls
+    if module is None:
+        return
+    worker = module.Worker
+    if not hasattr(worker, _HOLDERS):
+        setattr(worker, _HOLDERS, weakref.WeakSet())
+        for name in _WEIGHT_CHANGES:
+            if (change := getattr(worker, name, None)) is not None:
+                setattr(worker, name, _unless_held(name, change))
+    getattr(worker, _HOLDERS).add(connector)
+
+
+def _unless_held(name: str, change: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(change)
+    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        is_same = name == "reload_weights" and not any(value is not None for value in (*args, *kwargs.values()))
+        if not is_same and getattr(self, _HOLDERS):
+            raise HostError(
+                f"{name} is refused: KV that other weights compute would be stored, and handed over, under the name of "
+                "those that this engine started with. Start an engine with the other weights; or set weights_version "
+                "in kv_connector_extra_config, whereby you vouch for the weights, and reset the connector's cache at "
+                "each change of them"
+            )
+        return change(self, *args, **kwargs)
+
+    return call
+
+
 class VllmAnswers:
     """Turns our answers into vLLM's types. Stands before the class that answers in a connector's bases."""
 
@@ -82,7 +119,14 @@ class VllmAnswers:
 
     def __init__(self, vllm_config: Any, role: Any, kv_cache_config: Any) -> None:
         super().__init__(vllm_config, role, kv_cache_config)  # type: ignore[call-arg]  # what answers is next
-        self._stats = StatsTeller(str(vllm_config.kv_transfer_config.kv_connector))
+        transfer = vllm_config.kv_transfer_config
+        self._stats = StatsTeller(str(transfer.kv_connector))
+        vouched = {
+            "weights_version",
+            "connectors",
+        } & transfer.kv_connector_extra_config.keys()  # children hold themselves
+        if role == vllm_base.KVConnectorRole.WORKER and not vouched:
+            _hold_weights(self)
 
     def get_transfer_results(self, finished_req_ids: set[str]) -> Any:
         """Of asynchronous loads, failed blocks are told as failed requests: vLLM cannot be told of positions.
