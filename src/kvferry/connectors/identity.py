@@ -147,9 +147,18 @@ class _Adapters:
         self._start_folder = _working_folder()
         self._known: dict[str, tuple[object, str]] = {}
         self._refused: dict[str, str] = {}
+        self._path_of: dict[int, str] = {}
 
-    def fingerprint(self, path: str) -> str | None:
-        """Of an adapter's files; None when they do not say what was loaded, which `why_not` explains."""
+    def fingerprint(self, path: str, number: int | None = None) -> str | None:
+        """Of an adapter's files; None when they do not say what was loaded, which `why_not` explains.
+
+        `number`: under which the host looks for it among those that it has loaded, whatever the path.
+        """
+        if number is not None and (other := self._path_of.setdefault(number, path)) != path:
+            for each in (other, path):
+                self._refuse(
+                    each, f"lora_int_id {number} stands for {other} and for {path}: hosts load only one of them"
+                )
         if path not in self._known and path not in self._refused:
             self._look_at(path)
         return self._known[path][1] if self.is_certain(path) else None
@@ -193,6 +202,8 @@ class _Adapters:
         return stamp_folder(Path(path)), stamp_way(Path(path))
 
     def _refuse(self, path: str, why: str) -> None:
+        if path in self._refused:
+            return
         self._refused[path] = why
         logger.warning(
             "KV of LoRA adapter %s is neither stored nor loaded until the engine is restarted: %s", path, why
@@ -240,7 +251,7 @@ class KeyMaker:
             return None
         lora = None
         if (path := request.lora_path) is not None:
-            lora = self._adapters.fingerprint(path)
+            lora = self._adapters.fingerprint(path, request.lora_id)
             if lora is None:
                 return None
         return KeyChain(Identity(self._model, request.cache_salt, lora), request.multimodal_items)

@@ -87,6 +87,11 @@ class RequestView:
         return None if lora is None else str(lora.lora_path)
 
     @property
+    def lora_id(self) -> int | None:
+        """The number under which the host looks for the adapter among those that it has loaded; None: there is none."""
+        return getattr(getattr(self._request, "lora_request", None), "lora_int_id", None)
+
+    @property
     def multimodal_items(self) -> tuple[MultimodalItem, ...]:
         """Media items in the prompt, by position."""
         features = getattr(self._request, "mm_features", None) or ()

@@ -243,8 +243,25 @@ SWAPS: dict[str, tuple[str, Callable[[Path], object]]] = {
 """Path of the weights, and what makes it lead to others whose files are older than the engine."""
 
 
-def lora(path: Path) -> RequestView:
-    return RequestView(SimpleNamespace(lora_request=SimpleNamespace(lora_path=str(path))))
+def lora(path: Path, **more: int) -> RequestView:
+    return RequestView(SimpleNamespace(lora_request=SimpleNamespace(lora_path=str(path), **more)))
+
+
+def test_two_adapters_of_one_number_are_not_told_apart_by_the_host(
+    root: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """vLLM asks for the number alone whether an adapter is loaded, and computes with the first for both."""
+    keys, first, second = KeyMaker("m", (), 1), root / "a/b/cur", root / "a/b/new"
+    assert keys.chain(lora(first, lora_int_id=1)) is not None
+    assert keys.chain(lora(root / "a/c/cur", lora_int_id=2)) is not None
+    assert keys.is_certain(str(first))
+    assert keys.chain(lora(second, lora_int_id=1)) is None
+    assert keys.chain(lora(first, lora_int_id=1)) is None, "which of them is loaded now is uncertain"
+    assert not keys.is_certain(str(first))
+    assert keys.chain(lora(second, lora_int_id=3)) is None
+    assert keys.is_certain(str(root / "a/c/cur"))
+    assert "lora_int_id 1 stands for" in keys.why_not(str(second))
+    assert caplog.text.count("neither stored nor loaded") == 2
 
 
 @pytest.mark.parametrize("name", SWAPS)
