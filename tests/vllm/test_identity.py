@@ -6,7 +6,7 @@ import dataclasses
 from fnmatch import fnmatchcase
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -14,8 +14,9 @@ import vllm.config
 import vllm.envs
 from conftest import TINY, StartEngines
 from engine_process import PATIENT, random_prompt
+from vllm.model_executor.model_loader import LoadFormats
 
-from kvferry.contract.numerics import HARMLESS, HARMLESS_ENVIRONMENT, adapter_settings, numerics_of
+from kvferry.contract.numerics import FOLDER_FORMATS, HARMLESS, HARMLESS_ENVIRONMENT, adapter_settings, numerics_of
 
 # Fields that make KV another one, by class. A field that stands neither here nor among the harmless fails the test.
 COUNTED = {
@@ -196,6 +197,13 @@ def test_formats_are_told_apart_where_they_read_other_files(has_mistrals: bool, 
     assert (named("auto") == named("hf")) is not has_mistrals
     assert (named("auto") == named("mistral")) is has_mistrals
     assert len({named(name) for name in ("hf", "pt", "npcache", "mistral", "sharded_state")}) == 5
+
+
+def test_only_formats_that_read_the_folders_files_are_named_by_them() -> None:
+    """npcache keeps copies, ipc_cache asks another process, of whose weights it compares names and shapes."""
+    elsewhere = set(get_args(LoadFormats)) - FOLDER_FORMATS
+    assert elsewhere == {"dummy", "ipc_cache", "modelexpress", "npcache", "tensorizer"}
+    assert set(get_args(LoadFormats)) >= FOLDER_FORMATS - {"bitsandbytes"}
 
 
 def test_how_weights_are_loaded_and_kernels_chosen_counts(make_config: Any) -> None:

@@ -63,6 +63,11 @@ def check_identity(host: HostInfo, weights_version: str | None) -> None:
         raise ConfigError(
             f"the model's weights are random (load_format dummy), so KV has no lasting identity: {_REMEDY}"
         )
+    if host.foreign_load_format is not None:
+        raise ConfigError(
+            f"with load_format {host.foreign_load_format} the files of the model's folder do not say what is loaded, "
+            f"so weights cannot be fingerprinted: {_REMEDY}"
+        )
     if not Path(host.model).is_dir():
         raise ConfigError(f"model {host.model!r} is not a folder, so its weights cannot be fingerprinted: {_REMEDY}")
     if any(file.suffix in _OTHER_WEIGHTS for file in Path(host.model).iterdir()):
@@ -126,10 +131,10 @@ def peer_facts(host: HostInfo, weights_version: str | None) -> tuple[tuple[str, 
         facts["further settings"] = hashlib.sha256(json.dumps(rest).encode()).hexdigest()
     if host.config_maker:
         facts[CONFIG_MAKER] = host.config_maker
-    if weights_version is not None or (not host.weights_are_random and Path(host.model).is_dir()):
+    if weights_version is not None or host.has_named_weights:
         facts["weights"] = model_identity(host, weights_version)
     else:
-        logger.warning("P2P: %s is no folder of weights: peers cannot check theirs", host.model)
+        logger.warning("P2P: what %s holds does not say which weights are loaded: peers cannot check", host.model)
     return tuple(sorted(facts.items()))
 
 

@@ -11,7 +11,14 @@ from multiprocessing import parent_process
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kvferry.contract.numerics import adapter_settings, hf_maker, named_paths, numerics_of
+from kvferry.contract.numerics import (
+    FOLDER_FORMATS,
+    adapter_settings,
+    hf_maker,
+    load_format,
+    named_paths,
+    numerics_of,
+)
 from kvferry.errors import ConfigError
 from kvferry.types import AttentionKind, GroupInfo
 
@@ -46,6 +53,8 @@ class HostInfo:
     """Class and version that resolved the model's configuration."""
     adapter_settings: str = ""
     """How the host applies LoRA adapters, where that is not as their files say."""
+    foreign_load_format: str | None = None
+    """The `load_format`, where that takes weights from elsewhere than the files of the model's folder."""
     named_paths: tuple[str, ...] = ()
     """What settings may mean as a file or folder, beside those of model, draft and adapters."""
     wants_kv_events: bool = False
@@ -77,6 +86,11 @@ class HostInfo:
     """True when the host steps while blocks of ended requests are held, without being told to; vLLM does not."""
 
     @property
+    def has_named_weights(self) -> bool:
+        """True when the files of a local folder say which weights the host has."""
+        return not self.weights_are_random and self.foreign_load_format is None and Path(self.model).is_dir()
+
+    @property
     def hidden_state_group(self) -> GroupInfo | None:
         """The KV cache group in which hidden states are paged, where the host does that."""
         return next((y for y in self.groups if any(HIDDEN_STATE_LAYER in name for name in y.layer_names)), None)
@@ -95,11 +109,12 @@ def host_info(vllm_config: Any, kv_cache_config: KVCacheConfig) -> HostInfo:
     for name in ("decode_context_parallel_size", "prefill_context_parallel_size"):
         if int(getattr(parallel, name, 1) or 1) > 1:
             raise ConfigError(f"{name}={getattr(parallel, name)} is not supported: blocks would be spread over ranks")
-    load_format = str(getattr(getattr(vllm_config, "load_config", None), "load_format", "auto")).lower()
+    chosen = load_format(vllm_config)
     return HostInfo(
         engine_id=str(transfer.engine_id),
         model=str(model.model),
-        weights_are_random="dummy" in load_format,
+        weights_are_random=chosen == "dummy",
+        foreign_load_format=None if chosen in FOLDER_FORMATS or chosen == "dummy" else chosen,
         max_model_len=int(model.max_model_len),
         num_blocks=int(kv_cache_config.num_blocks),
         groups=groups_of(kv_cache_config),

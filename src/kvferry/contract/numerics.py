@@ -194,6 +194,13 @@ Numbers of special tokens and `initializer_range` are none of them: vLLM compute
 _SAFETENSORS_FORMATS = frozenset(("auto", "hf", "safetensors", "fastsafetensors", "instanttensor", "runai_streamer"))
 """`load_format`s that read one and the same files of a folder, unless it has Mistral's own beside them."""
 
+FOLDER_FORMATS = _SAFETENSORS_FORMATS | {"pt", "mistral", "sharded_state", "runai_streamer_sharded", "bitsandbytes"}
+"""`load_format`s whose weights are those of the folder's files as they are now.
+
+Others are not: npcache reads copies that vLLM made of the files once, ipc_cache what another process has loaded, of
+which vLLM compares the names and shapes alone.
+"""
+
 _LENGTHLESS_ROPE = frozenset(("default", "linear", "llama3", "yarn", "deepseek_yarn", "mrope", "proportional", "None"))
 """Kinds of rope scaling whose factors depend on the model's configuration alone, not on the longest request."""
 
@@ -345,11 +352,16 @@ def _rope_kinds(value: Any) -> Iterator[str]:
                 yield from _rope_kinds(inner)
 
 
+def load_format(vllm_config: Any) -> str:
+    """As the host was told."""
+    chosen = getattr(getattr(vllm_config, "load_config", None), "load_format", "auto")
+    return str(chosen.name if isinstance(chosen, enum.Enum) else chosen).lower()
+
+
 def _load_format(vllm_config: Any) -> str:
     """Which of a folder's weights are read. vLLM's `auto` takes Mistral's files where there are any."""
     model = vllm_config.model_config
-    chosen = getattr(getattr(vllm_config, "load_config", None), "load_format", "auto")
-    name = str(chosen.name if isinstance(chosen, enum.Enum) else chosen).lower()
+    name = load_format(vllm_config)
     if name not in _SAFETENSORS_FORMATS:
         return name
     is_vllms_auto = name == "auto" and _is_vllms(model)

@@ -163,6 +163,16 @@ def test_a_folder_without_safetensors_is_told_before_anything_is_read(folder: Pa
     check_identity(info(folder), "1")
 
 
+@pytest.mark.parametrize("load_format", ["npcache", "ipc_cache", "tensorizer", "of_a_plugin"])
+def test_weights_from_elsewhere_are_not_named_by_the_folders_files(folder: Path, load_format: str) -> None:
+    host = info(folder, load_config=SimpleNamespace(load_format=load_format))
+    with pytest.raises(ConfigError, match=f"load_format {load_format} .*weights_version"):
+        model_identity(host, None)
+    assert model_identity(host, "7") == "version:7"
+    assert "weights" not in dict(peer_facts(host, None))
+    assert "weights" in dict(peer_facts(info(folder), None))
+
+
 def test_weights_that_change_in_the_running_engine_are_certain_no_more(
     folder: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

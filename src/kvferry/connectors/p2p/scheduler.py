@@ -98,7 +98,7 @@ class P2PSchedulerSide(SchedulerSide):
         self._pool: Any = None
         self._loads: dict[str, Load] = {}
         # Peers compare their weights when they meet; from then on they must stay as they are.
-        has_folder = not host.weights_are_random and any(Path(host.model).glob("*.safetensors"))
+        has_folder = host.has_named_weights and any(Path(host.model).glob("*.safetensors"))
         weights = Path(host.model) if has_folder and self.config.weights_version is None else None
         self._keys = KeyMaker(HANDOVER, host.groups, host.world_size, host.adapter_settings, weights=weights)
         self._senders: dict[str, KeyChain] = {}
