@@ -79,13 +79,19 @@ class Connections:
     """Those of one socket, or of several that share the limits.
 
     Of `max_accepted` slots half at most are for strangers: one more, and the oldest of them goes. Known ones are kept,
-    unless they fill three quarters.
+    unless they fill three quarters. Where `keeps_oldest`, nobody is known: who comes when all slots are taken is cut.
     """
 
     def __init__(
-        self, limit_bytes: int, total_limit_bytes: int, max_accepted: int,
+        self,
+        limit_bytes: int,
+        total_limit_bytes: int,
+        max_accepted: int,
+        *,
+        keeps_oldest: bool = False,
         clock: Callable[[], float] = time.monotonic,
-    ) -> None:  # fmt: skip
+    ) -> None:
+        self._keeps_oldest = keeps_oldest
         self._limit_bytes = limit_bytes
         self._total_limit_bytes = total_limit_bytes
         self._max_accepted = max_accepted
@@ -181,6 +187,11 @@ class Connections:
             del self._named[connection.name]
 
     def _make_room(self) -> None:
+        if self._keeps_oldest:
+            for number in list(self._open)[self._max_accepted :]:
+                self._cut(self._open[number])
+                self.closed(number)
+            return
         accepted = {number: each for number, each in self._open.items() if not each.owner}
         known = [number for number, each in accepted.items() if each.is_known]
         kept = set(known[: int(_KNOWN_SHARE * self._max_accepted)])

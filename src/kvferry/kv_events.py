@@ -9,6 +9,9 @@
 One message per engine step that changed anything. Numbers have no gaps, so a gap is a lost message. Hashes of the
 engine's own blocks ("GPU", as vLLM says also on a CPU) are the engine's; those of connectors are chunk keys
 (docs/keys.md). Events tell prompts only to those who have them already, unless `include_token_ids` is set.
+
+Whoever connects can send little (a topic and a request for replay now and then) and is cut when it sends more. A replay
+goes out as fast as it is read, with at most 1 MiB of it waiting. Over ipc:// only the size of messages is bounded.
 """
 
 from __future__ import annotations
@@ -27,6 +30,7 @@ from typing import TYPE_CHECKING, Any
 import msgpack
 
 from kvferry.config import parse_json_object, parse_settings
+from kvferry.connections import Connection, Connections, descriptor_share
 from kvferry.errors import ConfigError, install_hint
 
 if TYPE_CHECKING:
@@ -42,7 +46,16 @@ _PUBLISHERS = ("zmq", "null")
 _END = (-1).to_bytes(8, "big", signed=True)
 _LINGER_MS = 500
 _JOIN_S = 5.0
-_REPLAYS_AT_ONCE = 16
+_REPLAYS_AT_ONCE = 256
+_ENDLESS_BYTES = 1 << 62
+_MAX_RECEIVED_BYTES = 4096  # of one message
+_SPARE_BYTES, _BYTES_PER_S = 64 << 10, 1024.0  # a connection may send
+_MAX_SUBSCRIBERS, _MAX_REPLAYING = 256, 64
+_MAX_WAITING_REPLAYS = 4  # of one client
+_REPLAY_AHEAD_BYTES = 1 << 20
+_MESSAGE_BYTES = 64  # what one costs beside its content
+_HEARTBEAT_MS, _SILENCE_MS, _HANDSHAKE_MS = 30_000, 300_000, 5000
+_WATCH_MS, _REPLAY_MS = 100, 5
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,6 +188,7 @@ class EventPublisher:
     def __init__(self, config: KVEventsConfig) -> None:
         try:
             import zmq
+            import zmq.utils.monitor
         except ModuleNotFoundError as err:
             raise ConfigError(f"pyzmq is not installed, which KV events need: {install_hint('events')}") from err
         self.num_dropped = 0
@@ -187,17 +201,19 @@ class EventPublisher:
         self._next_number = 0
         self._sent: deque[tuple[bytes, bytes]] = deque(maxlen=config.buffer_steps)
         self._is_closing = False
+        self._watched: list[tuple[zmq.Socket[bytes], int, Connections]] = []
+        self._replays: dict[bytes, deque[bytes]] = {}  # client -> for each of its requests the next number
+        self._replay: zmq.Socket[bytes] | None = None
+        self._has_warned = False
         self._context = zmq.Context()
         self._wake_in, self._wake_out = socket.socketpair()
         self._wake_in.setblocking(False)
         self._wake_out.setblocking(False)
         try:
-            self._pub = self._bind(zmq.PUB, config.endpoint, config.hwm)
-            self._replay = (
-                None
-                if config.replay_endpoint is None
-                else self._bind(zmq.ROUTER, config.replay_endpoint, config.buffer_steps + 1)
-            )
+            self._pub = self._bind(zmq.PUB, config.endpoint, config.hwm, _MAX_SUBSCRIBERS)
+            if config.replay_endpoint is not None:
+                hwm = _MAX_WAITING_REPLAYS * (config.buffer_steps + 1)
+                self._replay = self._bind(zmq.ROUTER, config.replay_endpoint, hwm, _MAX_REPLAYING)
         except BaseException:
             self._close()
             raise
@@ -231,16 +247,26 @@ class EventPublisher:
         with suppress(OSError):  # full: it will wake up anyway; closed: nobody is there
             self._wake_in.send(b"\0")
 
-    def _bind(self, kind: int, endpoint: str, hwm: int) -> zmq.Socket[bytes]:
+    def _bind(self, kind: int, endpoint: str, hwm: int, max_connections: int) -> zmq.Socket[bytes]:
+        names = self._zmq
         bound: zmq.Socket[bytes] = self._context.socket(kind)
-        bound.set_hwm(hwm)
-        bound.setsockopt(self._zmq.LINGER, _LINGER_MS)
-        bound.setsockopt(self._zmq.IPV6, "[" in endpoint)
+        for option, value in (
+            (names.SNDHWM, hwm), (names.RCVHWM, 0),  # libzmq 4.3.5 aborts where input has stopped at a mark
+            (names.MAXMSGSIZE, _MAX_RECEIVED_BYTES), (names.LINGER, _LINGER_MS), (names.IPV6, "[" in endpoint),
+            (names.HEARTBEAT_IVL, _HEARTBEAT_MS), (names.HEARTBEAT_TIMEOUT, _SILENCE_MS),
+            (names.HANDSHAKE_IVL, _HANDSHAKE_MS),
+        ):  # fmt: skip
+            bound.setsockopt(option, value)
+        monitor = bound.get_monitor_socket(names.EVENT_ACCEPTED | names.EVENT_DISCONNECTED | names.EVENT_CLOSED)
         try:
             bound.bind(endpoint.replace("//localhost:", "//127.0.0.1:"))
-        except self._zmq.ZMQError as err:
+        except names.ZMQError as err:
             bound.close(0)
             raise ConfigError(f"KV events cannot be published on {endpoint}: {err}") from err
+        _, _, port = bound.getsockopt_string(names.LAST_ENDPOINT).rpartition(":")
+        most = descriptor_share(max_connections, 16)
+        connections = Connections(_ENDLESS_BYTES, _ENDLESS_BYTES, most, keeps_oldest=True)
+        self._watched.append((monitor, int(port) if port.isdecimal() else 0, connections))
         return bound
 
     # ---- on the publisher's thread ----------------------------------------------------------------------------
@@ -255,17 +281,31 @@ class EventPublisher:
 
     def _serve(self) -> None:
         poller = self._zmq.Poller()
-        poller.register(self._wake_out, self._zmq.POLLIN)
-        if self._replay is not None:
-            poller.register(self._replay, self._zmq.POLLIN)
+        for each in (self._wake_out, self._replay, *(monitor for monitor, _, _ in self._watched)):
+            if each is not None:
+                poller.register(each, self._zmq.POLLIN)
         while not self._is_closing or self._queue:
-            poller.poll()
+            is_watching = any(len(connections) for *_, connections in self._watched)
+            poller.poll(_REPLAY_MS if self._replays else _WATCH_MS if is_watching else None)
             with suppress(BlockingIOError):
                 self._wake_out.recv(4096)
+            for watched in self._watched:
+                self._watch(*watched)
             while self._queue:
                 self._send(*self._queue.popleft())
             if self._replay is not None:
+                self._take_replays(self._replay)
                 self._answer_replays(self._replay)
+
+    def _watch(self, monitor: zmq.Socket[bytes], port: int, connections: Connections) -> None:
+        with suppress(self._zmq.Again):
+            while True:
+                event = self._zmq.utils.monitor.recv_monitor_message(monitor, self._zmq.NOBLOCK)
+                if event["event"] == self._zmq.EVENT_ACCEPTED:
+                    connections.opened(event["value"], "", port)
+                else:
+                    connections.closed(event["value"])
+        connections.cut_greedy(_SPARE_BYTES, _BYTES_PER_S)
 
     def _send(self, number: int, time_s: float, events: Sequence[KVCacheEvent]) -> None:
         try:
@@ -277,19 +317,53 @@ class EventPublisher:
         self._pub.send_multipart((self._topic, *message))
         self._sent.append(message)
 
-    def _answer_replays(self, replay: zmq.Socket[bytes]) -> None:
+    def _take_replays(self, replay: zmq.Socket[bytes]) -> None:
         with suppress(self._zmq.Again):
             for _ in range(_REPLAYS_AT_ONCE):
-                client, *request = replay.recv_multipart(self._zmq.NOBLOCK)
-                if len(request) != 2 or request[0] or len(request[1]) != 8:
-                    logger.warning("a replay request has a bad form and is left unanswered")
+                frames = replay.recv_multipart(self._zmq.NOBLOCK, copy=False)
+                client, *request = (frame.bytes for frame in frames)
+                with suppress(self._zmq.ZMQError):  # ipc
+                    self._watched[-1][-1].delivered(int(frames[-1].get(self._zmq.SRCFD)), 0, client)
+                waiting = self._replays.get(client, deque())
+                if len(request) != 2 or request[0] or len(request[1]) != 8 or len(waiting) >= _MAX_WAITING_REPLAYS:
+                    logger.log(
+                        logging.DEBUG if self._has_warned else logging.WARNING,
+                        "a replay request has a bad form, or comes too often; such ones are left unanswered in silence",
+                    )
+                    self._has_warned = True
                     continue
+                waiting.append(request[1])
+                self._replays[client] = waiting
+
+    def _answer_replays(self, replay: zmq.Socket[bytes]) -> None:
+        """Go on with each, as far as its client has read."""
+        for client, waiting in list(self._replays.items()):
+            connection = self._watched[-1][-1].named(client)
+            while waiting:
+                spare_bytes = _ENDLESS_BYTES if connection is None else _REPLAY_AHEAD_BYTES - connection.unsent_bytes()
                 for number, payload in self._sent:
-                    if number >= request[1]:
-                        replay.send_multipart((client, b"", self._topic, number, payload), self._zmq.NOBLOCK)
-                replay.send_multipart((client, b"", b"", _END, b""), self._zmq.NOBLOCK)
+                    if spare_bytes <= 0:
+                        break
+                    if number >= waiting[0]:
+                        spare_bytes -= _MESSAGE_BYTES + len(payload)
+                        self._hand(replay, connection, (client, b"", self._topic, number, payload))
+                        waiting[0] = (int.from_bytes(number, "big") + 1).to_bytes(8, "big")
+                if spare_bytes <= 0:
+                    break
+                self._hand(replay, connection, (client, b"", b"", _END, b""))
+                waiting.popleft()
+            if not waiting:
+                del self._replays[client]
+
+    def _hand(self, replay: zmq.Socket[bytes], connection: Connection | None, frames: tuple[bytes, ...]) -> None:
+        """Messages to clients that have gone are dropped."""
+        replay.send_multipart(frames, self._zmq.NOBLOCK)
+        if connection is not None:
+            connection.handed_bytes += sum(map(len, frames[1:]))
 
     def _close(self) -> None:
+        for *_, connections in self._watched:
+            connections.close()
         self._context.destroy(_LINGER_MS)
         self._wake_in.close()
         self._wake_out.close()
