@@ -4,8 +4,8 @@ SHA-256 over, for `config.json` (adapters: `adapter_config.json` too), then each
 weights and their meaning may come from (index files; then the files that these and `config.json` name, `*.bin`,
 `*.pt`, `*.pth`, the model's own `*.py`, and every `*.json` that is not known to be of the tokenizer, such as those
 that describe how weights are quantised), each in name order: u32-LE length of the file name, the name, u64-LE size,
-and the file's bytes. Folders over 8 GiB: of each `*.safetensors` only its header and 64 pages of 64 KiB, evenly
-spread, are read, and it begins with "sampled:".
+and the file's bytes. Folders over 8 GiB, whose files several threads read: in place of each file's bytes the SHA-256
+of them, and it begins with "files:".
 Results are cached by path and stamp (size, mtime, ctime and inode) of every file.
 """
 
@@ -20,6 +20,7 @@ import stat
 import struct
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -28,9 +29,8 @@ from kvferry.errors import ConfigError
 
 logger = logging.getLogger(__name__)
 
-FULL_READ_LIMIT_BYTES = 8 << 30
-_PAGE_BYTES = 64 << 10
-_NUM_SAMPLED_PAGES = 64
+LARGE_FOLDER_BYTES = 8 << 30
+_NUM_THREADS = 8
 _READ_BYTES = 8 << 20
 _MAX_LINKS = 40
 _CONFIGS = ("config.json", "adapter_config.json")
@@ -59,20 +59,22 @@ def fingerprint_folder(folder: Path, progress: Progress | None = None) -> str:
     if known is not None:
         return known
     total = sum(file.stat().st_size for file in files)
-    sampled = total > FULL_READ_LIMIT_BYTES
+    is_large = total > LARGE_FOLDER_BYTES
     hasher = hashlib.sha256()
     done = 0
-    for file in files:
-        size = file.stat().st_size
-        hasher.update(struct.pack("<I", len(file.name.encode())) + file.name.encode() + struct.pack("<Q", size))
-        for piece in _pieces(file, size, sampled and file.suffix == ".safetensors"):
-            hasher.update(piece)
-            done += len(piece)
-            if progress is not None:
-                progress(done, total)
+    with ThreadPoolExecutor(_NUM_THREADS) as threads:
+        contents = threads.map(_digests, files) if is_large else map(_pieces, files)
+        for file, pieces in zip(files, contents, strict=True):
+            size = file.stat().st_size
+            hasher.update(struct.pack("<I", len(file.name.encode())) + file.name.encode() + struct.pack("<Q", size))
+            for piece in pieces:
+                hasher.update(piece)
+                done += size if is_large else len(piece)
+                if progress is not None:
+                    progress(done, total)
     if stamp_folder(folder) != stamp:
         raise ConfigError(f"files in {str(folder)!r} changed while they were read: start again when they are complete")
-    result = ("sampled:" if sampled else "sha256:") + hasher.hexdigest()
+    result = ("files:" if is_large else "sha256:") + hasher.hexdigest()
     _remember(memo, stamp, result)
     return result
 
@@ -141,7 +143,7 @@ def fingerprint_files(files: Iterable[Path]) -> str | None:
     for file in found:
         name, size = file.name.encode(), file.stat().st_size
         hasher.update(struct.pack("<I", len(name)) + name + struct.pack("<Q", size))
-        for piece in _pieces(file, size, sampled=False):
+        for piece in _pieces(file):
             hasher.update(piece)
     return f"sha256:{hasher.hexdigest()}" if found else None
 
@@ -186,17 +188,15 @@ def _read(file: Path) -> dict[str, Any]:
     return content if isinstance(content, dict) else {}
 
 
-def _pieces(file: Path, size: int, sampled: bool) -> Iterator[bytes]:
+def _pieces(file: Path) -> Iterator[bytes]:
     with file.open("rb") as stream:
-        if not sampled:
-            while piece := stream.read(_READ_BYTES):
-                yield piece
-            return
-        header_bytes = struct.unpack("<Q", stream.read(8))[0]
-        yield stream.read(min(header_bytes, size))
-        for i in range(_NUM_SAMPLED_PAGES):
-            stream.seek(max(0, size - _PAGE_BYTES) * i // (_NUM_SAMPLED_PAGES - 1))
-            yield stream.read(_PAGE_BYTES)
+        while piece := stream.read(_READ_BYTES):
+            yield piece
+
+
+def _digests(file: Path) -> Iterable[bytes]:
+    with file.open("rb") as stream:
+        return [hashlib.file_digest(stream, "sha256").digest()]
 
 
 def _recall(memo: Path, stamp: list[list[object]]) -> str | None:
@@ -204,7 +204,9 @@ def _recall(memo: Path, stamp: list[list[object]]) -> str | None:
         record = json.loads(memo.read_text())
     except (OSError, json.JSONDecodeError):
         return None
-    return str(record["fingerprint"]) if record.get("files") == stamp else None
+    fingerprint = str(record.get("fingerprint", ""))
+    is_whole = not fingerprint.startswith("sampled:")  # as an earlier kvferry made them, of parts of large files
+    return fingerprint if record.get("files") == stamp and is_whole else None
 
 
 def _remember(memo: Path, stamp: list[list[object]], fingerprint: str) -> None:
