@@ -16,7 +16,7 @@ import openai
 import pytest
 from starlette.applications import Starlette
 from starlette.requests import Request
-from starlette.responses import PlainTextResponse, Response
+from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
 from tests.e2e.fake_engine import WORDS, FakeEngine, engine, serving
 from tests.patience import PATIENCE_S
@@ -159,7 +159,7 @@ def before_an_echo() -> Iterator[Running]:
     """A proxy before an engine that answers every GET with the path it was asked for."""
 
     async def echo(request: Request) -> Response:
-        return PlainTextResponse(request.scope["raw_path"])
+        return JSONResponse({"id": request.scope["raw_path"].decode()})
 
     with ExitStack() as stack:
         bound, front = (bind_socket("127.0.0.1", 0) for _ in range(2))
@@ -176,7 +176,7 @@ def test_name_of_a_model_cannot_lead_to_an_engines_other_routes() -> None:
             ("%C3%A9", "%C3%A9"),
         ):  # fmt: skip
             status, _, content = r.http("GET", f"/v1/models/{asked}")
-            assert (status, content.decode()) == (200, f"/v1/models/{passed}")
+            assert (status, json.loads(content)) == (200, {"id": f"/v1/models/{passed}"})
         for asked in (
             "%2e%2e/%2e%2e/debug/requests", "..%2f..%2fdebug", "a/%2e%2e/b", "%2e%2e", "%2e", "%0a", "", "x" * 2000
         ):  # fmt: skip
@@ -356,7 +356,7 @@ def test_stream_that_breaks_off_ends_with_an_error_and_is_not_tried_again(
 def test_silent_stream_is_cut_at_its_deadline() -> None:
     with running(decode_timeout_s=5) as r:
         r.decode[0].mode = "pause"
-        with pytest.raises(openai.APIError, match="ReadTimeout"):
+        with pytest.raises(openai.APIError, match="no answer within 5 s"):
             list(r.client.completions.create(**ASK, stream=True))
         wait_until(lambda: r.decode[0].num_left == 1)
 
@@ -514,7 +514,7 @@ def test_engine_that_names_a_wrong_content_encoding_has_failed(status: int) -> N
         r = Running([], [], proxy, front.getsockname()[1])
         told, _, content = r.http("POST", "/v1/completions", ASK)
         message = json.loads(content)["error"]["message"]
-        assert (told, f"prefill engine {url_of(bound)}" in message, "DecodingError" in message) == (502, True, True)
+        assert (told, f"prefill engine {url_of(bound)}" in message, "Content-Encoding" in message) == (502, True, True)
 
 
 def test_url_of_an_engine_that_cannot_be_one_is_named() -> None:

@@ -63,6 +63,14 @@ def proxy(
         int, typer.Option(help="Pieces of prompts (512 bytes) remembered per prefill engine.")
     ] = 100_000,
     max_body_bytes: opt.MaxBodyBytes = 8 << 20,
+    max_reply_bytes: Annotated[
+        int,
+        opt.size_option(
+            "Largest reply of an engine; a larger one, or an event of a stream above 16 MiB, counts as the engine's "
+            "failure.",
+            default="32MiB",
+        ),
+    ] = 32 << 20,
     max_stops: opt.MaxStops = 64,
     drain_timeout_s: opt.DrainTimeout = 30.0,
 ) -> None:

@@ -22,9 +22,10 @@ from kvferry.http import ERROR_HANDLERS, ApiError, EventStream, Server, read_bod
 from kvferry.proxy.bodies import Call, SignPeer
 from kvferry.proxy.config import ProxyConfig
 from kvferry.proxy.fleet import Fleet
+from kvferry.proxy.legs import EngineFull, Reply
 from kvferry.proxy.metrics import ProxyMetrics
 from kvferry.proxy.probes import probe_for_ever
-from kvferry.proxy.relay import EngineFull, Relay, Reply
+from kvferry.proxy.relay import Relay
 
 if TYPE_CHECKING:
     from collections.abc import Callable

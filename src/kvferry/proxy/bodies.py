@@ -1,4 +1,4 @@
-"""From a client's request to the bodies of its two legs, and what engines' replies say about them.
+"""From a client's request to the bodies of its two legs.
 
 The prefill engine samples the first token, so all that shapes it stays in its body. Where the decode engine needs more
 of that token than its id (log-probabilities), it is not handed over: the decode engine samples it again.
@@ -23,8 +23,6 @@ _ENTRIES: dict[str, tuple[tuple[type, ...], str]] = {
     "stop": ((str,), "text"),
     "stop_token_ids": ((int,), "a token id"),
 }
-_VLLM_ENGINE_DEAD = "EngineCore encountered an issue"  # the text of its EngineDeadError, which has no code of its own
-_ENDED_BY_ERROR = 'it ended the request with finish_reason="error", as for KV that failed to load'
 _REMOTE_FIELDS = ("remote_engine_id", "remote_block_ids", "remote_host", "remote_port", "remote_request_id")
 # Only for the answer, which the prefill engine does not give; min_tokens stays as far as it shapes the first token.
 _ANSWER_FIELDS = (
@@ -120,86 +118,3 @@ def release_body(call: Call, params: Params | None, transfer_id: str) -> bytes:
 
 def _json(body: Params) -> bytes:
     return json.dumps(body).encode()
-
-
-@dataclass(frozen=True, slots=True)
-class Verdict:
-    """What a reply, or an event of a stream, says about the work behind it."""
-
-    error: str | None = None
-    """Why the engine could not answer."""
-    num_recomputed_tokens: int = 0
-    has_content: bool = True
-    """False for an event that only opens a stream."""
-    hand_over: Params | None = None
-    """Where the KV is, of a prefill engine's reply."""
-    load_error: str = ""
-    """Why KV was not loaded, where the engine says so."""
-    is_death: bool = False
-    """The error is that the engine itself has ended."""
-
-
-def judge(content: Any) -> Verdict:
-    """Read a reply's or an event's JSON."""
-    if not isinstance(content, dict):
-        return Verdict(error="what it sent is no JSON object")
-    params = content.get("kv_transfer_params")
-    params = params if isinstance(params, dict) and params else None
-    error = content.get("error")
-    message = error.get("message") if isinstance(error, dict) else error
-    is_death = message is not None and _is_death(error)
-    load_error = str((params or {}).get("load_error", ""))
-    choices = [choice for choice in content.get("choices") or () if isinstance(choice, dict)]
-    if any(choice.get("finish_reason") == "error" for choice in choices):
-        message = message or load_error or _ENDED_BY_ERROR
-    num_recomputed = (params or {}).get("num_recomputed_tokens", 0)
-    return Verdict(
-        error=None if message is None else str(message),
-        num_recomputed_tokens=num_recomputed if isinstance(num_recomputed, int) else 0,
-        has_content=not choices or any(_says_something(choice) for choice in choices),
-        hand_over=params if params and params.get("do_remote_prefill") else None,
-        load_error=load_error,
-        is_death=is_death,
-    )
-
-
-@dataclass(frozen=True, slots=True)
-class EngineError:
-    """What the body of an error reply says."""
-
-    message: str
-    code: str = ""
-    is_full: bool = False
-    """With status 503: there is no room now, for an engine that works."""
-    is_death: bool = False
-    """The engine itself has ended."""
-    blames_hand_over: bool = False
-    """`kv_transfer_params` are to blame, which are the proxy's: clients may send none."""
-
-
-def error_of(data: bytes) -> EngineError:
-    """Read an error reply, as JSON of OpenAI's or as the text it is."""
-    try:
-        content = json.loads(data)
-    except (ValueError, RecursionError):
-        content = None
-    error = content.get("error") if isinstance(content, dict) else None
-    fields = error if isinstance(error, dict) else {}
-    text = str(fields.get("message") or error or data.decode(errors="replace"))
-    code = fields.get("code")
-    # `kvferry serve` says it with a code, vLLM (max_num_queued_reqs, max_num_queued_tokens) with a type.
-    is_full = code == "overloaded" or fields.get("type") == "Service Unavailable"
-    message = " ".join(text.split())[:1000]
-    blames_hand_over = fields.get("param") == "kv_transfer_params"
-    return EngineError(message, code if isinstance(code, str) else "", is_full, _is_death(error), blames_hand_over)
-
-
-def _is_death(error: Any) -> bool:
-    if not isinstance(error, dict):
-        return False
-    return error.get("code") == "engine_ended" or _VLLM_ENGINE_DEAD in str(error.get("message"))
-
-
-def _says_something(choice: Mapping[str, Any]) -> bool:
-    told = {**choice, **(choice.get("delta") or {})}
-    return any(value for name, value in told.items() if name not in ("index", "delta", "role"))

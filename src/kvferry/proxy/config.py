@@ -48,6 +48,8 @@ class ProxyConfig:
     prefix_memory_chunks: int = _at_least(1, 100_000)
     """Pieces of prompts remembered per prefill engine."""
     max_body_bytes: int = _at_least(1, 8 << 20)
+    max_reply_bytes: int = _at_least(1, 32 << 20)
+    """Of an engine's reply, and of an event of its streams up to 16 MiB; a larger one is a failure of the engine."""
     max_stops: int = _at_least(0, 64)
     """Stop strings of a request, and stop token ids; more are refused with 400."""
     host: str = "127.0.0.1"

@@ -2,45 +2,45 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import AsyncGenerator, AsyncIterator, Iterator
+import re
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator
 
-from kvferry.proxy.bodies import Verdict, judge
+from kvferry.proxy.replies import Verdict, judge_event
 
-_MAX_EVENT_BYTES = 16 << 20
-_TELLING = (b'"num_recomputed_tokens"', b'"error"')
 DONE = b"data: [DONE]\n\n"
+_MARKS = (b"\n\n", b"\r\n\r\n")  # what ends an event
+_IS_DONE = re.compile(rb"^data:[ \t]*\[DONE\][ \t]*(?:\n\n|\r\n\r\n)", re.MULTILINE)
 
 
-async def whole_events(pieces: AsyncIterator[bytes]) -> AsyncGenerator[bytes]:
+async def whole_events(pieces: AsyncIterator[bytes], hold: Callable[[int], None]) -> AsyncGenerator[bytes]:
     """The same bytes, cut behind events only; what is no whole event at the end is left out.
 
-    Raises ValueError for an event that does not end.
+    `hold` is told how many bytes have come of an event that has not ended, and raises ValueError where those are too
+    many. Takes time in proportion to the bytes, however they are cut.
     """
-    rest = b""
+    rest = bytearray()
     async for piece in pieces:
+        seen = max(0, len(rest) - 3)  # a mark may have begun there
         rest += piece
-        ends = [at + len(mark) for mark in (b"\n\n", b"\r\n\r\n") if (at := rest.rfind(mark)) >= 0]
+        ends = [at + len(mark) for mark in _MARKS if (at := rest.rfind(mark, seen)) >= 0]
         if ends:
-            yield rest[: max(ends)]
-            rest = rest[max(ends) :]
-        elif len(rest) > _MAX_EVENT_BYTES:
-            raise ValueError(f"an event is longer than {_MAX_EVENT_BYTES} bytes")
+            events = bytes(rest[: max(ends)])
+            del rest[: max(ends)]
+            hold(len(rest))
+            yield events
+        else:
+            hold(len(rest))
 
 
 def verdicts(events: bytes) -> Iterator[Verdict]:
-    """What each of these events says; ValueError when one is no JSON."""
+    """What each of these events says; ValueError when one is of a wrong shape."""
     for line in events.splitlines():
         name, _, data = line.partition(b":")
         if name == b"data" and data.strip() != b"[DONE]":
-            yield judge(json.loads(data))
+            yield judge_event(data)
 
 
-def may_tell(events: bytes) -> bool:
-    """Whether `verdicts` is worth its parsing in the middle of a stream."""
-    return any(mark in events for mark in _TELLING)
-
-
-def is_end(events: bytes) -> bool:
-    """Whether the stream ends with these events in good order."""
-    return events.rstrip().endswith(b"[DONE]")
+def end_of(events: bytes) -> int | None:
+    """Where the stream ends in good order, if it does with these events: behind [DONE]."""
+    found = _IS_DONE.search(events)
+    return found.end() if found else None

@@ -30,6 +30,8 @@ class Engine:
     """Of prefill engines, pieces of prompts to be computed; of decode engines, requests."""
     num_in_flight: int = 0
     num_begun: int = 0
+    held_bytes: int = 0
+    """Of its replies that are being read."""
     full_until_s: float = -math.inf
     """It said that it has no room, and when to ask again."""
     has_worked: bool = False

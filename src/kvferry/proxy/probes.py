@@ -11,7 +11,8 @@ from kvferry.http import ApiError
 from kvferry.proxy.bodies import Call
 from kvferry.proxy.config import ProxyConfig
 from kvferry.proxy.fleet import Engine, Fleet
-from kvferry.proxy.relay import LegFailed, Refused, Relay
+from kvferry.proxy.legs import LegFailed, Refused
+from kvferry.proxy.relay import Relay
 
 logger = logging.getLogger(__name__)
 

@@ -14,11 +14,10 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-import math
 import re
 import uuid
 from collections.abc import AsyncGenerator, AsyncIterator
-from contextlib import AsyncExitStack, aclosing, asynccontextmanager
+from contextlib import AsyncExitStack, aclosing, asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from http.cookiejar import CookieJar, DefaultCookiePolicy
 from typing import Literal
@@ -29,21 +28,19 @@ from kvferry.clock import Clock
 from kvferry.http import ApiError
 from kvferry.proxy.bodies import (
     Call,
-    EngineError,
     Params,
     SignPeer,
-    Verdict,
     decode_body,
-    error_of,
-    judge,
     prefill_body,
     release_body,
 )
 from kvferry.proxy.config import ProxyConfig
-from kvferry.proxy.events import DONE, is_end, may_tell, verdicts, whole_events
+from kvferry.proxy.events import DONE, end_of, verdicts, whole_events
 from kvferry.proxy.fleet import Engine, Fleet, Pair
+from kvferry.proxy.legs import EngineFull, HandOver, LegFailed, Refused, Reply
 from kvferry.proxy.metrics import ProxyMetrics
 from kvferry.proxy.prefixes import piece_hashes
+from kvferry.proxy.replies import EngineError, Verdict, error_of, holding, is_object, judge_reply, one_line
 
 logger = logging.getLogger(__name__)
 
@@ -52,76 +49,12 @@ Timeout = Literal["prefill_timeout_s", "decode_timeout_s", "answer_timeout_s", "
 _KEEPALIVE_S = 2.0  # below uvicorn's 5 s: a connection that the engine is about to close is not used
 _RETRY_AFTER_S = 1.0  # where a full engine does not say when to come again
 _MIN_WAIT_S = 0.1
+_MAX_WAIT_S = 60.0  # a full engine is asked again after so long, whatever it said
 _NUM_RELEASES = 5  # tries to give a hand-over back to a full engine, one second apart
 _CLOSE_S = 2.0  # releases under way may take, when the proxy ends
-
-
-@dataclass(slots=True)
-class Reply:
-    """What the client gets. `aclose` it in any case; then nothing is under way for it any more."""
-
-    status: int
-    content_type: str
-    content: bytes = b""
-    events: AsyncIterator[bytes] | None = None
-    outcome: str = "client_gone"
-    """One of `metrics.OUTCOMES`; of a stream once it has ended."""
-    stack: AsyncExitStack = field(default_factory=AsyncExitStack)
-
-    async def aclose(self) -> None:
-        """Close the decode leg."""
-        await self.stack.aclose()
-
-
-class LegFailed(Exception):
-    """A leg failed before the client was sent anything."""
-
-    def __init__(
-        self, engine: Engine, why: str, status: int = 502, *, was_taken: bool = True, is_death: bool = False
-    ) -> None:
-        """`was_taken`: the engine may have begun; `is_death`: it ended, or fell silent, while it had the request."""
-        super().__init__(why)
-        self.engine = engine
-        self.why = why
-        self.status = status
-        self.was_taken = was_taken
-        self.is_death = is_death
-
-
-class EngineFull(LegFailed):
-    """An engine has no room for the request now: nothing was begun, and it may be asked again."""
-
-    def __init__(self, engine: Engine, why: str, status: int, code: str, retry_after_s: float) -> None:
-        super().__init__(engine, why, status, was_taken=False)
-        self.code = code
-        self.retry_after_s = retry_after_s
-
-    def for_client(self) -> ApiError:
-        """The engine's own answer, with its name."""
-        return ApiError(
-            self.status, f"{self.engine.role} engine {self.engine.url} is full: {self.why}", code=self.code,
-            headers={"Retry-After": str(max(1, math.ceil(self.retry_after_s)))},
-        )  # fmt: skip
-
-
-class Refused(Exception):
-    """An engine says that the request is wrong: the client's to know."""
-
-    def __init__(self, engine: Engine, reply: Reply) -> None:
-        super().__init__(f"{engine.role} engine {engine.url}: {reply.status} {error_of(reply.content).message}")
-        self.reply = reply
-
-
-@dataclass(slots=True)
-class HandOver:
-    """A prefill leg's outcome."""
-
-    call: Call
-    engine: Engine
-    transfer_id: str
-    params: Params | None
-    made_s: float = 0.0
-    is_given_back: bool = False
+_DRAIN_S = 10.0  # for the end of a stream behind [DONE], so that its connection can be used again
+_MAX_DRAIN_BYTES = 1 << 16
+_MAX_EVENT_BYTES = 16 << 20
 
 
 @dataclass(slots=True)
@@ -143,6 +76,7 @@ class _DecodeLeg:
     """None when no KV is to be transferred."""
     hand_over: HandOver | None
     request_id: str
+    timeout: Timeout
     has_recomputed: bool = False
     has_begun: bool = False
     """Whether its stream has said more than who speaks."""
@@ -163,6 +97,7 @@ class Relay:
         # An engine's cookies are for one client, and this one carries the requests of all.
         no_cookies = CookieJar(DefaultCookiePolicy(allowed_domains=()))
         self._releases: set[asyncio.Task[None]] = set()
+        self._max_event_bytes = min(_MAX_EVENT_BYTES, config.max_reply_bytes)
         self._client = httpx2.AsyncClient(limits=limits, trust_env=False, follow_redirects=False, cookies=no_cookies)
 
     async def aclose(self) -> None:
@@ -295,11 +230,13 @@ class Relay:
             engine.memory.remember(hashes)  # at once: what comes with the same prefix meanwhile should follow
             begun_s = self._clock.now()
             async with self._deadline(engine, timeout):
-                response = await self._send(engine, call, prefill_body(call, transfer_id), timeout, stack)
+                response = await self._send(engine, call, prefill_body(call, transfer_id), stack)
                 verdict = self._judge(engine, await self._content(engine, response))
             self._metrics.leg_seconds.labels("prefill").observe(self._clock.now() - begun_s)
         if verdict.error is not None:
             raise self._failed(engine, verdict.error, is_death=verdict.is_death)
+        if verdict.hand_over is not None and verdict.hand_over.get("transfer_id") not in (None, transfer_id):
+            raise self._failed(engine, "its kv_transfer_params have the transfer_id of another request")
         if verdict.hand_over is None:
             if self._config.strict:
                 raise self._failed(
@@ -314,18 +251,20 @@ class Relay:
         """Let one engine decode, up to a stream's first token. Raises LegFailed, Refused; ApiError for a recompute."""
         params = hand_over.params if hand_over else None
         pair = self._fleet.pairs[hand_over.engine, engine] if hand_over is not None and params else None
-        leg = _DecodeLeg(engine, pair, hand_over, call.headers.get("X-Request-Id", ""))
+        leg = _DecodeLeg(engine, pair, hand_over, call.headers.get("X-Request-Id", ""), timeout)
         content = decode_body(call, params, hand_over.transfer_id if hand_over else "", self._sign_peer)
         async with AsyncExitStack() as stack:
             stack.enter_context(self._fleet.using(engine, 1, pair))
             begun_s = self._clock.now()
             async with self._deadline(engine, timeout):
-                response = await self._send(engine, call, content, timeout, stack, pair)
-                if response.headers.get("content-type", "").startswith("text/event-stream"):
+                response = await self._send(engine, call, content, stack, pair)
+                if call.is_stream and response.headers.get("content-type", "").startswith("text/event-stream"):
                     reply = await self._begin_stream(leg, response, stack)
                 else:
                     data = await self._content(engine, response)
                     self._check(leg, self._judge(engine, data))
+                    if call.is_stream:
+                        raise self._failed(engine, "it answered a request for a stream with something else")
                     reply = Reply(200, "application/json", data, outcome="ok")
             self._fleet.worked(engine)
             if pair is not None and not leg.has_recomputed:
@@ -337,32 +276,56 @@ class Relay:
     async def _begin_stream(self, leg: _DecodeLeg, response: httpx2.Response, stack: AsyncExitStack) -> Reply:
         events = await stack.enter_async_context(aclosing(self._judged(leg, response)))
         held = b""
-        async for news in events:
-            held += news
-            if leg.has_begun:
-                break
+        try:
+            with holding(leg.engine, self._max_event_bytes) as hold:
+                async for news in events:
+                    held += news
+                    hold(len(held))
+                    if leg.has_begun:
+                        break
+        except ValueError as err:
+            raise self._failed(leg.engine, f"its stream does not come to an answer: {err}") from err
         reply = Reply(200, "text/event-stream")
         reply.events = await stack.enter_async_context(aclosing(self._pass_on(leg, reply, held, events)))
         return reply
 
     async def _judged(self, leg: _DecodeLeg, response: httpx2.Response) -> AsyncGenerator[bytes]:
-        """A stream's whole events, unchanged. LegFailed or ApiError where they break off, or say what ends them."""
-        has_ended = False
+        """A stream's whole events, unchanged. LegFailed or ApiError where they break off, or say what ends them.
+
+        Nothing is held while the client is slow. What comes behind [DONE] is nobody's.
+        """
         try:
-            async with aclosing(whole_events(response.aiter_raw())) as events:
-                async for news in events:
-                    for verdict in verdicts(news) if may_tell(news) or not leg.has_begun else ():
-                        self._check(leg, verdict)
-                        leg.has_begun |= verdict.has_content
-                    has_ended = is_end(news)
-                    leg.has_begun |= has_ended
-                    yield news
+            with holding(leg.engine, self._max_event_bytes) as hold:
+                async with aclosing(response.aiter_raw()) as pieces, aclosing(whole_events(pieces, hold)) as events:
+                    while True:
+                        async with self._deadline(leg.engine, leg.timeout):
+                            news = await anext(events, b"")
+                        end = end_of(news)
+                        for verdict in verdicts(news[:end]):
+                            self._check(leg, verdict)
+                            leg.has_begun |= verdict.has_content
+                        leg.has_begun |= end is not None
+                        if news:
+                            yield news[:end]
+                        if end is not None:
+                            await self._drain(pieces)
+                            return
+                        if not news:
+                            break
         except httpx2.RequestError as err:
             raise self._failed(leg.engine, f"its stream broke off: {_text(err)}", is_death=True) from err
         except ValueError as err:
-            raise self._failed(leg.engine, f"its stream has an event that is no JSON: {err}") from err
-        if not has_ended:
-            raise self._failed(leg.engine, "its stream ended without [DONE]", is_death=True)
+            raise self._failed(leg.engine, f"its stream has an event that is wrong: {err}") from err
+        raise self._failed(leg.engine, "its stream ended without [DONE]", is_death=True)
+
+    async def _drain(self, pieces: AsyncIterator[bytes]) -> None:
+        num_bytes = 0
+        with suppress(httpx2.RequestError, TimeoutError):
+            async with asyncio.timeout(_DRAIN_S):
+                async for piece in pieces:
+                    num_bytes += len(piece)
+                    if num_bytes > _MAX_DRAIN_BYTES:
+                        break
 
     async def _pass_on(
         self, leg: _DecodeLeg, reply: Reply, held: bytes, events: AsyncIterator[bytes]
@@ -408,16 +371,15 @@ class Relay:
         engine: Engine,
         call: Call,
         content: bytes,
-        timeout: Timeout,
         stack: AsyncExitStack,
         pair: Pair | None = None,
     ) -> httpx2.Response:
-        """The engine's reply, its status good and its body to be read; `stack` closes it.
+        """The engine's reply, its status good and its body to be read; `stack` closes it. The caller has a deadline.
 
         `pair`: KV is to be transferred between these. An engine tells by status 500, or blame of
         `kv_transfer_params`, that it was not.
         """
-        limits = httpx2.Timeout(self._seconds(timeout), connect=self._config.connect_timeout_s, pool=None)
+        limits = httpx2.Timeout(None, connect=self._config.connect_timeout_s)  # the caller has a deadline
         headers = {"Content-Type": "application/json", "Accept-Encoding": "identity", **call.headers}
         try:
             request = self._client.build_request(
@@ -426,13 +388,13 @@ class Relay:
             response = await self._client.send(request, stream=True)
         except (httpx2.ConnectError, httpx2.ConnectTimeout) as err:
             raise self._failed(engine, f"cannot connect: {_text(err)}", was_taken=False) from err
-        except httpx2.TimeoutException as err:
-            raise self._too_late(engine, timeout) from err
         except httpx2.RequestError as err:
             raise self._failed(engine, _text(err), is_death=True) from err
         except httpx2.InvalidURL as err:  # the engine's: paths are known ones, or quoted
             raise self._failed(engine, f"its URL cannot be used: {err}", was_taken=False) from err
         stack.push_async_callback(response.aclose)
+        if response.headers.get("content-encoding", "identity") != "identity":
+            raise self._failed(engine, "its reply has a Content-Encoding, and none was asked for")
         if response.status_code == 200:
             return response
         data = await self._content(engine, response)
@@ -442,8 +404,10 @@ class Relay:
         is_hand_overs = pair is not None and (response.status_code == 500 or error.blames_hand_over)
         if 400 <= response.status_code < 500 and not is_hand_overs:
             self._fleet.worked(engine)
-            kind = response.headers.get("content-type", "application/json")
-            raise Refused(engine, Reply(response.status_code, kind, data, outcome="refused"))
+            if not is_object(data):
+                told = ApiError(response.status_code, f"{engine.role} engine {engine.url}: {error.message}")
+                data = json.dumps(told.body()).encode()
+            raise Refused(engine, Reply(response.status_code, "application/json", data, outcome="refused"))
         why = f"status {response.status_code}: {error.message}"
         if pair is not None and is_hand_overs and not error.is_death:
             self._fleet.not_transferred(pair, why)
@@ -454,19 +418,25 @@ class Relay:
         """No failure: neither the breaker nor readiness hears of it."""
         seconds = response.headers.get("retry-after", "")
         retry_after_s = float(seconds) if re.fullmatch("[0-9]{1,6}", seconds) else _RETRY_AFTER_S
-        self._fleet.full(engine, max(retry_after_s, _MIN_WAIT_S))
+        self._fleet.full(engine, min(max(retry_after_s, _MIN_WAIT_S), _MAX_WAIT_S))
         return EngineFull(engine, error.message, response.status_code, error.code or "overloaded", retry_after_s)
 
     async def _content(self, engine: Engine, response: httpx2.Response) -> bytes:
+        data = bytearray()
         try:
-            return await response.aread()
-        except httpx2.RequestError as err:  # DecodingError too: the engine names a Content-Encoding that it is not
-            is_death = not isinstance(err, httpx2.DecodingError)
-            raise self._failed(engine, f"its reply broke off: {_text(err)}", is_death=is_death) from err
+            with holding(engine, self._config.max_reply_bytes) as hold:
+                async for piece in response.aiter_raw():
+                    data += piece
+                    hold(len(data))
+        except httpx2.RequestError as err:
+            raise self._failed(engine, f"its reply broke off: {_text(err)}", is_death=True) from err
+        except ValueError as err:
+            raise self._failed(engine, f"its reply is too large: {err}") from err
+        return bytes(data)
 
     def _judge(self, engine: Engine, data: bytes) -> Verdict:
         try:
-            return judge(json.loads(data))
+            return judge_reply(data)
         except ValueError as err:
             raise self._failed(engine, f"its reply is not OpenAI's: {err}") from err
 
@@ -494,6 +464,7 @@ class Relay:
     def _failed(
         self, engine: Engine, why: str, status: int = 502, *, was_taken: bool = True, is_death: bool = False
     ) -> LegFailed:
+        why = one_line(why)
         self._fleet.failed(engine, why, is_gone=not was_taken)
         return LegFailed(engine, why, status, was_taken=was_taken, is_death=is_death)
 
@@ -519,12 +490,16 @@ class Relay:
         why = ""
         for _ in range(_NUM_RELEASES):
             try:
-                reply = await self._client.post(url, content=content, headers=headers, timeout=timeout)
-            except (httpx2.RequestError, httpx2.InvalidURL) as err:
-                why = _text(err)
+                async with (
+                    asyncio.timeout(timeout),
+                    self._client.stream("POST", url, content=content, headers=headers) as reply,
+                ):
+                    status = reply.status_code  # which comes when all is done; the body is nobody's
+            except (httpx2.RequestError, httpx2.InvalidURL, TimeoutError) as err:
+                why = one_line(_text(err))
                 break
-            why = f"status {reply.status_code}"
-            if reply.status_code not in (429, 503):
+            why = f"status {status}"
+            if status not in (429, 503):
                 break
             await asyncio.sleep(_RETRY_AFTER_S)
         if why != "status 200":
@@ -534,19 +509,29 @@ class Relay:
 
     async def ask(self, call: Call) -> Reply:
         """GET `call.path` from some engine."""
-        engine = self._fleet.pick_decode(None)
-        if engine is None:
-            raise self._none_available("decode")
-        async with AsyncExitStack() as stack:
+        tried: set[Engine] = set()
+        while True:
+            engine = self._fleet.pick_decode(None, tried)
+            if engine is None:
+                raise self._none_available("decode")
+            tried.add(engine)
             try:
-                response = await self._send(engine, call, b"", "probe_timeout_s", stack)
-                return Reply(200, "application/json", await self._content(engine, response), outcome="ok")
+                return await self._ask(call, engine)
             except Refused as refused:
                 return refused.reply
             except EngineFull as full:
                 raise full.for_client() from full
             except LegFailed as failure:
-                raise _gave_up(failure, 1) from failure
+                if len(tried) >= min(self._config.max_attempts, len(self._fleet.decode)):
+                    raise _gave_up(failure, len(tried)) from failure
+
+    async def _ask(self, call: Call, engine: Engine) -> Reply:
+        async with AsyncExitStack() as stack, self._deadline(engine, "probe_timeout_s"):
+            response = await self._send(engine, call, b"", stack)
+            data = await self._content(engine, response)
+            if not is_object(data):
+                raise self._failed(engine, "its reply is no JSON object")
+            return Reply(200, "application/json", data, outcome="ok")
 
 
 def _num_events(events: bytes) -> int:

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from kvferry.http import ApiError
-from kvferry.proxy.bodies import Call, decode_body, error_of, judge, prefill_body
+from kvferry.proxy.bodies import Call, decode_body, prefill_body
+from kvferry.proxy.replies import Verdict, error_of, judge_event
 
 PATH = "/v1/completions"
 HANDED = {"do_remote_prefill": True, "remote_host": "h", "remote_port": 5, "remote_first_token_ids": [9]}
@@ -116,6 +117,10 @@ def test_clients_do_not_name_peers() -> None:
     assert Call.parse(PATH, b'{"prompt": "a", "kv_transfer_params": null}', {}, 64).body == {"prompt": "a"}
 
 
+def judge(content: Any) -> Verdict:
+    return judge_event(json.dumps(content).encode())
+
+
 def chunk(**choice: Any) -> dict[str, Any]:
     return {"choices": [{"index": 0, **choice}]}
 
@@ -141,10 +146,9 @@ def test_errors_and_recomputes_are_seen() -> None:
     assert judge({"error": {"message": "no"}}).error == "no"
     assert judge({"error": "no"}).error == "no"
     assert 'finish_reason="error"' in str(judge(chunk(text="", finish_reason="error")).error)
-    assert judge([1]).error == "what it sent is no JSON object"
     good = judge({**chunk(text="a"), "kv_transfer_params": {"num_recomputed_tokens": 5}})
     assert (good.error, good.num_recomputed_tokens) == (None, 5)
-    for params in (None, {}, [1], "x", {"hidden_states_path": "/x"}, {"do_remote_prefill": False}):
+    for params in (None, {}, {"hidden_states_path": "/x"}, {"do_remote_prefill": False}):
         assert judge({**chunk(text="a"), "kv_transfer_params": params}).hand_over is None
     assert judge({**chunk(text="a"), "kv_transfer_params": HANDED}).hand_over == HANDED
     why = {"load_error": "gone", "num_recomputed_tokens": 5}
