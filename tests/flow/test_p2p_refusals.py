@@ -62,9 +62,9 @@ def engines() -> Iterator[Engines]:
 
 
 def stored(folder: Path) -> dict[str, Any]:
-    """Memory of one chunk, so that what is loaded comes from the disk."""
+    """Memory for all chunks, or some are dropped while a slow disk takes others; a new engine reads from the disk."""
     extra = {
-        "weights_version": "1", "cpu_bytes_to_use": 1 << 16,
+        "weights_version": "1", "cpu_bytes_to_use": 1 << 20,
         "secondary_tiers": [{"type": "fs", "path": str(folder), "max_bytes": 1 << 24}],
     }  # fmt: skip
     return {"kv_connector": "OffloadingConnector", "kv_connector_extra_config": extra}
@@ -153,6 +153,34 @@ def test_nothing_is_taken_once_files_of_the_decode_engine_have_changed(
     assert "may not be what was loaded" in output.kv_transfer_params["load_error"]
 
 
+@pytest.mark.parametrize("mode", ["pull", "push"])
+def test_kv_behind_other_media_is_refused(engines: Engines, mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The embedded engine takes no media: requests get them as vLLM's have them, among the same tokens."""
+    extra = P2P["kv_connector_extra_config"] | {"mode": mode, "lease_s": 1.0}
+    prefill, decode = (engines.start({**P2P, "kv_connector_extra_config": extra}, "recompute") for _ in range(2))
+    sides: list[list[Any]] = [[], []]
+    for llm, features in zip((prefill, decode), sides, strict=True):
+        with_fields(monkeypatch, llm, mm_features=features)
+    cases = [
+        ("same", "picture", 20, 160, True),
+        ("other picture", "another", 20, 160, False),
+        ("other place", "picture", 21, 160, False),
+        ("none", None, 20, 160, False),
+        ("one token of another", "another", 20, 21, False),
+        ("none of another yet", "another", 20, 20, True),
+    ]
+    for number, (name, picture, offset, num_tokens, is_taken) in enumerate(cases):
+        prompt = [number, *PREFILLED[1:]]
+        for features, identifier, place in zip(sides, ("picture", picture), (20, offset), strict=True):
+            where = SimpleNamespace(offset=place, length=30)
+            features[:] = [] if identifier is None else [SimpleNamespace(identifier=identifier, mm_position=where)]
+        handed = engines.run(prefill, f"{name} prefill", prompt, {"do_remote_decode": True}, max_tokens=1)
+        output = engines.run(decode, name, prompt[:num_tokens], handed.kv_transfer_params)
+        assert output.outputs[0].token_ids == StubModel().expected_tokens(prompt[:num_tokens], 8), name
+        assert (output.num_external_tokens > 0) == is_taken, name
+        assert is_taken or "the KV of other tokens" in output.kv_transfer_params["load_error"], name
+
+
 def save_weights(folder: Path, value: int, prefix: str) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     header = json.dumps({"w": {"dtype": "U8", "shape": [1], "data_offsets": [0, 1]}}).encode()
@@ -162,11 +190,16 @@ def save_weights(folder: Path, value: int, prefix: str) -> None:
 
 
 def use_adapter(monkeypatch: pytest.MonkeyPatch, llm: LLM, adapter: Any) -> None:
+    with_fields(monkeypatch, llm, lora_request=adapter)
+
+
+def with_fields(monkeypatch: pytest.MonkeyPatch, llm: LLM, **fields: Any) -> None:
     make = llm._make_request
 
-    def with_adapter(*arguments: Any, **more: Any) -> Any:
+    def made(*arguments: Any, **more: Any) -> Any:
         request = make(*arguments, **more)
-        request.lora_request = adapter
+        for name, value in fields.items():
+            setattr(request, name, value)
         return request
 
-    monkeypatch.setattr(llm, "_make_request", with_adapter)
+    monkeypatch.setattr(llm, "_make_request", made)
