@@ -39,8 +39,10 @@ from tests.patience import PATIENCE_S
 from kvferry.http import bind_socket
 from kvferry.proxy import relay
 from kvferry.proxy.app import Proxy
+from kvferry.proxy.bodies import SignPeer
 from kvferry.proxy.config import ProxyConfig
 from kvferry.proxy.replies import judge_reply
+from kvferry.proxy.tokens import peer_signer
 
 STREAM = ASK | {"stream": True}
 ROLES = ("prefill", "decode")
@@ -105,7 +107,9 @@ class Attacked:
 
 
 @contextmanager
-def attacked(role: str, *, num_honest: int = 1, **settings: Any) -> Iterator[Attacked]:
+def attacked(
+    role: str, *, num_honest: int = 1, sign_peer: SignPeer | None = None, **settings: Any
+) -> Iterator[Attacked]:
     with ExitStack() as stack:
         bad = stack.enter_context(hostile_engine())
         engines: dict[str, list[FakeEngine]] = {
@@ -114,7 +118,7 @@ def attacked(role: str, *, num_honest: int = 1, **settings: Any) -> Iterator[Att
         urls = {one: [e.url for e in engines[one]] for one in ROLES}
         urls[role].insert(0, bad.url)
         limits = {"failure_threshold": 1_000_000, "max_reply_bytes": LIMIT_BYTES}
-        proxy = Proxy(ProxyConfig.parse({**urls, **QUICK, **limits, **settings}))
+        proxy = Proxy(ProxyConfig.parse({**urls, **QUICK, **limits, **settings}), sign_peer=sign_peer)
         bound = bind_socket("127.0.0.1", 0)
         port = bound.getsockname()[1]
         stack.enter_context(serving(proxy.app(), bound))
@@ -177,6 +181,30 @@ def test_refusal_that_is_no_json_is_told_in_openais_shape(either: Attacked) -> N
     status, content = either.ask(always(page), ASK)
     assert status == 404
     assert json.loads(content)["error"]["message"].endswith(f"engine {either.bad.url}: <script> é漢</script>")
+
+
+@pytest.mark.parametrize(("host", "is_signed"), [("127.0.0.1", True), ("169.254.169.254", False)])
+def test_prefill_engine_cannot_have_other_machines_signed(host: str, is_signed: bool) -> None:
+    def answer(body: bytes) -> Iterable[bytes]:
+        asked = json.loads(body)["kv_transfer_params"]
+        params = {"do_remote_prefill": True, "transfer_id": asked["transfer_id"], "remote_host": host, "remote_port": 5}
+        told = {"choices": [{"index": 0, "text": "a"}], "kv_transfer_params": params | {"peer_token": "its own"}}
+        return (reply(json.dumps(told).encode()),)
+
+    with attacked("prefill", sign_peer=peer_signer("k" * 32)) as one:
+        assert one.ask(answer, ASK)[0] == 200
+        (handed,) = (body["kv_transfer_params"] for body in one.running.decode[0].seen)
+        assert handed.get("peer_token", "").startswith("v1.") == is_signed
+        assert handed.get("peer_token") != "its own"
+
+
+def test_hand_over_of_another_request_is_a_failure() -> None:
+    params = b'{"do_remote_prefill": true, "transfer_id": "x"}'
+    told = b'{"choices": [{"index": 0, "text": "a"}], "kv_transfer_params": ' + params + b"}"
+    with attacked("prefill") as one:
+        assert one.ask(always(reply(told)), ASK)[0] == 200
+        one.check_blamed()
+        assert "transfer_id" in one.blamed
 
 
 # ---- streams --------------------------------------------------------------------------------------------------------

@@ -54,6 +54,14 @@ def proxy(
             "by default.",
         ),
     ] = None,
+    allowed_peers: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="HOST",
+            help="With --shared-key-file, a network (10.0.0.0/8) or name (*.cluster.local) under which prefill engines "
+            "may be dialled for KV, besides the hosts of their URLs; may be repeated. None by default.",
+        ),
+    ] = None,
     failure_threshold: Annotated[int, typer.Option(help="Failures in a row that take an engine out.")] = 3,
     min_backoff_s: Annotated[
         float, typer.Option(help="Seconds for which such an engine is out the first time; doubled each time.")
@@ -89,7 +97,11 @@ def proxy(
     except ModuleNotFoundError as err:
         raise ConfigError(f"{err.name} is not installed: {install_hint('proxy')}") from err
     config = _parsed({f.name: context.params[f.name] for f in fields(ProxyConfig)})
-    sign_peer = None if shared_key_file is None else peer_signer(read_secret(shared_key_file, "shared_key_file"))
+    if shared_key_file is None and allowed_peers:
+        raise ConfigError("--allowed-peers is for what the proxy signs: give --shared-key-file too, or leave it out")
+    sign_peer = None
+    if shared_key_file is not None:
+        sign_peer = peer_signer(read_secret(shared_key_file, "shared_key_file"), allowed_peers or ())
     router = Proxy(config, sign_peer=sign_peer, probe_headers=_authorization(probe_key_file))
     with bind_socket(config.host, config.port) as bound:
         names = f"{len(config.prefill)} prefill and {len(config.decode)} decode engines"

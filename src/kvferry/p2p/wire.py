@@ -95,7 +95,7 @@ def is_ip(host: str) -> bool:
 
 
 @lru_cache(maxsize=1024)
-def parse_network(pattern: str) -> IPv4Network | IPv6Network:
+def parse_network(pattern: str, setting: str = "kv_connector_extra_config.allowed_peers") -> IPv4Network | IPv6Network:
     """A network as in 10.0.0.0/8; ConfigError otherwise, with the network that an address in it stands for."""
     try:
         return ip_network(pattern)
@@ -103,9 +103,7 @@ def parse_network(pattern: str) -> IPv4Network | IPv6Network:
         hint = ""
         with suppress(ValueError):
             hint = f"; did you mean {str(ip_network(pattern, strict=False))!r}?"
-        raise ConfigError(
-            f"kv_connector_extra_config.allowed_peers: {pattern!r} is no network: {error}{hint}"
-        ) from error
+        raise ConfigError(f"{setting}: {pattern!r} is no network: {error}{hint}") from error
 
 
 def is_allowed(host: str, patterns: Sequence[str]) -> bool:
@@ -174,6 +172,7 @@ def check_peer(
         raise TransferParamsError(
             f"the request names peer {address}, which is not in allowed_peers ({', '.join(allowed) or 'nobody'}), and "
             f"{_WHY_NO_TOKEN[key is None]}: add its host or network to allowed_peers of kv_connector_extra_config, or "
-            "give one key to all engines (key_file) and to the proxy (--shared-key-file)"
+            "give one key to all engines (key_file) and to the proxy (--shared-key-file), and this host to the proxy's "
+            "--allowed-peers unless its engine's URL has it"
         )
     verify_peer(key, token, address, transfer_id, now_s)

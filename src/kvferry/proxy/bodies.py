@@ -7,15 +7,16 @@ of that token than its id (log-probabilities), it is not handed over: the decode
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from kvferry.http import ApiError, check_stops, load_object
 
 Params = dict[str, Any]
-SignPeer = Callable[[Params], str | None]
-"""Makes the token that proves to the decode engine that the proxy named this peer; None: the params name none."""
+SignPeer = Callable[[Params, Collection[str]], str | None]
+"""Makes the token that proves to the decode engine that the proxy named this peer; None: the params name none, or none
+that the engine behind these hosts may name."""
 
 _ENTRIES: dict[str, tuple[tuple[type, ...], str]] = {
     "prompt": ((str, int, list, dict), "text, a token id or a list of token ids"),
@@ -95,15 +96,18 @@ def prefill_body(call: Call, transfer_id: str) -> bytes:
     return _json({**body, "kv_transfer_params": {**params, **dict.fromkeys(_REMOTE_FIELDS)}})
 
 
-def decode_body(call: Call, params: Params | None, transfer_id: str, sign_peer: SignPeer | None) -> bytes:
-    """The client's own body, with what the prefill engine answered."""
+def decode_body(
+    call: Call, params: Params | None, transfer_id: str, sign_peer: SignPeer | None, hosts: Collection[str] = ()
+) -> bytes:
+    """The client's own body, with what the prefill engine answered that is reached at `hosts`."""
     if params is None:
         return _json(call.body)
     params = {**params, "transfer_id": params.get("transfer_id") or transfer_id}
+    params.pop("peer_token", None)
     logprobs = call.body.get("logprobs")
     if logprobs is not None and logprobs is not False:  # 0 asks for them in completions
         params.pop("remote_first_token_ids", None)
-    if sign_peer is not None and (token := sign_peer(params)) is not None:
+    if sign_peer is not None and (token := sign_peer(params, hosts)) is not None:
         params["peer_token"] = token
     return _json({**call.body, "kv_transfer_params": params})
 

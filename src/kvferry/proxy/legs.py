@@ -77,5 +77,7 @@ class HandOver:
     engine: Engine
     transfer_id: str
     params: Params | None
+    hosts: tuple[str, ...] = ()
+    """By which the proxy reaches the engine: of its URL, and where that led."""
     made_s: float = 0.0
     is_given_back: bool = False

@@ -21,6 +21,7 @@ from contextlib import AsyncExitStack, aclosing, asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from http.cookiejar import CookieJar, DefaultCookiePolicy
 from typing import Literal
+from urllib.parse import urlsplit
 
 import httpx2
 
@@ -215,7 +216,7 @@ class Relay:
         """Let one engine prefill. Raises LegFailed, strict also when it hands nothing over; Refused."""
         hand_over = HandOver(call, engine, uuid.uuid4().hex, None)
         try:
-            hand_over.params = await self._prefilled(call, engine, hashes, timeout, hand_over.transfer_id)
+            hand_over.params = await self._prefilled(call, engine, hashes, timeout, hand_over)
         except asyncio.CancelledError:  # its answer may have been on the way
             self.give_back(hand_over)
             raise
@@ -223,19 +224,20 @@ class Relay:
         return hand_over
 
     async def _prefilled(
-        self, call: Call, engine: Engine, hashes: list[int], timeout: Timeout, transfer_id: str
+        self, call: Call, engine: Engine, hashes: list[int], timeout: Timeout, hand_over: HandOver
     ) -> Params | None:
         async with AsyncExitStack() as stack:
             stack.enter_context(self._fleet.using(engine, engine.cost(hashes)))
             engine.memory.remember(hashes)  # at once: what comes with the same prefix meanwhile should follow
             begun_s = self._clock.now()
             async with self._deadline(engine, timeout):
-                response = await self._send(engine, call, prefill_body(call, transfer_id), stack)
+                response = await self._send(engine, call, prefill_body(call, hand_over.transfer_id), stack)
+                hand_over.hosts = _hosts(engine, response)
                 verdict = self._judge(engine, await self._content(engine, response))
             self._metrics.leg_seconds.labels("prefill").observe(self._clock.now() - begun_s)
         if verdict.error is not None:
             raise self._failed(engine, verdict.error, is_death=verdict.is_death)
-        if verdict.hand_over is not None and verdict.hand_over.get("transfer_id") not in (None, transfer_id):
+        if verdict.hand_over is not None and verdict.hand_over.get("transfer_id") not in (None, hand_over.transfer_id):
             raise self._failed(engine, "its kv_transfer_params have the transfer_id of another request")
         if verdict.hand_over is None:
             if self._config.strict:
@@ -252,7 +254,8 @@ class Relay:
         params = hand_over.params if hand_over else None
         pair = self._fleet.pairs[hand_over.engine, engine] if hand_over is not None and params else None
         leg = _DecodeLeg(engine, pair, hand_over, call.headers.get("X-Request-Id", ""), timeout)
-        content = decode_body(call, params, hand_over.transfer_id if hand_over else "", self._sign_peer)
+        ids = (hand_over.transfer_id, hand_over.hosts) if hand_over else ("", ())
+        content = decode_body(call, params, ids[0], self._sign_peer, ids[1])
         async with AsyncExitStack() as stack:
             stack.enter_context(self._fleet.using(engine, 1, pair))
             begun_s = self._clock.now()
@@ -536,6 +539,14 @@ class Relay:
 
 def _num_events(events: bytes) -> int:
     return events.count(b"\n\n") + events.count(b"\r\n\r\n")
+
+
+def _hosts(engine: Engine, response: httpx2.Response) -> tuple[str, ...]:
+    """What the engine's URL names, and the address that answered."""
+    stream = response.extensions.get("network_stream")
+    address = stream.get_extra_info("server_addr") if stream is not None else None
+    named = urlsplit(engine.url).hostname or ""
+    return (named, str(address[0])) if address else (named,)
 
 
 def _text(error: Exception) -> str:

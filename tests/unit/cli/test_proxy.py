@@ -23,6 +23,11 @@ def refused(*arguments: str) -> str:
     return str(caught.value)
 
 
+def test_peers_that_nobody_signs_are_a_mistake() -> None:
+    message = refused(*ENGINES, "--allowed-peers", "10.0.0.0/8")
+    assert "--allowed-peers is for what the proxy signs: give --shared-key-file too" in message
+
+
 @pytest.mark.parametrize("key", ["schlüssel", "a\x01b"])
 def test_probe_key_that_no_header_can_carry(key: str, tmp_path: Path) -> None:
     file = tmp_path / "key"

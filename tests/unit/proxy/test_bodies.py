@@ -72,13 +72,14 @@ def test_first_token_is_sampled_again_where_its_logprobs_are_wanted(logprobs: An
 
 
 def test_peers_are_signed_as_the_decode_engine_sees_them() -> None:
-    def sign(params: dict[str, Any]) -> str:
+    def sign(params: dict[str, Any], hosts: tuple[str, ...]) -> str:
         return f"{params['remote_host']}:{params['remote_port']} {params['transfer_id']}"
 
     assert decode({"prompt": "a"}, sign=sign)["kv_transfer_params"]["peer_token"] == "h:5 t1"
     assert "kv_transfer_params" not in decode({"prompt": "a"}, None, sign=sign)
-    assert "peer_token" not in decode({"prompt": "a"}, sign=lambda params: None)["kv_transfer_params"]
+    assert "peer_token" not in decode({"prompt": "a"}, sign=lambda params, hosts: None)["kv_transfer_params"]
     assert "peer_token" not in HANDED
+    assert "peer_token" not in decode({"prompt": "a"}, HANDED | {"peer_token": "an engine's"})["kv_transfer_params"]
 
 
 @pytest.mark.parametrize(
