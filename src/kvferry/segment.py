@@ -30,6 +30,7 @@ logger = logging.getLogger(__name__)
 SHM_DIRECTORY = Path("/dev/shm")
 PAGE_BYTES = 4096
 _DESCRIPTORS = "/proc/"
+_DESCRIPTOR = re.compile(r"/proc/([1-9][0-9]{0,6})/fd/[0-9]{1,7}")  # no process id of Linux is longer
 _NAME = re.compile(r"kvferry-[A-Za-z0-9]+-[0-9]+-[0-9a-f]{16}")
 
 
@@ -81,6 +82,8 @@ class Segment:
         """
         has_name = _has_name(path)
         try:
+            if not has_name and not stat.S_ISREG(os.stat(path).st_mode):
+                raise HostError(f"{path} is no {what}, nor any other file")
             fd = os.open(path, os.O_RDWR | os.O_CLOEXEC | (os.O_NOFOLLOW if has_name else 0))
         except OSError as error:
             why = "its owner has ended, or runs on another machine or in a container that does not share this folder"
@@ -99,9 +102,20 @@ class Segment:
             os.close(fd)
             raise
 
+    @property
+    def inode(self) -> tuple[int, int]:
+        """Device and inode."""
+        about = os.fstat(self._fd)
+        return about.st_dev, about.st_ino
+
     def is_owner_alive(self) -> bool:
         """For those attached: False once the owner's process has ended or closed the segment."""
         return _is_locked(self._fd)
+
+    @property
+    def descriptor(self) -> str:
+        """The owner's, in the /proc of those who see its process: a second path, for as long as it has not let go."""
+        return f"{_DESCRIPTORS}{os.getpid()}/fd/{self._fd}"
 
     def unlink(self) -> None:
         """Owner only: no file is left behind from now on, even if all who have it mapped are killed.
@@ -110,7 +124,7 @@ class Segment:
         """
         assert self.is_owner, "only the owner of a segment takes its name away"
         os.unlink(self.path)
-        self.path = f"{_DESCRIPTORS}{os.getpid()}/fd/{self._fd}"
+        self.path = self.descriptor
 
     def close(self) -> None:
         """Give the mapping up; the owner unlinks the file too, and so does who sees that the owner has ended.
@@ -133,6 +147,36 @@ class Segment:
 def is_segment_path(path: str, folders: Collection[Path] = (SHM_DIRECTORY,)) -> bool:
     """Whether a segment could lie there, in one of the folders; for paths that others have named."""
     return Path(path).parent in folders and "\0" not in path and _NAME.fullmatch(os.path.basename(path)) is not None
+
+
+def is_descriptor(path: str) -> bool:
+    """Whether this is the path of a process's descriptor; for paths that others have named."""
+    return _DESCRIPTOR.fullmatch(path) is not None
+
+
+def has_let_go(descriptor: str, inode: tuple[int, int]) -> bool:
+    """Whether the owner whose `descriptor` led to the file (device, inode) has ended or closed it, for certain.
+
+    Only of processes that this one counts by the same ids (`process_ids`). False where that cannot be told.
+    """
+    if (parts := _DESCRIPTOR.fullmatch(descriptor)) is None:
+        return False
+    try:
+        os.kill(int(parts[1]), 0)
+        about = os.stat(descriptor)
+    except (ProcessLookupError, FileNotFoundError):
+        return True
+    except OSError:  # another user's
+        return False
+    return (about.st_dev, about.st_ino) != inode
+
+
+def process_ids() -> str:
+    """What counts this machine's processes for this one: two that say the same know a process by one id."""
+    try:
+        return os.readlink("/proc/self/ns/pid")
+    except OSError:
+        return ""
 
 
 def sweep_dead_segments(folder: Path) -> list[Path]:

@@ -28,7 +28,15 @@ from kvferry.errors import ConfigError, HostError, TransferError
 from kvferry.p2p.copying import copy_pieces
 from kvferry.p2p.threaded import Step, ThreadedTransport, Transfer, decode_blob
 from kvferry.p2p.transport import Capabilities, Ints, PeerHandle, TransferOp
-from kvferry.segment import PAGE_BYTES, SHM_DIRECTORY, Segment, is_segment_path
+from kvferry.segment import (
+    PAGE_BYTES,
+    SHM_DIRECTORY,
+    Segment,
+    has_let_go,
+    is_descriptor,
+    is_segment_path,
+    process_ids,
+)
 from kvferry.space import space_at
 
 if TYPE_CHECKING:
@@ -90,7 +98,7 @@ class SharedPool:
         nonce = secrets.token_bytes(16)
         header = _HEADER.pack(_MAGIC, _VERSION, num_bytes, nonce)
         segment = self._create(PAGE_BYTES + num_bytes, header)
-        self._parts.append((segment, _Part(segment.path, num_bytes, nonce)))
+        self._parts.append((segment, _Part(segment.path, num_bytes, nonce, segment.descriptor, segment.inode)))
         return torch.frombuffer(segment.map, dtype=torch.int8, count=num_bytes, offset=PAGE_BYTES)
 
     def _try_zeros(self, num_bytes: int) -> torch.Tensor | None:
@@ -168,6 +176,7 @@ def _pool_bytes(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int
 
 
 _Path = Annotated[str, msgspec.Meta(max_length=4095)]
+_Inode = Annotated[int, msgspec.Meta(ge=0)]
 _Bytes = Annotated[int, msgspec.Meta(ge=0, le=_MAX_POOL_BYTES)]
 
 
@@ -177,6 +186,9 @@ class _Part(msgspec.Struct, frozen=True):
     path: _Path
     num_bytes: Annotated[int, msgspec.Meta(ge=1, le=_MAX_POOL_BYTES)]
     nonce: Annotated[bytes, msgspec.Meta(min_length=16, max_length=16)]
+    descriptor: Annotated[str, msgspec.Meta(max_length=64)] = ""
+    """A second path to it, which needs no name; empty: there is none."""
+    inode: tuple[_Inode, _Inode] = (0, 0)
 
 
 class _Blob(msgspec.Struct, frozen=True, tag_field="transport", tag="shm 1"):
@@ -184,6 +196,8 @@ class _Blob(msgspec.Struct, frozen=True, tag_field="transport", tag="shm 1"):
     parts: tuple[_Part, ...]
     regions: tuple[tuple[_Bytes, _Bytes, _Bytes], ...]
     """Part, offset in it, bytes."""
+    process_ids: Annotated[str, msgspec.Meta(max_length=64)] = ""
+    """What the maker's process id is of."""
 
 
 class _ShmPeer(PeerHandle):
@@ -223,24 +237,25 @@ class ShmTransport(ThreadedTransport):
         super().__init__()
         self._pool = pool
         self._boot_id = _BOOT_ID.read_text().strip()
+        self._process_ids = process_ids()
         self._bases = np.zeros(0, dtype=np.int64)
 
     def peer_has_ended(self, peer: PeerHandle) -> bool:
-        """The lock on its memory is free, or it has gone."""
+        """The lock on its memory is free; of memory that could not be mapped: its process has let go of it."""
         assert isinstance(peer, _ShmPeer)
         return not peer.is_closing and (_has_ended(peer) if peer.segments else self._has_gone(peer.blob))
 
     def maker_has_ended(self, blob: bytes) -> bool:
-        """Its memory has gone: closed, or swept after its death."""
+        """Its process has let go of its memory. A name that is gone says nothing: others can take it away."""
         try:
             return self._has_gone(_decode(blob))
         except TransferError:
             return False
 
     def _has_gone(self, blob: _Blob) -> bool:
-        """Only of folders where ours lies too: who writes to us shares these, whatever else containers hide."""
-        ours = [part.path for part in blob.parts if is_segment_path(part.path, self._pool.folders)]
-        return blob.boot_id == self._boot_id and not all(map(os.path.exists, ours))
+        """Only of processes that both know by the same ids."""
+        is_here = blob.boot_id == self._boot_id and blob.process_ids == self._process_ids != ""
+        return is_here and any(has_let_go(part.descriptor, part.inode) for part in blob.parts)
 
     def _register(self) -> bytes:
         parts: list[_Part] = []
@@ -257,7 +272,7 @@ class ShmTransport(ThreadedTransport):
                 parts.append(part)
             places.append((parts.index(part), offset, region.num_bytes))
         self._bases = np.array([region.address for region in self.regions], dtype=np.int64)
-        return msgspec.msgpack.encode(_Blob(self._boot_id, tuple(parts), tuple(places)))
+        return msgspec.msgpack.encode(_Blob(self._boot_id, tuple(parts), tuple(places), self._process_ids))
 
     def _parse(self, blob: bytes) -> PeerHandle:
         peer = _ShmPeer(_decode(blob))
@@ -332,9 +347,12 @@ def _has_ended(peer: _ShmPeer) -> bool:
 
 
 def _attach(part: _Part) -> Segment:
+    """By its name; one whose name somebody has taken away by its owner's descriptor."""
     header = _HEADER.pack(_MAGIC, _VERSION, part.num_bytes, part.nonce)
+    is_unnamed = is_descriptor(part.descriptor) and not os.path.lexists(part.path)
+    path = part.descriptor if is_unnamed else part.path
     try:
-        return Segment.attach(part.path, PAGE_BYTES + part.num_bytes, header, what="KV pool", populate=False)
+        return Segment.attach(path, PAGE_BYTES + part.num_bytes, header, what="KV pool", populate=False)
     except HostError as error:
         raise TransferError(str(error)) from error
 

@@ -127,6 +127,37 @@ def test_a_stopped_process_can_still_be_read(owner: Owner, here: End) -> None:
     assert not here.transport.peer_has_ended(peer)
 
 
+def path_of(owner: Owner) -> Path:
+    return Path(msgspec.msgpack.decode(owner.blob)["parts"][0]["path"])
+
+
+def test_whether_it_lives_tells_the_lock_and_not_the_name(owner: Owner, here: End) -> None:
+    """Somebody has cleared /dev/shm: the owner lives, and could write to us. Both who had met it before and who had not
+    see it, and see its end."""
+    peers = [here.transport.connect(owner.blob)]
+    path_of(owner).unlink()
+    assert not here.transport.maker_has_ended(owner.blob)
+    peers += [here.transport.connect(owner.blob)]
+    ticket = here.transport.submit(peers[-1], READ, copies([(0, 1000, 0, 5, 1000)]))
+    assert wait_for(here.transport, ticket)[ticket].status is TransferStatus.OK
+    assert np.array_equal(here.memory[0][5:1005], expected_bytes(1000, 2000))
+    assert not any(here.transport.peer_has_ended(peer) for peer in peers)
+    blob = msgspec.msgpack.decode(owner.blob)
+    for path in ("/proc/self/fd/0", "/proc/1/../self/fd/0", "/dev/zero", "/proc/99999999/fd/1", "/proc/0/fd/1"):
+        part = {**blob["parts"][0], "descriptor": path}
+        forged = msgspec.msgpack.encode({**blob, "parts": [part]})
+        assert not here.transport.maker_has_ended(forged), "descriptors that no engine names are not looked at"
+        assert "cannot map the KV pool" in (here.transport.why_unreachable(forged) or "")
+    owner.process.send_signal(signal.SIGSTOP)
+    assert not here.transport.maker_has_ended(owner.blob)
+    owner.kill()
+    assert here.transport.maker_has_ended(owner.blob)
+    assert all(here.transport.peer_has_ended(peer) for peer in peers)
+    for elsewhere in ({"process_ids": ""}, {"process_ids": "pid:[1]"}, {"boot_id": "another"}):
+        of_another = msgspec.msgpack.encode({**blob, **elsewhere})
+        assert not here.transport.maker_has_ended(of_another), "another container or machine counts otherwise"
+
+
 def test_a_killed_process_is_told_and_the_next_one_works(owner: Owner, here: End) -> None:
     peer = here.transport.connect(owner.blob)
     ticket = here.transport.submit(peer, READ, copies([(0, 0, 0, 0, 8)]))
