@@ -303,7 +303,8 @@ class KVConnectorBase_V1(ABC):
         """(keep the blocks until this id is reported as sent, kv_transfer_params for the response).
 
         Called once per request however it ends, before its blocks are freed. False for a request still loading. Of one
-        that ended with an error, `load_error` in the parameters is told with it.
+        that ended with an error, `load_error` in the parameters is told with it. `load_error_param` beside it names the
+        request's own parameter that is to blame; clients are then answered 400.
         """
         return False, None
 
