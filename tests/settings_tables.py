@@ -1,4 +1,4 @@
-"""Settings that users get wrong, with the words of their errors: doctor, the embedded engine and vLLM judge them alike.
+"""Settings that users get wrong, with the words of their errors, and right: doctor and both hosts judge them alike.
 
 tests/flow/test_bad_input.py has doctor and the embedded engine, tests/vllm/test_settings.py doctor and vLLM.
 """
@@ -6,7 +6,9 @@ tests/flow/test_bad_input.py has doctor and the embedded engine, tests/vllm/test
 from __future__ import annotations
 
 import fcntl
+import json
 import os
+import re
 import socket
 from collections.abc import Callable
 from pathlib import Path
@@ -20,6 +22,7 @@ from kvferry.errors import ConfigError
 from kvferry.testing.stub_model import StubModel
 
 MiB = 1 << 20
+ROOT = Path(__file__).parents[1]
 
 
 def transfer(extra: dict[str, Any] | None = None, **fields: Any) -> dict[str, Any]:
@@ -364,3 +367,77 @@ FOR_VLLM = [
     or (isinstance(case[1].get("kv_transfer_config"), dict) and "kv_offloading_size" not in case[1])
 ]  # fmt: skip
 """Those that name a connector in a way that vLLM has too."""
+
+
+def shared_key(tmp: Path) -> str:
+    """A file that holds one."""
+    (tmp / "kvferry.key").write_text("0123456789abcdef" * 4)
+    (tmp / "kvferry.key").chmod(0o600)
+    return str(tmp / "kvferry.key")
+
+
+GOOD: list[tuple[str, dict[str, Any] | Callable[[Path], dict[str, Any]]]] = [
+    ("sizes as text", lambda tmp: extra(cpu_bytes_to_use="1MiB", **disk(path=str(tmp / "kv"), max_bytes="4MB"))),
+    ("sizes as floats", lambda tmp: extra(cpu_bytes_to_use=1e6, **disk(path=str(tmp / "a" / "b"), max_bytes=4e6))),
+    ("two tiers", lambda tmp: extra(secondary_tiers=[
+        {"type": "fs", "path": str(tmp / name), "name": name} for name in ("fast", "slow")
+    ])),
+    ("arena on a disk", lambda tmp: extra(arena_dir=str(tmp / "arena"))),
+    ("chunks", extra(chunk_tokens=128, load_async=False, verify_host_loads=False)),
+    ("vLLM's keys", extra(block_size=64, spec_name="CPUOffloadingSpec")),
+    ("all fields", connector(
+        engine_id="e", kv_buffer_device="cpu", kv_port=1, enable_permute_local_kv=False, kv_load_failure_policy="fail"
+    )),
+    ("producer", connector(kv_role="kv_producer")),
+    ("P2P", named("P2PConnector", weights_version="1", transport="shm")),
+    ("P2P of any transport", named("P2PConnector", weights_version="1")),
+    ("P2P in a folder", lambda tmp: named("P2PConnector", weights_version="1", transport="shm", shm_dir=str(tmp))),
+    ("P2P without version", named("P2PConnector", transport="shm")),
+    ("P2P that pushes", lambda tmp: named(
+        "P2PConnector", weights_version="1", transport="shm", mode="push", key_file=shared_key(tmp), host="0.0.0.0",
+        advertised_host="10.0.0.1", allowed_peers=["10.0.0.0/8", "::1"], lease_s=30,
+    )),
+    ("example", lambda tmp: named("ExampleConnector", weights_version="1", shared_storage_path=str(tmp / "new"))),
+    ("noise", named("DecodeBenchConnector")),
+    ("recovery", named("LoadRecoveryExampleConnector", fail_block_indexes=[1], fail_every_nth_load=2)),
+    ("Ferry's name", named("FerryOffloadingConnector", cpu_bytes_to_use=MiB, weights_version="1")),
+    ("children that inherit", named("MultiConnector", connectors=[
+        {"kv_connector": "DecodeBenchConnector"},
+        {"kv_connector": "P2PConnector", "kv_connector_extra_config": {"transport": "shm", "weights_version": "1"}},
+        {"kv_connector": "MultiConnector", "kv_connector_extra_config": {"connectors": [transfer()]}},
+    ])),
+    ("children of one class", lambda tmp: named("MultiConnector", load_policy="longest", connectors=[
+        tier(tmp)["kv_transfer_config"], tier(tmp / "other")["kv_transfer_config"], transfer(),
+    ])),
+]  # fmt: skip
+"""Settings that doctor has nothing against, and with which both hosts start."""
+
+APART = {"ExampleHiddenStatesConnector", "LMCacheMPConnector"}
+"""Need what no kv_transfer_config says: layers that are extracted, a server. Tests of their own start them."""
+
+
+def documented() -> list[tuple[str, str]]:
+    """Page and number, and text, of every configuration that README and docs show."""
+    found = []
+    for page in sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")]):
+        text = page.read_text()
+        blocks = re.findall(r"^```json\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+        blocks += re.findall(r"--kv-transfer-config '(\{.*?\})'", text)
+        found += [(f"{page.name} {i}", block) for i, block in enumerate(blocks) if '"kv_connector"' in block]
+    return [(name, text) for name, text in found if json.loads(text)["kv_connector"] not in APART]
+
+
+def as_shown(text: str, tmp: Path) -> dict[str, Any]:
+    """Arguments of `LLM` for a documented configuration: in folders that are ours, of a size that a test takes,
+    without the reader's own connector, and with a version, for the tests' models have no weights to name KV by."""
+    text = text.replace("/var/cache", str(tmp)).replace("kvferry.key", shared_key(tmp))
+    config = json.loads(re.sub(r"(\d)e9\b", r"\1e6", text))
+    parts = config.get("kv_connector_extra_config", {}).get("connectors", [])
+    parts[:] = [part for part in parts if part["kv_connector"] != "MyConnector"]
+    for part in (config, *parts):
+        if "OffloadingConnector" in part["kv_connector"]:
+            part["kv_connector_extra_config"]["weights_version"] = "1"
+    return raw(config)
+
+
+DOCUMENTED = documented()

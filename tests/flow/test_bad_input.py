@@ -8,14 +8,18 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import pytest
 from tests.settings_tables import (
     CASES,
+    DOCUMENTED,
     FOR_VLLM,
+    GOOD,
     arguments,
+    as_shown,
     connector,
     disk,
     doctors_word,
@@ -94,6 +98,32 @@ def test_doctor_judges_the_same_settings_for_vllm(
     found = "\n".join(doctors_word(given, Host.VLLM))
     for text in texts:
         assert text in found
+
+
+def alarms(given: dict[str, Any], host: Host = Host.EMBEDDED) -> list[str]:
+    """What doctor says, that vLLM is not installed here apart."""
+    return [text for text in doctors_word(given, host) if "vLLM is not installed" not in text]
+
+
+@pytest.mark.parametrize(("name", "settings"), GOOD, ids=[name for name, _ in GOOD])
+def test_doctor_has_nothing_against_settings_that_start(name: str, settings: Any, tmp_path: Path) -> None:
+    given = arguments(settings, tmp_path)
+    assert alarms(given) == alarms(in_vllm(given), Host.VLLM) == []
+    LLM(StubModel(), num_kv_blocks=32, **given).shutdown()
+
+
+@pytest.mark.parametrize(("name", "text"), DOCUMENTED, ids=[name for name, _ in DOCUMENTED])
+def test_documented_configurations_start(name: str, text: str, tmp_path: Path) -> None:
+    given = as_shown(text, tmp_path)
+    if "vllm.distributed" in text:  # a connector of vLLM's, which the embedded engine has where vLLM is installed
+        assert any("no module 'vllm'" in word for word in doctors_word(given)) == (find_spec("vllm") is None)
+        return
+    assert alarms(given) == alarms(in_vllm(given), Host.VLLM) == []
+    LLM(StubModel(), num_kv_blocks=32, **given).shutdown()
+
+
+def test_the_documents_are_read() -> None:
+    assert len(DOCUMENTED) >= 10
 
 
 def test_what_vllm_alone_refuses() -> None:

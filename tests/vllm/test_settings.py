@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 import torch
 from engine_process import HERE, vllm_environment
-from tests.settings_tables import FOR_VLLM, arguments, doctors_word, in_vllm, let_go
+from tests.settings_tables import DOCUMENTED, FOR_VLLM, GOOD, arguments, as_shown, doctors_word, in_vllm, let_go
 from vllm.config import KVTransferConfig
 from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorRole
@@ -30,6 +30,7 @@ from kvferry.errors import KVFerryError
 from kvferry.vllm import plugin
 
 NUM_BLOCKS, BLOCK_SIZE, NUM_HEADS, HEAD_SIZE = 32, 16, 2, 32
+LAYER_BYTES = NUM_BLOCKS * NUM_HEADS * BLOCK_SIZE * 2 * HEAD_SIZE * 4
 LAYERS = ["layer0", "layer1", "layer2"]
 STRICTER = {
     "port true": "vLLM reads it as 1, and no connector of kvferry's reads kv_port",
@@ -70,8 +71,9 @@ def start(model: str, given: dict[str, Any], **options: Any) -> None:
     try:
         made.append(worker := KVConnectorFactory.create_connector(config, KVConnectorRole.WORKER, caches))
         with worker.get_mem_pool_context() or nullcontext():
-            tensors = {name: torch.zeros(NUM_BLOCKS, NUM_HEADS, BLOCK_SIZE, 2 * HEAD_SIZE) for name in LAYERS}
-        worker.register_kv_caches(tensors)
+            memory = torch.zeros(len(LAYERS) * LAYER_BYTES, dtype=torch.int8)  # as vLLM allocates it
+        layers = memory.view(torch.float32).view(len(LAYERS), NUM_BLOCKS, NUM_HEADS, BLOCK_SIZE, 2 * HEAD_SIZE)
+        worker.register_kv_caches(dict(zip(LAYERS, layers, strict=True)))
         made.append(scheduler := KVConnectorFactory.create_connector(config, KVConnectorRole.SCHEDULER, caches))
         handshake = worker.get_handshake_metadata()
         if handshake is not None:
@@ -106,6 +108,20 @@ def test_doctor_and_start_agree(name: str, settings: Any, texts: list[str], tiny
     if isinstance(by_start, KVFerryError):
         for text in texts:
             assert text in words(by_start)
+
+
+@pytest.mark.parametrize(("name", "settings"), GOOD, ids=[name for name, _ in GOOD])
+def test_settings_that_are_right(name: str, settings: Any, tiny_llama: str, tmp_path: Path) -> None:
+    given = in_vllm(arguments(settings, tmp_path))
+    assert doctors_word(given, Host.VLLM) == []
+    start(tiny_llama, given)
+
+
+@pytest.mark.parametrize(("name", "text"), DOCUMENTED, ids=[name for name, _ in DOCUMENTED])
+def test_documented_configurations(name: str, text: str, tiny_llama: str, tmp_path: Path) -> None:
+    given = in_vllm(as_shown(text, tmp_path))
+    assert doctors_word(given, Host.VLLM) == []
+    start(tiny_llama, given)
 
 
 @pytest.mark.timeout(900)
