@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import subprocess
 import sys
 import time
@@ -14,6 +15,7 @@ from typing import Any
 
 import pytest
 from tests.fake_lmcache import CHUNK_TOKENS, SILENT, FakeServer
+from tests.settings_tables import doctors_word, named
 from transformers import LlamaConfig, LlamaForCausalLM
 from typer.testing import CliRunner
 
@@ -360,18 +362,27 @@ def test_nothing_of_the_staging_is_left_in_shared_memory(make_llm: MakeLlm) -> N
         ({"server_urls": "tcp://127.0.0.1:9"}, {}, "start `lmcache server` 0.5.6 or later"),
         ({}, {"block_size": 48}, "chunks of 64 tokens, not a multiple of 16 and of this engine's block_size=48"),
         ({"staging_bytes": 100}, {}, "staging_bytes=100 is too little for chunks of .* raise it to at least"),
+        ({"staging_bytes": 1 << 50}, {}, "staging_bytes: .* bytes are needed in /dev/shm, .* are free: lower it"),
+        ({"http_port": 9}, {}, "http_port: the LMCache server's .* does not tell its version"),
         ({"implementation": "package"}, {}, "implementation='package'.* runs in vLLM only"),
         ({"implementation": "buildin"}, {}, "implementation='buildin' is not one of.*did you mean 'builtin'"),
         ({"lmcache.mp.prot": 1}, {}, "lmcache.mp.prot is unknown.*did you mean 'lmcache.mp.port'"),
     ],
 )
-def test_mistakes_are_told_at_start(
-    make_llm: MakeLlm, monkeypatch: pytest.MonkeyPatch, extra: dict[str, Any], options: dict[str, Any], says: str
+def test_mistakes_are_told_at_start_and_by_doctor(
+    make_llm: MakeLlm,
+    server: FakeServer,
+    monkeypatch: pytest.MonkeyPatch,
+    extra: dict[str, Any],
+    options: dict[str, Any],
+    says: str,
 ) -> None:
     timeout_s = 0.3 if "server_urls" in extra else 20.0  # nobody is there; the others' server answers
     monkeypatch.setitem(ServerConnection.probe.__kwdefaults__, "timeout_s", timeout_s)
     with pytest.raises((ConfigError, HostError), match=says):
         make_llm(extra=extra, **options)
+    given = named("LMCacheMPConnector", **{"server_urls": [server.url], "weights_version": "1", **extra})
+    assert any(re.search(says, text) for text in doctors_word({**given, **options}))
 
 
 def test_doctor_asks_for_the_server_as_the_start_does(

@@ -65,6 +65,8 @@ class HostInfo:
     """By attention layer: KV heads of the whole model, over all workers."""
     key_elements: Mapping[str, int] = field(default_factory=dict)
     """By attention layer: elements of K per token and head; V follows."""
+    page_bytes: Mapping[str, int] = field(default_factory=dict)
+    """By attention layer: bytes of one block in this worker, before the KV cache is registered."""
     hidden_state_layers: tuple[int, ...] = ()
     """Hidden states that the host hands on: 0 is the embeddings, i what layer i gives, counted from 1."""
     page_form: Callable[[str], str] = lambda name: "content"
@@ -131,6 +133,7 @@ def host_info(vllm_config: Any, kv_cache_config: KVCacheConfig) -> HostInfo:
         kv_role=str(transfer.kv_role),
         total_kv_heads=_total_kv_heads(vllm_config, kv_cache_config),
         key_elements={name: int(spec.head_size) for name, spec in _attention_specs(kv_cache_config)},
+        page_bytes={name: int(spec.page_size_bytes) for name, spec in _attention_specs(kv_cache_config)},
         hidden_state_layers=_hidden_state_layers(vllm_config),
         page_form=partial(_page_form, vllm_config),
         draft_model=_draft_model(vllm_config),

@@ -25,6 +25,7 @@ from kvferry.connectors.lmcache_mp.messages import (
     TransferJob,
     TransferReport,
 )
+from kvferry.connectors.lmcache_mp.session import ChunkGeometry
 from kvferry.connectors.lmcache_mp.worker import only_group
 from kvferry.connectors.offloading.requests import LoadState
 from kvferry.contract.base import KVConnectorHandshakeMetadata
@@ -87,15 +88,18 @@ class LMCacheSchedulerSide(SchedulerSide):
 
     @classmethod
     def check(cls, host: HostInfo) -> list[str]:
-        """Settings, identity, and whether the server answers, for which it waits at most some seconds."""
+        """Settings, identity, whether the server answers, for which it waits at most some seconds, and whether its
+        chunks fit."""
         check_builtin(host.extra_config)
-        only_group(host)
+        group = only_group(host)
         config = LMCacheConfig.parse(host.extra_config)
         check_identity(host, config.weights_version)
         connection = ServerConnection(config.url)
         try:
-            connection.probe(http_port=config.http_port)
-        except HostError as err:
+            chunk_tokens = connection.probe(http_port=config.http_port)
+            block_bytes = sum(host.page_bytes[name] for name in group.layer_names)
+            ChunkGeometry.of(chunk_tokens, group.block_tokens, block_bytes, config.staging_bytes).check_room()
+        except (ConfigError, HostError) as err:
             return [str(err)]
         finally:
             connection.close()

@@ -81,6 +81,15 @@ class ChunkGeometry:
         """Of one slot: of a chunk and its proof."""
         return self.chunk_tokens * self.row_bytes
 
+    def check_room(self) -> None:
+        """ConfigError when there is too little shared memory for the staging."""
+        need_bytes = (self.num_slots + 1) * self.slot_bytes
+        if (free_bytes := space_at(SHM_DIRECTORY).free_bytes) < need_bytes:
+            raise ConfigError(
+                f"{EXTRA_CONFIG}.staging_bytes: {need_bytes} bytes are needed in {SHM_DIRECTORY}, {free_bytes} are "
+                "free: lower it, or give the container more shared memory (docker --shm-size)"
+            )
+
 
 class ServerSession:
     """Made, registered, used until the first TransferError that is no TransferRefused, closed. For one thread at a
@@ -90,12 +99,7 @@ class ServerSession:
         self, connection: ServerConnection, geometry: ChunkGeometry, group: GroupLayout, copier: Copier, rank: int
     ) -> None:
         """Make the staging. Blocks while its memory is made. ConfigError when there is too little of it."""
-        need_bytes = (geometry.num_slots + 1) * geometry.slot_bytes
-        if (free_bytes := space_at(SHM_DIRECTORY).free_bytes) < need_bytes:
-            raise ConfigError(
-                f"{EXTRA_CONFIG}.staging_bytes: {need_bytes} bytes are needed in {SHM_DIRECTORY}, {free_bytes} are "
-                "free: lower it, or give the container more shared memory (docker --shm-size)"
-            )
+        geometry.check_room()
         self._connection = connection
         self._geometry = geometry
         self._group = group
