@@ -94,7 +94,7 @@ class Connections:
         self._keeps_oldest = keeps_oldest
         self._limit_bytes = limit_bytes
         self._total_limit_bytes = total_limit_bytes
-        self._max_accepted = max_accepted
+        self.max_accepted = max_accepted
         self._clock = clock
         self._open: dict[int, Connection] = {}
         self._named: dict[bytes, Connection] = {}
@@ -188,15 +188,15 @@ class Connections:
 
     def _make_room(self) -> None:
         if self._keeps_oldest:
-            for number in list(self._open)[self._max_accepted :]:
+            for number in list(self._open)[self.max_accepted :]:
                 self._cut(self._open[number])
                 self.closed(number)
             return
         accepted = {number: each for number, each in self._open.items() if not each.owner}
         known = [number for number, each in accepted.items() if each.is_known]
-        kept = set(known[: int(_KNOWN_SHARE * self._max_accepted)])
+        kept = set(known[: int(_KNOWN_SHARE * self.max_accepted)])
         others = [number for number in accepted if number not in kept]
-        room = min(self._max_accepted - len(kept), max(1, int(_STRANGER_SHARE * self._max_accepted)))
+        room = min(self.max_accepted - len(kept), max(1, int(_STRANGER_SHARE * self.max_accepted)))
         for number in others[: max(0, len(others) - room)]:
             self._cut(self._open[number])
             self.closed(number)

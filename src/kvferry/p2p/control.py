@@ -190,6 +190,7 @@ class ControlChannel(Generic[M]):
         self._names: set[str] = set()
         self._max_dialled = descriptor_share(settings.max_dialled, 16)
         self._kept: set[bytes] = set()
+        self._has_told_of_cuts = False
         self._looking_up: set[str] = set()
         self._looked_up: deque[tuple[str, str | Lost]] = deque()
         self._is_closing = False
@@ -419,9 +420,19 @@ class ControlChannel(Generic[M]):
             self._follow(peer, dialled)
             for frames in self._receive(peer, dialled.socket):
                 self._take(peer, frames)
+        self._tell_of_cuts()
         if self._has_news and self._on_news is not None:
             self._has_news = False
             self._on_news()
+
+    def _tell_of_cuts(self) -> None:
+        if self._connections.num_cut and not self._has_told_of_cuts:
+            self._has_told_of_cuts = True
+            logger.warning(
+                "p2p control channel: the first connection was cut, for it sends or leaves unread too much, or there "
+                "are more than %d (an eighth of the process's descriptors: raise ulimit -n if your engines are more)",
+                self._connections.max_accepted,
+            )  # fmt: skip
 
     def _authenticate(self) -> None:
         """ZMQ's ZAP, RFC 27: admit the one client key. Asked only where CURVE is on."""

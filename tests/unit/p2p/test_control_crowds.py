@@ -48,7 +48,7 @@ def introduced(server: ControlChannel[Note], make: Callable[..., ControlChannel[
     return client, peer, sender
 
 
-def test_idle_strangers_neither_keep_engines_out_nor_push_them_out(channel) -> None:
+def test_idle_strangers_neither_keep_engines_out_nor_push_them_out(channel, caplog) -> None:
     server = channel(max_connections=16)
     client, peer, sender = introduced(server, channel)
     with ExitStack() as stack:
@@ -61,6 +61,9 @@ def test_idle_strangers_neither_keep_engines_out_nor_push_them_out(channel) -> N
         assert (sender, Note("still here")) in wait_for(server, bool)
         server.send(sender, Note("so am I"))
         assert wait_for(client, bool) == [(peer, Note("so am I"))], "the connection never broke"
+    (told,) = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert "more than 16" in told
+    assert "ulimit -n" in told
 
 
 def test_who_claims_to_be_an_engine_in_numbers_leaves_slots_for_others(channel) -> None:
