@@ -18,6 +18,7 @@ from kvferry.http import Server, bind_socket, unless_gone, url_of
 
 WORDS = ["one ", "two ", "three ", "four"]
 RECOMPUTED = {"num_recomputed_tokens": 3, "load_error": "the lease is over"}
+NO_TOKEN = {"error": {"message": "no token can be chosen: nan", "type": "server_error", "code": "no_token"}}
 USAGE = {"prompt_tokens": 5, "completion_tokens": 4, "total_tokens": 9}
 
 
@@ -69,6 +70,8 @@ class FakeEngine:
             )
             error = {"message": told, "code": 500 if self.mode == "vllm_dead" else self.mode}
             return JSONResponse({"error": error}, 500 if self.mode == "vllm_dead" else 503)
+        if self.mode == "no_token" and not body.get("stream"):
+            return JSONResponse(NO_TOKEN, 500)
         if self.mode == "drop":  # the connection breaks in the middle of the reply
             return StreamingResponse(self._broken(), media_type="application/json")
         if self.mode.isdigit():
@@ -111,6 +114,8 @@ class FakeEngine:
             yield event({"role": "assistant", "content": ""})
             if self.mode == "cut_at_start":
                 raise ConnectionResetError
+            if self.mode == "no_token":
+                yield b"data: " + json.dumps(NO_TOKEN).encode() + b"\n\ndata: [DONE]\n\n"
             if self.mode == "error":
                 yield event({"content": ""}, "error")
             for number, word in enumerate(WORDS):

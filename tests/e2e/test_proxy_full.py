@@ -147,6 +147,27 @@ def test_openais_client_does_not_send_a_request_again_that_ended_two_engines() -
         assert sorted(len(one.seen) for one in r.decode) == [0, 0, 0, 0, 1, 1]
 
 
+@pytest.mark.parametrize(("role", "stream"), [("prefill", False), ("decode", False), ("decode", True)])
+def test_request_whose_logits_name_no_token_is_answered_alone(role: str, stream: bool) -> None:
+    with running(num_prefill=2, num_decode=2, failure_threshold=1) as r:
+        for one in r.prefill if role == "prefill" else r.decode:
+            one.mode = "no_token"
+        for number in (1, 2):
+            status, _, content = r.http("POST", "/v1/completions", ASK | {"stream": stream})
+            assert (status, json.loads(content)["error"]["code"]) == (500, "no_token")
+            assert "no token can be chosen" in json.loads(content)["error"]["message"]
+            asked = r.num_asked()
+            assert sum(asked[role == "decode"]) == number, "another engine would say the same"
+        for one in (*r.prefill, *r.decode):
+            one.mode = "ok"
+        for _ in range(2):
+            assert r.client.completions.create(**ASK).choices[0].text == TEXT
+        figures = [r.metric(f'kvferry:proxy_engine_up{{role="{p.role}",url="{p.url}"}}') for p in r.proxy.fleet.prefill]
+        figures += [r.metric(f'kvferry:proxy_engine_up{{role="{d.role}",url="{d.url}"}}') for d in r.proxy.fleet.decode]
+        assert figures == [1, 1, 1, 1]
+        assert not r.proxy.fleet.problems()
+
+
 def test_one_engine_that_ends_is_replaced_by_another() -> None:
     with running(num_decode=2) as r:
         r.decode[0].mode = "drop"

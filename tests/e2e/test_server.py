@@ -405,6 +405,17 @@ def test_request_that_was_under_way_when_the_engine_failed_is_not_sent_again_by_
         assert caught.value.code == "engine_ended", "that of the first try: a second one would find it unavailable"
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_request_whose_logits_name_no_token_has_a_code_of_its_own(monkeypatch: Any, stream: bool) -> None:
+    with running() as server:
+        forward = server.model.forward
+        monkeypatch.setattr(server.model, "forward", lambda *args: forward(*args).fill_(float("nan")))
+        with pytest.raises(openai.APIError, match="no token can be chosen") as caught:
+            list(server.client.completions.create(model="stub", prompt=PROMPT, stream=stream))
+        assert caught.value.code == "no_token"
+        assert server.http("GET", "/ready")[0] == 200
+
+
 def test_engine_that_breaks_is_told_and_seen() -> None:
     with running() as server:
         server.server.linger_s = 240.0

@@ -20,6 +20,8 @@ from kvferry.engine.config import SamplingParams
 from kvferry.engine.request import Logprob, NoToken, Request, Sampled, SampledToken
 
 _NO_IDS = torch.empty(1, 0, dtype=torch.int64)  # what warpers that look at logits alone are given
+NO_TOKEN = "no token can be chosen"
+"""How the errors of requests begin whose logits name no token."""
 _HOTTEST = 1e30  # as good as any more, and a float32
 _LEAST_LOGPROB = -9999.0  # for tokens that cannot be: JSON knows no infinity
 _NUCLEUS_TOKENS = (256, 4096)  # finding these takes a thirtieth and a quarter of the time of sorting 50,000
@@ -39,7 +41,7 @@ def sample(logits: torch.Tensor, requests: Sequence[Request]) -> list[Sampled]:
         if math.isfinite(highest) and (not params.is_greedy or _has_penalties(params)):
             token = _choose(logits[row : row + 1].float(), request)
         if token is None or not math.isfinite(highest):
-            chosen.append(NoToken(f"no token can be chosen: the highest of the model's logits is {highest}"))
+            chosen.append(NoToken(f"{NO_TOKEN}: the highest of the model's logits is {highest}"))
             continue
         logprobs = None if params.logprobs is None else _logprobs(logits[row].float(), token, params.logprobs)
         chosen.append(SampledToken(token, logprobs))

@@ -41,7 +41,7 @@ from kvferry.proxy.fleet import Engine, Fleet, Pair
 from kvferry.proxy.legs import EngineFull, HandOver, LegFailed, Refused, Reply
 from kvferry.proxy.metrics import ProxyMetrics
 from kvferry.proxy.prefixes import piece_hashes
-from kvferry.proxy.replies import EngineError, Verdict, error_of, holding, is_object, judge_reply, one_line
+from kvferry.proxy.replies import NO_TOKEN, EngineError, Verdict, error_of, holding, is_object, judge_reply, one_line
 
 logger = logging.getLogger(__name__)
 
@@ -404,6 +404,8 @@ class Relay:
         error = error_of(data)
         if response.status_code == 429 or (response.status_code == 503 and error.is_full):
             raise self._full(engine, response, error)
+        if error.is_requests_own:
+            raise self._no_token(engine, error.message)
         is_hand_overs = pair is not None and (response.status_code == 500 or error.blames_hand_over)
         if 400 <= response.status_code < 500 and not is_hand_overs:
             self._fleet.worked(engine)
@@ -446,6 +448,8 @@ class Relay:
     def _check(self, leg: _DecodeLeg, verdict: Verdict) -> None:
         """Raise what a decode engine's word means."""
         if verdict.error is not None:
+            if verdict.is_requests_own:
+                raise self._no_token(leg.engine, verdict.error)
             if leg.pair is None or verdict.is_death:
                 raise self._failed(leg.engine, verdict.error, is_death=verdict.is_death)
             self._fleet.not_transferred(leg.pair, verdict.error)  # most probably; the engine did answer
@@ -470,6 +474,11 @@ class Relay:
         why = one_line(why)
         self._fleet.failed(engine, why, is_gone=not was_taken)
         return LegFailed(engine, why, status, was_taken=was_taken, is_death=is_death)
+
+    def _no_token(self, engine: Engine, why: str) -> ApiError:
+        """For the client: the engine works, and another one, of the same model, would say the same."""
+        self._fleet.worked(engine)
+        return ApiError(500, f"{engine.role} engine {engine.url}: {why}", code=NO_TOKEN)
 
     def _recomputed(self, reason: str) -> None:
         self._metrics.recomputed.labels(reason).inc()

@@ -26,6 +26,7 @@ _MAX_SMALL_BYTES = 4096
 _REPLIES_PER_ENGINE = 4
 _NULL = Raw(b"null")
 _NOTHING = (b"null", b'""', b"[]", b"{}", b"false", b"0")
+NO_TOKEN = "no_token"  # kvferry serve's code, where the model's logits name no token (NaN, infinity)
 _VLLM_ENGINE_DEAD = "EngineCore encountered an issue"  # the text of its EngineDeadError, which has no code of its own
 _ENDED_BY_ERROR = 'it ended the request with finish_reason="error", as for KV that failed to load'
 
@@ -104,6 +105,8 @@ class Verdict:
     """Why KV was not loaded, where the engine says so."""
     is_death: bool = False
     """The error is that the engine itself has ended."""
+    is_requests_own: bool = False
+    """The error is the request's own, in an engine that works."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,6 +121,8 @@ class EngineError:
     """The engine itself has ended."""
     blames_hand_over: bool = False
     """`kv_transfer_params` are to blame, which are the proxy's: clients may send none."""
+    is_requests_own: bool = False
+    """The error is the request's own, in an engine that works: it would be the same elsewhere."""
 
 
 def one_line(text: str) -> str:
@@ -165,7 +170,9 @@ def error_of(data: bytes) -> EngineError:
     # `kvferry serve` says it with a code, vLLM (max_num_queued_reqs, max_num_queued_tokens) with a type.
     is_full = code == "overloaded" or fields.type == "Service Unavailable"
     blames_hand_over = fields.param == "kv_transfer_params"
-    return EngineError(str(fields.message), one_line(code), is_full, _is_death(fields), blames_hand_over)
+    return EngineError(
+        str(fields.message), one_line(code), is_full, _is_death(fields), blames_hand_over, fields.code == NO_TOKEN
+    )
 
 
 @contextmanager
@@ -206,10 +213,11 @@ def parse(data: bytes | Raw, kind: type[T]) -> T:
 def _verdict(reply: _Reply) -> Verdict:
     params, raw_params = _params(reply.kv_transfer_params)
     load_error = one_line(params.load_error or "")
-    message, is_death = None, False
+    message, is_death, is_requests_own = None, False, False
     if bytes(reply.error) != b"null":
         fields = _error_fields(reply.error)
         message, is_death = str(fields.message), _is_death(fields)
+        is_requests_own = fields.code == NO_TOKEN
     choices = reply.choices or []
     if any(choice.finish_reason == "error" for choice in choices):
         message = message or load_error or _ENDED_BY_ERROR
@@ -221,6 +229,7 @@ def _verdict(reply: _Reply) -> Verdict:
         hand_over=raw_params if params.do_remote_prefill else None,
         load_error=load_error,
         is_death=is_death,
+        is_requests_own=is_requests_own,
     )
 
 

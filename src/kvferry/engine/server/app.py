@@ -18,6 +18,7 @@ from starlette.routing import Route
 
 from kvferry.engine.outputs import RequestOutput
 from kvferry.engine.prompts import render_messages
+from kvferry.engine.sampler import NO_TOKEN
 from kvferry.engine.server.protocol import (
     BodyLimits,
     ChatBody,
@@ -247,7 +248,8 @@ async def _collect(generation: Generation, reply: Reply) -> None:
 def _check(output: RequestOutput) -> None:
     if output.error is None:
         return
-    raise ApiError(400 if output.error_param else 500, output.error, param=output.error_param)
+    code = "no_token" if output.error.startswith(NO_TOKEN) else None
+    raise ApiError(400 if output.error_param else 500, output.error, param=output.error_param, code=code)
 
 
 async def _events(generation: Generation, reply: Reply, with_usage: bool) -> AsyncIterator[bytes]:
