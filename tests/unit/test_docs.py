@@ -7,9 +7,12 @@ import json
 import re
 import shlex
 from pathlib import Path
+from typing import Any
 
 import pytest
+import typer
 
+from kvferry.cli.main import app
 from kvferry.config import KVTransferConfig
 from kvferry.connectors.offloading.config import OffloadingConfig
 from kvferry.connectors.p2p.config import P2PConfig
@@ -73,6 +76,34 @@ def test_configuration_in_a_command_is_valid(page: str, command: str) -> None:
         assert OffloadingConfig.parse(config.kv_connector_extra_config).secondary_tiers
     else:
         assert KVConnectorFactory.resolve(config).name == config.kv_connector
+
+
+def command_of(words: list[str]) -> tuple[Any, list[str]]:
+    """The command that `kvferry` with these words behind it runs, and the words that are its own."""
+    command: Any = typer.main.get_command(app)
+    while words and words[0] in getattr(command, "commands", {}):
+        command, words = command.commands[words[0]], words[1:]
+    return command, words
+
+
+OURS = [(name, line) for name, line in COMMANDS if re.match(r"\S*kvferry (?!vllm)", line)]
+SPANS = [(n, s) for n, t in TEXT.items() if n != "CHANGELOG.md" for s in re.findall(r"`kvferry ([a-z][^`\n]*)`", t)]
+
+
+@pytest.mark.parametrize(("page", "line"), OURS)
+def test_our_commands_take_what_documents_give_them(page: str, line: str) -> None:
+    command, words = command_of([word for word in shlex.split(line, comments=True)[1:] if word != "&"])
+    command.make_context("kvferry", words)  # a click.UsageError says what is wrong
+
+
+def test_commands_and_options_that_documents_name_exist() -> None:
+    assert len(SPANS) > 10
+    for page, span in SPANS:
+        command, words = command_of(span.split())
+        assert not hasattr(command, "commands") or words[:1] in ([], ["--help"], ["--version"]), (page, span)
+        known = {name for option in command.params for name in [*option.opts, *option.secondary_opts]}
+        named = {word.partition("=")[0].rstrip(",") for word in words if word.startswith("--")}
+        assert named <= known | {"--help", "--version"} or command.name == "vllm", (page, span)
 
 
 NO_CONFIGURATIONS = ("docs/keys.md", "docs/guides/vllm.md")  # vectors; vLLM's, which tests/vllm/test_exports.py starts
