@@ -74,6 +74,11 @@ def environment_matching(pattern: str) -> dict[str, str]:
     return {name: text for name, text in sorted(os.environ.items()) if re.fullmatch(pattern, name)}
 
 
+def api_key_environment() -> str | None:
+    """The key for clients of our servers: `KVFERRY_API_KEY`, else vLLM's `VLLM_API_KEY`; None: no key."""
+    return os.environ.get("KVFERRY_API_KEY") or os.environ.get("VLLM_API_KEY") or None
+
+
 def lmcache_upstream_environment() -> bool:
     """`LMCACHE_USE_UPSTREAM_MP`: True asks for the built-in LMCacheMPConnector. ConfigError unless a truth value."""
     text = os.environ.get("LMCACHE_USE_UPSTREAM_MP", "")

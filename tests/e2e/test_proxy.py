@@ -561,7 +561,10 @@ def test_ready_means_transfers_work() -> None:
 
 @pytest.mark.parametrize(
     ("status", "remedy"),
-    [(401, "give its API key with --probe-key-file"), (400, "--probe-interval-s 0 switches probes off")],
+    [
+        (401, "give its API key with --engine-key-file or --probe-key-file"),
+        (400, "--probe-interval-s 0 switches probes off"),
+    ],
 )
 @pytest.mark.parametrize("role", ["prefill", "decode"])
 def test_refused_probe_is_told_with_its_remedy_and_the_next_ones_go_on(role: str, status: int, remedy: str) -> None:

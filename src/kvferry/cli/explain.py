@@ -13,6 +13,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from kvferry.config import api_key_environment
 from kvferry.errors import ConfigError, HostError
 
 _TIMEOUT_S = 30.0
@@ -24,13 +25,19 @@ def explain(
     ],
     url: Annotated[str, typer.Option(help="Address of the `kvferry serve` to ask.")] = "http://127.0.0.1:8000",
     as_json: Annotated[bool, typer.Option("--json", help="Print the server's JSON instead.")] = False,
+    api_key: Annotated[
+        str | None,
+        typer.Option(
+            metavar="KEY", help="The server's API key. By default the environment's KVFERRY_API_KEY or VLLM_API_KEY."
+        ),
+    ] = None,
 ) -> None:
     """Say why the prefix of a request was a hit or not.
 
     Tier by tier; and what the request waits for, if it does. Known are requests that run, and the last 256 that
     ended. The exit status is 2 when the request is unknown.
     """
-    answer = ask(url, request_id)
+    answer = ask(url, request_id, api_key or api_key_environment())
     if as_json:
         typer.echo(json.dumps(answer, indent=2))
         return
@@ -39,13 +46,14 @@ def explain(
         print_request(request, console)
 
 
-def ask(url: str, request_id: str) -> dict[str, Any]:
+def ask(url: str, request_id: str, api_key: str | None = None) -> dict[str, Any]:
     """The server's answer. Raises HostError when it has none, ConfigError when there is no such server."""
     if not url.startswith(("http://", "https://")):
         raise ConfigError(f"--url={url!r} must begin with http:// or https://")
     address = f"{url.rstrip('/').removesuffix('/v1')}/debug/requests/{urllib.parse.quote(request_id, safe='')}"
     try:
-        with urllib.request.urlopen(address, timeout=_TIMEOUT_S) as reply:
+        request = urllib.request.Request(address, headers={"Authorization": f"Bearer {api_key}"} if api_key else {})
+        with urllib.request.urlopen(request, timeout=_TIMEOUT_S) as reply:
             answer: dict[str, Any] = json.load(reply)
             return answer
     except urllib.error.HTTPError as err:

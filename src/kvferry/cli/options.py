@@ -117,6 +117,40 @@ MaxBodyBytes = Annotated[int, size_option("Largest request body.", default="8MiB
 MaxStops = Annotated[
     int, typer.Option(help="Most stop strings of a request, and most tokens that stop it; more are refused with 400.")
 ]
+MaxConnections = Annotated[
+    int | None,
+    typer.Option(
+        help="Most connections; when there are more, the one that has waited longest for a whole request is closed. By "
+        "default what the limit of open files (`ulimit -n`) has room for, at most 2048."
+    ),
+]
+HeaderTimeout = Annotated[float, typer.Option(help="Seconds that the headers of a request may take to come.")]
+BodyTimeout = Annotated[float, typer.Option(help="Seconds that the body of a request may take to come.")]
+APIKey = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="KEY",
+        help="Key that clients must send (`Authorization: Bearer KEY`); any of several is enough (repeat it). "
+        "Other users of this machine can see it; the environment variable KVFERRY_API_KEY (or vLLM's VLLM_API_KEY) is "
+        "safer. No key by default.",
+    ),
+]
+AllowedOrigins = Annotated[
+    str | None,
+    typer.Option(
+        metavar="JSON",
+        help='Web pages that may use this server from a browser, as ["https://chat.example.com"]; ["*"] for all. None '
+        "by default.",
+    ),
+]
+AllowedHosts = Annotated[
+    str | None,
+    typer.Option(
+        metavar="JSON",
+        help='Names that requests may call this server by, as ["llm.example.com"]; ["*"] for any. By default any, but '
+        "only localhost where the server listens on a loopback address.",
+    ),
+]
 DrainTimeout = Annotated[float, typer.Option(help="Seconds that requests under way may take to end after SIGTERM.")]
 TRANSFER_OPTIONS = ("kv_transfer_config", "kv_offloading_size", "kv_offloading_backend")
 

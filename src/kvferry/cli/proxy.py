@@ -15,94 +15,138 @@ from kvferry.config import read_secret
 from kvferry.errors import ConfigError, install_hint
 from kvferry.proxy.config import ProxyConfig
 
+_Prefill = Annotated[list[str], typer.Option(metavar="URL", help="An engine that prefills; may be repeated.")]
+_Decode = Annotated[list[str], typer.Option(metavar="URL", help="An engine that decodes; may be repeated.")]
+_Strict = Annotated[bool, typer.Option(help="Answer an error rather than let a decode engine compute a prompt again.")]
+_ConnectTimeout = Annotated[float, typer.Option(help="Seconds to reach an engine, at most.")]
+_PrefillTimeout = Annotated[float, typer.Option(help="Seconds for a prefill, at most.")]
+_DecodeTimeout = Annotated[float, typer.Option(help="Seconds of silence in a stream, at most.")]
+_AnswerTimeout = Annotated[float, typer.Option(help="Seconds for an answer that is not streamed, at most.")]
+_MaxAttempts = Annotated[int, typer.Option(help="Tries of a request, the first included.")]
+_RetryDeadline = Annotated[float, typer.Option(help="Seconds after which a request is not tried again.")]
+_HandOver = Annotated[
+    float,
+    typer.Option(
+        help="While all decode engines are full, a prefill is kept for so many seconds; below the engines' lease_s."
+    ),
+]
+_ProbeInterval = Annotated[
+    float, typer.Option(help="Seconds between two probes (tiny requests) of each pair of engines; 0 for none.")
+]
+_ProbeTimeout = Annotated[float, typer.Option(help="Seconds for each leg of a probe, at most.")]
+_ProbeKeyFile = Annotated[
+    Path | None,
+    typer.Option(help="File with the API key for probes; clients' own keys are passed on. No key by default."),
+]
+_EngineKeyFile = Annotated[
+    Path | None,
+    typer.Option(
+        help="File with the API key that the engines want; it is sent to them instead of clients' keys, with probes "
+        "too. No key by default: clients' own keys are passed on, unless --api-key has the proxy check them.",
+    ),
+]
+_SharedKeyFile = Annotated[
+    Path | None,
+    typer.Option(
+        help="File with the key of the engines' key_file: decode engines then trust whom the proxy names. No key "
+        "by default.",
+    ),
+]
+_AllowedPeers = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="HOST",
+        help="With --shared-key-file, a network (10.0.0.0/8) or name (*.cluster.local) under which prefill engines "
+        "may be dialled for KV, besides the hosts of their URLs; may be repeated. None by default.",
+    ),
+]
+_FailureThreshold = Annotated[int, typer.Option(help="Failures in a row that take an engine out.")]
+_MinBackoff = Annotated[
+    float, typer.Option(help="Seconds for which such an engine is out the first time; doubled each time.")
+]
+_MaxBackoff = Annotated[float, typer.Option(help="Seconds for which such an engine is out, at most.")]
+_PrefixMemoryChunks = Annotated[int, typer.Option(help="Pieces of prompts (512 bytes) remembered per prefill engine.")]
+_MaxReplyBytes = Annotated[
+    int,
+    opt.size_option(
+        "Largest reply of an engine; a larger one, or an event of a stream above 16 MiB, counts as the engine's "
+        "failure.",
+        default="32MiB",
+    ),
+]
+
 
 def proxy(
     context: typer.Context,
-    prefill: Annotated[list[str], typer.Option(metavar="URL", help="An engine that prefills; may be repeated.")],
-    decode: Annotated[list[str], typer.Option(metavar="URL", help="An engine that decodes; may be repeated.")],
+    prefill: _Prefill,
+    decode: _Decode,
     host: opt.ListenHost = "127.0.0.1",
     port: opt.ListenPort = 8100,
-    strict: Annotated[
-        bool, typer.Option(help="Answer an error rather than let a decode engine compute a prompt again.")
-    ] = True,
-    connect_timeout_s: Annotated[float, typer.Option(help="Seconds to reach an engine, at most.")] = 2.0,
-    prefill_timeout_s: Annotated[float, typer.Option(help="Seconds for a prefill, at most.")] = 120.0,
-    decode_timeout_s: Annotated[float, typer.Option(help="Seconds of silence in a stream, at most.")] = 120.0,
-    answer_timeout_s: Annotated[
-        float, typer.Option(help="Seconds for an answer that is not streamed, at most.")
-    ] = 600.0,
-    max_attempts: Annotated[int, typer.Option(help="Tries of a request, the first included.")] = 3,
-    retry_deadline_s: Annotated[float, typer.Option(help="Seconds after which a request is not tried again.")] = 60.0,
-    hand_over_s: Annotated[
-        float,
-        typer.Option(
-            help="While all decode engines are full, a prefill is kept for so many seconds; below the engines' lease_s."
-        ),
-    ] = 25.0,
-    probe_interval_s: Annotated[
-        float, typer.Option(help="Seconds between two probes (tiny requests) of each pair of engines; 0 for none.")
-    ] = 10.0,
-    probe_timeout_s: Annotated[float, typer.Option(help="Seconds for each leg of a probe, at most.")] = 10.0,
-    probe_key_file: Annotated[
-        Path | None,
-        typer.Option(help="File with the API key for probes; clients' own keys are passed on. No key by default."),
-    ] = None,
-    shared_key_file: Annotated[
-        Path | None,
-        typer.Option(
-            help="File with the key of the engines' key_file: decode engines then trust whom the proxy names. No key "
-            "by default.",
-        ),
-    ] = None,
-    allowed_peers: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="HOST",
-            help="With --shared-key-file, a network (10.0.0.0/8) or name (*.cluster.local) under which prefill engines "
-            "may be dialled for KV, besides the hosts of their URLs; may be repeated. None by default.",
-        ),
-    ] = None,
-    failure_threshold: Annotated[int, typer.Option(help="Failures in a row that take an engine out.")] = 3,
-    min_backoff_s: Annotated[
-        float, typer.Option(help="Seconds for which such an engine is out the first time; doubled each time.")
-    ] = 0.5,
-    max_backoff_s: Annotated[float, typer.Option(help="Seconds for which such an engine is out, at most.")] = 30.0,
-    prefix_memory_chunks: Annotated[
-        int, typer.Option(help="Pieces of prompts (512 bytes) remembered per prefill engine.")
-    ] = 100_000,
+    strict: _Strict = True,
+    connect_timeout_s: _ConnectTimeout = 2.0,
+    prefill_timeout_s: _PrefillTimeout = 120.0,
+    decode_timeout_s: _DecodeTimeout = 120.0,
+    answer_timeout_s: _AnswerTimeout = 600.0,
+    max_attempts: _MaxAttempts = 3,
+    retry_deadline_s: _RetryDeadline = 60.0,
+    hand_over_s: _HandOver = 25.0,
+    probe_interval_s: _ProbeInterval = 10.0,
+    probe_timeout_s: _ProbeTimeout = 10.0,
+    probe_key_file: _ProbeKeyFile = None,
+    engine_key_file: _EngineKeyFile = None,
+    shared_key_file: _SharedKeyFile = None,
+    allowed_peers: _AllowedPeers = None,
+    failure_threshold: _FailureThreshold = 3,
+    min_backoff_s: _MinBackoff = 0.5,
+    max_backoff_s: _MaxBackoff = 30.0,
+    prefix_memory_chunks: _PrefixMemoryChunks = 100_000,
     max_body_bytes: opt.MaxBodyBytes = 8 << 20,
-    max_reply_bytes: Annotated[
-        int,
-        opt.size_option(
-            "Largest reply of an engine; a larger one, or an event of a stream above 16 MiB, counts as the engine's "
-            "failure.",
-            default="32MiB",
-        ),
-    ] = 32 << 20,
+    max_reply_bytes: _MaxReplyBytes = 32 << 20,
     max_stops: opt.MaxStops = 64,
+    api_key: opt.APIKey = None,
+    allowed_origins: opt.AllowedOrigins = None,
+    allowed_hosts: opt.AllowedHosts = None,
+    max_connections: opt.MaxConnections = None,
+    header_timeout_s: opt.HeaderTimeout = 10.0,
+    body_timeout_s: opt.BodyTimeout = 60.0,
     drain_timeout_s: opt.DrainTimeout = 30.0,
 ) -> None:
     """Route requests to engines that prefill and engines that decode.
 
     Clients see OpenAI's /v1/completions and /v1/chat/completions, also /v1/models, /health, /ready (transfers work)
-    and /metrics (Prometheus). The exit status is 0 after SIGTERM or Ctrl-C, 2 when the proxy could not start. API keys
-    are passed on to the engines, not checked.
+    and /metrics (Prometheus). The exit status is 0 after SIGTERM or Ctrl-C, 2 when the proxy could not start. Clients'
+    API keys are passed on to the engines, which check them, unless the proxy has keys of its own (--api-key).
     """
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     logging.getLogger("httpx2").setLevel(logging.WARNING)
+    _run(context.params)
+
+
+def _run(options: dict[str, Any]) -> None:
     try:
-        from kvferry.http import bind_socket, run_until_signal, url_of
+        from kvferry.http import AccessRules, bind_socket, run_until_signal, url_of
         from kvferry.proxy.app import Proxy, make_server
         from kvferry.proxy.tokens import peer_signer
     except ModuleNotFoundError as err:
         raise ConfigError(f"{err.name} is not installed: {install_hint('proxy')}") from err
-    config = _parsed({f.name: context.params[f.name] for f in fields(ProxyConfig)})
+    config = _parsed({f.name: options[f.name] for f in fields(ProxyConfig)})
+    shared_key_file, allowed_peers = options["shared_key_file"], options["allowed_peers"]
     if shared_key_file is None and allowed_peers:
         raise ConfigError("--allowed-peers is for what the proxy signs: give --shared-key-file too, or leave it out")
     sign_peer = None
     if shared_key_file is not None:
         sign_peer = peer_signer(read_secret(shared_key_file, "shared_key_file"), allowed_peers or ())
-    router = Proxy(config, sign_peer=sign_peer, probe_headers=_authorization(probe_key_file))
+    engine_headers = _authorization(options, "engine_key_file")
+    probe_headers = _authorization(options, "probe_key_file")
+    if engine_headers and probe_headers:
+        raise ConfigError("--probe-key-file: probes send the key of --engine-key-file, so leave one of them out")
+    router = Proxy(
+        config,
+        sign_peer=sign_peer,
+        probe_headers=engine_headers or probe_headers or {},
+        access=AccessRules.parse(options["api_key"], options["allowed_origins"], options["allowed_hosts"]),
+        engine_headers=engine_headers,
+    )
     with bind_socket(config.host, config.port) as bound:
         names = f"{len(config.prefill)} prefill and {len(config.decode)} decode engines"
         server = make_server(router, lambda: typer.echo(f"kvferry proxies {names} on {url_of(bound)}"))
@@ -117,10 +161,10 @@ def _parsed(values: dict[str, Any]) -> ProxyConfig:
         raise ConfigError(f"--{name.replace('_', '-')}: {err}") from err
 
 
-def _authorization(key_file: Path | None) -> dict[str, str]:
-    if key_file is None:
-        return {}
-    key = read_secret(key_file, "probe_key_file")
+def _authorization(options: dict[str, Any], setting: str) -> dict[str, str] | None:
+    if (key_file := options[setting]) is None:
+        return None
+    key = read_secret(key_file, setting)
     if not (key.isascii() and key.isprintable()):
-        raise ConfigError(f"probe_key_file={str(key_file)!r} has characters that are not printable ASCII")
+        raise ConfigError(f"{setting}={str(key_file)!r} has characters that are not printable ASCII")
     return {"Authorization": f"Bearer {key}"}

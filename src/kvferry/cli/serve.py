@@ -18,11 +18,32 @@ _SERVER_OPTIONS = (
     "max_queued_requests",
     "max_body_bytes",
     "max_stops",
+    "max_connections",
+    "header_timeout_s",
+    "body_timeout_s",
     "drain_timeout_s",
     "access_log",
     "log_interval_s",
 )
 _ENGINE_OPTIONS = ("enable_prefix_caching", "explain_requests", "seed")  # beside those that doctor shares
+
+_ServedModelName = Annotated[
+    list[str] | None,
+    typer.Option(help="What clients may call the model; may be repeated. By default the model's path."),
+]
+_KVEvents = Annotated[
+    str | None,
+    typer.Option(metavar="JSON", help="Publish which KV lies where, on a ZMQ socket. Not published by default."),
+]
+_ExplainRequests = Annotated[
+    bool, typer.Option(help="Remember why prefixes were hits or not, for `kvferry explain` and /debug/requests.")
+]
+_MaxQueuedRequests = Annotated[
+    int, typer.Option(help="Requests that may wait beyond --max-num-seqs; more are refused with 503.")
+]
+_LogInterval = Annotated[
+    float, typer.Option(help="Seconds between log lines of what the engine did, if anything; 0: none.")
+]
 
 
 def serve(
@@ -30,10 +51,7 @@ def serve(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="A model folder, a .gguf file, or smollm2.")],
     host: opt.ListenHost = "127.0.0.1",
     port: opt.ListenPort = 8000,
-    served_model_name: Annotated[
-        list[str] | None,
-        typer.Option(help="What clients may call the model; may be repeated. By default the model's path."),
-    ] = None,
+    served_model_name: _ServedModelName = None,
     kv_transfer_config: opt.TransferConfig = None,
     kv_offloading_size: opt.OffloadingSize = None,
     kv_offloading_backend: opt.OffloadingBackend = None,
@@ -51,32 +69,29 @@ def serve(
     kv_cache_layout: opt.KVCacheLayout = "auto",
     kernel_block_size: opt.KernelBlockSize = None,
     enable_prefix_caching: opt.EnablePrefixCaching = True,
-    kv_events_config: Annotated[
-        str | None,
-        typer.Option(metavar="JSON", help="Publish which KV lies where, on a ZMQ socket. Not published by default."),
-    ] = None,
-    explain_requests: Annotated[
-        bool, typer.Option(help="Remember why prefixes were hits or not, for `kvferry explain` and /debug/requests.")
-    ] = True,
+    kv_events_config: _KVEvents = None,
+    explain_requests: _ExplainRequests = True,
     hidden_state_layers: opt.HiddenStateLayers = None,
     seed: opt.Seed = 0,
     num_threads: opt.NumThreads = None,
-    max_queued_requests: Annotated[
-        int, typer.Option(help="Requests that may wait beyond --max-num-seqs; more are refused with 503.")
-    ] = 64,
+    max_queued_requests: _MaxQueuedRequests = 64,
     max_body_bytes: opt.MaxBodyBytes = 8 << 20,
     max_stops: opt.MaxStops = 64,
+    api_key: opt.APIKey = None,
+    allowed_origins: opt.AllowedOrigins = None,
+    allowed_hosts: opt.AllowedHosts = None,
+    max_connections: opt.MaxConnections = None,
+    header_timeout_s: opt.HeaderTimeout = 10.0,
+    body_timeout_s: opt.BodyTimeout = 60.0,
     access_log: Annotated[bool, typer.Option(help="Write a line to stdout for each HTTP request.")] = False,
-    log_interval_s: Annotated[
-        float, typer.Option(help="Seconds between log lines of what the engine did, if anything; 0: none.")
-    ] = 10.0,
+    log_interval_s: _LogInterval = 10.0,
     drain_timeout_s: opt.DrainTimeout = 30.0,
 ) -> None:
     """Serve a model over HTTP as OpenAI does.
 
     The routes are /v1/completions, /v1/chat/completions and /v1/models, also /health, /ready, /metrics (Prometheus),
     /debug/requests and /reset_prefix_cache. The exit status is 0 after SIGTERM or Ctrl-C, 2 when the server could not
-    start or its engine failed. There is no authentication: whoever reaches the port may use the model.
+    start or its engine failed. Without --api-key, whoever reaches the port may use the model.
     """
     transfer = transfer_config(kv_transfer_config, kv_offloading_size, kv_offloading_backend)
     events = KVEventsConfig.parse(kv_events_config)
@@ -85,6 +100,7 @@ def serve(
     server["model_names"] = tuple(served_model_name or [model])
     engine = {name: context.params[name] for name in (*opt.ENGINE_OPTIONS, *_ENGINE_OPTIONS)}
     engine["hidden_state_layers"] = hidden_state_layers or ()
+    server["access"] = (api_key, allowed_origins, allowed_hosts)
     _run(model, {"kv_transfer_config": transfer, "kv_events_config": events, **engine}, server, num_threads)
 
 
@@ -95,10 +111,10 @@ def _run(model: str, engine: dict[str, Any], server: dict[str, Any], num_threads
         from kvferry.engine import LLM
         from kvferry.engine.server.run import ServerOptions
         from kvferry.engine.server.run import serve as run_server
-        from kvferry.http import bind_socket, url_of
+        from kvferry.http import AccessRules, bind_socket, url_of
     except ModuleNotFoundError as err:
         raise ConfigError(f"{err.name} is not installed: {install_hint('engine', 'server')}") from err
-    options = ServerOptions(**server)
+    options = ServerOptions(**{**server, "access": AccessRules.parse(*server["access"])})
     if num_threads is not None:
         torch.set_num_threads(num_threads)
     with bind_socket(options.host, options.port) as bound:

@@ -18,7 +18,16 @@ from starlette.routing import Route
 
 from kvferry.clock import Clock, SystemClock
 from kvferry.config import shown
-from kvferry.http import ERROR_HANDLERS, ApiError, EventStream, Server, read_body, unless_gone
+from kvferry.http import (
+    ERROR_HANDLERS,
+    AccessRules,
+    ApiError,
+    ConnectionLimits,
+    EventStream,
+    Server,
+    read_body,
+    unless_gone,
+)
 from kvferry.proxy.bodies import Call, SignPeer
 from kvferry.proxy.config import ProxyConfig
 from kvferry.proxy.fleet import Fleet
@@ -35,6 +44,7 @@ if TYPE_CHECKING:
 _REQUEST_ID = re.compile(r"[\w.:-]{1,128}", re.ASCII)
 _MAX_NAME = 1000
 _PASSED_ON = ("authorization", "traceparent", "tracestate")
+_DESCRIPTORS_EACH = 4  # a client's connection, those of its legs, and idle ones that are kept for the next
 
 
 @dataclass(slots=True)
@@ -45,6 +55,9 @@ class Proxy:
     clock: Clock = field(default_factory=SystemClock)
     sign_peer: SignPeer | None = None
     probe_headers: Mapping[str, str] = field(default_factory=dict)
+    access: AccessRules = AccessRules()  # noqa: RUF009 - frozen
+    engine_headers: Mapping[str, str] | None = None
+    """What engines get in place of a client's Authorization. None: that, unless it is a key of this proxy."""
     metrics: ProxyMetrics = field(init=False, default_factory=ProxyMetrics)
     fleet: Fleet = field(init=False)
     relay: Relay = field(init=False)
@@ -95,7 +108,7 @@ class Proxy:
     async def complete(self, request: Request) -> Response:
         """POST /v1/completions and /v1/chat/completions."""
         self._check_open()
-        headers = _headers(request)
+        headers = self._headers(request)
         self.metrics.in_flight.inc()
         try:
             data = await read_body(request, self.config.max_body_bytes)
@@ -118,6 +131,21 @@ class Proxy:
         self.metrics.in_flight.dec()
         self.metrics.requests.labels(outcome).inc()
 
+    def _headers(self, request: Request) -> dict[str, str]:
+        """For both legs: who asks, and one id for all of it. A client's id is taken when it is harmless.
+
+        ApiError for a header that could not be sent on.
+        """
+        passed = {name: request.headers[name] for name in _PASSED_ON if name in request.headers}
+        for name, value in passed.items():
+            if not (value.isascii() and value.replace("\t", " ").isprintable()):
+                raise ApiError(400, f"header {name} has characters that are not printable ASCII: send it without them")
+        if self.engine_headers is not None or self.access.api_keys:
+            passed.pop("authorization", None)
+            passed |= self.engine_headers or {}
+        own = request.headers.get("x-request-id", "")
+        return {**passed, "X-Request-Id": own if _REQUEST_ID.fullmatch(own) else uuid.uuid4().hex}
+
     def _check_open(self) -> None:
         if self.refusal is not None:
             raise ApiError(503, self.refusal, code="unavailable", headers={"Retry-After": "1"})
@@ -127,7 +155,7 @@ class Proxy:
         path = "/v1/models"
         if "name" in request.path_params:
             path += f"/{_one_segment(request.path_params['name'])}"
-        reply = await self.relay.ask(Call(path, {}, _headers(request)))
+        reply = await self.relay.ask(Call(path, {}, self._headers(request)))
         return Response(reply.content, reply.status, media_type=reply.content_type)
 
     async def health(self, request: Request) -> Response:
@@ -152,19 +180,6 @@ def _one_segment(name: str) -> str:
     return quote(name, safe="")
 
 
-def _headers(request: Request) -> dict[str, str]:
-    """For both legs: who asks, and one id for all of it. A client's id is taken when it is harmless.
-
-    ApiError for a header that could not be sent on.
-    """
-    passed = {name: request.headers[name] for name in _PASSED_ON if name in request.headers}
-    for name, value in passed.items():
-        if not (value.isascii() and value.replace("\t", " ").isprintable()):
-            raise ApiError(400, f"header {name} has characters that are not printable ASCII: send it without them")
-    own = request.headers.get("x-request-id", "")
-    return {**passed, "X-Request-Id": own if _REQUEST_ID.fullmatch(own) else uuid.uuid4().hex}
-
-
 def _outcome(error: BaseException) -> str:
     if isinstance(error, ApiError):
         if isinstance(error.__cause__, EngineFull):
@@ -175,4 +190,10 @@ def _outcome(error: BaseException) -> str:
 
 def make_server(proxy: Proxy, on_listening: Callable[[], None] = lambda: None) -> Server:
     """A server of it. `run` it once, with a bound socket."""
-    return Server(proxy.app(), proxy.config.drain_timeout_s, proxy.refuse_new, on_listening)
+    config = proxy.config
+    limits = ConnectionLimits(
+        config.max_connections, _DESCRIPTORS_EACH, config.header_timeout_s, config.body_timeout_s, config.max_body_bytes
+    )
+    return Server(
+        proxy.app(), config.drain_timeout_s, proxy.refuse_new, on_listening, limits=limits, access=proxy.access
+    )

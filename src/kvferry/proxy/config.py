@@ -52,6 +52,11 @@ class ProxyConfig:
     """Of an engine's reply, and of an event of its streams up to 16 MiB; a larger one is a failure of the engine."""
     max_stops: int = _at_least(0, 64)
     """Stop strings of a request, and stop token ids; more are refused with 400."""
+    max_connections: int | None = _at_least(1, None)
+    """None: as many as there are file descriptors for."""
+    header_timeout_s: float = _at_least(0.01, 10.0)
+    body_timeout_s: float = _at_least(0.01, 60.0)
+    """How long a request's headers, and then its body, may take to come."""
     host: str = "127.0.0.1"
     port: int = field(default=8100, metadata={"minimum": 0, "maximum": 65535})
     """0: any free one."""

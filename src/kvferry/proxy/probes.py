@@ -43,5 +43,9 @@ async def probe(fleet: Fleet, relay: Relay, prefill: Engine, decode: Engine, hea
     except Refused as refused:
         relay.give_back(hand_over)
         is_for_key = refused.reply.status in (401, 403)
-        remedy = "give its API key with --probe-key-file" if is_for_key else "--probe-interval-s 0 switches probes off"
+        remedy = (
+            "give its API key with --engine-key-file or --probe-key-file"
+            if is_for_key
+            else "--probe-interval-s 0 switches probes off"
+        )
         fleet.probe_refused(fleet.pairs[prefill, decode], f"a probe was refused by {refused}: {remedy}")

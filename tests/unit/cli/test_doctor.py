@@ -223,7 +223,8 @@ OF_SERVERS = {
     "--served-model-name": "a name for clients", "--enable-prefix-caching": "changes no need", "--seed": "as that",
     "--kv-events-config": "its endpoints are bound at the start alone", "--explain-requests": "changes no need",
     "--num-threads": "changes no need", "--max-queued-requests": "HTTP", "--max-body-bytes": "HTTP",
-    "--max-stops": "a limit of requests",
+    "--max-stops": "a limit of requests", "--api-key": "HTTP", "--allowed-origins": "HTTP", "--allowed-hosts": "HTTP",
+    "--max-connections": "HTTP", "--header-timeout-s": "HTTP", "--body-timeout-s": "HTTP",
     "--access-log": "HTTP", "--log-interval-s": "HTTP", "--drain-timeout-s": "HTTP",
 }  # fmt: skip
 """Options of `kvferry serve` that doctor has no use for, and why."""

@@ -14,7 +14,7 @@ from kvferry.engine.server.app import ModelInfo, create_app
 from kvferry.engine.server.protocol import BodyLimits
 from kvferry.engine.server.service import EngineService
 from kvferry.errors import ConfigError, HostError
-from kvferry.http import Server, run_until_signal
+from kvferry.http import AccessRules, ConnectionLimits, Server, run_until_signal
 from kvferry.metrics import Metrics
 
 logger = logging.getLogger(__name__)
@@ -34,6 +34,13 @@ class ServerOptions:
     max_body_bytes: int = 8 << 20
     max_stops: int = 64
     """Stop strings of a request, and stop token ids; more are refused with 400."""
+    access: AccessRules = AccessRules()  # noqa: RUF009 - frozen
+    """Who may ask."""
+    max_connections: int | None = None
+    """None: as many as there are file descriptors for."""
+    header_timeout_s: float = 10.0
+    body_timeout_s: float = 60.0
+    """How long a request's headers, and then its body, may take to come."""
     access_log: bool = False
     """A line on stdout for each HTTP request."""
     log_interval_s: float = 10.0
@@ -47,11 +54,15 @@ class ServerOptions:
             ("max_queued_requests", 0),
             ("max_body_bytes", 1),
             ("max_stops", 0),
+            ("max_connections", 1),
+            ("header_timeout_s", 0.01),
+            ("body_timeout_s", 0.01),
             ("drain_timeout_s", 0),
             ("log_interval_s", 0),
         ):
-            if not minimum <= getattr(self, name) < math.inf:
-                raise ConfigError(f"{name}={getattr(self, name)} must be a number of at least {minimum}")
+            value = getattr(self, name)
+            if value is not None and not minimum <= value < math.inf:
+                raise ConfigError(f"{name}={value} must be a number of at least {minimum}")
 
 
 def make_server(llm: LLM, options: ServerOptions, on_listening: Callable[[], None] = lambda: None) -> Server:
@@ -74,7 +85,14 @@ def make_server(llm: LLM, options: ServerOptions, on_listening: Callable[[], Non
         tokenizer=copy.deepcopy(llm.tokenizer),
     )
     app = create_app(service, model, metrics, options.max_body_bytes)
-    server = Server(app, options.drain_timeout_s, service.refuse_new, on_listening, access_log=options.access_log)
+    server = Server(
+        app, options.drain_timeout_s, service.refuse_new, on_listening, access_log=options.access_log,
+        access=options.access,
+        limits=ConnectionLimits(
+            max_connections=options.max_connections, header_timeout_s=options.header_timeout_s,
+            body_timeout_s=options.body_timeout_s, max_body_bytes=options.max_body_bytes,
+        ),
+    )  # fmt: skip
     service.on_failure = server.fail
     return server
 

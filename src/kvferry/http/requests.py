@@ -1,19 +1,13 @@
-"""What our HTTP servers share: errors in OpenAI's shape, bodies with a limit, clients that leave, sockets, signals."""
+"""Requests as our servers see them: errors in OpenAI's shape, bodies with a limit, clients that leave."""
 
 from __future__ import annotations
 
 import asyncio
 import json
-import logging
 import re
-import signal
-import socket
 from collections.abc import AsyncIterator, Awaitable, Callable
-from ipaddress import ip_address
-from types import FrameType
 from typing import TYPE_CHECKING, Any, TypeVar
 
-import uvicorn
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
@@ -23,11 +17,7 @@ from kvferry.errors import ConfigError
 if TYPE_CHECKING:
     from starlette.types import Receive, Scope, Send
 
-logger = logging.getLogger(__name__)
-
 T = TypeVar("T")
-_LINGER_S = 2.0
-_BACKLOG = 512
 _MAX_MESSAGE_CHARS = 1000
 _MAX_STOP_CHARS = 256
 _MAX_CONTAINERS = 500_000  # each costs Python far more memory and time than the two bytes it has in JSON
@@ -208,86 +198,3 @@ ERROR_HANDLERS: dict[Any, Callable[[Request, Exception], Response | Awaitable[Re
     Exception: _our_fault,
 }
 """For a Starlette application."""
-
-
-# ---- the process --------------------------------------------------------------------------------------------------
-
-
-def bind_socket(host: str, port: int) -> socket.socket:
-    """A bound socket that does not listen yet: before a model is loaded it shows that the port is free."""
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    bound = socket.socket(family, socket.SOCK_STREAM)
-    bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    try:
-        bound.bind((host, port))
-    except (OSError, OverflowError) as err:
-        bound.close()
-        raise ConfigError(f"cannot listen on host={host!r} port={port}: {err}") from err
-    return bound
-
-
-def url_of(bound: socket.socket) -> str:
-    """What clients reach a bound socket by."""
-    host, port = bound.getsockname()[:2]
-    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
-
-
-class Server(uvicorn.Server):
-    """uvicorn's, which also stops taking requests as soon as a signal comes, not when the last one has ended."""
-
-    def __init__(
-        self,
-        app: Any,
-        drain_timeout_s: float,
-        refuse_new: Callable[[str], None],
-        on_listening: Callable[[], None],
-        *,
-        access_log: bool = False,
-    ) -> None:
-        """`refuse_new` is called with the reason at the first signal, `on_listening` when requests can come."""
-        config = uvicorn.Config(
-            app,
-            log_level="warning",
-            access_log=access_log,
-            lifespan="on",
-            backlog=_BACKLOG,
-            timeout_graceful_shutdown=max(1, round(drain_timeout_s)),
-        )
-        if access_log:
-            logging.getLogger("uvicorn.access").setLevel(logging.INFO)  # the other levels of uvicorn stay as they are
-        super().__init__(config)
-        self._refuse_new = refuse_new
-        self._on_listening = on_listening
-        self.linger_s = _LINGER_S
-        self.failure: str | None = None
-        """Why the server ended by itself; None when it was told to."""
-
-    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """A first signal drains, a second one does not wait."""
-        self._refuse_new("the server is stopping")
-        super().handle_exit(sig, frame)
-
-    def fail(self, reason: str) -> None:
-        """End `linger_s` from now, so that clients and probes hear why. For the event loop's thread only."""
-        self.failure = reason
-        asyncio.get_running_loop().call_later(self.linger_s, setattr, self, "should_exit", True)
-
-    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        """Listen, then say so."""
-        await super().startup(sockets)
-        if self.started:
-            self._on_listening()
-
-
-def run_until_signal(server: Server, bound: socket.socket) -> None:
-    """Serve until SIGTERM or SIGINT, drain, return. Blocks; main thread only."""
-    host = bound.getsockname()[0]
-    if not ip_address(host).is_loopback:
-        logger.warning("host=%s: whoever reaches this port may use the model, there is no authentication", host)
-    # uvicorn raises the signal again at its end, which is to be an ordinary end.
-    previous = {number: signal.signal(number, lambda *_: None) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        server.run(sockets=[bound])
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
