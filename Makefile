@@ -4,6 +4,7 @@
 # make test-lmcache  the client of LMCache's server against that server, in a virtual environment of its own
 # make test-vllm   the connector inside real vLLM, in a virtual environment of its own
 # make test-vllm-031  its smoke test with the oldest vLLM that is supported, in another one
+# make stress      long attacks and soaks: KVFERRY_STRESS_S=900 make stress
 # make lint        ruff, mypy --strict, import-linter
 # make bench       demo, tiers, engine and transports against their peers and bounds; writes bench/results
 # make clean       removes caches and build outputs, keeps the virtual environments
@@ -26,7 +27,7 @@ ARGS ?=
 # Spinning OpenMP threads and other processes on the same cores slow each other down threefold.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: venv venv-native venv-lmcache venv-vllm venv-vllm-031 demo test test-native test-lmcache test-vllm test-vllm-031 test-gpu lint bench clean
+.PHONY: venv venv-native venv-lmcache venv-vllm venv-vllm-031 demo test test-native test-lmcache test-vllm test-vllm-031 test-gpu stress lint bench clean
 
 venv: .venv/.stamp
 venv-native: .venv-native/.stamp
@@ -87,7 +88,7 @@ demo: venv
 # Two at a time, file by file, for most of them wait; -n 0 in ARGS: one after the other.
 test: venv
 	@$(BIN)/python -m pytest -n 2 --dist loadfile \
-	    --ignore=tests/vllm --ignore=tests/native --ignore=tests/lmcache --ignore=tests/gpu $(ARGS)
+	    --ignore=tests/vllm --ignore=tests/native --ignore=tests/lmcache --ignore=tests/gpu --ignore=tests/stress $(ARGS)
 
 test-lmcache: venv venv-lmcache
 	@KVFERRY_LMCACHE_PYTHON=$(LMCACHE_PYTHON) $(BIN)/python -m pytest tests/lmcache $(ARGS)
@@ -98,6 +99,9 @@ test-native: venv-native
 # Needs a CUDA device and a CUDA build of torch in the python it is given; not part of CI.
 test-gpu:
 	@$(PYTHON) -m pytest tests/gpu -W default $(ARGS)
+
+stress: venv
+	@$(BIN)/python -m pytest --timeout 0 -s tests/stress $(ARGS)
 
 test-vllm: venv-vllm venv-lmcache
 	@KVFERRY_LMCACHE_PYTHON=$(LMCACHE_PYTHON) $(VLLM_BIN)/python -m pytest tests/vllm -W default $(ARGS)

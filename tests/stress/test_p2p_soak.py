@@ -1,0 +1,92 @@
+"""Two pairs of engines in processes of their own, one that pulls and one that pushes, under kills and pauses at random.
+
+KVFERRY_STRESS_S says for how many seconds (60 unless given), KVFERRY_STRESS_SEED with which seed, and
+KVFERRY_STRESS_TRANSPORT over what (shm unless given; nixl in an environment that has it). Every reply is compared with
+the stub model's definition, in which one wrong KV byte is another token; at the end nothing may be held anywhere.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import time
+from collections import Counter
+from pathlib import Path
+
+from p2p_kill import MODES, NEAR, PROMPT_TOKENS, Pair, expected, new_prompt
+
+SECONDS = float(os.environ.get("KVFERRY_STRESS_S", "60"))
+SEED = int(os.environ.get("KVFERRY_STRESS_SEED", "1"))
+TRANSPORT = os.environ.get("KVFERRY_STRESS_TRANSPORT", "shm")
+
+
+class Soak:
+    """One pair, and what is done to it."""
+
+    def __init__(self, pair: Pair, rng: random.Random, counts: Counter[str]) -> None:
+        self.pair, self.rng, self.counts = pair, rng, counts
+
+    def requests(self, *, is_disturbed: bool = False) -> None:
+        """Some at once, all right; `is_disturbed`: one engine stands still while they run."""
+        prompts = [new_prompt() for _ in range(self.rng.randint(1, 3))]
+        handed = [self.pair.prefill.prefill(prompt) for prompt in prompts]
+        ids = [self.pair.decode.add(*each) for each in zip(prompts, handed, strict=True)]
+        if is_disturbed:
+            engine = self.rng.choice((self.pair.prefill, self.pair.decode))
+            engine.stop()
+            time.sleep(self.rng.choice((0.1, 1.0, 6.0)))
+            engine.go_on()
+        for prompt, request_id in zip(prompts, ids, strict=True):
+            result = self.pair.decode.result(request_id)
+            assert result["tokens"] == expected(prompt)
+            self.counts["requests"] += 1
+            self.counts["handed over"] += result["num_external"] == PROMPT_TOKENS
+
+    def pause(self) -> None:
+        self.requests(is_disturbed=True)
+
+    def unclaimed(self) -> None:
+        """Nobody comes for it."""
+        self.pair.prefill.prefill(new_prompt())
+
+    def kill(self) -> None:
+        """With a request under way, to whichever."""
+        prompt = new_prompt()
+        params = self.pair.prefill.prefill(prompt)
+        victim = self.rng.choice(("prefill", "decode"))
+        request_id = self.pair.decode.add(prompt, params)
+        time.sleep(self.rng.random() * 0.05)
+        getattr(self.pair, victim).kill()
+        if victim == "prefill":
+            assert self.pair.decode.result(request_id)["tokens"] == expected(prompt)
+        self.pair.restart(victim)
+        self.pair.hand_over(num_tries=3)
+
+    def step(self) -> None:
+        act = self.rng.choices((self.requests, self.pause, self.unclaimed, self.kill), (10, 3, 2, 1))[0]
+        self.counts[act.__name__] += 1
+        act()
+
+
+def test_soak(tmp_path: Path) -> None:
+    print(f"seed {SEED}, {SECONDS} s over {TRANSPORT}")
+    rng, counts = random.Random(SEED), Counter[str]()
+    pairs = []
+    try:
+        for mode in MODES:
+            (folder := tmp_path / mode).mkdir()
+            pairs.append(Pair(TRANSPORT, folder))
+            pairs[-1].start(mode, num_tries=3, **NEAR)
+        soaks = [Soak(pair, rng, counts) for pair in pairs]
+        end_s = time.monotonic() + SECONDS
+        while time.monotonic() < end_s:
+            rng.choice(soaks).step()
+        for pair in pairs:
+            pair.prefill.settle()
+            pair.decode.settle()
+            pair.hand_over(num_tries=3)
+    finally:
+        for pair in pairs:
+            pair.end()
+    print(dict(counts))
+    assert counts["handed over"] > counts["requests"] / 4, counts
