@@ -7,10 +7,14 @@ import json
 from typing import Any
 
 import pytest
+import uvicorn
+from uvicorn.server import ServerState
 
+from kvferry.clock import FakeClock
 from kvferry.errors import ConfigError
-from kvferry.http import AccessRules
+from kvferry.http import AccessRules, ConnectionLimits
 from kvferry.http.access import Guard
+from kvferry.http.connections import Connections
 
 KEYS = ("first-key", "second-key")
 OPEN, GUARDED = (
@@ -125,3 +129,58 @@ def test_the_environment_has_a_key_where_the_command_line_has_none(monkeypatch: 
     monkeypatch.setenv("KVFERRY_API_KEY", "")
     monkeypatch.delenv("VLLM_API_KEY")
     assert AccessRules.parse(None, None, None).api_keys == ()
+
+
+def test_more_connections_than_descriptors_are_refused_at_the_start() -> None:
+    assert 16 <= ConnectionLimits().num_connections() <= 2048
+    assert ConnectionLimits(max_connections=17).num_connections() == 17
+    with pytest.raises(ConfigError, match=r"max_connections=1000000000: .* file descriptors, .*`ulimit -n`"):
+        ConnectionLimits(max_connections=10**9).num_connections()
+
+
+class StuckTransport:
+    """Of a client that takes nothing of what it is sent."""
+
+    is_aborted = False
+    has_been_closed = False
+
+    def get_extra_info(self, name: str) -> None:
+        return None
+
+    def get_write_buffer_size(self) -> int:
+        return 1 << 20
+
+    def is_closing(self) -> bool:
+        return self.has_been_closed
+
+    def close(self) -> None:
+        self.has_been_closed = True
+
+    def abort(self) -> None:
+        self.is_aborted = True
+
+
+@pytest.mark.parametrize(("is_closed", "patience_s"), [(False, 60), (True, 10)])
+def test_a_client_that_takes_nothing_is_cut_off(is_closed: bool, patience_s: float) -> None:
+    clock, transport = FakeClock(), StuckTransport()
+    # Its request is under way for as long as it likes: header and body deadlines are not what ends it.
+    connections = Connections(ConnectionLimits(header_timeout_s=1e6), clock)
+    loop = asyncio.new_event_loop()
+    connection = connections.protocol(
+        config=uvicorn.Config(Guard(None, AccessRules())),
+        server_state=ServerState(),
+        app_state={},
+        _loop=loop,  # type: ignore[arg-type]
+    )
+    connection.connection_made(transport)  # type: ignore[arg-type]
+    connection.pause_writing()
+    if is_closed:
+        transport.close()
+        connections.sweep()
+    clock.advance(patience_s - 1)
+    connections.sweep()
+    assert not transport.is_aborted
+    clock.advance(2)
+    connections.sweep()
+    assert transport.is_aborted
+    loop.close()
