@@ -56,7 +56,9 @@ _TOKEN_SOURCES = ("local_compute", "local_cache_hit", "external_kv_transfer")
 HIT_SOURCES = ("device", "host", "p2p", "disk", "external_unspecified")
 _FAILURES = ("TierBusy", "TierCorrupt", "TierUnavailable", "HostError", "TransferError", "TransferCorrupt", "other")
 FAILURE_REASONS = (*(f"{what} {why}" for what in ("load", "store") for why in _FAILURES), "other")
-FALLBACK_REASONS = ("stalled wait", "failed load", "failed store", "dropped store", "other")
+FALLBACK_REASONS = (
+    "stalled wait", "failed load", "failed store", "dropped store", "hook raised", "switched off", "other",
+)  # fmt: skip
 HELD_REASONS = ("loading", "sending", "late_load", "late_send", "quarantined", "other")
 
 _MEDIUM = (("connector", "medium"), ((), ()))

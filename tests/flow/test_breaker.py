@@ -65,6 +65,19 @@ def test_many_failures_in_one_step_count_once(make_engine, tokens):
     assert engine.llm.counters.switched_off == {}
 
 
+def test_one_that_could_not_be_told_of_a_failed_load_is_off_at_once(make_engine, tokens):
+    """It might store what was computed over that load."""
+    engine = make_engine()
+    engine.run(tokens(11))
+    engine.llm.reset_prefix_cache()
+    engine.script.raise_in = {"update_connector_output": 1}
+    engine.run(tokens(3, 5), max_tokens=1)
+    assert engine.llm.counters.switched_off == {}, "there was nothing to be told"
+    engine.script.raise_in = {"start_load_kv": 1, "update_connector_output": 1}
+    engine.run(tokens(11))
+    assert "could not be told" in engine.llm.counters.switched_off["FakeConnector"]
+
+
 def test_bad_answers_end_it_too(make_engine, script, tokens):
     engine = make_engine(script(match_override=lambda request, num_local: (-1, False)))
     for seed in range(LIMIT):

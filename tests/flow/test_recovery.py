@@ -123,7 +123,7 @@ def test_failed_request_of_a_sync_load(make_engine, tokens):
     assert engine.llm.counters.late_completions == 0
 
 
-@pytest.mark.parametrize("how", ["position", "request", "raise"])
+@pytest.mark.parametrize("how", ["position", "request", "start_load_kv", "wait_for_save"])
 def test_connectors_hear_of_every_block_that_a_sync_load_left_bad(make_engine, script, tokens, monkeypatch, how):
     """However the failure was reported: whoever stored what was computed over it must take that back."""
     engine = make_engine(script(by_position=how == "position"))
@@ -143,7 +143,7 @@ def test_connectors_hear_of_every_block_that_a_sync_load_left_bad(make_engine, s
     elif how == "request":
         engine.script.extra_failed = engine.script.extra_received = {request_id}
     else:
-        engine.script.raise_in["start_load_kv"] = 1
+        engine.script.raise_in[how] = 1
     engine.step()
     (table,) = engine.llm.scheduler.manager.get_block_ids(request_id)
     assert heard == [{table[3]} if how == "position" else set(table[2:])]

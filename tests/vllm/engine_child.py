@@ -6,6 +6,7 @@ key's value as first argument and the other keys by name. Answers are JSON lines
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import os
@@ -202,6 +203,8 @@ class Driver:
         self._llm = llm
         self._seen = self._metrics()
         self._adapter: Any = None
+        self._undo_steps: list[tuple[Any, str, Any]] = []
+        self._raised = [0]
 
     def _metrics(self) -> dict[str, float]:
         found = dict.fromkeys(METRICS, 0.0)
@@ -312,28 +315,62 @@ class Driver:
             "layers_by_group": self._llm.collective_rpc("layers_by_group")[0],
         }
 
-    def raise_in(self, hook: str) -> dict[str, Any]:
-        """This hook of the scheduler's side raises from now on, and no other; "": none. Needs the core in this process.
+    def raise_in(self, hook: str, times: int) -> dict[str, Any]:
+        """This hook raises the next so many times (-1: always), on both sides, and no other. Needs the core here."""
+        from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorBase_V1
 
-        `get_kv_connector_kv_cache_events` is the worker's.
-        """
-        scheduler = self._llm.llm_engine.engine_core.engine_core.scheduler.connector
-        worker = _worker_connector()
-        for side in (scheduler.side, worker.side):
-            for name in [name for name, value in vars(side).items() if getattr(value, "is_told_to_raise", False)]:
-                delattr(side, name)
-        if hook:
-
-            def fail(*args: Any, **kwargs: Any) -> Any:
-                raise TypeError("told to raise")
-
-            fail.is_told_to_raise = True  # type: ignore[attr-defined]
-            setattr((worker if hook == "get_kv_connector_kv_cache_events" else scheduler).side, hook, fail)
+        self._undo()
+        sides = [connector.side for connector in self._connectors()]
+        left = [times]
+        self._raised = left
+        # Hooks of metadata have no side: vLLM's base class has them.
+        owners = [side for side in sides if hasattr(side, hook)] if hook != "has_connector_metadata" else []
+        for owner in owners or [KVConnectorBase_V1]:
+            self._undo_steps.append((owner, hook, vars(owner).get(hook)))
+            setattr(owner, hook, _raising(getattr(owner, hook), left))
         return {"raise_in": hook}
+
+    def _connectors(self) -> list[Any]:
+        return [self._llm.llm_engine.engine_core.engine_core.scheduler.connector, _worker_connector()]
+
+    def _undo(self) -> None:
+        for owner, hook, own in self._undo_steps:
+            delattr(owner, hook) if own is None else setattr(owner, hook, own)
+        self._undo_steps.clear()
+
+    def left_to_raise(self, _: bool) -> dict[str, Any]:
+        """How often the hook of `raise_in` is still to raise; from now on none does."""
+        self._undo()
+        return {"left": self._raised[0]}
+
+    def guards(self, _: bool) -> dict[str, Any]:
+        """What both guards have seen, and how many blocks of the pool are free."""
+        scheduler, worker = (connector._own_guard for connector in self._connectors())
+        pool = self._llm.llm_engine.engine_core.engine_core.scheduler.kv_cache_manager.block_pool
+        return {
+            "num_errors": scheduler.num_errors,
+            "is_off": [scheduler.is_off, worker.is_off],
+            "is_shut_down": [scheduler.is_shut_down, worker.is_shut_down],
+            "num_aside": sum(map(len, scheduler._aside.values())),
+            "num_free_blocks": pool.get_num_free_blocks(),
+        }
 
     def connector(self, _: bool) -> dict[str, Any]:
         """See WorkerProbe.connector_origin."""
         return {"origin": self._llm.collective_rpc("connector_origin")[0]}
+
+
+def _raising(ask: Any, left: list[int]) -> Any:
+    """The hook, raising as long as `left[0]` is not 0, which is counted down."""
+
+    @functools.wraps(ask)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        if left[0]:
+            left[0] -= 1
+            raise TypeError("told to raise")
+        return ask(*args, **kwargs)
+
+    return call
 
 
 def _output(output: Any) -> dict[str, Any]:

@@ -68,7 +68,8 @@ def test_vllm_resolves_our_class_instead_of_its_own() -> None:
 
 
 def answers(results: base.KVConnectorTransferResults) -> Any:
-    connector = object.__new__(LoadRecoveryExampleConnector)
+    connector: Any = object.__new__(LoadRecoveryExampleConnector)
+    connector.has_guard = True  # as a MultiConnector's child
     connector._worker_side = SimpleNamespace(get_transfer_results=lambda finished: results)
     connector._scheduler_side = None
     return connector.get_transfer_results(set())
@@ -82,7 +83,7 @@ def test_failed_blocks_are_told_to_vllm_as_failed_requests() -> None:
     assert found.failed_recving == {"b", "c"}
 
 
-def test_a_failure_that_vllm_cannot_be_told_of_ends_the_engine() -> None:
+def test_a_childs_failure_that_vllm_cannot_be_told_of_is_raised() -> None:
     with pytest.raises(HostError, match="the load of b failed"):
         answers(base.KVConnectorTransferResults(failed_blocks={base.LoadFailure("b", 0, 3)}))
 

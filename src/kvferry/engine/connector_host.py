@@ -207,7 +207,11 @@ class SchedulerConnector:
         if self._guard is None:
             return
         if had_forward or not output.is_empty():
+            self._guard.failed_hooks.clear()
             self._guard.call("update_connector_output", None, output)
+            failures = output.invalid_block_ids or output.failed_recving or output.failed_blocks
+            if self._guard.failed_hooks and failures:
+                self._breaker.condemn("it could not be told of failed loads, whose KV it might store")
 
     def breach(self, hook: str, what: str) -> None:
         """Note that what a hook reported breaks the contract."""
@@ -277,7 +281,7 @@ _BOUND_HOOKS = frozenset(
 )
 """Not called in a step for which there is no metadata."""
 _REPORT_HOOKS = frozenset({"get_transfer_results", "get_block_ids_with_load_errors"})
-_LOAD_HOOKS = (_BOUND_HOOKS - {"wait_for_save"}) | _REPORT_HOOKS | {"has_connector_metadata", "wait_for_layer_load"}
+_LOAD_HOOKS = _BOUND_HOOKS | _REPORT_HOOKS | {"has_connector_metadata", "wait_for_layer_load"}
 _CHECKS: dict[str, Clause] = {
     "get_transfer_results": broken_results,
     "get_block_ids_with_load_errors": broken_block_ids,

@@ -12,6 +12,7 @@ from typing import Any
 
 from kvferry.contract import KVConnectorBase_V1
 from kvferry.contract.clauses import Clause
+from kvferry.contract.streaks import Streaks
 from kvferry.errors import ContractError
 
 logger = logging.getLogger(__name__)
@@ -40,40 +41,24 @@ class HostCounters:
 
 
 class Breaker:
-    """Decides when a connector is switched off; shared by the guards of its two instances.
-
-    The rule: a hook has failed (raised, or broken a clause) in each of the last `limit` steps in which it was called.
-    How often it failed within a step, and steps in which it was not called, do not count.
-    """
+    """Decides when a connector is switched off (`Streaks` has the rule); shared by the guards of its two instances."""
 
     def __init__(self, limit: int, counters: HostCounters) -> None:
         self.counters = counters
         self.is_off = False
         self.guards: list[Guard] = []
         """In the order of shutdown: worker, scheduler."""
-        self._limit = limit
-        self._called: set[str] = set()
-        self._failed: dict[str, str] = {}
-        self._streaks: dict[str, int] = {}
+        self.streaks = Streaks(limit)
         self._reason = ""
 
-    def note_call(self, hook: str) -> None:
-        """A hook is called in this step."""
-        self._called.add(hook)
-
-    def note_failure(self, hook: str, failure: str) -> None:
-        """A hook failed in this step."""
-        self._called.add(hook)
-        self._failed[hook] = failure
+    def condemn(self, reason: str) -> None:
+        """Have the connector switched off at the end of this step, whatever failed how often."""
+        self._reason = self._reason or reason
 
     def end_step(self) -> bool:
         """Count the step that ends. True when the connector must be switched off now."""
-        for hook in self._called:
-            self._streaks[hook] = self._streaks.get(hook, 0) + 1 if hook in self._failed else 0
-            if self._streaks[hook] >= self._limit and not self.is_off:
-                self._reason = f"{hook} failed in {self._limit} steps in a row, at last: {self._failed[hook]}"
-        self._called.clear()
-        self._failed.clear()
+        reason = self.streaks.end_step()
+        self._reason = self._reason or reason
         return bool(self._reason) and not self.is_off
 
     def switch_off(self, reason: str = "") -> bool:
@@ -116,7 +101,7 @@ class Guard:
         """The hook's answer, or `default` when it raises, `check` names a broken clause, or the connector is off."""
         if self._breaker.is_off:
             return default
-        self._breaker.note_call(hook)
+        self._breaker.streaks.note_call(hook)
         try:
             answer = getattr(self.connector, hook)(*args, **kwargs)
         except Exception as err:  # a host hook: a plugin's fault must not end the engine
@@ -149,4 +134,4 @@ class Guard:
     def _count(self, counts: dict[str, int], hook: str, failure: str) -> None:
         counts[hook] = counts.get(hook, 0) + 1
         self.failed_hooks.add(hook)
-        self._breaker.note_failure(hook, failure)
+        self._breaker.streaks.note_failure(hook, failure)

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import functools
-import logging
 import sys
 import types
 import weakref
 from collections.abc import Callable, Iterable
-from dataclasses import fields, replace
+from dataclasses import fields
 from inspect import getattr_static
-from typing import Any, TypeVar
+from typing import Any
 
 from vllm.distributed import kv_events as vllm_events
 from vllm.distributed.kv_transfer.kv_connector.v1 import base as vllm_base
@@ -18,8 +17,8 @@ from vllm.distributed.kv_transfer.kv_connector.v1 import base as vllm_base
 from kvferry.contract import base as own
 from kvferry.contract.facade import facade_mixin
 from kvferry.contract.factory import KVConnectorFactory
-from kvferry.contract.stats import ConnectorStats
 from kvferry.errors import HostError
+from kvferry.vllm.guarded import GuardedHooks
 from kvferry.vllm.stats import FerryStats, MetricsOfAll, StatsTeller
 
 vllm_base.KVConnectorMetadata.register(own.KVConnectorMetadata)
@@ -27,51 +26,7 @@ vllm_base.KVConnectorHandshakeMetadata.register(own.KVConnectorHandshakeMetadata
 vllm_base.KVConnectorWorkerMetadata.register(own.KVConnectorWorkerMetadata)
 own.SupportsHMA.register(vllm_base.SupportsHMA)
 
-logger = logging.getLogger(__name__)
-C = TypeVar("C")
-
 _CLASS_HOOKS = ("get_required_kvcache_layout", "requires_piecewise_for_cudagraph")
-
-
-_NEUTRAL: dict[str, Callable[..., Any]] = {
-    "on_new_request": lambda request: None,
-    "get_num_new_matched_tokens": lambda request, num_computed_tokens: (0, False),
-    "get_external_cache_hit_sources": lambda request, num: {vllm_base.CacheHitSource.EXTERNAL_UNSPECIFIED: num},
-    "has_pending_block_frees": lambda: False,
-    "has_pending_push_work": lambda: False,
-    "take_events": list,
-    "get_kv_connector_stats": lambda: None,
-    "get_kv_connector_kv_cache_events": lambda: None,
-    "reset_cache": lambda: False,
-}
-"""Hooks after whose failure the engine can go on, as nothing was promised: hook -> the answer in place of theirs.
-
-What other hooks raise ends the engine, as vLLM does by itself: of a load or save under way there is no telling what
-has become of it, and going on could be a wrong answer.
-"""
-
-
-def guarded(connector: type[C]) -> type[C]:
-    """The class, changed so that what the hooks of _NEUTRAL raise is logged, counted and answered for."""
-    for hook, neutral in _NEUTRAL.items():
-        if (ask := getattr(connector, hook, None)) is not None:
-            setattr(connector, hook, _guarded_hook(hook, ask, neutral))
-    return connector
-
-
-def _guarded_hook(hook: str, ask: Callable[..., Any], neutral: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.wraps(ask)
-    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if self.has_guard:
-            return ask(self, *args, **kwargs)
-        try:
-            return ask(self, *args, **kwargs)
-        except Exception:  # a host hook: what one request brings along must not end the engine
-            self.num_hook_errors += 1
-            logger.exception("%s.%s failed; going on without it", type(self).__name__, hook)
-            return neutral(*args, **kwargs)
-
-    return call
 
 
 _WEIGHT_CHANGES = ("reload_weights", "update_config", "start_weight_update", "start_draft_weight_update")
@@ -110,12 +65,10 @@ def _unless_held(name: str, change: Callable[..., Any]) -> Callable[..., Any]:
 
 
 class VllmAnswers:
-    """Turns our answers into vLLM's types. Stands before the class that answers in a connector's bases."""
+    """Turns our answers into vLLM's types. In a connector's bases it stands between GuardedHooks and what answers."""
 
-    has_guard = False
-    """True for a MultiConnector's child: its parent deals with what its hooks raise."""
-    num_hook_errors = 0
-    """What hooks raised and `guarded` answered for."""
+    has_guard: bool
+    _guard: Any
 
     def __init__(self, vllm_config: Any, role: Any, kv_cache_config: Any) -> None:
         super().__init__(vllm_config, role, kv_cache_config)  # type: ignore[call-arg]  # what answers is next
@@ -131,13 +84,12 @@ class VllmAnswers:
     def get_transfer_results(self, finished_req_ids: set[str]) -> Any:
         """Of asynchronous loads, failed blocks are told as failed requests: vLLM cannot be told of positions.
 
-        Raises HostError, which ends the engine, when a synchronous load failed in a way that vLLM has no words for:
-        going on would be a wrong answer.
+        HostError for a MultiConnector's child whose synchronous load failed: it can be told of by block ids only.
         """
         results = super().get_transfer_results(finished_req_ids)  # type: ignore[misc]
         received = set(results.finished_recving)
         failed = set(results.failed_recving) | {failure.request_id for failure in results.failed_blocks}
-        if not failed <= received:
+        if self.has_guard and not failed <= received:
             raise HostError(
                 f"the load of {', '.join(sorted(failed - received))} failed, and vLLM can be told of failures of "
                 "synchronous loads by block ids only: load asynchronously, or report block ids"
@@ -146,10 +98,8 @@ class VllmAnswers:
 
     def get_kv_connector_stats(self) -> Any:
         """What has changed since the last call; None when nothing has."""
-        stats = super().get_kv_connector_stats()  # type: ignore[misc]
-        if self.num_hook_errors:
-            stats = stats or ConnectorStats()
-            stats = replace(stats, fallbacks={**stats.fallbacks, "hook raised": self.num_hook_errors})
+        ask = super().get_kv_connector_stats  # type: ignore[misc]
+        stats = ask() if self._guard is None else self._guard.stats(ask)
         return self._stats.changes(stats)
 
     def take_events(self) -> Iterable[Any]:
@@ -193,5 +143,5 @@ def vllm_form(own_class: type[Any]) -> type[Any]:
         "__module__": "kvferry.vllm",
         **{hook: getattr_static(own_class, hook) for hook in _CLASS_HOOKS},
     }
-    bases = (VllmAnswers, mixin, vllm_base.KVConnectorBase_V1, *hma)
-    return guarded(types.new_class(own_class.__name__, bases, exec_body=lambda body: body.update(namespace)))
+    bases = (GuardedHooks, VllmAnswers, mixin, vllm_base.KVConnectorBase_V1, *hma)
+    return types.new_class(own_class.__name__, bases, exec_body=lambda body: body.update(namespace))

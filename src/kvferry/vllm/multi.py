@@ -22,7 +22,8 @@ from kvferry.contract.stats import ConnectorStats
 from kvferry.errors import ConfigError, ConnectorNotFound
 from kvferry.vllm import CONNECTOR_NAMES
 from kvferry.vllm.compat import as_newest
-from kvferry.vllm.facade import VllmAnswers, guarded
+from kvferry.vllm.facade import VllmAnswers
+from kvferry.vllm.guarded import GuardedHooks
 from kvferry.vllm.stats import FerryStats, MetricsOfAll
 
 _PATH = "kv_connector_module_path"
@@ -86,6 +87,8 @@ class _FerryMulti(VllmAnswers, MultiConnector, vllm_base.KVConnectorBase_V1):  #
         is_scheduler = self.role is vllm_base.KVConnectorRole.SCHEDULER
         told = {child.label: child.stats(None, with_errors=is_scheduler) for child in self.children}
         errors = ConnectorStats(children={label: stats for label, stats in told.items() if stats is not None})
+        if self._guard is not None:
+            errors = self._guard.stats(lambda: errors)
         found = (self._stats.changes(errors) if is_scheduler else None) or FerryStats()
         for child in self.children:
             found.add_child(self._stats.name, child.label, child.ask("get_kv_connector_stats", None))
@@ -115,8 +118,7 @@ def _others(multi: type[_FerryMulti], vllm_config: Any, arguments: Any, built: d
     return {label: metrics for label, metrics in found.items() if metrics is not None}
 
 
-@guarded
-class FerryMultiConnectorNoHMA(_FerryMulti):
+class FerryMultiConnectorNoHMA(GuardedHooks, _FerryMulti):  # type: ignore[misc]
     """Several connectors as one, without hybrid KV caches: vLLM switches them off."""
 
     @classmethod
@@ -125,8 +127,7 @@ class FerryMultiConnectorNoHMA(_FerryMulti):
         return False
 
 
-@guarded
-class FerryMultiConnector(_FerryMulti, vllm_base.SupportsHMA):
+class FerryMultiConnector(GuardedHooks, _FerryMulti, vllm_base.SupportsHMA):  # type: ignore[misc]
     """Several connectors as one; hybrid KV caches are on where all of them support these.
 
     kvferry's plugin answers vLLM's question by the children. Where it is not loaded, or hybrid KV caches were switched

@@ -197,6 +197,26 @@ def test_an_exception_of_a_child_that_loads_nothing_is_its_own(hook: str) -> Non
     assert stats.children == {"Hybrid#2": ConnectorStats(fallbacks={"hook raised": 1})}
 
 
+def test_a_save_that_raises_beside_a_synchronous_load_fails_that_load() -> None:
+    """It may have been about to say what was not loaded."""
+    pair = Pair()
+    start_load(pair, 1, is_async=False)
+    pair.w[1].answers["wait_for_save"] = RuntimeError("boom")
+    assert layered_step(pair)["wait_for_save"] == 1
+    assert pair.w[0].called("wait_for_save")
+    (output,) = pair.s[0].called("update_connector_output")[-1]
+    assert output.invalid_block_ids == {11, 12}
+
+
+def test_a_child_that_could_not_be_told_of_a_failed_load_is_off_at_once() -> None:
+    pair = Pair()
+    pair.s[1].answers["update_connector_output"] = RuntimeError("boom")
+    pair.scheduler.update_connector_output(KVConnectorOutput())
+    assert not pair.scheduler.children[1].is_off, "there was nothing to be told"
+    pair.scheduler.update_connector_output(KVConnectorOutput(invalid_block_ids={3}))
+    assert [child.is_off for child in pair.scheduler.children] == [False, True]
+
+
 def test_results_survive_another_childs_exception() -> None:
     pair = Pair()
     pair.scheduler.on_new_request(request("s"))

@@ -150,6 +150,21 @@ class Completions:
         """Children with a load under way."""
         return {load.child for load in self._loads.values()}
 
+    def loading_ids(self) -> set[str]:
+        """Loads under way."""
+        return set(self._loads)
+
+    def live_ids(self) -> set[str]:
+        """Requests that have not ended."""
+        return set(self._live)
+
+    def fail(self, child: int, request_ids: set[str]) -> set[str]:
+        """These loads of the child's have failed, without its word. Those of them that were under way."""
+        failed = {request_id for request_id in request_ids if request_id in self._loads}
+        for request_id in failed:
+            self._received(child, request_id, has_failed=True)
+        return failed
+
     def report(self, child: int, results: Any) -> None:
         """Take one child's `KVConnectorTransferResults` in."""
         for request_id in results.finished_sending:

@@ -246,7 +246,9 @@ class MultiSchedulerHooks(MultiBase):
                 invalid_block_ids=set(bad_block_ids),
                 **own,
             )
-            child.tell("update_connector_output", output)
+            error = child.tell("update_connector_output", output)
+            if error is not None and (bad_block_ids or output.failed_recving):
+                child.switch_off("it could not be told of failed loads, and might store what was computed over them")
             self._close(child, report.num_closed_ranks)
 
     def _close(self, child: Child, num_newly_closed_ranks: int) -> None:

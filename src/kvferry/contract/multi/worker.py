@@ -124,10 +124,12 @@ class MultiWorkerHooks(MultiBase):
         raised = {child: error for child, error in errors.items() if error is not None}
         self._broken.update(child.index for child in raised)
         for child, error in raised.items():
-            is_sync = child.index in self._begun.sync_loads
-            if is_sync or (child.index in self._loading and not child.is_off):
+            if self._loads_now(child) or (child.index in self._loading and not child.is_off):
                 self._unproved_block_ids |= self._begun.sync_loads.get(child.index, set())
                 raise error
+
+    def _loads_now(self, child: Child) -> bool:
+        return child.index in self._begun.sync_loads
 
     def has_connector_metadata(self) -> bool:
         """True between bind and clear, when it is so for every child that takes part."""
@@ -169,10 +171,9 @@ class MultiWorkerHooks(MultiBase):
             child.tell("finish_forward")
 
     def wait_for_save(self) -> None:
-        """Told to every child that is bound."""
-        for child in self._bound:
-            if not child.is_off:
-                child.tell("wait_for_save")
+        """Told to every child that is bound. What one raises that loaded for this step is taken for its failure."""
+        errors = {child: child.tell("wait_for_save") for child in self._bound if not child.is_off}
+        self._raise_if_loading({child: error for child, error in errors.items() if self._loads_now(child)})
 
     def clear_connector_metadata(self) -> None:
         """Every child that is bound lets go of its orders."""
