@@ -491,13 +491,14 @@ def test_client_that_leaves_frees_its_place(shared: Running, stream: bool, monke
     before = shared.metrics()
     body = json.dumps({"prompt": PROMPT, "max_tokens": 3900, "ignore_eos": True, "stream": stream})
     with socket.create_connection(("127.0.0.1", shared.port)) as connection:
-        head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n"
+        head = f"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(body)}\r\n\r\n"
         connection.sendall((head + body).encode())
         if stream:
             connection.settimeout(120)
             received = b""
             while b'"text"' not in received:
-                received += connection.recv(1000)
+                received += (piece := connection.recv(1000))
+                assert piece, received
         else:
             shared.wait_for("vllm:num_requests_running", 1)
     shared.wait_for("vllm:num_requests_running", 0)
@@ -578,9 +579,9 @@ def test_wrong_methods_and_broken_http(shared: Running) -> None:
             connection.settimeout(120)
             assert b" 400 " in connection.recv(1000)
     with socket.create_connection(("127.0.0.1", shared.port)) as connection:  # promises more than it sends
-        connection.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 50\r\n\r\n{")
+        connection.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 50\r\n\r\n{")
     with socket.create_connection(("127.0.0.1", shared.port)) as connection, suppress(ConnectionError):
-        connection.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n")
+        connection.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n")
         for _ in range(60):
             connection.sendall(b"800\r\n" + b" " * 2048 + b"\r\n")
         connection.settimeout(120)

@@ -95,6 +95,7 @@ def test_the_file_says_which_states_it_holds(tiny_llama, tmp_path):
         load_hidden_states(output.kv_transfer_params["hidden_states_path"])
         with safe_open(output.kv_transfer_params["hidden_states_path"], "pt") as file:
             metadata = file.metadata()
+    assert metadata.pop("name") == Path(output.kv_transfer_params["hidden_states_path"]).name
     assert (len(metadata.pop("identity")), len(metadata.pop("digest"))) == (64, 32)
     assert metadata == {"hidden_state_layers": "[0, 2, 3]", "model": str(tiny_llama)}
 
