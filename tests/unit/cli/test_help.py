@@ -16,7 +16,8 @@ from typer.testing import CliRunner
 from kvferry.cli.main import app
 
 UNITS = (
-    r"seconds|tokens|bytes|blocks|requests|connections|threads|port|seed|number of a layer|gib|failures|tries|pieces|runs"
+    r"seconds|tokens|bytes|blocks|requests|connections|threads|port|seed|number of a layer|gib|failures|tries|pieces"
+    r"|runs"
 )
 GIVEN_BY_TYPER = {"--install-completion", "--show-completion", "--help"}
 
