@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from fnmatch import fnmatchcase
 from pathlib import Path
 from types import SimpleNamespace
@@ -80,14 +81,26 @@ def test_every_environment_variable_is_counted_or_harmless_for_a_reason() -> Non
         assert any(fnmatchcase(name, pattern) for name in variables), f"vLLM reads no {pattern}"
 
 
+def test_every_variable_that_vllm_reads_without_declaring_it_is_judged() -> None:
+    """Of one process or machine: they were part of the identity, and no restart found what had been stored."""
+    harmless = {
+        "VLLM_DIST_IDENT", "VLLM_CPU_SIM_MULTI_NUMA", "VLLM_MORIIO_TRANSFER_TIMEOUT_S", "VLLM_SNAPSHOT_TIMEOUT_S",
+        "VLLM_PRECOMPILED_WHEEL_LOCATION",
+    }  # fmt: skip
+    sources = "".join(path.read_text() for path in Path(vllm.envs.__file__).parent.rglob("*.py"))
+    read = re.findall(r"""(?:environ(?:\.get\(|\[)|getenv\()\s*["'](VLLM_[A-Z0-9_]+)""", sources)
+    assert set(read) - set(vllm.envs.environment_variables) == harmless | {"VLLM_CUSTOM_ALLREDUCE_ALGO"}
+
+
 def test_variables_that_change_arithmetic_are_told_apart(make_config: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     plain = numerics_of(make_config())
     for name, value, counts in (
         ("VLLM_CPU_INT4_W4A8", "0", True), ("VLLM_MARLIN_INPUT_DTYPE", "fp8", True),
-        ("VLLM_OF_A_LATER_VERSION", "1", True), ("NVIDIA_TF32_OVERRIDE", "1", True),
+        ("VLLM_CUSTOM_ALLREDUCE_ALGO", "1stage", True), ("NVIDIA_TF32_OVERRIDE", "1", True),
         ("ONEDNN_DEFAULT_FPMATH_MODE", "BF16", True),
         ("VLLM_CPU_KVCACHE_SPACE", "2", False), ("VLLM_API_KEY", "secret", False),
-        ("VLLM_USE_V2_MODEL_RUNNER", "1", False),
+        ("VLLM_USE_V2_MODEL_RUNNER", "1", False), ("VLLM_DIST_IDENT", "kvferry", False),
+        ("VLLM_SERVICE_HOST", "10.0.0.7", False), ("VLLM_PORT_8000_TCP_ADDR", "10.0.0.7", False),
     ):  # fmt: skip
         with monkeypatch.context() as patch:
             patch.setenv(name, value)

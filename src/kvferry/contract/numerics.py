@@ -12,6 +12,7 @@ import enum
 import hashlib
 import json
 import re
+import sys
 from collections.abc import Iterable, Iterator, Mapping
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -180,6 +181,9 @@ HARMLESS_ENVIRONMENT: Mapping[str, tuple[str, ...]] = {
 _ARITHMETIC = "(ONEDNN|DNNL)_DEFAULT_FPMATH_MODE|NVIDIA_TF32_OVERRIDE|TORCH_ALLOW_TF32_CUBLAS_OVERRIDE"
 """By which PyTorch computes with fewer bits than the tensors have."""
 
+_UNDECLARED = "VLLM_CUSTOM_ALLREDUCE_ALGO"
+"""What vLLM computes by and does not declare in its table of variables."""
+
 _HARMLESS_HF_KEYS = frozenset(
     ("transformers_version", "torch_dtype", "dtype", "id2label", "label2id", "problem_type", "return_dict",
      "output_hidden_states", "output_attentions", "use_cache", "chunk_size_feed_forward", "pretraining_tp",
@@ -336,10 +340,20 @@ def _is_vllms(model: Any) -> bool:
 
 
 def _environment(model: Any) -> dict[str, str]:
-    """Those that PyTorch computes by; of vLLM's, which it alone reads, all but the harmless."""
-    found = environment_matching(f"{_ARITHMETIC}|VLLM_.*" if _is_vllms(model) else _ARITHMETIC)
+    """Those that PyTorch computes by; of those that vLLM declares, and it alone reads, all but the harmless.
+
+    Others that begin with VLLM_ are no settings: Kubernetes names its services' addresses so (VLLM_SERVICE_HOST), and
+    vLLM hands on what is of one process (VLLM_DIST_IDENT).
+    """
+    if not _is_vllms(model):
+        return environment_matching(_ARITHMETIC)
+    declared = getattr(sys.modules.get("vllm.envs"), "environment_variables", {})
     harmless = [pattern for patterns in HARMLESS_ENVIRONMENT.values() for pattern in patterns]
-    return {name: text for name, text in found.items() if not any(fnmatchcase(name, known) for known in harmless)}
+    return environment_matching(f"{_ARITHMETIC}|{_UNDECLARED}") | {
+        name: text
+        for name, text in environment_matching("VLLM_.*").items()
+        if name in declared and not any(fnmatchcase(name, known) for known in harmless)
+    }
 
 
 def _rope_kinds(value: Any) -> Iterator[str]:
