@@ -179,7 +179,7 @@ CASES: list[Case] = [
     ),
     ("no host memory", extra(cpu_bytes_to_use=None), ["kv_connector_extra_config.cpu_bytes_to_use is missing"]),
     ("memory as text", extra(cpu_bytes_to_use="1Gig"), ["kv_connector_extra_config.cpu_bytes_to_use='1Gig'", "8GiB"]),
-    ("memory below a chunk", extra(cpu_bytes_to_use=100), ["cpu_bytes_to_use=100", "at least 8192"]),
+    ("memory below a chunk", extra(cpu_bytes_to_use=100), ["cpu_bytes_to_use=100", "raise it to at least"]),
     ("no memory at all", extra(cpu_bytes_to_use=0), ["cpu_bytes_to_use=0 must be at least 1"]),
     ("more memory than there is", extra(cpu_bytes_to_use=1 << 50), ["/dev/shm", "lower cpu_bytes_to_use", "arena_dir"]),
     ("odd chunk", extra(chunk_tokens=40), ["chunk_tokens=40", "multiple of 16", "32 and 48"]),

@@ -37,4 +37,5 @@ def test_vllms_subscribers_read_our_messages() -> None:
 def test_inside_vllm_events_are_vllms() -> None:
     connector = object.__new__(OffloadingConnector)
     connector._scheduler_side, connector._worker_side = SimpleNamespace(take_events=lambda: iter(EVENTS)), None
+    connector.has_guard = True  # as a MultiConnector's child; a guard of its own is made at the start
     check(connector.take_events())

@@ -175,7 +175,7 @@ class StalePrefill(BaseHTTPRequestHandler):
 
     def do_POST(self) -> None:
         self.rfile.read(int(self.headers["Content-Length"]))
-        body = json.dumps({"choices": [{"text": "x"}], "kv_transfer_params": self.params}).encode()
+        body = json.dumps({"choices": [{"index": 0, "text": "x"}], "kv_transfer_params": self.params}).encode()
         self.send_response(200)
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()
