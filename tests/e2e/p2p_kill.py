@@ -90,6 +90,10 @@ class Engine:
         self._connection.send(("add", request_id, prompt, max_tokens, params))
         return request_id
 
+    def abort(self, request_id: str) -> None:
+        """Its result comes all the same."""
+        self._connection.send(("abort", request_id))
+
     def result(self, request_id: str) -> dict[str, Any]:
         """Wait for the end of a request."""
         while request_id not in self._outputs:

@@ -7,8 +7,10 @@ last when the gate has shut: some bytes of a transfer have moved, and no more wi
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
+import socket
 import threading
 from collections import Counter
 from collections.abc import Callable
@@ -141,6 +143,26 @@ class Child:
         sampling = SamplingParams(temperature=0.0, max_tokens=max_tokens, extra_args=extra)
         self.llm.add_request(prompt, sampling, request_id=request_id)
         return "added"  # nobody waits for this
+
+    def abort(self, request_id: str) -> str:
+        self.llm.abort_request(request_id)
+        return "added"  # nobody waits for this
+
+    def reset(self) -> bool:
+        """Forget the cached KV, the connector's too."""
+        return self.llm.reset_prefix_cache(reset_connector=True)
+
+    def cut(self, ports: list[int]) -> int:
+        """Close this process's connections from or to these ports, as a cut cable does; answers how many."""
+        num_cut = 0
+        for fd in map(int, os.listdir("/proc/self/fd")):
+            with contextlib.suppress(OSError):  # no socket, closed meanwhile, or not connected
+                with socket.fromfd(fd, socket.AF_INET6, socket.SOCK_STREAM) as connection:
+                    ends = connection.getsockname(), connection.getpeername()
+                    if any(isinstance(end, tuple) and end[1] in ports for end in ends):
+                        connection.shutdown(socket.SHUT_RDWR)
+                        num_cut += 1
+        return num_cut
 
     def gate(self, what: str) -> None:
         if what == "arm":

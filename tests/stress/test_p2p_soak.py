@@ -1,4 +1,5 @@
-"""Two pairs of engines in processes of their own, one that pulls and one that pushes, under kills and pauses at random.
+"""Two pairs of engines in processes of their own, one that pulls and one that pushes, under faults at random: kills,
+pauses, connections cut in mid-transfer, aborts, resets of the caches, and leases for which nobody comes.
 
 KVFERRY_STRESS_S says for how many seconds (60 unless given), KVFERRY_STRESS_SEED with which seed, and
 KVFERRY_STRESS_TRANSPORT over what (shm unless given; nixl in an environment that has it). Every reply is compared with
@@ -37,10 +38,7 @@ class Soak:
             time.sleep(self.rng.choice((0.1, 1.0, 6.0)))
             engine.go_on()
         for prompt, request_id in zip(prompts, ids, strict=True):
-            result = self.pair.decode.result(request_id)
-            assert result["tokens"] == expected(prompt)
-            self.counts["requests"] += 1
-            self.counts["handed over"] += result["num_external"] == PROMPT_TOKENS
+            self.finish(prompt, request_id)
 
     def pause(self) -> None:
         self.requests(is_disturbed=True)
@@ -48,6 +46,40 @@ class Soak:
     def unclaimed(self) -> None:
         """Nobody comes for it."""
         self.pair.prefill.prefill(new_prompt())
+
+    def abort(self) -> None:
+        """The client leaves, at any moment of the load or after it."""
+        prompt = new_prompt()
+        request_id = self.pair.decode.add(prompt, self.pair.prefill.prefill(prompt))
+        time.sleep(self.rng.random() * 0.05)
+        self.pair.decode.abort(request_id)
+        result = self.pair.decode.result(request_id)
+        assert result["reason"] == "abort" or result["tokens"] == expected(prompt)
+
+    def reset(self) -> None:
+        """The caches of either engine, with a request under way."""
+        prompt = new_prompt()
+        request_id = self.pair.decode.add(prompt, self.pair.prefill.prefill(prompt))
+        time.sleep(self.rng.random() * 0.05)
+        self.rng.choice((self.pair.prefill, self.pair.decode)).ask("reset")
+        self.finish(prompt, request_id)
+
+    def cut(self) -> None:
+        """All connections of the control channel, with requests under way."""
+        prompts = [new_prompt() for _ in range(3)]
+        handed = [self.pair.prefill.prefill(prompt) for prompt in prompts]
+        ids = [self.pair.decode.add(*each) for each in zip(prompts, handed, strict=True)]
+        time.sleep(self.rng.random() * 0.05)
+        ports = [self.pair.prefill.port, self.pair.decode.port]
+        self.counts["connections cut"] += self.rng.choice((self.pair.prefill, self.pair.decode)).ask("cut", ports)
+        for prompt, request_id in zip(prompts, ids, strict=True):
+            self.finish(prompt, request_id)
+
+    def finish(self, prompt: list[int], request_id: str) -> None:
+        result = self.pair.decode.result(request_id)
+        assert result["tokens"] == expected(prompt)
+        self.counts["requests"] += 1
+        self.counts["handed over"] += result["num_external"] == PROMPT_TOKENS
 
     def kill(self) -> None:
         """With a request under way, to whichever."""
@@ -63,7 +95,10 @@ class Soak:
         self.pair.hand_over(num_tries=3)
 
     def step(self) -> None:
-        act = self.rng.choices((self.requests, self.pause, self.unclaimed, self.kill), (10, 3, 2, 1))[0]
+        acts = {
+            self.requests: 10, self.pause: 3, self.unclaimed: 2, self.abort: 3, self.reset: 3, self.cut: 3, self.kill: 1
+        }  # fmt: skip
+        act = self.rng.choices([*acts], [*acts.values()])[0]
         self.counts[act.__name__] += 1
         act()
 
@@ -88,5 +123,6 @@ def test_soak(tmp_path: Path) -> None:
     finally:
         for pair in pairs:
             pair.end()
-    print(dict(counts))
+    print(dict(counts.most_common()))
+    assert counts["connections cut"] or not counts["cut"], counts
     assert counts["handed over"] > counts["requests"] / 4, counts
