@@ -13,6 +13,7 @@ import socket
 import subprocess
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -73,6 +74,15 @@ class Attacked:
     def rss_bytes(self) -> int:
         (pages,) = re.findall(r"^VmRSS:\s+(\d+) kB", Path(f"/proc/{self.pid}/status").read_text(), re.MULTILINE)
         return int(pages) * 1024
+
+    def start_peak(self) -> None:
+        """`peak_bytes` is measured from now on."""
+        Path(f"/proc/{self.pid}/clear_refs").write_text("5")
+
+    @property
+    def peak_bytes(self) -> int:
+        (kib,) = re.findall(r"^VmHWM:\s+(\d+) kB", Path(f"/proc/{self.pid}/status").read_text(), re.MULTILINE)
+        return int(kib) * 1024
 
     @property
     def num_descriptors(self) -> int:
@@ -169,6 +179,32 @@ def test_unfinished_bodies_have_a_budget(server: Attacked) -> None:
         assert worst_s(server, lambda: None) < HONEST_S
         assert server.ask("POST", "/v1/completions", b" " * BODY_BYTES) == 400, "a whole one is taken"
         assert server.rss_bytes - before_bytes < 50 << 20, "of 100 MiB"
+
+
+NULLS = b"[" + b"null," * 200_000 + b"null]"
+GREEDY = {
+    "nulls in prompt": ("completions", b'{"prompt": ' + NULLS + b"}"),
+    "nulls in stop": ("completions", b'{"prompt": [1], "stop": ' + NULLS + b"}"),
+    "nulls in messages": ("chat/completions", b'{"messages": ' + NULLS + b"}"),
+    "lists": ("completions", b'{"prompt": [' + b"[]," * 300_000 + b"[]]}"),
+    "stop token ids": ("completions", b'{"prompt": [1], "stop_token_ids": [' + b"5," * 500_000 + b"5]}"),
+    "stops": ("completions", b'{"prompt": [1], "n": 64, "stop": [' + b'"abc",' * 160_000 + b'"abc"]}'),
+    "deep": ("completions", b'{"prompt": ' + b"[" * 500_000 + b"]" * 500_000 + b"}"),
+}
+
+
+@pytest.mark.parametrize(("path", "body"), GREEDY.values(), ids=GREEDY)
+def test_bodies_that_would_grow_take_little_memory(server: Attacked, path: str, body: bytes) -> None:
+    """A MiB of nulls took 640 MiB while every one had an error of its own."""
+    assert len(body) <= BODY_BYTES
+    assert server.ask("POST", f"/v1/{path}", body) == 400, "what it takes for good it has taken"
+    before_bytes = server.rss_bytes
+    server.start_peak()
+    with ThreadPoolExecutor(8) as pool:
+        statuses = set(pool.map(lambda _: server.ask("POST", f"/v1/{path}", body), range(8)))
+        assert worst_s(server, lambda: None) < HONEST_S
+    assert statuses == {400}
+    assert server.peak_bytes - before_bytes < 256 << 20, "of 8 at once"
 
 
 def test_a_body_in_tiny_pieces_is_refused(server: Attacked) -> None:

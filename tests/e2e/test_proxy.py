@@ -7,6 +7,7 @@ import http.client
 import json
 import random
 import re
+import socket
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -471,6 +472,27 @@ def test_bodies_that_are_refused(body: bytes, status: int, message: str) -> None
         assert message in json.loads(content)["error"]["message"]
         assert r.num_asked() == ([0], [0])
         assert r.http("POST", "/v1/nowhere", b"{}")[0] == 404
+
+
+def test_bodies_of_requests_under_way_have_a_budget() -> None:
+    body = ASK | {"user": "u" * 3000}
+    with running(max_held_body_bytes=5000) as r:
+        r.decode[0].mode = "hang"
+        waiting = socket.create_connection(("127.0.0.1", r.port), timeout=PATIENCE_S)
+        content = json.dumps(body).encode()
+        head = f"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(content)}\r\n\r\n"
+        waiting.sendall(head.encode() + content)
+        wait_until(lambda: len(r.decode[0].seen) == 1)
+        status, headers, answer = r.http("POST", "/v1/completions", body)
+        assert (status, headers["retry-after"], json.loads(answer)["error"]["code"]) == (503, "1", "overloaded")
+        assert "--max-held-body-bytes" in json.loads(answer)["error"]["message"]
+        assert r.metric('kvferry:proxy_requests_total{outcome="full"}') == 1
+        r.decode[0].mode = "ok"
+        assert r.http("POST", "/v1/completions", ASK)[0] == 200, "a small one has room"
+        waiting.close()
+        wait_until(lambda: r.metric("kvferry:proxy_in_flight") == 0)
+        assert r.http("POST", "/v1/completions", body)[0] == 200
+        assert r.http("POST", "/v1/completions", body | {"user": "u" * 9000})[0] == 200, "one alone is always taken"
 
 
 def test_engines_cookies_do_not_go_to_other_clients() -> None:

@@ -66,6 +66,14 @@ _MinBackoff = Annotated[
 ]
 _MaxBackoff = Annotated[float, typer.Option(help="Seconds for which such an engine is out, at most.")]
 _PrefixMemoryChunks = Annotated[int, typer.Option(help="Pieces of prompts (512 bytes) remembered per prefill engine.")]
+_MaxHeldBodyBytes = Annotated[
+    int,
+    opt.size_option(
+        "Most bytes of all request bodies that the proxy keeps until their requests end; beyond that, new requests are "
+        "answered with 503.",
+        default="512MiB",
+    ),
+]
 _MaxReplyBytes = Annotated[
     int,
     opt.size_option(
@@ -101,6 +109,7 @@ def proxy(
     max_backoff_s: _MaxBackoff = 30.0,
     prefix_memory_chunks: _PrefixMemoryChunks = 100_000,
     max_body_bytes: opt.MaxBodyBytes = 8 << 20,
+    max_held_body_bytes: _MaxHeldBodyBytes = 512 << 20,
     max_reply_bytes: _MaxReplyBytes = 32 << 20,
     max_stops: opt.MaxStops = 64,
     api_key: opt.APIKey = None,

@@ -64,6 +64,7 @@ class Proxy:
     prober: Relay = field(init=False)
     """Carries probes, which are not counted as clients' requests."""
     refusal: str | None = field(init=False, default=None)
+    _num_held_bytes: int = field(init=False, default=0)
 
     def __post_init__(self) -> None:
         self.fleet = Fleet(self.config, self.clock, self.metrics)
@@ -110,24 +111,38 @@ class Proxy:
         self._check_open()
         headers = self._headers(request)
         self.metrics.in_flight.inc()
+        num_bytes = 0
         try:
             data = await read_body(request, self.config.max_body_bytes)
+            self._check_room(len(data))
+            num_bytes = len(data)
+            self._num_held_bytes += num_bytes
             call = Call.parse(request.scope["path"], data, headers, self.config.max_stops)
             reply = await unless_gone(request, self.relay.open(call))
         except BaseException as err:
-            self._ended(_outcome(err))
+            self._ended(_outcome(err), num_bytes)
             raise
         shown = {"X-Request-Id": headers["X-Request-Id"]}
         if reply.events is not None:
-            return EventStream(reply.events, lambda: self._close(reply), shown)
-        await self._close(reply)
+            return EventStream(reply.events, lambda: self._close(reply, num_bytes), shown)
+        await self._close(reply, num_bytes)
         return Response(reply.content, reply.status, shown, reply.content_type)
 
-    async def _close(self, reply: Reply) -> None:
-        await reply.aclose()
-        self._ended(reply.outcome)
+    def _check_room(self, num_bytes: int) -> None:
+        """ApiError (503) where the bodies of all requests under way would take too much; one alone is always taken."""
+        limit_bytes = self.config.max_held_body_bytes
+        if self._num_held_bytes and self._num_held_bytes + num_bytes > limit_bytes:
+            raise ApiError(
+                503, f"the bodies of requests under way have more than {limit_bytes} bytes (--max-held-body-bytes)",
+                code="overloaded", headers={"Retry-After": "1"},
+            )  # fmt: skip
 
-    def _ended(self, outcome: str) -> None:
+    async def _close(self, reply: Reply, num_bytes: int) -> None:
+        await reply.aclose()
+        self._ended(reply.outcome, num_bytes)
+
+    def _ended(self, outcome: str, num_bytes: int) -> None:
+        self._num_held_bytes -= num_bytes
         self.metrics.in_flight.dec()
         self.metrics.requests.labels(outcome).inc()
 
@@ -182,7 +197,7 @@ def _one_segment(name: str) -> str:
 
 def _outcome(error: BaseException) -> str:
     if isinstance(error, ApiError):
-        if isinstance(error.__cause__, EngineFull):
+        if isinstance(error.__cause__, EngineFull) or error.code == "overloaded":
             return "full"
         return "refused" if error.status < 500 else "failed"
     return "client_gone" if isinstance(error, ClientDisconnect | asyncio.CancelledError) else "failed"

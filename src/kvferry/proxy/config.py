@@ -48,6 +48,9 @@ class ProxyConfig:
     prefix_memory_chunks: int = _at_least(1, 100_000)
     """Pieces of prompts remembered per prefill engine."""
     max_body_bytes: int = _at_least(1, 8 << 20)
+    max_held_body_bytes: int = _at_least(1, 512 << 20)
+    """Of all requests under way together, which the proxy keeps to ask another engine; beyond that new ones get 503.
+    Parsed, a hostile body takes up to about twelve times its size."""
     max_reply_bytes: int = _at_least(1, 32 << 20)
     """Of an engine's reply, and of an event of its streams up to 16 MiB; a larger one is a failure of the engine."""
     max_stops: int = _at_least(0, 64)
