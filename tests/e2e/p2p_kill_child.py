@@ -11,6 +11,7 @@ import contextlib
 import logging
 import os
 import socket
+import stat
 import threading
 from collections import Counter
 from collections.abc import Callable
@@ -156,14 +157,14 @@ class Child:
         """Close this process's connections from or to these ports, as a cut cable does; answers how many."""
         num_cut = 0
         for fd in map(int, os.listdir("/proc/self/fd")):
-            with (
-                contextlib.suppress(OSError),  # no socket, closed meanwhile, or not connected
-                socket.fromfd(fd, socket.AF_INET6, socket.SOCK_STREAM) as connection,
-            ):
-                ends = connection.getsockname(), connection.getpeername()
-                if any(isinstance(end, tuple) and end[1] in ports for end in ends):
-                    connection.shutdown(socket.SHUT_RDWR)
-                    num_cut += 1
+            with contextlib.suppress(OSError):  # closed meanwhile, or not connected
+                if not stat.S_ISSOCK(os.fstat(fd).st_mode):
+                    continue
+                with socket.socket(fileno=os.dup(fd)) as connection:
+                    ends = connection.getsockname(), connection.getpeername()
+                    if any(isinstance(end, tuple) and end[1] in ports for end in ends):
+                        connection.shutdown(socket.SHUT_RDWR)
+                        num_cut += 1
         return num_cut
 
     def gate(self, what: str) -> None:

@@ -120,6 +120,8 @@ def test_soak(tmp_path: Path) -> None:
             pair.prefill.settle()
             pair.decode.settle()
             pair.hand_over(num_tries=3)
+            for engine in (pair.prefill, pair.decode):
+                assert len(os.listdir(f"/proc/{engine.process.pid}/fd")) < 100, "descriptors are left open"
     finally:
         for pair in pairs:
             pair.end()
