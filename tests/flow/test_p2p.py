@@ -614,6 +614,7 @@ def test_first_tokens_of_an_engine_that_proved_nothing_are_not_taken_over_with_k
         output = cluster.outputs["d"]
         assert tokens(output) == expected(prompt, 8)
         assert output.external_hit_sources == {"host": 64}, "it went the way that this is about"
+        assert decode.reset_prefix_cache(reset_connector=True), "P2P, which stores nothing, has nothing to forget"
     finally:
         decode.shutdown()
 
@@ -637,6 +638,18 @@ def test_who_asks_for_other_tokens_leaves_the_lease_to_the_one_it_was_made_for(c
     cluster.add(decode, "right", params)
     (output,) = cluster.finish("right")
     assert (tokens(output), output.num_external_tokens) == (expected(PROMPT, 8), 50)
+    cluster.check_idle()
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_peer_may_be_known_by_several_names(cluster: Cluster, mode: str) -> None:
+    """A request names the host. Links to one engine under two names do not put each other out."""
+    prefill, decode = cluster.start(mode=mode), cluster.start(policy="fail", mode=mode)
+    for number, host in enumerate(("127.0.0.1", "localhost", "127.0.0.1", "LOCALHOST", "localhost", "127.0.0.1")):
+        cluster.add(decode, f"d{number}", cluster.prefill(prefill, f"p{number}") | {"remote_host": host})
+        (output,) = cluster.finish(f"d{number}")
+        assert tokens(output) == expected(PROMPT, 8), output.error
+        assert decode.reset_prefix_cache()
     cluster.check_idle()
 
 

@@ -19,6 +19,7 @@ one thread that serves all connections.
 
 from __future__ import annotations
 
+import hmac
 import logging
 import secrets
 import socket
@@ -178,7 +179,7 @@ class ControlChannel(Generic[M]):
         self._codec = codec
         self._on_news = on_news
         self._keys = None if settings.key is None else _CurveKeys(settings.key)
-        self._identity = b"k" + secrets.token_bytes(15)
+        self._identity = secrets.token_bytes(32)
         self._lock = threading.Lock()
         self._inbox: deque[tuple[str, bytes | Connected | Lost]] = deque()
         self._inbox_bytes: Counter[str] = Counter()
@@ -323,7 +324,9 @@ class ControlChannel(Generic[M]):
 
     def _dial(self, peer: str, address: Address) -> _Dialled:
         dealer = self._socket(zmq.DEALER)
-        dealer.setsockopt(zmq.ROUTING_ID, self._identity)
+        # The same whenever this name is dialled, so that the listener lets go of the link before; another for another
+        # name of one engine, whose links would take its place from each other for ever.
+        dealer.setsockopt(zmq.ROUTING_ID, b"k" + hmac.digest(self._identity, peer.encode(), "sha256")[:15])
         dealer.setsockopt(zmq.IMMEDIATE, 1)  # nothing is queued for a peer that is not there: it would come too late
         dealer.setsockopt(zmq.RECONNECT_IVL_MAX, _RECONNECT_MS)
         if self._keys is not None:

@@ -24,6 +24,13 @@ _ENTRIES: dict[str, tuple[tuple[type, ...], str]] = {
     "stop": ((str,), "text"),
     "stop_token_ids": ((int,), "a token id"),
 }
+_KINDS: dict[str, tuple[type, str]] = {
+    "stream": (bool, "true or false"),
+    "n": (int, "a whole number"),
+    "best_of": (int, "a whole number"),
+    "min_tokens": (int, "a whole number"),
+}
+"""Fields that decide how a request is split. Some engines also take 1 or "true" for true, and "2" or 2.0 for 2."""
 _REMOTE_FIELDS = ("remote_engine_id", "remote_block_ids", "remote_host", "remote_port", "remote_request_id")
 # Only for the answer, which the prefill engine does not give; min_tokens stays as far as it shapes the first token.
 _ANSWER_FIELDS = (
@@ -66,7 +73,8 @@ class Call:
     @classmethod
     def parse(cls, path: str, data: bytes, headers: Mapping[str, str], max_stops: int) -> Call:
         """ApiError (400) unless it is a JSON object that leaves `kv_transfer_params` to the proxy, with lists of what
-        belongs into them, and few enough stops: what every engine refuses is not passed on to two of them."""
+        belongs into them, few enough stops, and fields of their own type where engines and the proxy must read alike:
+        what every engine refuses is not passed on to two of them."""
         body = load_object(data)
         check_stops(body, max_stops)
         for name, (kinds, what) in _ENTRIES.items():
@@ -74,6 +82,10 @@ class Call:
             for index, entry in enumerate(value if isinstance(value, list) else ()):
                 if not isinstance(entry, kinds):
                     raise ApiError(400, f"{name}.{index} is of type {type(entry).__name__}, not {what}", param=name)
+        for name, (kind, what) in _KINDS.items():
+            value = body.get(name)
+            if value is not None and type(value) is not kind:
+                raise ApiError(400, f"{name} is of type {type(value).__name__}, not {what}", param=name)
         if body.get("kv_transfer_params") is not None:
             raise ApiError(
                 400, "kv_transfer_params are the proxy's to set: leave them out, or ask an engine directly",

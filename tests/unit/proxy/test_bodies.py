@@ -118,6 +118,22 @@ def test_clients_do_not_name_peers() -> None:
     assert Call.parse(PATH, b'{"prompt": "a", "kv_transfer_params": null}', {}, 64).body == {"prompt": "a"}
 
 
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        *(("stream", value) for value in (0, 1, "true", "on", "false", 1.0, [])),
+        *((name, value) for name in ("n", "best_of", "min_tokens") for value in ("2", 2.0, True, [2])),
+    ],
+)
+def test_what_the_proxy_reads_is_of_one_type(name: str, value: Any) -> None:
+    """vLLM takes 1 for true and "2" for 2. Had the proxy read it otherwise, the engine would have answered a stream
+    where a whole reply was awaited, which counts as its failure; or two completions for one hand-over."""
+    with pytest.raises(ApiError, match=f"{name} is of type {type(value).__name__}, not ") as caught:
+        Call.parse(PATH, json.dumps({"prompt": "a", name: value}).encode(), {}, 64)
+    assert (caught.value.status, caught.value.param) == (400, name)
+    Call.parse(PATH, json.dumps({"prompt": "a", name: None}).encode(), {}, 64)
+
+
 def judge(content: Any) -> Verdict:
     return judge_event(json.dumps(content).encode())
 

@@ -541,6 +541,10 @@ class P2PSchedulerSide(SchedulerSide):
         elif request_id in self._loads:
             self._order_end(request_id, ok=True)
 
+    def reset_cache(self) -> bool:
+        """True: nothing is stored here. Leased KV lies in the host's blocks, which it does not forget meanwhile."""
+        return True
+
     # ---- what is known ----------------------------------------------------------------------------------------
 
     def explain_prefix(self, request: RequestView, num_computed_tokens: int) -> list[PrefixRange]:
