@@ -226,12 +226,13 @@ class Driver:
         return SamplingParams(max_tokens=max_tokens, temperature=0, ignore_eos=True, logprobs=2, extra_args=extra)
 
     def generate_all(
-        self, prompts: list[list[int]], max_tokens: int, transfer: dict[str, Any] | None = None
+        self, prompts: list[list[int]], max_tokens: int, transfer: dict[str, Any] | list[Any] | None = None
     ) -> dict[str, Any]:
-        """All prompts at once: {"outputs": one per prompt, and how much each of METRICS grew}."""
+        """All prompts at once, perhaps a `transfer` for each: {"outputs": one per prompt, how much METRICS grew}."""
         requests = [{"prompt_token_ids": prompt} for prompt in prompts]
         started_s = time.monotonic()
-        params, lora = self._params(max_tokens, transfer), self._adapter
+        transfers, lora = transfer if isinstance(transfer, list) else [transfer] * len(prompts), self._adapter
+        params = [self._params(max_tokens, each) for each in transfers]
         outputs = self._llm.generate(requests, params, use_tqdm=False, lora_request=lora)
         seconds = time.monotonic() - started_s
         return {"outputs": [_output(output) for output in outputs], "seconds": seconds, **self._news()}

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 from conftest import TINY, StartEngine, StartEngines
-from engine_process import PATIENT, TWO_RANKS, EngineChild, assert_same_tokens, random_prompt
+from engine_process import PATIENT, TWO_RANKS, EngineChild, assert_same_tokens, offloading, random_prompt
 
 from kvferry import LLM, SamplingParams
 from kvferry.engine.kv_groups import layer_name
@@ -418,3 +418,77 @@ def test_beside_the_embedded_engine(
     assert "version:of another training" in caplog.text
     other.llm.shutdown()
     assert vllm.stop() == 0
+
+
+# ---- what hostile clients send -------------------------------------------------------------------------------
+
+LONG, DIGITS, HALF = "x" * 100_000, "\u0663\u0664", "\ud800"
+NOT_ALLOWED = {"remote_host": "10.1.2.3"}
+POISON: list[dict[str, Any]] = [
+    *({"remote_host": host} for host in (5, "", LONG, DIGITS, "a\0b", HALF, "10.1.2.3", ["127.0.0.1"], {"a": 1})),
+    *({"remote_port": port} for port in (0, -1, 1 << 16, 2**63, -(2**63), 1.5, True, DIGITS, "80", [80] * 50_000)),
+    *(
+        {name: value}
+        for name in ("remote_lease_id", "remote_generation")
+        for value in (7, "", LONG, DIGITS * 16, "0" * 32, "F" * 32, "0" * 31 + "\0", HALF, ["0" * 32], {"a": 1})
+    ),
+    *({"remote_num_tokens": number} for number in (-1, 2**63, 1.5, True, "40", DIGITS, [40])),
+    *({"remote_first_token_ids": ids} for ids in (7, [-1], [2**63], [1.5], ["a"], [5] * 50_000, {"a": 1})),
+    *({"transfer_mode": mode} for mode in (7, "throw", LONG, ["pull"])),
+    *({"transfer_id": name} for name in (7, "", LONG, HALF, ["a"] * 50_000)),
+    *(NOT_ALLOWED | {"peer_token": token} for token in (None, 7, LONG, HALF, f"v1.{DIGITS}.{'A' * 43}", [1] * 50_000)),
+    *({"remote_host": None, name: None} for name in ("remote_port", "remote_lease_id")),
+]
+"""What a request changes in parameters that are right."""
+HARMLESS: list[Any] = [
+    {"do_release": True, "remote_lease_id": ["x"] * 50_000, "transfer_id": 2**63},
+    {"do_release": 1.5, "transfer_id": HALF},
+    {"children": 5},
+    {"children": {"P2PConnector": {"do_remote_prefill": True}}},
+    {"remote_port": 2**63},
+]
+"""Whole parameters that ask for nothing."""
+SHORT = random_prompt(97, 50)
+
+
+def ask_all(engine: EngineChild, transfers: list[Any]) -> list[dict[str, Any]]:
+    outputs: list[dict[str, Any]] = engine.ask(generate_all=[SHORT] * len(transfers), max_tokens=4, transfer=transfers)[
+        "outputs"
+    ]
+    return outputs
+
+
+def test_poisoned_parameters_cost_one_request(start_engines: StartEngines, tiny_llama: str, tmp_path: Path) -> None:
+    """Each is its own request's failure. One engine computes what it cannot load; the other fails, and has P2P as one
+    of two children."""
+    (tmp_path / "key").write_text("k" * 40)
+    (tmp_path / "key").chmod(0o600)
+    alone = transfer_config("kv_both", "recompute", key_file=str(tmp_path / "key"))
+    child = {"kv_connector": "P2PConnector", "kv_connector_extra_config": alone["kv_connector_extra_config"]}
+    both = {**offloading("fail", {}), "kv_connector": "FerryMultiConnector"}
+    stored = {"kv_connector": "OffloadingConnector", "kv_connector_extra_config": both["kv_connector_extra_config"]}
+    both["kv_connector_extra_config"] = {"connectors": [child, stored]}
+    in_process = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
+    recomputes, fails = start_engines(
+        *(engine_args(tiny_llama, transfer, env=in_process) for transfer in (alone, both))
+    )
+    right = reference_of(recomputes, SHORT)
+    right = {name: right[name][:4] for name in ("token_ids", "logit_gaps")}
+    for producer, consumer in ((recomputes, fails), (fails, recomputes)):
+        is_recomputed = consumer is recomputes
+        good = prefill(producer, SHORT)
+        for poison, got in zip(POISON, ask_all(consumer, [good | poison for poison in POISON]), strict=True):
+            shown = f"{poison}"[:80]
+            assert got["finish_reason"] == ("length" if is_recomputed else "error"), shown
+            if is_recomputed:
+                assert got["kv_transfer_params"]["load_error"], shown
+                assert_same_tokens(got, right)
+        for got in ask_all(consumer, HARMLESS):
+            assert_same_tokens(got, right)
+        consumer.ask(reset=True)
+        (got,) = ask_all(consumer, [good])  # the hand-over of which all of them spoke is still there
+        assert_same_tokens(got, right)
+        for engine in (producer, consumer):
+            engine.ask(reset=True)  # no block is held
+            guards = engine.ask(guards=True)
+            assert (guards["num_errors"], guards["is_off"]) == (0, [False, False])
