@@ -26,6 +26,10 @@ logger = logging.getLogger(__name__)
 _REMEDY = "set weights_version in kv_connector_extra_config to a name that changes with the weights"
 _OTHER_WEIGHTS = (".bin", ".pt", ".pth", ".gguf")
 _MAX_FACTS = 1000
+NUMBERED_MEDIA = (
+    "with mm_processor_cache_gb 0 and without prefix caching vLLM numbers media and does not hash them: set "
+    "--mm-processor-cache-gb above 0, or --enable-prefix-caching"
+)
 _PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json")
 
 
@@ -231,14 +235,19 @@ class KeyMaker:
         adapter_settings: str = "",
         started_s: float | None = None,
         weights: Path | None = None,
+        numbers_media: bool = False,
     ) -> None:
         """`started_s`: when the engine may have begun to load adapters, in seconds since the epoch; now if None.
 
         `weights`: the model's folder, if its files must stay as they are; None: `weights_version` vouches for them.
+        `numbers_media`: see HostInfo; requests with media are not cached then.
         """
         self._model = model_fingerprint
         self._weights = None if weights is None else (weights, stamp_folder(weights))
         self._are_weights_certain = True
+        self._numbers_media = numbers_media
+        if numbers_media:
+            logger.warning("KV of requests with media is neither stored nor loaded nor handed over: %s", NUMBERED_MEDIA)
         self._groups = groups
         self._world_size = world_size
         self._adapters = _Adapters(adapter_settings, time.time() if started_s is None else started_s)
@@ -248,11 +257,13 @@ class KeyMaker:
         """For an engine's weights and settings. ConfigError when its weights cannot be told."""
         folder = None if weights_version is not None else Path(host.model)
         name = model_identity(host, weights_version)
-        return cls(name, host.groups, host.world_size, host.adapter_settings, weights=folder)
+        return cls(
+            name, host.groups, host.world_size, host.adapter_settings, weights=folder, numbers_media=host.numbers_media
+        )
 
     def chain(self, request: RequestView) -> KeyChain | None:
         """An empty chain with the request's identity, or None when it must not be cached."""
-        if request.has_unhashable_input:
+        if request.has_unhashable_input or self.has_numbered_media(request):
             return None
         lora = None
         if (path := request.lora_path) is not None:
@@ -260,6 +271,10 @@ class KeyMaker:
             if lora is None:
                 return None
         return KeyChain(Identity(self._model, request.cache_salt, lora), request.multimodal_items)
+
+    def has_numbered_media(self, request: RequestView) -> bool:
+        """True when its media have names that other media have in another process."""
+        return self._numbers_media and bool(request.multimodal_items)
 
     def is_certain(self, lora_path: str | None) -> bool:
         """False when what was computed may not be what the files of model and adapter held when its chain was begun.

@@ -82,6 +82,8 @@ class HostInfo:
     """True when the host reads `LoadFailure` records, of synchronous loads too; vLLM does not."""
     takes_first_tokens: bool = False
     """True when the host takes a prefill engine's first tokens over; vLLM computes the last prompt token again."""
+    numbers_media: bool = False
+    """True when the host names media by a number that begins anew with each process, not by what they show."""
     no_hits_reason: str | None = None
     """Why no request may use KV from elsewhere: the model's output needs every token in one forward. None: it may."""
     steps_for_held_blocks: bool = False
@@ -141,6 +143,7 @@ def host_info(vllm_config: Any, kv_cache_config: KVCacheConfig) -> HostInfo:
         loaded_after_s=None if hasattr(model, "weights_stamp") else _process_started_s(),
         reads_failed_blocks=bool(getattr(vllm_config, "reads_failed_blocks", False)),
         takes_first_tokens=bool(getattr(vllm_config, "takes_first_tokens", False)),
+        numbers_media=_numbers_media(vllm_config),
         no_hits_reason=_no_hits_reason(model),
         steps_for_held_blocks=bool(getattr(vllm_config, "steps_for_held_blocks", False)),
     )
@@ -174,6 +177,13 @@ def groups_of(kv_cache_config: KVCacheConfig) -> tuple[GroupInfo, ...]:
             "to save or load: start it without kv_transfer_config"
         )
     return tuple(_group_info(i, group) for i, group in enumerate(kv_cache_config.kv_cache_groups))
+
+
+def _numbers_media(vllm_config: Any) -> bool:
+    """vLLM hashes media for its own two caches alone; without these it numbers them ("renderer0-mm-1-image-0")."""
+    media = getattr(vllm_config.model_config, "multimodal_config", None)
+    is_prefix_cached = getattr(getattr(vllm_config, "cache_config", None), "enable_prefix_caching", True)
+    return media is not None and not is_prefix_cached and getattr(media, "mm_processor_cache_gb", None) == 0
 
 
 def _no_hits_reason(model: Any) -> str | None:

@@ -38,12 +38,12 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def info(folder: Path, **more: Any) -> HostInfo:
     spec = FullAttentionSpec(block_size=16, num_kv_heads=1, head_size=4, dtype=torch.float32)
-    config = SimpleNamespace(
-        kv_transfer_config=KVTransferConfig("P2PConnector", kv_role="kv_both"),
-        parallel_config=SimpleNamespace(tensor_parallel_size=1, pipeline_parallel_size=1, rank=0),
-        model_config=SimpleNamespace(model=str(folder), max_model_len=64),
-        **more,
-    )
+    fields = {
+        "kv_transfer_config": KVTransferConfig("P2PConnector", kv_role="kv_both"),
+        "parallel_config": SimpleNamespace(tensor_parallel_size=1, pipeline_parallel_size=1, rank=0),
+        "model_config": SimpleNamespace(model=str(folder), max_model_len=64),
+    }
+    config = SimpleNamespace(**(fields | more))
     return host_info(config, make_kv_cache_config(4, {"layer": spec}))
 
 
@@ -171,6 +171,20 @@ def test_weights_from_elsewhere_are_not_named_by_the_folders_files(folder: Path,
     assert model_identity(host, "7") == "version:7"
     assert "weights" not in dict(peer_facts(host, None))
     assert "weights" in dict(peer_facts(info(folder), None))
+
+
+@pytest.mark.parametrize("is_prefix_cached", [False, True])
+@pytest.mark.parametrize("media_cache_gb", [0, 4])
+def test_media_that_the_host_numbers_do_not_name_kv(folder: Path, is_prefix_cached: bool, media_cache_gb: int) -> None:
+    """With both of its caches off vLLM calls the first image of every process "renderer0-mm-1-image-0"."""
+    media = SimpleNamespace(mm_processor_cache_gb=media_cache_gb)
+    model = SimpleNamespace(model=str(folder), max_model_len=64, multimodal_config=media)
+    host = info(folder, model_config=model, cache_config=SimpleNamespace(enable_prefix_caching=is_prefix_cached))
+    keys = KeyMaker.of(host, None)
+    position = SimpleNamespace(offset=1, length=2)
+    image = SimpleNamespace(mm_features=[SimpleNamespace(identifier="renderer0-mm-1-image-0", mm_position=position)])
+    assert (keys.chain(RequestView(image)) is None) is (not is_prefix_cached and not media_cache_gb)
+    assert keys.chain(RequestView(SimpleNamespace())) is not None, "without media the tokens tell all"
 
 
 def test_weights_that_change_in_the_running_engine_are_certain_no_more(

@@ -72,8 +72,9 @@ _REASONS = {
 }
 _MAX_HANDED_TOKENS = 1024
 _UNKNOWN = (
-    "its tokens do not tell what its KV is (prompt embeddings, a LoRA adapter whose files cannot be read, or files of "
-    "adapter or model that may not be what was loaded), so no engine can prove that the KV is the request's own"
+    "its tokens do not tell what its KV is (prompt embeddings, media that vLLM numbers because both of its caches are "
+    "off, a LoRA adapter whose files cannot be read, or files of adapter or model that may not be what was loaded), so "
+    "no engine can prove that the KV is the request's own"
 )
 _MAX_CHECKED = 32  # geometries of peers, of at most 1 MiB each
 
@@ -100,7 +101,10 @@ class P2PSchedulerSide(SchedulerSide):
         # Peers compare their weights when they meet; from then on they must stay as they are.
         has_folder = host.has_named_weights and any(Path(host.model).glob("*.safetensors"))
         weights = Path(host.model) if has_folder and self.config.weights_version is None else None
-        self._keys = KeyMaker(HANDOVER, host.groups, host.world_size, host.adapter_settings, weights=weights)
+        self._keys = KeyMaker(
+            HANDOVER, host.groups, host.world_size, host.adapter_settings, weights=weights,
+            numbers_media=host.numbers_media,
+        )  # fmt: skip
         self._senders: dict[str, KeyChain] = {}
         self._held: dict[str, tuple[int, float]] = {}  # released later: number of blocks, since when
         self._pins: dict[str, list[Any]] = {}
