@@ -25,6 +25,7 @@ _NOTHING = ("False", "0", "()", "[]", "{}", "''")
 _NEUTRAL = {"temperature": ("1",), "top_p": ("1",), "top_k": ("0", "-1"), "repetition_penalty": ("1",)}
 _GREEDY_BELOW = 1e-5
 _TRANSFER = "kv_transfer_params"
+_TASKS_OF_EACH_TOKEN = ("token_embed", "token_classify")
 
 BlockIds = tuple[list[int], ...]
 """Block ids per group; position i of a group's list holds tokens [i * block_size, (i + 1) * block_size)."""
@@ -104,11 +105,18 @@ class RequestView:
 
     @property
     def skip_reading_prefix_cache(self) -> bool:
-        """True when this request wants everything computed."""
+        """True when this request wants everything computed, or an output of each token of its prompt: what is loaded
+        has none. vLLM's own setting may say otherwise, and its engine then fails such a request."""
         getter = getattr(self._request, "get_skip_reading_prefix_cache", None)
-        return (
-            bool(getter()) if getter is not None else bool(getattr(self._request, "skip_reading_prefix_cache", False))
-        )
+        is_set = getter() if getter is not None else getattr(self._request, "skip_reading_prefix_cache", False)
+        return bool(is_set) or self._tells_of_each_prompt_token
+
+    @property
+    def _tells_of_each_prompt_token(self) -> bool:
+        sampling = getattr(self._request, "sampling_params", None)
+        pooling = getattr(self._request, "pooling_params", None)
+        asked = (getattr(sampling, name, None) for name in ("prompt_logprobs", "prompt_logprob_token_ids"))
+        return getattr(pooling, "task", None) in _TASKS_OF_EACH_TOKEN or any(value is not None for value in asked)
 
     @property
     def kv_transfer_params(self) -> dict[str, Any] | None:

@@ -11,6 +11,7 @@ import torch
 from kvferry.config import KVTransferConfig
 from kvferry.contract import FullAttentionSpec, SlidingWindowSpec, make_kv_cache_config
 from kvferry.contract.host import host_info
+from kvferry.contract.views import request_view
 from kvferry.errors import ConfigError
 from kvferry.types import AttentionKind
 
@@ -70,6 +71,26 @@ def test_a_model_that_pools_the_whole_prompt_is_given_no_hits(kind: str) -> None
     assert kind in reason
     for allowed in ({"pooler_config": pooler, "is_prefix_caching_supported": True}, {"pooler_config": None}, {}):
         assert host_info(host(allowed), caches()).no_hits_reason is None
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        {"sampling_params": SimpleNamespace(prompt_logprobs=0)},
+        {"sampling_params": SimpleNamespace(prompt_logprobs=None, prompt_logprob_token_ids=[5])},
+        {"pooling_params": SimpleNamespace(task="token_embed")},
+        {"pooling_params": SimpleNamespace(task="token_classify"), "sampling_params": None},
+    ],
+    ids=str,
+)
+def test_a_request_for_an_output_of_each_prompt_token_is_given_no_hits(asked: dict[str, Any]) -> None:
+    """Also where it was sent with `skip_reading_prefix_cache=False`: with hits vLLM fails it (OverflowError)."""
+    assert request_view(SimpleNamespace(**asked, get_skip_reading_prefix_cache=lambda: False)).skip_reading_prefix_cache
+    plain = SimpleNamespace(
+        sampling_params=SimpleNamespace(prompt_logprobs=None, logprobs=3), pooling_params=SimpleNamespace(task="embed"),
+        get_skip_reading_prefix_cache=lambda: False,
+    )  # fmt: skip
+    assert not request_view(plain).skip_reading_prefix_cache
 
 
 @pytest.mark.parametrize("layers", [None, []])
