@@ -190,8 +190,8 @@ class NixlTransport(ThreadedTransport):
         if peer.agent_name is not None:  # else an earlier replacement was its fence too
             if is_hung:
                 self._replace_initiator()
-            else:
-                self._initiator.remove_remote_agent(peer.agent_name)
+            elif not any(each is not peer and _agent_of(each) == peer.agent_name for each in self._peers):
+                self._initiator.remove_remote_agent(peer.agent_name)  # else it is connected twice, and once from now on
         landing = open_ops & {TransferOp.WRITE} if is_hung and not peer.is_dead() else set()
         peer.is_left = bool(landing)
         if peer.life is not None and not landing:
@@ -295,6 +295,11 @@ class NixlTransport(ThreadedTransport):
             # Not TransferError, which would say that nothing lands: earlier posts of this transfer may be under way.
             raise RuntimeError(f"NIXL does not accept {len(rows)} descriptors of {memory} memory")
         return descriptors
+
+
+def _agent_of(peer: PeerHandle) -> str | None:
+    assert isinstance(peer, _NixlPeer)
+    return peer.agent_name
 
 
 def _rows(region: Ints, offset: Ints, addresses: Ints, device_ids: Ints, length: Ints) -> Ints:

@@ -210,6 +210,15 @@ class TransportChecks(ABC):
         assert self.run(READ, copies([(0, 0, 0, 0, 8)])).status is TransferStatus.OK
         assert np.array_equal(self.here.memory[0][:8], self.there.memory[0][:8])
 
+    def test_one_peer_may_be_connected_twice_and_one_of_both_closed(self) -> None:
+        """An engine that is known by two names."""
+        twice = self.here.transport.connect(self.there.transport.local_blob())
+        pieces = copies([(0, 0, 0, 0, 1000)])
+        assert [self.run(READ, pieces, peer).status for peer in (twice, self.peer)] == [TransferStatus.OK] * 2
+        close = self.here.transport.close_peer(twice)
+        assert wait_for(self.here.transport, close)[close].status is TransferStatus.OK
+        assert self.run(READ, pieces).status is TransferStatus.OK
+
     def test_a_peer_that_has_closed_fails_transfers(self) -> None:
         assert self.run(READ, copies([(0, 0, 0, 0, 8)])).status is TransferStatus.OK
         assert not self.here.transport.peer_has_ended(self.peer)
