@@ -17,8 +17,10 @@ import time
 from collections.abc import Callable, Set
 from contextlib import suppress
 from dataclasses import dataclass
+from typing import Any
 
 _TCP_BYTES_ACKED, _TCP_BYTES_RECEIVED, _TCP_BYTES_END = 120, 128, 136  # in struct tcp_info of Linux
+_NUM_PROBES = 3  # of an idle connection, without an answer
 _KNOWN_SHARE = 0.75  # of the slots, for those that are known; the others are for those who come
 _STRANGER_SHARE = 0.5
 
@@ -27,6 +29,18 @@ def descriptor_share(most: int, divisor: int) -> int:
     """At most this many: what a `divisor`th of the process's descriptors (RLIMIT_NOFILE) allows; 4 at least."""
     limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     return most if limit == resource.RLIM_INFINITY else min(most, max(4, limit // divisor))
+
+
+def watched_by_the_kernel(zmq: Any, silence_s: float) -> list[tuple[int, int]]:
+    """Options of a ZMQ socket: a TCP connection of its breaks when the other machine acknowledges nothing for so long.
+
+    Instead of ZMQ's own heartbeats, at which libzmq 4.3.5 aborts the process where a connection broke at a bad moment.
+    """
+    probe_s = max(1, min(10_000, round(silence_s / (_NUM_PROBES + 1))))  # the kernel takes 32767
+    return [
+        (zmq.TCP_KEEPALIVE, 1), (zmq.TCP_KEEPALIVE_IDLE, probe_s), (zmq.TCP_KEEPALIVE_INTVL, probe_s),
+        (zmq.TCP_KEEPALIVE_CNT, _NUM_PROBES), (zmq.TCP_MAXRT, max(1000, round(silence_s * 1000))),
+    ]  # fmt: skip
 
 
 @dataclass(slots=True, eq=False)
@@ -38,6 +52,8 @@ class Connection:
     """The peer that was dialled; empty: it was accepted."""
     since_s: float
     name: bytes = b""
+    route: bytes = b""
+    """What the socket calls it."""
     is_known: bool = False
     """A peer whom the owner of the socket wants to keep."""
     delivered_bytes: int = 0
@@ -125,8 +141,15 @@ class Connections:
             old.socket.close()
             self._unname(old)
 
-    def delivered(self, number: int, num_bytes: int, name: bytes = b"") -> None:
-        """A whole message came through descriptor `number`, from whom the socket calls `name`."""
+    def __contains__(self, number: int) -> bool:
+        """Whether this descriptor is known to be a connection."""
+        return number in self._open
+
+    def delivered(self, number: int, num_bytes: int, name: bytes = b"", route: bytes = b"") -> None:
+        """A whole message came through descriptor `number`, which the socket calls `route`, from `name`.
+
+        Who came through another one before is reached through this one from now on.
+        """
         if (connection := self._open.get(number)) is None:
             return
         # Not more than was received: ZMQ may have kept it from one that has gone, and had this number before.
@@ -134,7 +157,7 @@ class Connections:
         connection.delivered_bytes = min(connection.delivered_bytes + num_bytes, connection.received_bytes)
         if name and connection.name != name:
             self._unname(connection)
-            connection.name, connection.is_known = name, name in self._known
+            connection.name, connection.route, connection.is_known = name, route, name in self._known
             self._named[name] = connection
 
     def drained(self, owner: str) -> None:
@@ -144,7 +167,7 @@ class Connections:
                 connection.delivered_bytes = connection.received_bytes
 
     def named(self, name: bytes) -> Connection | None:
-        """The connection of whom the socket calls so, if it has sent something."""
+        """The connection of who bears this name, if it has sent something."""
         return self._named.get(name)
 
     def keep_only(self, names: Set[bytes]) -> None:

@@ -30,7 +30,7 @@ from typing import TYPE_CHECKING, Any
 import msgpack
 
 from kvferry.config import parse_json_object, parse_settings
-from kvferry.connections import Connection, Connections, descriptor_share
+from kvferry.connections import Connection, Connections, descriptor_share, watched_by_the_kernel
 from kvferry.errors import ConfigError, install_hint
 
 if TYPE_CHECKING:
@@ -54,7 +54,7 @@ _MAX_SUBSCRIBERS, _MAX_REPLAYING = 256, 64
 _MAX_WAITING_REPLAYS = 4  # of one client
 _REPLAY_AHEAD_BYTES = 1 << 20
 _MESSAGE_BYTES = 64  # what one costs beside its content
-_HEARTBEAT_MS, _SILENCE_MS, _HANDSHAKE_MS = 30_000, 300_000, 5000
+_SILENCE_S, _HANDSHAKE_MS = 300.0, 5000
 _WATCH_MS, _REPLAY_MS = 100, 5
 
 
@@ -253,8 +253,7 @@ class EventPublisher:
         for option, value in (
             (names.SNDHWM, hwm), (names.RCVHWM, 0),  # libzmq 4.3.5 aborts where input has stopped at a mark
             (names.MAXMSGSIZE, _MAX_RECEIVED_BYTES), (names.LINGER, _LINGER_MS), (names.IPV6, "[" in endpoint),
-            (names.HEARTBEAT_IVL, _HEARTBEAT_MS), (names.HEARTBEAT_TIMEOUT, _SILENCE_MS),
-            (names.HANDSHAKE_IVL, _HANDSHAKE_MS),
+            (names.HANDSHAKE_IVL, _HANDSHAKE_MS), *watched_by_the_kernel(names, _SILENCE_S),
         ):  # fmt: skip
             bound.setsockopt(option, value)
         monitor = bound.get_monitor_socket(names.EVENT_ACCEPTED | names.EVENT_DISCONNECTED | names.EVENT_CLOSED)

@@ -72,6 +72,7 @@ class Cluster:
     def __init__(self) -> None:
         self.engines: list[LLM] = []
         self.outputs: dict[str, RequestOutput] = {}
+        self.handed: list[tuple[LLM, dict[str, Any]]] = []
 
     def start(
         self, name: str = "P2PConnector", *, role: str = "kv_both", policy: str = "recompute", model: Any = None,
@@ -120,7 +121,15 @@ class Cluster:
         self.add(llm, request_id, params, prompt, **({"max_tokens": 1} | options))
         (output,) = self.finish(request_id)
         assert output.kv_transfer_params is not None
+        self.handed.append((llm, output.kv_transfer_params))
         return output.kv_transfer_params
+
+    def give_back(self) -> None:
+        """Nobody comes for what was handed out, as the proxy tells prefill engines."""
+        for number, (llm, params) in enumerate(self.handed):
+            ids = {name: params.get(name) for name in ("transfer_id", "remote_lease_id")}
+            self.add(llm, f"back{number}", {"do_release": True} | ids, [1], max_tokens=1)
+        self.finish(*(f"back{number}" for number in range(len(self.handed))))
 
     def check_idle(self) -> None:
         """Nothing is left anywhere: blocks, leases, loads, pins."""
@@ -331,7 +340,7 @@ def test_the_seconds_of_a_transfer_are_those_of_the_transport(
 
 
 def test_tokens_are_taken_only_from_a_prefill_engine(cluster: Cluster) -> None:
-    llm = cluster.start(lease_s=0.5)
+    llm = cluster.start()
     handed = {name: value for name, value in cluster.prefill(llm, "p").items() if name != "do_remote_prefill"}
     for params in ({}, {"do_remote_prefill": False}, {"do_remote_decode": True}, {"do_remote_prefill": True}):
         sampling = SamplingParams(temperature=0.0, extra_args={"kv_transfer_params": handed | params})
@@ -386,13 +395,14 @@ def test_prompts_of_less_than_a_block(cluster: Cluster, mode: str, length: int) 
 
 def test_what_is_local_already_is_not_asked_for(cluster: Cluster) -> None:
     """The peer has one block's tokens, and the decode engine too: nothing to transfer."""
-    prefill, decode = cluster.start(lease_s=0.5), cluster.start()
+    prefill, decode = cluster.start(), cluster.start()
     params = cluster.prefill(prefill, "p", PROMPT[:4])
     cluster.add(decode, "warm", None, max_tokens=1)
     cluster.finish("warm")
     cluster.add(decode, "d", params)
     (output,) = cluster.finish("d")
     assert (tokens(output), output.num_external_tokens) == (expected(PROMPT, 8), 0)
+    cluster.give_back()
     cluster.check_idle()
 
 
@@ -480,7 +490,7 @@ def test_prompts_that_differ_by_edits(
     print(f"seed {seed}")
     rng = random.Random(seed)
     model = StubModel(windows=list(windows)) if windows else StubModel()
-    prefill = cluster.start(mode=mode, lease_s=0.5, model=model, num_kv_blocks=300)
+    prefill = cluster.start(mode=mode, model=model, num_kv_blocks=300)
     decode = cluster.start(mode=mode, policy=policy, model=model, num_kv_blocks=300)
     num_loaded = num_refused = 0
     for number in range(25):
@@ -505,6 +515,7 @@ def test_prompts_that_differ_by_edits(
         assert tokens(cluster.finish(f"again{number}")[0]) == model.expected_tokens(wanted, 8), what
     assert num_loaded, "nothing was handed over"
     assert num_refused, "nothing was refused"
+    cluster.give_back()
     cluster.check_idle()
 
 
@@ -536,7 +547,7 @@ def is_taken_over(llm: LLM, params: dict[str, Any], prompt: list[int] = PROMPT, 
 
 def test_first_tokens_are_bound_to_prompt_and_choice(cluster: Cluster) -> None:
     """What the peer chose behind another prompt of equal length is nobody's first token here."""
-    prefill, decode = cluster.start(lease_s=0.5), cluster.start()
+    prefill, decode = cluster.start(), cluster.start()
     params = cluster.prefill(prefill, "p")
     other = params | {"remote_first_token_ids": [(expected(PROMPT, 1)[0] + 1) % 1000]}
     two = params | {"remote_first_token_ids": [*expected(PROMPT, 1), 7]}
@@ -546,6 +557,7 @@ def test_first_tokens_are_bound_to_prompt_and_choice(cluster: Cluster) -> None:
     assert not is_taken_over(decode, two)
     cluster.add(decode, "d", other)
     assert tokens(cluster.finish("d")[0]) == expected(PROMPT, 8)
+    cluster.give_back()
     cluster.check_idle()
 
 
@@ -563,7 +575,7 @@ ANSWER: dict[str, Any] = {
 def test_first_tokens_are_taken_over_under_the_settings_they_were_chosen_with_and_no_others(cluster: Cluster) -> None:
     known = {*CHANGES, *ANSWER, "stop", "logprobs", "n", "extra_args"}
     assert known == {field.name for field in dataclasses.fields(SamplingParams)}, "say what a new setting changes"
-    prefill, decode = cluster.start(lease_s=0.5), cluster.start()
+    prefill, decode = cluster.start(), cluster.start()
     params = cluster.prefill(prefill, "p", **SAMPLED)
     assert is_taken_over(decode, params, **SAMPLED)
     assert is_taken_over(decode, params, **SAMPLED | ANSWER)
@@ -574,6 +586,7 @@ def test_first_tokens_are_taken_over_under_the_settings_they_were_chosen_with_an
     assert is_taken_over(decode, greedy), "where nothing is drawn"
     assert is_taken_over(decode, greedy, top_p=0.5, top_k=-1, temperature=1e-6)
     assert not is_taken_over(decode, greedy, temperature=1.0)
+    cluster.give_back()
     cluster.check_idle()
 
 
@@ -584,7 +597,7 @@ def test_first_tokens_of_an_engine_that_proved_nothing_are_not_taken_over_with_k
     """An engine of other weights chose another token, and host memory has the whole prompt's KV."""
     prompt = (PROMPT + OTHER)[:64]
     other = StubModel(num_layers=3)
-    prefill = cluster.start(model=other, lease_s=0.5)
+    prefill = cluster.start(model=other)
     params = cluster.prefill(prefill, "p", prompt)
     assert params["remote_first_token_ids"] == other.expected_tokens(prompt, 1) != expected(prompt, 1)
     extra = {"transport": "shm"} | QUICK
@@ -668,7 +681,7 @@ def test_a_peer_may_be_known_by_several_names(cluster: Cluster, mode: str) -> No
     ids=str,
 )  # fmt: skip
 def test_bad_parameters_end_or_slow_down_one_request(cluster: Cluster, policy: str, wrong: dict[str, Any]) -> None:
-    prefill, decode = cluster.start(lease_s=0.5), cluster.start(policy=policy)
+    prefill, decode = cluster.start(), cluster.start(policy=policy)
     params = cluster.prefill(prefill, "p")
     cluster.add(decode, "d", params | wrong)
     cluster.add(decode, "fine", None, OTHER)
@@ -682,6 +695,7 @@ def test_bad_parameters_end_or_slow_down_one_request(cluster: Cluster, policy: s
     else:
         assert (tokens(bad), bad.outputs[0].finish_reason) == ([], "error")
         assert bad.error is not None
+    cluster.give_back()
     cluster.check_idle()
 
 
@@ -702,12 +716,13 @@ def test_an_error_says_whether_the_requests_own_parameters_are_to_blame(
 ) -> None:
     (tmp_path / "key").write_text("k" * 40)
     (tmp_path / "key").chmod(0o600)
-    prefill, decode = (cluster.start(policy="fail", lease_s=0.5, key_file=str(tmp_path / "key")) for _ in range(2))
+    prefill, decode = (cluster.start(policy="fail", key_file=str(tmp_path / "key")) for _ in range(2))
     sent = cluster.prefill(prefill, "p", params={"transfer_id": "t"}) | wrong
     cluster.add(decode, "d", sent)
     (output,) = cluster.finish("d")
     assert output.error
     assert output.error_param == blamed, output.error
+    cluster.give_back()
     cluster.check_idle()
 
 
@@ -721,23 +736,23 @@ class OtherWeights(StubModel):
 @pytest.mark.parametrize("mode", MODES)
 def test_first_tokens_of_another_engine_are_not_taken_over_with_this_ones_kv(cluster: Cluster, mode: str) -> None:
     """They were chosen behind this prompt and under these settings, and their own digest comes with them."""
-    prefill, decode, other = (
-        cluster.start(mode=mode, lease_s=0.5, model=cls()) for cls in (StubModel, StubModel, OtherWeights)
-    )
+    prefill, decode, other = (cluster.start(mode=mode, model=cls()) for cls in (StubModel, StubModel, OtherWeights))
     sent, others = cluster.prefill(prefill, "p"), cluster.prefill(other, "o")
     sent |= {name: value for name, value in others.items() if name.startswith("remote_first_token")}
     assert sent["remote_first_token_ids"] != expected(PROMPT, 1)
     cluster.add(decode, "d", sent)
     (output,) = cluster.finish("d")
     assert (tokens(output), output.num_external_tokens) == (expected(PROMPT, 8), 50)
+    cluster.give_back()
     cluster.check_idle()
 
 
 @pytest.mark.parametrize("tokens_", [[1000], [-1], [True], "7", [7.0]])
 def test_tokens_that_are_none_are_not_taken_over(cluster: Cluster, tokens_: Any) -> None:
-    prefill, decode = cluster.start(lease_s=0.5), cluster.start()
+    prefill, decode = cluster.start(), cluster.start()
     cluster.add(decode, "d", cluster.prefill(prefill, "p") | {"remote_first_token_ids": tokens_})
     assert tokens(cluster.finish("d")[0]) == expected(PROMPT, 8)
+    cluster.give_back()
     cluster.check_idle()
 
 
@@ -797,17 +812,18 @@ def is_transferring(llm: LLM) -> bool:
 
 
 def test_unlike_caches_are_refused_in_readable_words(cluster: Cluster, caplog: pytest.LogCaptureFixture) -> None:
-    prefill, decode = cluster.start(model=StubModel(head_size=8), lease_s=0.5), cluster.start()
+    prefill, decode = cluster.start(model=StubModel(head_size=8)), cluster.start()
     cluster.add(decode, "d", cluster.prefill(prefill, "p"))
     assert tokens(cluster.finish("d")[0]) == expected(PROMPT, 8)
     words = [f"{engine_id(decode)} k 4, v 4, its peer k 8, v 8", f"{engine_id(prefill)} k 8, v 8, its peer k 4, v 4"]
     layers = "('model.layers.0.self_attn.attn' and 1 more)"
     assert any(f"cannot exchange KV: content: {text} {layers}; computing it here" in caplog.text for text in words)
+    cluster.give_back()
     cluster.check_idle()
 
 
 def test_other_weights_are_refused(cluster: Cluster, caplog: pytest.LogCaptureFixture) -> None:
-    prefill = cluster.start(weights_version="a", lease_s=0.5)
+    prefill = cluster.start(weights_version="a")
     decode = cluster.start(weights_version="b")
     cluster.add(decode, "d", cluster.prefill(prefill, "p"))
     assert tokens(cluster.finish("d")[0]) == expected(PROMPT, 8)
@@ -816,6 +832,7 @@ def test_other_weights_are_refused(cluster: Cluster, caplog: pytest.LogCaptureFi
         f"{engine_id(prefill)} version:a, its peer version:b",
     ]
     assert any(f"weights: {text}" in caplog.text for text in words)
+    cluster.give_back()
     cluster.check_idle()
 
 
@@ -838,7 +855,7 @@ class ScaledModel(StubModel):
 def test_other_settings_of_the_model_are_refused_by_name(
     cluster: Cluster, caplog: pytest.LogCaptureFixture, rope: dict[str, Any], words: list[str]
 ) -> None:
-    prefill, decode = cluster.start(model=ScaledModel(), lease_s=0.5), cluster.start(model=ScaledModel(**rope))
+    prefill, decode = cluster.start(model=ScaledModel()), cluster.start(model=ScaledModel(**rope))
     cluster.add(decode, "d", cluster.prefill(prefill, "p"))
     assert tokens(cluster.finish("d")[0]) == expected(PROMPT, 8)
     (name,) = rope
@@ -847,6 +864,7 @@ def test_other_settings_of_the_model_are_refused_by_name(
         f"{engine_id(prefill)} {words[0]}, its peer {words[1]}",
     ]
     assert any(f"cannot exchange KV: hf_config.{name}: {text}; computing it here" in caplog.text for text in sides)
+    cluster.give_back()
     cluster.check_idle()
 
 

@@ -18,6 +18,7 @@ from p2p_kill import MODES, NEAR, PROMPT_TOKENS, Pair, expected, new_prompt
 
 SECONDS = float(os.environ.get("KVFERRY_STRESS_S", "60"))
 SEED = int(os.environ.get("KVFERRY_STRESS_SEED", "1"))
+DEADLINES = NEAR | {"quarantine_s": 5.0}  # the default: what is slow under load is not given up for lost
 TRANSPORT = os.environ.get("KVFERRY_STRESS_TRANSPORT", "shm")
 
 

@@ -1,7 +1,8 @@
 """The control channel of one engine: small messages to and from other engines. Nothing here ever waits or raises late.
 
-    listener   ROUTER, bound once; whoever dials us is known by a name of ours, @ and random hex, until it is gone
+    listener   ROUTER, bound once; whoever dials us is known by a name of its own, @ and random hex, until it is gone
     dialled    one DEALER per peer, known by the host:port we dialled; connects, and connects again, by itself
+    message    one frame; behind the name of whoever dialled, in its own. Empty: only the name is news
     thread     owns all sockets; the owner only fills the outbox and empties the inbox
 
 Messages may be lost (not connected, queue full) but not altered; what comes from one peer comes in order. With a key
@@ -11,10 +12,14 @@ and all is encrypted. Without one only loopback addresses are bound.
 What peers can cost is bounded: frame size, time for a handshake, connections (by this process's descriptors), bytes of
 messages that wait for `poll` (per peer and in all), bytes that wait to be sent, and bytes that ZMQ has received but not
 yet handed to this thread (`kvferry.connections`). Strangers get half of the connections and of the inbox; of peers that
-the owner wants to `keep` none is cut for a stranger's sake. ZMQ's own bound on what it receives, RCVHWM, is off: it
-stops reading from a connection at that mark, and libzmq 4.3.5 aborts the process (`Assertion failed: !_io_error`) when
-a connection hangs up while its input is stopped. Names are looked up by threads of their own: ZMQ would do that on the
-one thread that serves all connections.
+the owner wants to `keep` none is cut for a stranger's sake. Names are looked up by threads of their own: ZMQ would do
+that on the one thread that serves all connections.
+
+libzmq 4.3.5 aborts the process (`Assertion failed: !_io_error`) when it wants to send a heartbeat through a connection
+that hung up while its input was stopped. So three of its features are off: heartbeats (the kernel watches idle
+connections instead, and the owner those who owe answers), the bound on what it receives (RCVHWM), and that a new
+connection takes over the name of an old one (ROUTER_HANDOVER), which both stop input. Each connection has a name of its
+own there, and which of them belongs to a peer is written down here.
 """
 
 from __future__ import annotations
@@ -34,7 +39,7 @@ from typing import Any, Generic
 import zmq
 import zmq.utils.monitor
 
-from kvferry.connections import Connections, descriptor_share
+from kvferry.connections import Connections, descriptor_share, watched_by_the_kernel
 from kvferry.errors import ConfigError, TransferError
 from kvferry.p2p.wire import LOOPBACK, Address, Codec, M, derive_key, is_allowed, is_ip
 
@@ -42,7 +47,7 @@ logger = logging.getLogger(__name__)
 
 _RECONNECT_MS = 5000
 _LONGEST_S = 1_000_000.0  # zmq counts milliseconds in an int
-_HEARTBEAT_MS = 2000
+_NAME_BYTES = 16
 _HIGH_WATER = 16  # messages per connection that wait to be sent
 _MAX_RECEIVED = 256  # messages taken from a socket before the others have their turn
 _KERNEL_BUFFER_BYTES = 256 << 10  # per connection and direction
@@ -66,7 +71,7 @@ class ControlSettings:
     """What peers dial; the bound host, or for a wildcard this machine's name, unless given."""
     key: str | None = None
     silence_s: float = 6.0
-    """A peer that answers no heartbeat for so long is lost; processes are starved for seconds on busy machines."""
+    """A peer whose machine acknowledges nothing for so long is lost, also when nobody has anything to say."""
     handshake_s: float = 5.0
     """A connection whose handshake takes longer is closed, by either side."""
     max_connections: int = 1024
@@ -179,7 +184,7 @@ class ControlChannel(Generic[M]):
         self._codec = codec
         self._on_news = on_news
         self._keys = None if settings.key is None else _CurveKeys(settings.key)
-        self._identity = secrets.token_bytes(32)
+        self._secret = secrets.token_bytes(32)
         self._lock = threading.Lock()
         self._inbox: deque[tuple[str, bytes | Connected | Lost]] = deque()
         self._inbox_bytes: Counter[str] = Counter()
@@ -297,8 +302,7 @@ class ControlChannel(Generic[M]):
             (zmq.RCVBUF, _KERNEL_BUFFER_BYTES), (zmq.SNDBUF, _KERNEL_BUFFER_BYTES),
             (zmq.MAXMSGSIZE, self._codec.max_bytes), (zmq.IPV6, 1),
             (zmq.HANDSHAKE_IVL, round(min(max(0.001, self._settings.handshake_s), _LONGEST_S) * 1000)),
-            (zmq.HEARTBEAT_IVL, _HEARTBEAT_MS),
-            (zmq.HEARTBEAT_TIMEOUT, round(min(self._settings.silence_s, _LONGEST_S) * 1000)),
+            *watched_by_the_kernel(zmq, min(self._settings.silence_s, _LONGEST_S)),
         ):  # fmt: skip
             made.setsockopt(option, value)
         return made
@@ -308,7 +312,6 @@ class ControlChannel(Generic[M]):
         self._zap.bind(_ZAP)
         self._router = self._socket(zmq.ROUTER)
         self._router.setsockopt(zmq.ROUTER_MANDATORY, 1)
-        self._router.setsockopt(zmq.ROUTER_HANDOVER, 1)
         if self._keys is not None:
             self._router.curve_server = True
             self._router.curve_secretkey = self._keys.server_secret
@@ -324,9 +327,6 @@ class ControlChannel(Generic[M]):
 
     def _dial(self, peer: str, address: Address) -> _Dialled:
         dealer = self._socket(zmq.DEALER)
-        # The same whenever this name is dialled, so that the listener lets go of the link before; another for another
-        # name of one engine, whose links would take its place from each other for ever.
-        dealer.setsockopt(zmq.ROUTING_ID, b"k" + hmac.digest(self._identity, peer.encode(), "sha256")[:15])
         dealer.setsockopt(zmq.IMMEDIATE, 1)  # nothing is queued for a peer that is not there: it would come too late
         dealer.setsockopt(zmq.RECONNECT_IVL_MAX, _RECONNECT_MS)
         if self._keys is not None:
@@ -338,6 +338,11 @@ class ControlChannel(Generic[M]):
         self._poller.register(dealer, zmq.POLLIN)
         self._poller.register(monitor, zmq.POLLIN)
         return _Dialled(dealer, monitor)
+
+    def _name_for(self, peer: str) -> bytes:
+        """What we are called by whom we dial as `peer`: the same whenever that is dialled, so that the link before is
+        let go. Under another name of the same engine another one: the links would take each other's place for ever."""
+        return hmac.digest(self._secret, peer.encode(), "sha256")[:_NAME_BYTES]
 
     def _redial(self, peer: str) -> None:
         if peer in self._looking_up or ((known := self._dialled.get(peer)) and known.is_connected is not False):
@@ -407,8 +412,7 @@ class ControlChannel(Generic[M]):
             self._wake_out.recv(4096)
         self._authenticate()
         self._connections.keep_only(frozenset(self._kept))
-        for event in _events(self._monitor):
-            self._follow_connection("", event)
+        self._follow_accepted()
         self._connections.cut_overdue()
         self._dial_found()
         for _ in range(len(self._outbox)):
@@ -417,11 +421,11 @@ class ControlChannel(Generic[M]):
                 self._outbox_bytes -= len(frame or b"")
             self._send(peer, frame)
         self._connections.cut_overdue()
-        for frames in self._receive("", self._router):
-            self._take(f"@{frames[0].bytes.hex()}", frames[1:], is_stranger=frames[0].bytes not in self._kept)
+        for name, frames in self._receive("", self._router):
+            self._take(f"@{name.hex()}", frames, is_stranger=name not in self._kept)
         for peer, dialled in list(self._dialled.items()):
             self._follow(peer, dialled)
-            for frames in self._receive(peer, dialled.socket):
+            for _, frames in self._receive(peer, dialled.socket):
                 self._take(peer, frames)
         self._tell_of_cuts()
         if self._has_news and self._on_news is not None:
@@ -460,7 +464,7 @@ class ControlChannel(Generic[M]):
             elif frame == b"":
                 self._redial(peer)
             elif frame and peer in self._dialled:
-                self._dialled[peer].socket.send(frame, zmq.NOBLOCK)
+                self._dialled[peer].socket.send_multipart((self._name_for(peer), frame), zmq.NOBLOCK)
             elif frame:
                 self.num_dropped += 1
         except zmq.Again:
@@ -471,13 +475,13 @@ class ControlChannel(Generic[M]):
 
     def _reply(self, name: bytes, frame: bytes) -> None:
         """zmq.Again where too much waits to be read by that peer already."""
-        connection = self._connections.named(name)
-        unsent = connection.unsent_bytes() if connection is not None and not connection.is_known else 0
+        if (connection := self._connections.named(name)) is None:
+            raise zmq.ZMQError(zmq.EHOSTUNREACH)
+        unsent = 0 if connection.is_known else connection.unsent_bytes()
         if unsent and unsent + len(frame) > self._settings.max_stranger_unsent_bytes:
             raise zmq.Again
-        self._router.send_multipart((name, frame), zmq.NOBLOCK)
-        if connection is not None:
-            connection.handed_bytes += len(frame)
+        self._router.send_multipart((connection.route, frame), zmq.NOBLOCK)
+        connection.handed_bytes += len(frame)
 
     def _follow(self, peer: str, dialled: _Dialled) -> None:
         """Report changes of a dialled connection, not every attempt."""
@@ -488,6 +492,9 @@ class ControlChannel(Generic[M]):
             is_connected = event["event"] == _CONNECTED
             if is_connected is not dialled.is_connected:
                 dialled.is_connected = is_connected
+                if is_connected:  # who was connected before goes on to be reached by its name
+                    with suppress(zmq.Again):
+                        dialled.socket.send_multipart((self._name_for(peer), b""), zmq.NOBLOCK)
                 self._put_inbox(peer, Connected() if is_connected else _LOST[event["event"]])
 
     def _follow_connection(self, owner: str, event: Any) -> None:
@@ -500,18 +507,32 @@ class ControlChannel(Generic[M]):
         elif event["event"] in (zmq.EVENT_DISCONNECTED, zmq.EVENT_CLOSED):
             self._connections.closed(number)
 
-    def _receive(self, owner: str, from_: zmq.Socket[bytes]) -> list[list[zmq.Frame]]:
-        """At most `_MAX_RECEIVED` messages, so that one peer cannot keep the thread."""
-        messages: list[list[zmq.Frame]] = []
+    def _receive(self, owner: str, from_: zmq.Socket[bytes]) -> list[tuple[bytes, list[zmq.Frame]]]:
+        """At most `_MAX_RECEIVED` messages, so that one peer cannot keep the thread; each with its sender's name."""
+        messages: list[tuple[bytes, list[zmq.Frame]]] = []
         try:
-            while len(messages) < _MAX_RECEIVED:
-                messages.append(frames := from_.recv_multipart(zmq.NOBLOCK, copy=False))
+            for _ in range(_MAX_RECEIVED):
+                frames, route, name = from_.recv_multipart(zmq.NOBLOCK, copy=False), b"", b""
+                num_bytes = sum(len(frame) + _FRAME_HEADER_BYTES for frame in frames[not owner :])
+                if not owner:
+                    route, *frames = frames  # type: ignore[assignment]
+                    route = name = route.bytes  # type: ignore[attr-defined]
+                    if len(frames) == 2 and len(frames[0]) == _NAME_BYTES:
+                        name = frames.pop(0).bytes
                 with suppress(zmq.ZMQError):  # sent without a connection
-                    number, num_bytes = frames[-1].get(zmq.SRCFD), len(frames[-1]) + _FRAME_HEADER_BYTES
-                    self._connections.delivered(int(number), num_bytes, b"" if owner else frames[0].bytes)
+                    number = int(frames[-1].get(zmq.SRCFD))
+                    if number not in self._connections:
+                        self._follow_accepted()
+                    self._connections.delivered(number, num_bytes, name, route)
+                if len(frames) != 1 or len(frames[0]) or name == route:
+                    messages.append((name, frames))
         except zmq.Again:
             self._connections.drained(owner)
         return messages
+
+    def _follow_accepted(self) -> None:
+        for event in _events(self._monitor):
+            self._follow_connection("", event)
 
     def _take(self, peer: str, frames: list[zmq.Frame], *, is_stranger: bool = False) -> None:
         """One message of exactly one frame, if there is room for it; for strangers half of it."""

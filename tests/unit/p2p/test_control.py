@@ -540,6 +540,62 @@ def test_who_floods_never_reads_and_hangs_up_does_not_end_the_process() -> None:
                 honest.send(Codec(Note).encode(Note("alive?")))
 
 
+def test_connections_of_one_name_may_break_when_they_like() -> None:
+    """As when an engine dials anew after its connection broke, before the other one sees it break. Where ZMQ lets the
+    new connection take over the old one's name, it forwards nothing more from that, and aborts at the next heartbeat.
+    """
+    frame = Codec(Note).encode(Note("late"))
+    message = bytes((0, len(frame))) + frame
+    content = READY[2:] + b"\x08Identity\0\0\0\4same"
+    with answering_process() as (child, port), ExitStack() as stack:
+        for _ in range(2):
+            old, new = (
+                stack.enter_context(socket.create_connection(("127.0.0.1", port), timeout=30)) for _ in range(2)
+            )
+            for each in (old, new):
+                each.sendall(GREETING)
+                read_exactly(each, len(GREETING))
+                each.sendall(b"\4" + bytes((len(content),)) + content)
+                assert each.recv(1000).find(b"READY") > 0
+                each.sendall(message)
+            time.sleep(0.3)  # until ZMQ knows it
+            old.sendall(message * 100)
+            time.sleep(0.2)  # until ZMQ has found that nobody takes that
+            old.close()
+        time.sleep(5)  # more than two heartbeats, when there were any
+        assert child.poll() is None, "the process ended"
+        with zmq.Context() as context, context.socket(zmq.DEALER) as honest:
+            honest.setsockopt(zmq.LINGER, 0)
+            honest.connect(f"tcp://127.0.0.1:{port}")
+            honest.send(frame)
+            assert honest.poll(30_000)
+
+
+def read_exactly(from_: socket.socket, num_bytes: int) -> bytes:
+    content = b""
+    while len(content) < num_bytes:
+        content += from_.recv(num_bytes - len(content))
+    return content
+
+
+def test_who_is_connected_again_is_reached_by_its_old_name(channel) -> None:
+    server, client = channel(), channel()
+    peer = connected(client, server)
+    client.send(peer, Note("hello"))
+    ((name, _),) = wait_for(server, bool)
+    for number in range(3):
+        for each in list(client._connections._open.values()):
+            each.cut()
+        changes = wait_for(client, lambda items: (peer, Connected()) in items)
+        assert [type(change) for _, change in changes] == [Lost, Connected]
+        deadline_s = time.monotonic() + 30
+        while (peer, Note("back?", number)) not in client.poll():  # it may not have been seen to be back yet
+            assert time.monotonic() < deadline_s
+            server.send(name, Note("back?", number))
+            time.sleep(0.01)
+    assert {sender for sender, _ in server.poll()} <= {name}
+
+
 def test_who_sends_faster_than_the_channel_reads_is_cut(channel) -> None:
     """Small messages: each costs ZMQ more than its bytes, and its queue has no limit of its own."""
     server = channel(max_bytes=1000)
