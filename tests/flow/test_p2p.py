@@ -663,6 +663,7 @@ def test_a_peer_may_be_known_by_several_names(cluster: Cluster, mode: str) -> No
         (output,) = cluster.finish(f"d{number}")
         assert tokens(output) == expected(PROMPT, 8), output.error
         assert decode.reset_prefix_cache()
+    assert len(books(decode)["peers"]) == 2, "letters of another case make no other name"
     cluster.check_idle()
 
 

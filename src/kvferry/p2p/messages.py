@@ -261,8 +261,8 @@ class Handover(Struct, frozen=True, kw_only=True):
 
     @property
     def peer(self) -> str:
-        """The peer's name in this library: `host:port` or `[IPv6]:port` of its listener."""
-        return str(Address(self.remote_host, self.remote_port))
+        """The peer's name in this library: `host:port` or `[IPv6]:port` of its listener, in small letters."""
+        return str(Address(self.remote_host.lower(), self.remote_port))
 
     @classmethod
     def parse(cls, params: object) -> Handover:
