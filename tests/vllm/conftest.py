@@ -11,6 +11,7 @@ import pytest
 import torch
 from engine_process import EngineChild
 
+torch.set_num_threads(1)  # the cores are the engines', in processes of their own, and the other tests' (`-n 2`)
 StartEngine = Callable[..., EngineChild]
 StartEngines = Callable[..., list[EngineChild]]
 

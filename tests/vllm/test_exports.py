@@ -280,7 +280,7 @@ def one_shot(
     }
     code = f"import sys; sys.path.insert(0, {str(HERE)!r}); import one_shot; one_shot.main()"
     code = f"if __name__ == '__main__':\n    {code}"
-    settings = {"VLLM_CPU_KVCACHE_SPACE": "1", "OMP_NUM_THREADS": "2", **env}
+    settings = {"VLLM_CPU_KVCACHE_SPACE": "1", "OMP_NUM_THREADS": "1", **env}
     lines = run_python(code, json.dumps({"llm": llm, "orders": orders}), **settings).splitlines()
     answers: list[Any] = json.loads(next(line for line in lines if line.startswith(ANSWERS)).removeprefix(ANSWERS))
     return answers
@@ -419,7 +419,7 @@ def test_program_of_the_guide_runs(model_folder: str) -> None:
     (program,) = fenced("python")
     assert '"MODEL"' in program
     program = program.replace('"MODEL"', repr(model_folder))
-    last = run_python(program, VLLM_CPU_KVCACHE_SPACE="1", OMP_NUM_THREADS="2").splitlines()
+    last = run_python(program, VLLM_CPU_KVCACHE_SPACE="1", OMP_NUM_THREADS="1").splitlines()
     assert any(re.fullmatch(r"1\d\d of 2\d\d tokens were loaded", line) for line in last), last[-3:]
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 from conftest import StartEngine
-from engine_process import TWO_RANKS, assert_same_tokens, offloading, random_prompt
+from engine_process import assert_same_tokens, offloading, random_prompt
 from tests.patience import wait_until
 
 BLOCK_SIZE = 32
@@ -97,7 +97,7 @@ def test_two_ranks(start_engine: StartEngine, tiny_llama: str, tmp_path: Path) -
     args = engine_args(tiny_llama, "recompute", extra, tensor_parallel_size=2)
     whole, broken = random_prompt(33, 400), random_prompt(34, 400)
 
-    first = start_engine(TWO_RANKS, **args)
+    first = start_engine(**args)
     cold_whole = first.ask(generate=whole, max_tokens=MAX_TOKENS)
     wait_until("both ranks' shards are on disk", lambda: list(shards(folder).values()) == [{0, 1}] * 6)
     chunks_of_whole = set(shards(folder))
@@ -109,7 +109,7 @@ def test_two_ranks(start_engine: StartEngine, tiny_llama: str, tmp_path: Path) -
         (file,) = folder.rglob(f"{chunk}0100.kv")  # rank 1's
         file.unlink()
 
-    second = start_engine(TWO_RANKS, **args)
+    second = start_engine(**args)
     warm = second.ask(generate=whole, max_tokens=MAX_TOKENS)
     assert warm["external_hits"] == 384
     assert_same_tokens(warm, cold_whole)

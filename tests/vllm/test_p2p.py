@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 from conftest import TINY, StartEngine, StartEngines
-from engine_process import PATIENT, TWO_RANKS, EngineChild, assert_same_tokens, offloading, random_prompt
+from engine_process import PATIENT, EngineChild, assert_same_tokens, offloading, random_prompt
 
 from kvferry import LLM, SamplingParams
 from kvferry.engine.kv_groups import layer_name
@@ -265,8 +265,7 @@ def test_over_nixl(start_engines: StartEngines, tiny_llama: str, tmp_path: Path)
 @pytest.mark.timeout(1500)
 def test_one_rank_and_two(start_engines: StartEngines, tiny_llama: str, tmp_path: Path) -> None:
     """Each rank's half of the heads, and back."""
-    # Three workers want the cores: with more than one thread each, all of them stand still for tens of seconds.
-    args = {**engine_args(tiny_llama, transfer_config("kv_both", "fail")), "env": TWO_RANKS}
+    args = engine_args(tiny_llama, transfer_config("kv_both", "fail"))
     one, two = start_engines(args, {**args, "tensor_parallel_size": 2})
     for engine in (one, two):
         engine.ask(rpc="watch_jobs")
