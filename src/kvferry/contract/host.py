@@ -144,7 +144,7 @@ def host_info(vllm_config: Any, kv_cache_config: KVCacheConfig) -> HostInfo:
         reads_failed_blocks=bool(getattr(vllm_config, "reads_failed_blocks", False)),
         takes_first_tokens=bool(getattr(vllm_config, "takes_first_tokens", False)),
         numbers_media=_numbers_media(vllm_config),
-        no_hits_reason=_no_hits_reason(model),
+        no_hits_reason=_no_hits_reason(vllm_config),
         steps_for_held_blocks=bool(getattr(vllm_config, "steps_for_held_blocks", False)),
     )
 
@@ -186,11 +186,18 @@ def _numbers_media(vllm_config: Any) -> bool:
     return media is not None and not is_prefix_cached and getattr(media, "mm_processor_cache_gb", None) == 0
 
 
-def _no_hits_reason(model: Any) -> str | None:
-    """vLLM's pooling models that take no prefix from its own cache take none from elsewhere either: MEAN, CLS, STEP.
+def _no_hits_reason(vllm_config: Any) -> str | None:
+    """Models that take no prefix from vLLM's own cache take none from elsewhere either. Connectors vLLM never asks.
 
-    vLLM asks its own cache by this rule, connectors never; a hit ends its engine ("partial prefill is not supported").
+    These are pooling models (MEAN, CLS, STEP), where a hit ends the engine ("partial prefill is not supported"), and
+    MLA on CPUs (CPU_MLA), for which vLLM turns prefix caching and chunked prefill off: answers after a hit are others.
     """
+    model = vllm_config.model_config
+    settings = ("cache_config", "enable_prefix_caching"), ("scheduler_config", "enable_chunked_prefill")
+    is_whole = all(getattr(getattr(vllm_config, config, None), name, True) is False for config, name in settings)
+    device = getattr(getattr(vllm_config, "device_config", None), "device_type", None)
+    if is_whole and device == "cpu" and bool(getattr(model, "use_mla", False)):
+        return "vLLM computes prompts of models with MLA whole on this CPU, without its own prefix cache"
     pooler = getattr(model, "pooler_config", None)
     if pooler is None or bool(getattr(model, "is_prefix_caching_supported", False)):
         return None

@@ -73,6 +73,17 @@ def test_a_model_that_pools_the_whole_prompt_is_given_no_hits(kind: str) -> None
         assert host_info(host(allowed), caches()).no_hits_reason is None
 
 
+@pytest.mark.parametrize("other", [None, "enable_prefix_caching", "enable_chunked_prefill", "use_mla", "device_type"])
+def test_mla_that_vllm_computes_whole_is_given_no_hits(other: str | None) -> None:
+    """vLLM's CPU_MLA: it forces both settings off, and a hit from a store gave other tokens than no connector did."""
+    config = host({"use_mla": other != "use_mla"})
+    config.cache_config.enable_prefix_caching = other == "enable_prefix_caching"
+    config.scheduler_config = SimpleNamespace(enable_chunked_prefill=other == "enable_chunked_prefill")
+    config.device_config = SimpleNamespace(device_type="cuda" if other == "device_type" else "cpu")
+    reason = host_info(config, caches()).no_hits_reason
+    assert (reason is None) is (other is not None)
+
+
 @pytest.mark.parametrize(
     "asked",
     [
