@@ -75,7 +75,7 @@ def stored(folder: Path) -> dict[str, Any]:
 def test_disk_beside_a_hand_over_keeps_nothing_wrong_after_a_refusal(
     engines: Engines, tmp_path: Path, mode: str, policy: str
 ) -> None:
-    p2p = {**P2P, "kv_connector_extra_config": P2P["kv_connector_extra_config"] | {"mode": mode, "lease_s": 1.0}}
+    p2p = {**P2P, "kv_connector_extra_config": P2P["kv_connector_extra_config"] | {"mode": mode, "lease_s": 60.0}}
     both = {"kv_connector": "MultiConnector", "kv_connector_extra_config": {"connectors": [p2p, stored(tmp_path)]}}
     prefill, decode = engines.start(p2p, "fail"), engines.start(both, policy)
     handed = engines.run(prefill, "p", PREFILLED, {"do_remote_decode": True}, max_tokens=1).kv_transfer_params
@@ -100,7 +100,7 @@ def test_an_adapter_of_the_same_name_with_other_weights_is_refused(
     engines: Engines, tmp_path: Path, mode: str, is_same: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The embedded engine runs no adapters: requests get one as vLLM's have it, of each engine's own folder."""
-    extra = P2P["kv_connector_extra_config"] | {"mode": mode, "lease_s": 1.0}
+    extra = P2P["kv_connector_extra_config"] | {"mode": mode, "lease_s": 60.0}
     folders = [tmp_path / "prefill" / "adapter", tmp_path / "decode" / "adapter"]
     for number, folder in enumerate(folders):
         save_weights(folder, 1 if is_same or number == 0 else 2, "adapter_")
@@ -156,7 +156,7 @@ def test_nothing_is_taken_once_files_of_the_decode_engine_have_changed(
 @pytest.mark.parametrize("mode", ["pull", "push"])
 def test_kv_behind_other_media_is_refused(engines: Engines, mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The embedded engine takes no media: requests get them as vLLM's have them, among the same tokens."""
-    extra = P2P["kv_connector_extra_config"] | {"mode": mode, "lease_s": 1.0}
+    extra = P2P["kv_connector_extra_config"] | {"mode": mode, "lease_s": 60.0}
     prefill, decode = (engines.start({**P2P, "kv_connector_extra_config": extra}, "recompute") for _ in range(2))
     sides: list[list[Any]] = [[], []]
     for llm, features in zip((prefill, decode), sides, strict=True):
