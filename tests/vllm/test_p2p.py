@@ -239,6 +239,11 @@ def test_what_nobody_fetches_comes_free_when_it_is_given_back(
     assert p.stop() == 0
 
 
+def give_back(engine: EngineChild, params: dict[str, Any]) -> None:
+    """Else the engine waits for the lease's end before it stops."""
+    engine.ask(generate=[1], max_tokens=1, transfer={"do_release": True, "remote_lease_id": params["remote_lease_id"]})
+
+
 def test_over_nixl(start_engines: StartEngines, tiny_llama: str, tmp_path: Path) -> None:
     """One engine pulls, the other pushes; both hand over and take. Its successor only has the name."""
     pushes, pulls = start_engines(
@@ -411,11 +416,13 @@ def test_beside_the_embedded_engine(
     embedded.llm.shutdown()
 
     other = Embedded(tiny_llama, weights_version="of another training")
-    output, _ = other.run("d", third, MAX_TOKENS, prefill(vllm, third))
+    params = prefill(vllm, third)
+    output, _ = other.run("d", third, MAX_TOKENS, params)
     assert output.outputs[0].finish_reason == "error"
     assert "weights: " in caplog.text
     assert "version:of another training" in caplog.text
     other.llm.shutdown()
+    give_back(vllm, params)
     assert vllm.stop() == 0
 
 
