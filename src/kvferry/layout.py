@@ -22,6 +22,8 @@ from functools import cached_property
 from itertools import groupby, product
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import numpy as np
+
 from kvferry.errors import ConfigError
 from kvferry.types import NULL_BLOCK_ID, GroupInfo
 
@@ -31,6 +33,11 @@ if TYPE_CHECKING:
 PAYLOAD_FORMAT_VERSION = 1
 _DIMS = "HNC"
 CONTENT = "content"
+_EXPONENT_BITS: dict[str, tuple[type[np.unsignedinteger[Any]], int]] = {
+    "float32": (np.uint32, 0x7F800000), "float16": (np.uint16, 0x7C00), "bfloat16": (np.uint16, 0x7F80),
+}  # fmt: skip
+"""All of them are set in a NaN and in an infinity, and in nothing else."""
+_PIECE = 1 << 14
 
 
 class ByteRange(NamedTuple):
@@ -133,6 +140,21 @@ class GroupLayout:
                 for r, stride in self._template
             ]
         )
+
+    def is_finite(self, payload: memoryview) -> bool:
+        """False where whole blocks' payload has a NaN or an infinity; of 8-bit KV nobody can tell."""
+        blocks = np.frombuffer(payload, np.uint8).reshape(-1, self.block_bytes)
+        start = 0
+        for dtype, layers in groupby(self.layers, lambda layer: layer.dtype):
+            end = start + sum(layer.page_bytes for layer in layers)
+            if dtype in _EXPONENT_BITS:
+                kind, bits = _EXPONENT_BITS[dtype]
+                numbers = np.ascontiguousarray(blocks[:, start:end]).view(kind).reshape(-1)
+                pieces = (numbers[at : at + _PIECE] for at in range(0, len(numbers), _PIECE))  # they stay in cache
+                if any(int((piece & kind(bits)).max()) == bits for piece in pieces):
+                    return False
+            start = end
+        return True
 
     def payload_description(self) -> dict[str, Any]:
         """What two payloads of this group must agree on to be exchangeable as they are.

@@ -169,3 +169,28 @@ def test_pages_that_kernels_order_otherwise_are_other_payloads() -> None:
     assert (two_alike[0], first[0], second[0]) == (2, 1, 1)
     assert first[1] == two_alike[1]
     assert "k by element" in second[1].values()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("layer", [0, 2])
+def test_a_nan_or_an_infinity_in_a_payload_is_seen(dtype: torch.dtype, layer: int) -> None:
+    """Also beside layers whose bytes are no floating point numbers; all bits but the sign of which may be set."""
+    names = ("a", "bytes", "c")
+    shape, largest = (3, 2, 4, 6), torch.finfo(dtype).max
+    caches = {
+        name: torch.full(shape, 255, dtype=torch.uint8) if name == "bytes" else torch.full(shape, -largest, dtype=dtype)
+        for name in names
+    }
+    layout, _ = KVLayout.from_tensors(caches, [GroupInfo(0, names, 4, AttentionKind.FULL)], 3)
+
+    def is_finite() -> bool:
+        pages = (caches[name][block] for block in (1, 2) for name in names)
+        payload = b"".join(page.contiguous().view(torch.uint8).numpy().tobytes() for page in pages)
+        return layout.groups[0].is_finite(memoryview(payload))
+
+    assert is_finite()
+    for value in (torch.nan, torch.inf, -torch.inf):
+        caches[names[layer]][2, 1, 3, 5] = value
+        assert not is_finite()
+    caches[names[layer]][2, 1, 3, 5] = torch.finfo(dtype).smallest_normal
+    assert is_finite()

@@ -88,6 +88,9 @@ class HostInfo:
     """Why no request may use KV from elsewhere: the model's output needs every token in one forward. None: it may."""
     steps_for_held_blocks: bool = False
     """True when the host steps while blocks of ended requests are held, without being told to; vLLM does not."""
+    keeps_nan_apart: bool = False
+    """True when a NaN in one request's KV never spoils another's; in vLLM (its CPU kernels) what an earlier owner of a
+    block left behind the last token does."""
 
     @property
     def has_named_weights(self) -> bool:
@@ -146,6 +149,7 @@ def host_info(vllm_config: Any, kv_cache_config: KVCacheConfig) -> HostInfo:
         numbers_media=_numbers_media(vllm_config),
         no_hits_reason=_no_hits_reason(vllm_config),
         steps_for_held_blocks=bool(getattr(vllm_config, "steps_for_held_blocks", False)),
+        keeps_nan_apart=bool(getattr(vllm_config, "keeps_nan_apart", False)),
     )
 
 

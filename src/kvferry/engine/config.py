@@ -266,6 +266,8 @@ class EngineConfig:
     """`remote_first_token_ids` of `kv_transfer_params` are the request's first tokens, once all its KV is loaded."""
     steps_for_held_blocks: ClassVar[bool] = True
     """`LLM.has_requests` is true while a connector holds blocks of a request that has ended."""
+    keeps_nan_apart: ClassVar[bool] = True
+    """A NaN or an infinity in the KV of one request reaches no other, also not by what is left of it in a block."""
 
     cache_config: CacheConfig
     model_config: ModelConfig

@@ -168,6 +168,22 @@ def test_blocks_that_only_a_store_holds_are_soon_free(make_host: Any) -> None:
     assert not host.side.has_pending_block_frees(), "who knows when that store ends"
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_kv_that_is_not_finite_is_not_stored(make_host: Any, value: float) -> None:
+    """It may be left over from another request, as in vLLM's CPU kernels: stored, it would spoil this prompt for ever."""
+    host = make_host({"block_size": 16})
+    compute = host.compute
+
+    def spoil(*args: Any) -> None:
+        compute(*args)
+        host.raw[0][TABLE[0][2], 1, 3, 0, 5] = value
+
+    host.compute = spoil
+    host.run_and_store("a", TOKENS, TABLE)
+    assert host.side.counters.failed_stores == 1
+    assert host.lookup("b", TOKENS)[1] == 32, "the two blocks before it"
+
+
 def test_failed_load_is_reported_dropped_and_not_claimed_again(make_host: Any) -> None:
     host = make_host()
     host.run_and_store("a", TOKENS, TABLE)

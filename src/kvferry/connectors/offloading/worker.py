@@ -197,6 +197,10 @@ class OffloadingWorkerSide(WorkerSide):
         group = layout.groups[part.group_id]
         proof = Digest()
         copier.gather(order.mark, group.block_ranges(part.block_ids), arena.slot_address(slot.slot), proof)
+        # It may be another request's NaN that spoilt this prompt's KV: stored, it would for ever.
+        payload = arena.slot_view(slot.slot)[: len(part.block_ids) * group.block_bytes]
+        if not self.host.keeps_nan_apart and not group.is_finite(payload):
+            raise HostError(f"the KV in blocks {list(part.block_ids)} has a NaN or an infinity")
         return proof.digest()
 
     def _load(self, order: _Order, part: ChunkPart) -> bytes:
