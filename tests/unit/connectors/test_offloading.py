@@ -170,7 +170,7 @@ def test_blocks_that_only_a_store_holds_are_soon_free(make_host: Any) -> None:
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 def test_kv_that_is_not_finite_is_not_stored(make_host: Any, value: float) -> None:
-    """It may be left over from another request, as in vLLM's CPU kernels: stored, it would spoil this prompt for ever."""
+    """It may be left over from another request, as in vLLM: stored, it would spoil this prompt for ever."""
     host = make_host({"block_size": 16})
     compute = host.compute
 
