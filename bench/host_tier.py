@@ -82,7 +82,7 @@ class Subject:
         config = make_kv_cache_config(num_blocks, dict.fromkeys(names, spec))
         self.block_bytes = config.kv_cache_tensors[0].block_stride
         self.num_bytes = self.num_chunks * BLOCKS_PER_CHUNK * self.block_bytes
-        storage = torch.randint(-128, 128, (num_blocks * self.block_bytes,), dtype=torch.int8)
+        storage = torch.randint(-128, -1, (num_blocks * self.block_bytes,), dtype=torch.int8)  # no NaN in bfloat16
         self.pool = storage.numpy().view(np.int64).reshape(num_blocks, -1)
         self.block_ids = random.Random(seed).sample(range(1, num_blocks), self.num_chunks * BLOCKS_PER_CHUNK)
         self.ids = np.array(self.block_ids)
