@@ -270,3 +270,14 @@ def test_abort_and_preemption_leave_nothing_behind(make_llm: Any, third_party: A
 def test_wrong_children_stop_the_engine_before_it_starts(make_llm: Any) -> None:
     with pytest.raises(ConfigError, match=r"connectors\[1\] \(OffloadingConnector#2\): .*cpu_bytes_to_use is missing"):
         make_llm(multi(offloading(LARGE), {"kv_connector": "OffloadingConnector"}))
+
+
+@pytest.mark.parametrize(
+    "child",
+    [{"kv_connector": "P2PConnector", "kv_connector_extra_config": {"transport": "shm", "weights_version": "1"}},
+     {"kv_connector": "DecodeBenchConnector"}],
+    ids=lambda child: str(child["kv_connector"]),
+)  # fmt: skip
+def test_a_child_that_stores_nothing_does_not_spoil_a_reset(make_llm: Any, child: dict[str, Any]) -> None:
+    llm = make_llm(multi(offloading(LARGE), child) | {"kv_role": "kv_both"})
+    assert llm.reset_prefix_cache(reset_connector=True)

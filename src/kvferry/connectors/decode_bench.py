@@ -111,6 +111,10 @@ class DecodeBenchSchedulerSide(SchedulerSide):
         self._num_local_tokens.pop(request.request_id, None)
         return False, None
 
+    def reset_cache(self) -> bool:
+        """True: nothing is stored here."""
+        return True
+
 
 class DecodeBenchWorkerSide(WorkerSide):
     """Makes noise."""

@@ -226,6 +226,10 @@ class HiddenStatesSchedulerSide(SchedulerSide):
             return False, None
         return False, {"hidden_states_path": str(self._folder / prompt.name)}
 
+    def reset_cache(self) -> bool:
+        """True: no KV is stored here, and files that requests were promised stay."""
+        return True
+
     def shutdown(self) -> None:
         """Delete what the worker was not told to delete; it has stopped by now."""
         for name in self._discards:
