@@ -163,6 +163,18 @@ def test_adapters_media_and_embeddings_separate(adapter, host):
     assert host.hit(host.add("four", lora_request=lora)) == 0, "another content under the same path"
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_kv_that_is_not_finite_is_not_stored(host, value):
+    good = host.pools[1]["b"].clone()
+    block(host.pools[1], "b", TABLE[2])[1, 1, 7, 7] = value
+    view = host.add("one")
+    host.work(host.order_saves(view))
+    assert host.hit(view) == 32, "the blocks before it"
+    host.pools[1]["b"].copy_(good)
+    host.work(host.order_saves(view))
+    assert host.hit(view) == 64
+
+
 def test_never_a_negative_claim(host):
     view = host.add("one")
     host.work(host.order_saves(view))
