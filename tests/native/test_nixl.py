@@ -148,6 +148,7 @@ def test_killed_in_mid_transfer_fails(start_owner, here: End) -> None:
 @pytest.mark.parametrize("op", TransferOp)
 def test_a_hung_peer_is_closed_and_others_go_on(start_owner, monkeypatch: pytest.MonkeyPatch, op: TransferOp) -> None:
     """Over TCP alone, as between hosts: with CMA a stopped process can still be read."""
+    monkeypatch.setattr(NixlTransport, "drain_s", 2.0)
     monkeypatch.setenv("UCX_TLS", "tcp")
     here = nixl_end([SIZE])
     try:
@@ -186,12 +187,39 @@ def test_a_hung_peer_is_closed_and_others_go_on(start_owner, monkeypatch: pytest
         here.transport.close()
 
 
+def test_writes_under_way_end_before_their_peer_is_closed(start_owner, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the peer goes on in time, so that no block of its need stay out of use, and nothing more is begun."""
+    monkeypatch.setenv("UCX_TLS", "tcp")
+    here = nixl_end([SIZE])
+    try:
+        owner = start_owner()
+        peer = here.transport.connect(owner.blob)
+        ticket = here.transport.submit(peer, READ, copies([(0, 0, 0, 0, 64)]))
+        assert wait_for(here.transport, ticket)[ticket].status is TransferStatus.OK
+        owner.signal(signal.SIGSTOP)
+        here.memory[0][:] = 253
+        tickets = [here.transport.submit(peer, WRITE, copies(WHOLE)) for _ in range(2)]
+        wait_until("it has begun", lambda: any(each.state for each in list(here.transport._active)))
+        close = here.transport.close_peer(peer)
+        owner.signal(signal.SIGCONT)
+        ended = wait_for(here.transport, *tickets, close)
+        assert ended[close].status is TransferStatus.OK
+        assert {ended[each].status for each in tickets} <= {TransferStatus.OK, TransferStatus.FAILED}
+        landed = owner.count(253)
+        here.memory[0][:] = 254
+        time.sleep(1)
+        assert (owner.count(253), owner.count(254)) == (landed, 0), "bytes landed behind the fence"
+    finally:
+        here.transport.close()
+
+
 @pytest.mark.parametrize("op", TransferOp)
 def test_two_hung_peers_closed_at_once_end_alike(start_owner, monkeypatch: pytest.MonkeyPatch, op: TransferOp) -> None:
     """The first close destroys what the second one's transfer runs on: that must not make it look as if it never ran.
 
     A third peer cannot be connected to again then: its own trouble.
     """
+    monkeypatch.setattr(NixlTransport, "drain_s", 2.0)
     monkeypatch.setenv("UCX_TLS", "tcp")
     here = nixl_end([SIZE])
     try:

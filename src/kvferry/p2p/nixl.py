@@ -99,6 +99,7 @@ class NixlTransport(ThreadedTransport):
 
     capabilities = Capabilities("nixl", devices=("cpu", "cuda"))
     serve_interval_s = 0.001
+    drain_s = 10.0
 
     def __init__(self, engine_id: str, ucx_params: Mapping[str, str] | None = None) -> None:
         super().__init__()
@@ -205,7 +206,8 @@ class NixlTransport(ThreadedTransport):
         """
         posted = [transfer for transfer in self._active if transfer.state is not None and transfer.state.open]
         for transfer in posted:
-            transfer.state.next[:0] = [span for _, span in transfer.state.open]
+            if not transfer.is_halted:
+                transfer.state.next[:0] = [span for _, span in transfer.state.open]
             for handle, _ in transfer.state.open:
                 self._release(handle)
             transfer.state.open = []
@@ -235,7 +237,15 @@ class NixlTransport(ThreadedTransport):
         with suppress(*self._errors):  # still running: it ends with the agent
             self._initiator.release_xfer_handle(handle)
 
+    def _is_dead(self, peer: PeerHandle) -> bool:
+        assert isinstance(peer, _NixlPeer)
+        return peer.is_dead()
+
     # ---- transfers --------------------------------------------------------------------------------------------
+
+    def _halt(self, transfer: Transfer) -> None:
+        transfer.state = transfer.state or _Posts([])
+        transfer.state.next = []
 
     def _advance(self, transfer: Transfer) -> Step:
         if transfer.state is None:

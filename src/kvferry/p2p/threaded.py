@@ -1,7 +1,9 @@
 """The part all transports share: one thread that owns the native library, commands in, completions out.
 
 A leaf fills in what is done per peer and per piece of work. Transfers take turns, one bounded step each, so that a
-small one need not wait for a large one, and closing a peer takes effect between two steps.
+small one need not wait for a large one, and closing a peer takes effect between two steps. Where closing is no fence
+for what is being written, that gets a while to end by itself first: of an honest peer whose control link broke, all
+does.
 """
 
 from __future__ import annotations
@@ -36,6 +38,7 @@ logger = logging.getLogger(__name__)
 B = TypeVar("B", bound=msgspec.Struct)
 _IDLE_S = 0.0005
 _JOIN_S = 5.0
+_CLOSED = "the connection was closed"
 _REST_S = 0.2  # after a failure that the next turn would repeat
 
 
@@ -67,6 +70,8 @@ class Transfer:
     moved_bytes: int = 0
     state: Any = None
     then: Callable[[], None] | None = None
+    is_halted: bool = False
+    """Its peer is being closed: nothing more of it starts."""
 
 
 class ThreadedTransport(ABC):
@@ -75,6 +80,8 @@ class ThreadedTransport(ABC):
     capabilities: Capabilities
     serve_interval_s: float | None = None
     """How often `_serve` must be called while nothing of our own is under way; None: not at all."""
+    drain_s: float = 0.0
+    """How long writes under way may take to end when their peer is closed; 0 where closing is a fence for them."""
 
     def __init__(self) -> None:
         self.bytes_moved = dict.fromkeys(TransferOp, 0)
@@ -87,6 +94,7 @@ class ThreadedTransport(ABC):
         self._active: list[Transfer] = []
         self._broken: dict[PeerHandle, str] = {}
         self._peers: list[PeerHandle] = []
+        self._draining: dict[PeerHandle, tuple[int, float]] = {}
         self._last_ticket = 0
         self._is_closing = False
         self._thread = threading.Thread(target=self._main, name=f"kvferry-{self.capabilities.name}", daemon=True)
@@ -191,6 +199,14 @@ class ThreadedTransport(ABC):
     def _close_peer(self, peer: PeerHandle, open_ops: set[TransferOp]) -> set[TransferOp]:
         """Disconnect, also where opening failed half way. Returns those of `open_ops` of which bytes may still land."""
 
+    def _halt(self, transfer: Transfer) -> None:
+        """`_advance` starts nothing more of it, and says DONE when nothing of it is under way."""
+        return
+
+    def _is_dead(self, peer: PeerHandle) -> bool:
+        """Whether it is certain that its process has ended; what is written to it will not end."""
+        return False
+
     def _serve(self) -> None:
         """Whatever the library needs done for peers."""
         return
@@ -234,8 +250,9 @@ class ThreadedTransport(ABC):
             self._serve_peers()
             steps = {self._turn(transfer) for transfer in list(self._active)}
             is_waiting = steps <= {Step.WAITING}
+            self._close_drained()
         for peer in list(self._peers):
-            self._close(peer, 0)
+            self._close_now(peer, 0)
         self._shut_down()
 
     def _serve_peers(self) -> None:
@@ -265,7 +282,10 @@ class ThreadedTransport(ABC):
             logger.exception("%s: transfer %d", self.capabilities.name, transfer.ticket)
             self._give_up(transfer, error)
             return Step.DONE
-        if step is Step.DONE:
+        if step is Step.DONE and transfer.is_halted:
+            is_unknown = transfer.op in transfer.peer.unknown_ops
+            self._end(transfer, TransferStatus.UNKNOWN if is_unknown else TransferStatus.FAILED, _CLOSED)
+        elif step is Step.DONE:
             if transfer.then is not None:
                 transfer.then()
             self._end(transfer, TransferStatus.OK, "")
@@ -298,6 +318,27 @@ class ThreadedTransport(ABC):
             self._broken[peer] = f"{type(error).__name__}: {error}"
 
     def _close(self, peer: PeerHandle, ticket: int) -> None:
+        """Now; or, where something is being written, when what is under way has ended."""
+        transfers = [transfer for transfer in self._active if transfer.peer is peer]
+        is_writing = any(transfer.op is TransferOp.WRITE for transfer in transfers)
+        if not self.drain_s or not is_writing or peer in self._broken:
+            self._close_now(peer, ticket)
+            return
+        for transfer in transfers:
+            transfer.is_halted = True
+            self._halt(transfer)
+        self._draining[peer] = ticket, time.monotonic() + self.drain_s
+
+    def _close_drained(self) -> None:
+        if not self._draining:
+            return
+        unfinished = {transfer.peer for transfer in self._active if transfer.is_halted}
+        for peer, (ticket, until_s) in list(self._draining.items()):
+            if peer not in unfinished or time.monotonic() >= until_s or self._is_dead(peer):
+                del self._draining[peer]
+                self._close_now(peer, ticket)
+
+    def _close_now(self, peer: PeerHandle, ticket: int) -> None:
         """Open transfers first, then the close ticket."""
         transfers = [transfer for transfer in self._active if transfer.peer is peer]
         is_broken = self._broken.pop(peer, None) is not None
@@ -312,7 +353,7 @@ class ThreadedTransport(ABC):
         peer.unknown_ops = landing
         for transfer in transfers:
             status = TransferStatus.UNKNOWN if transfer.op in landing else TransferStatus.FAILED
-            self._end(transfer, status, "the connection was closed")
+            self._end(transfer, status, _CLOSED)
         status = TransferStatus.UNKNOWN if landing else TransferStatus.OK
         names = " and ".join(sorted(op.value for op in landing))
         self._complete(Completion(ticket, status, f"{names} {reason}" if landing else ""))
