@@ -186,6 +186,16 @@ def test_what_was_computed_beside_a_failed_load_is_not_stored(server: FakeServer
     assert len(server.chunks) == 6
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("-inf")])
+def test_kv_that_is_not_finite_is_not_stored(server: FakeServer, host: Host, value: float) -> None:
+    """It may be left over from another request, as in vLLM: stored, it would spoil this prompt for ever."""
+    second_chunk = TABLE[0][CHUNK_TOKENS // BLOCK]
+    host.kv[0][second_chunk, 1, 3, 5] = value
+    host.prefill("first")
+    assert len(server.chunks) == 1 + 3, "of the first rank what lies before it, of the second all"
+    assert host.claim(host.request("second")) == CHUNK_TOKENS
+
+
 def test_one_rank_failing_fails_the_load(server: FakeServer, host: Host) -> None:
     host.prefill("first")
     name = next(name for name in server.chunks if name[1] == 1)

@@ -96,15 +96,26 @@ class ServerSession:
     time."""
 
     def __init__(
-        self, connection: ServerConnection, geometry: ChunkGeometry, group: GroupLayout, copier: Copier, rank: int
+        self,
+        connection: ServerConnection,
+        geometry: ChunkGeometry,
+        group: GroupLayout,
+        copier: Copier,
+        rank: int,
+        *,
+        keeps_nan_apart: bool,
     ) -> None:
-        """Make the staging. Blocks while its memory is made. ConfigError when there is too little of it."""
+        """Make the staging. Blocks while its memory is made. ConfigError when there is too little of it.
+
+        Unless the host `keeps_nan_apart`, no KV with a NaN or an infinity is stored.
+        """
         geometry.check_room()
         self._connection = connection
         self._geometry = geometry
         self._group = group
         self._copier = copier
         self._rank = rank
+        self._keeps_nan_apart = keeps_nan_apart
         self._instance_id = secrets.randbits(62)
         self._arena = Arena.create(
             engine_id="lmcache", num_slots=geometry.num_slots, slot_bytes=geometry.slot_bytes, is_named=True
@@ -132,11 +143,20 @@ class ServerSession:
         self._call("ping", self._instance_id, returns=bool, timeout_s=timeout_s)
 
     def store(self, job: TransferJob, mark: Any, timeout_s: float) -> None:
-        """Send a job's chunks. Blocks; TransferError when one of them was not taken."""
+        """Send a job's chunks. Blocks; TransferError at the first that was not taken, or must not be stored."""
         for moves in self._batches(job.moves):
+            num_good = 0
             for slot, move in enumerate(moves, start=1):
                 self._gather(slot, move, mark)
-            self._transfer("store", job, moves, timeout_s)
+                if not self._keeps_nan_apart and not self._group.is_finite(self._payload(slot)):
+                    break
+                num_good = slot
+            if num_good:
+                self._transfer("store", job, moves[:num_good], timeout_s)
+            if num_good < len(
+                moves
+            ):  # another request's NaN may have spoilt this prompt's KV: stored, it would for ever
+                raise TransferRefused(f"the KV in blocks {list(moves[num_good].block_ids)} has a NaN or an infinity")
 
     def retrieve(self, job: TransferJob, mark: Any, timeout_s: float) -> None:
         """Fetch a job's chunks into the engine's blocks, once they are proved. Blocks; TransferError or ChunkCorrupt

@@ -82,7 +82,9 @@ class LMCacheWorkerSide(WorkerSide):
         model_name = _model_name(self.host, self.config, geometry, layout)
         self._copier = copier = make_copier(anchors)
         self._handshake = LMCacheHandshake(chunk_tokens, model_name)
-        self._make_session = lambda: ServerSession(self._connection, geometry, group, copier, self.host.rank)
+        self._make_session = lambda: ServerSession(
+            self._connection, geometry, group, copier, self.host.rank, keeps_nan_apart=self.host.keeps_nan_apart
+        )
         self._register(chunk_tokens)
         logger.info("LMCache server %s: chunks of %d tokens, model %s", self.config.url, chunk_tokens, model_name)
         self._thread.start()
