@@ -133,4 +133,5 @@ def release_body(call: Call, params: Params | None, transfer_id: str) -> bytes:
 
 
 def _json(body: Params) -> bytes:
-    return json.dumps(body).encode()
+    """Not longer than the client's: an engine with the same limit takes what the proxy took."""
+    return json.dumps(body, ensure_ascii=False, separators=(",", ":")).encode()

@@ -71,6 +71,13 @@ def test_first_token_is_sampled_again_where_its_logprobs_are_wanted(logprobs: An
     assert sent["remote_host"] == "h"
 
 
+@pytest.mark.parametrize("body", ['{"prompt":"\u96ea\u0436\u00e9"}', '{"prompt":[1,2,3],"user":null}'])
+def test_an_engine_gets_no_more_bytes_than_the_proxy_took(body: str) -> None:
+    """Both have the same limit."""
+    call = Call.parse(PATH, body.encode(), {}, 64)
+    assert decode_body(call, None, "t1", None) == body.encode()
+
+
 def test_peers_are_signed_as_the_decode_engine_sees_them() -> None:
     def sign(params: dict[str, Any], hosts: tuple[str, ...]) -> str:
         return f"{params['remote_host']}:{params['remote_port']} {params['transfer_id']}"
