@@ -287,7 +287,8 @@ class ExampleWorkerSide(WorkerSide):
         """Write this layer's part of each block."""
         for move in self._saves if layer_name in self._layers else ():
             page, file_name = self._layers[layer_name][move.block_id], _file_name(layer_name, self.host.rank)
-            if not self.host.keeps_nan_apart and not page.isfinite().all():
+            # 8-bit KV is left alone, as in every store: torch has no `isfinite` for all of its types.
+            if not self.host.keeps_nan_apart and page.dtype.itemsize > 1 and not page.isfinite().all():
                 self._error = f"{layer_name} has a NaN or an infinity in block {move.block_id}"
                 continue
             try:

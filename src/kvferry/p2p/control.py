@@ -512,13 +512,12 @@ class ControlChannel(Generic[M]):
         messages: list[tuple[bytes, list[zmq.Frame]]] = []
         try:
             for _ in range(_MAX_RECEIVED):
-                frames, route, name = from_.recv_multipart(zmq.NOBLOCK, copy=False), b"", b""
-                num_bytes = sum(len(frame) + _FRAME_HEADER_BYTES for frame in frames[not owner :])
+                frames, route = from_.recv_multipart(zmq.NOBLOCK, copy=False), b""
                 if not owner:
-                    route, *frames = frames  # type: ignore[assignment]
-                    route = name = route.bytes  # type: ignore[attr-defined]
-                    if len(frames) == 2 and len(frames[0]) == _NAME_BYTES:
-                        name = frames.pop(0).bytes
+                    route, frames = frames[0].bytes, frames[1:]
+                num_bytes, name = sum(len(frame) + _FRAME_HEADER_BYTES for frame in frames), route
+                if not owner and len(frames) == 2 and len(frames[0]) == _NAME_BYTES:
+                    name, frames = frames[0].bytes, frames[1:]
                 with suppress(zmq.ZMQError):  # sent without a connection
                     number = int(frames[-1].get(zmq.SRCFD))
                     if number not in self._connections:

@@ -261,7 +261,7 @@ class Handover(Struct, frozen=True, kw_only=True):
 
     @property
     def peer(self) -> str:
-        """The peer's name in this library: `host:port` or `[IPv6]:port` of its listener, in small letters."""
+        """The peer's name in this library: `host:port` or `[IPv6]:port` of its listener, in lower case."""
         return str(Address(self.remote_host.lower(), self.remote_port))
 
     @classmethod

@@ -133,5 +133,5 @@ def release_body(call: Call, params: Params | None, transfer_id: str) -> bytes:
 
 
 def _json(body: Params) -> bytes:
-    """Not longer than the client's: an engine with the same limit takes what the proxy took."""
+    """As short as JSON can be, and text as UTF-8: else a body grew on its way, above the limit of engines."""
     return json.dumps(body, ensure_ascii=False, separators=(",", ":")).encode()

@@ -23,15 +23,15 @@ TABLE = [3, 9, 4, 7]
 class Host:
     """Two ranks with pools of random KV, each block split into two kernel blocks, heads outermost in memory."""
 
-    def __init__(self, path: Any) -> None:
-        spec = FullAttentionSpec(block_size=16, num_kv_heads=2, head_size=4, dtype=torch.bfloat16)
+    def __init__(self, path: Any, dtype: torch.dtype = torch.bfloat16) -> None:
+        spec = FullAttentionSpec(block_size=16, num_kv_heads=2, head_size=4, dtype=dtype)
         cache = make_kv_cache_config(12, dict.fromkeys(LAYERS, spec))
         extra = {"shared_storage_path": str(path), "weights_version": "w"}
         transfer = KVTransferConfig("ExampleConnector", kv_role="kv_both", kv_connector_extra_config=extra)
         infos = [host_info(self.config(transfer, rank), cache) for rank in range(2)]
         self.side = ExampleSchedulerSide(infos[0])
         self.workers = [ExampleWorkerSide(info) for info in infos]
-        self.pools = [{name: torch.randn(24, 2, 8, 8).bfloat16() for name in LAYERS} for _ in infos]
+        self.pools = [{name: torch.randn(24, 2, 8, 8).to(dtype) for name in LAYERS} for _ in infos]
         for worker, pool in zip(self.workers, self.pools, strict=True):
             worker.register_kv_caches(pool)
 
@@ -171,6 +171,15 @@ def test_kv_that_is_not_finite_is_not_stored(host, value):
     host.work(host.order_saves(view))
     assert host.hit(view) == 32, "the blocks before it"
     host.pools[1]["b"].copy_(good)
+    host.work(host.order_saves(view))
+    assert host.hit(view) == 64
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2, torch.uint8])
+def test_8_bit_kv_is_stored(tmp_path, dtype):
+    """torch.isfinite raises for some of these types."""
+    host = Host(tmp_path, dtype)
+    view = host.add("one")
     host.work(host.order_saves(view))
     assert host.hit(view) == 64
 

@@ -153,9 +153,8 @@ class ServerSession:
                 num_good = slot
             if num_good:
                 self._transfer("store", job, moves[:num_good], timeout_s)
-            if num_good < len(
-                moves
-            ):  # another request's NaN may have spoilt this prompt's KV: stored, it would for ever
+            if num_good < len(moves):
+                # Another request's NaN may have spoilt this prompt's KV: stored, it would for ever.
                 raise TransferRefused(f"the KV in blocks {list(moves[num_good].block_ids)} has a NaN or an infinity")
 
     def retrieve(self, job: TransferJob, mark: Any, timeout_s: float) -> None:

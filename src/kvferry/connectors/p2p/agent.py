@@ -180,7 +180,9 @@ class P2PAgent:
                 case Connected():
                     self._core.peer_connected(peer, now)
                 case Lost():
-                    logger.info("the control link to %s is down: %s", peer, item)
+                    # Of those who dialled us it matters where KV moves, and closing that connection is logged.
+                    level = logging.DEBUG if peer.startswith("@") else logging.INFO
+                    logger.log(level, "the control link to %s is down: %s", peer, item)
                     self._core.peer_lost(peer, str(item), now)
                 case _:
                     self._core.message(peer, item, now)
