@@ -230,7 +230,8 @@ class Consumer(Role):
                 self._fail(load, f"deadline passed while {load.state.value}: it may take {limit}", now)
             elif load.connection is None:
                 limit = f"{self._settings.handshake_s} s (kv_connector_extra_config.handshake_s)"
-                self._fail(load, f"no connection to {peer} within {limit}", now)
+                why = "it drops our packets (is its port open?), is overloaded, or runs another version of kvferry"
+                self._fail(load, f"no connection to {peer} within {limit}: {why}", now)
             else:
                 load.renew_s = now + self._settings.renew_s
                 self._send(peer, m.Renew(**self._ids(load.claim_id, load.generation)))
