@@ -69,8 +69,8 @@ _PrefixMemoryChunks = Annotated[int, typer.Option(help="Pieces of prompts (512 b
 _MaxHeldBodyBytes = Annotated[
     int,
     opt.size_option(
-        "Largest total of the request bodies that the proxy keeps until their requests end; beyond it, new requests are "
-        "answered with 503.",
+        "Largest total of the request bodies that the proxy keeps until their requests end; beyond it, new requests "
+        "are answered with 503.",
         default="512MiB",
     ),
 ]
