@@ -1,64 +1,53 @@
 """The control channel of one engine: small messages to and from other engines. Nothing here ever waits or raises late.
 
-    listener   ROUTER, bound once; whoever dials us is known by a name of its own, @ and random hex, until it is gone
-    dialled    one DEALER per peer, known by the host:port we dialled; connects, and connects again, by itself
-    message    one frame; behind the name of whoever dialled, in its own. Empty: only the name is news
-    thread     owns all sockets; the owner only fills the outbox and empties the inbox
+    listener   bound once; whoever dials us is known by the name that it gives itself: @ and random hex
+    dialled    one connection per peer, known by the host:port we dialled; made again by itself when it breaks
+    message    one frame of `kvferry.p2p.link`
+    thread     owns all sockets, on an asyncio loop; the owner only fills the outbox and empties the inbox
 
 Messages may be lost (not connected, queue full) but not altered; what comes from one peer comes in order. With a key
-every connection is CURVE: both key pairs are derived from the shared key, the listener admits that client key alone,
-and all is encrypted. Without one only loopback addresses are bound.
+every connection is TLS and admits those alone who have it. Without one only loopback addresses are bound.
 
-What peers can cost is bounded: frame size, time for a handshake, connections (by this process's descriptors), bytes of
-messages that wait for `poll` (per peer and in all), bytes that wait to be sent, and bytes that ZMQ has received but not
-yet handed to this thread (`kvferry.connections`). Strangers get half of the connections and of the inbox; of peers that
-the owner wants to `keep` none is cut for a stranger's sake. Names are looked up by threads of their own: ZMQ would do
-that on the one thread that serves all connections.
-
-libzmq 4.3.5 aborts the process (`Assertion failed: !_io_error`) when it wants to send a heartbeat through a connection
-that hung up while its input was stopped. So three of its features are off: heartbeats (the kernel watches idle
-connections instead, and the owner those who owe answers), the bound on what it receives (RCVHWM), and that a new
-connection takes over the name of an old one (ROUTER_HANDOVER), which both stop input. Each connection has a name of its
-own there, and which of them belongs to a peer is written down here.
+What peers can cost is bounded: the size of a message, the time for a handshake, connections (by this process's
+descriptors), what was received of unfinished messages, messages that wait for `poll` (per peer and in all: whoever has
+too many there is not read any further), and bytes that wait to be sent. Strangers get half of the connections and of
+the inbox; of peers that the owner wants to `keep` none is cut for a stranger's sake. Names are looked up by threads of
+their own.
 """
 
 from __future__ import annotations
 
+import asyncio
 import hmac
 import logging
 import secrets
 import socket
+import ssl
 import threading
-import time
 from collections import Counter, deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Generic
 
-import zmq
-import zmq.utils.monitor
-
-from kvferry.connections import Connections, descriptor_share, watched_by_the_kernel
+from kvferry.connections import descriptor_share
 from kvferry.errors import ConfigError, TransferError
-from kvferry.p2p.wire import LOOPBACK, Address, Codec, M, derive_key, is_allowed, is_ip
+from kvferry.p2p.link import GREETING, NAME_BYTES, Link, Lost, lost_by, tls_contexts, watch
+from kvferry.p2p.wire import LOOPBACK, Address, Codec, M, is_allowed, is_ip
 
 logger = logging.getLogger(__name__)
 
-_RECONNECT_MS = 5000
-_LONGEST_S = 1_000_000.0  # zmq counts milliseconds in an int
-_NAME_BYTES = 16
-_HIGH_WATER = 16  # messages per connection that wait to be sent
-_MAX_RECEIVED = 256  # messages taken from a socket before the others have their turn
-_KERNEL_BUFFER_BYTES = 256 << 10  # per connection and direction
-_FRAME_HEADER_BYTES = 2  # of ZMTP, at least
-_TICK_MS = 500
+_FIRST_RECONNECT_S = 0.1
+_LAST_RECONNECT_S = 5.0
+_LONGEST_S = 1_000_000.0
+_BUSY_S = 0.2  # after an error of accept, such as no descriptors left
+_WILDCARDS = ("", "*", "0.0.0.0", "::")
 _JOIN_S = 5.0
 _MAX_WARNED = 1000
-_MESSAGE_BYTES = 256  # what one costs here beside its content, so that empty ones are bounded too
-_ZAP = "inproc://zeromq.zap.01"
+_MESSAGE_BYTES = 256  # what one costs here beside its content, so that small ones are bounded too
 _MAX_LOOKUPS = 32  # of names, at once
-_CONNECTED = zmq.EVENT_HANDSHAKE_SUCCEEDED
+_KEPT_SHARE = 0.75  # of the slots, for those that are kept; the others are for those who come
+_STRANGER_SHARE = 0.5
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,13 +64,15 @@ class ControlSettings:
     handshake_s: float = 5.0
     """A connection whose handshake takes longer is closed, by either side."""
     max_connections: int = 1024
-    """And an eighth of this process's descriptors; each takes two."""
+    """And an eighth of this process's descriptors."""
     max_dialled: int = 1024
-    """And a sixteenth of this process's descriptors; each takes five."""
+    """And a sixteenth of this process's descriptors."""
     max_backlog_bytes: int = 64 << 20
-    """Held by ZMQ over all connections: received and not yet read by the channel's thread, or not yet sent."""
+    """Over all connections: received of messages that are not whole or have no room, and waiting to be sent."""
     max_stranger_unsent_bytes: int = 256 << 10
     """Waiting to be sent to one that is not kept, beside one message."""
+    max_peer_unsent_bytes: int = 8 << 20
+    """... to one that is."""
     max_inbox_bytes: int = 32 << 20
     max_peer_inbox_bytes: int = 4 << 20
     max_outbox: int = 4096
@@ -93,61 +84,29 @@ class Connected:
     """A dialled peer can be talked to from now on."""
 
 
-@dataclass(frozen=True, slots=True)
-class Lost:
-    """A peer cannot be talked to now. One that was dialled may be `Connected` again later."""
-
-    reason: str
-    remedy: str = field(default="", compare=False)
-
-    def __str__(self) -> str:
-        return f"{self.reason}; {self.remedy}" if self.remedy else self.reason
-
-
-_SAME_KEY = "kv_connector_extra_config.key_file must name the same key in all engines, or be set in none"
-_LOST = {
-    zmq.EVENT_DISCONNECTED: Lost("the connection broke"),
-    zmq.EVENT_CONNECT_RETRIED: Lost(
-        "it cannot be reached",
-        "does that engine run, do its host, advertised_host and port (kv_connector_extra_config) name an address that "
-        "this machine reaches, and does no firewall stand between?",
-    ),
-    zmq.EVENT_HANDSHAKE_FAILED_AUTH: Lost("it refused our key", _SAME_KEY),
-    zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL: Lost(
-        "one side has a key_file, the other has none, or it is no kvferry engine", _SAME_KEY
-    ),
-    zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL: Lost(
-        "it closed during the handshake, or has another key in its key_file", _SAME_KEY
-    ),
-}
-
-
+_UNREACHABLE = Lost(
+    "it cannot be reached",
+    "does that engine run, do its host, advertised_host and port (kv_connector_extra_config) name an address that "
+    "this machine reaches, and does no firewall stand between?",
+)
 _NO_NAME_REMEDY = (
     "give the engine another host or advertised_host (kv_connector_extra_config): an address, or a name that the "
     "machines of its peers resolve"
 )
-_REPORTED = (_CONNECTED, *_LOST)
 
 
 @dataclass(slots=True)
 class _Dialled:
-    socket: zmq.Socket[bytes]
-    monitor: zmq.Socket[bytes]
+    task: asyncio.Task[None]
+    link: Link | None = None
+    """Once it has greeted, until it is lost."""
     is_connected: bool | None = None  # None: not known yet
 
 
 def check_listening(settings: ControlSettings) -> None:
     """ConfigError when the address cannot be bound, or may not be without a key. It is free again afterwards."""
     _check_key(settings)
-    context = zmq.Context()
-    router = context.socket(zmq.ROUTER)
-    try:
-        router.setsockopt(zmq.LINGER, 0)
-        router.setsockopt(zmq.IPV6, 1)
-        _bind(router, settings)
-    finally:
-        router.close()
-        context.term()
+    _bind(settings).close()
 
 
 def _check_key(settings: ControlSettings) -> None:
@@ -159,11 +118,13 @@ def _check_key(settings: ControlSettings) -> None:
         )
 
 
-def _bind(router: Any, settings: ControlSettings) -> None:
-    host = {"localhost": "127.0.0.1", "0.0.0.0": "0.0.0.0", "": "*"}.get(settings.host, settings.host)
+def _bind(settings: ControlSettings) -> socket.socket:
+    host = {"localhost": "127.0.0.1", "*": ""}.get(settings.host, settings.host)
+    is_dual = host == "" and socket.has_dualstack_ipv6()
+    family = socket.AF_INET6 if is_dual or ":" in host else socket.AF_INET
     try:
-        router.bind(f"tcp://{f'[{host}]' if ':' in host else host}:{settings.port or '*'}")
-    except zmq.ZMQError as error:
+        return socket.create_server((host, settings.port), family=family, backlog=128, dualstack_ipv6=is_dual)
+    except OSError as error:
         raise ConfigError(
             f"kv_connector_extra_config.host={settings.host!r}, port={settings.port} cannot be bound: {error}; "
             "give an address of this machine, and a port that is free (0: any)"
@@ -179,36 +140,39 @@ class ControlChannel(Generic[M]):
     def __init__(self, settings: ControlSettings, codec: Codec[M], on_news: Callable[[], None] | None = None) -> None:
         _check_key(settings)
         self.num_dropped = 0
-        """Messages given up: not connected, queue or inbox full, not understood."""
+        """Messages given up: not connected, too much unsent, not understood."""
+        self.num_cut = 0
+        """Connections of others that were ended for what they cost."""
         self._settings = settings
         self._codec = codec
-        self._on_news = on_news
-        self._keys = None if settings.key is None else _CurveKeys(settings.key)
+        self._on_news = on_news or (lambda: None)
+        self._tls: tuple[ssl.SSLContext | None, ssl.SSLContext | None] = (None, None)
+        if settings.key is not None:
+            self._tls = tls_contexts(settings.key)
+        self._handshake_s = min(max(0.001, settings.handshake_s), _LONGEST_S)
         self._secret = secrets.token_bytes(32)
         self._lock = threading.Lock()
         self._inbox: deque[tuple[str, bytes | Connected | Lost]] = deque()
         self._inbox_bytes: Counter[str] = Counter()
-        self._has_news = False
+        self._is_inbox_full = False
         self._warned: set[str] = set()
         self._outbox: deque[tuple[str, bytes | None]] = deque()  # empty: dial; None: hang up
         self._outbox_bytes = 0
+        self._wanted: set[str] = set()
+        self._kept: set[str] = set()
         self._dialled: dict[str, _Dialled] = {}
-        self._names: set[str] = set()
+        self._accepted: dict[Link, asyncio.Task[None]] = {}  # oldest first
+        self._named: dict[str, Link] = {}
+        self._num_lookups = 0
         self._max_dialled = descriptor_share(settings.max_dialled, 16)
-        self._kept: set[bytes] = set()
-        self._has_told_of_cuts = False
-        self._looking_up: set[str] = set()
-        self._looked_up: deque[tuple[str, str | Lost]] = deque()
-        self._is_closing = False
-        self._wake_in, self._wake_out = socket.socketpair()
-        self._wake_in.setblocking(False)
-        self._wake_out.setblocking(False)
-        self._context = zmq.Context()
-        try:
-            self._listen(settings)
-        except BaseException:
-            self._release()
-            raise
+        self._max_accepted = descriptor_share(settings.max_connections, 8)
+        self._is_closing = asyncio.Event()
+        self._listener = _bind(settings)
+        self._listener.setblocking(False)
+        watch(self._listener, min(settings.silence_s, _LONGEST_S))
+        bound = socket.gethostname() if settings.host in _WILDCARDS else settings.host
+        self.address = Address(settings.advertised_host or bound, self._listener.getsockname()[1])
+        self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._main, name="kvferry-p2p-control", daemon=True)
         self._thread.start()
 
@@ -221,9 +185,9 @@ class ControlChannel(Generic[M]):
         """
         Address.parse(peer)
         with self._lock:
-            if peer not in self._names and len(self._names) >= self._max_dialled:
-                raise TransferError(f"{peer}: {len(self._names)} peers are connected already")
-            self._names.add(peer)
+            if peer not in self._wanted and len(self._wanted) >= self._max_dialled:
+                raise TransferError(f"{peer}: {len(self._wanted)} peers are connected already")
+            self._wanted.add(peer)
         self._put(peer, b"")
 
     def send(self, peer: str, message: M) -> None:
@@ -233,14 +197,14 @@ class ControlChannel(Generic[M]):
     def keep(self, peer: str) -> None:
         """This peer is no stranger: it has introduced itself. Until `disconnect`."""
         if peer.startswith("@"):
-            self._kept.add(bytes.fromhex(peer[1:]))
+            self._kept.add(peer)
 
     def disconnect(self, peer: str) -> None:
         """Hang up a dialled peer; one that wrote to us is a stranger again."""
         with self._lock:
-            self._names.discard(peer)
+            self._wanted.discard(peer)
         if peer.startswith("@"):
-            self._kept.discard(bytes.fromhex(peer[1:]))
+            self._kept.discard(peer)
         else:
             self._put(peer, None)
 
@@ -249,6 +213,9 @@ class ControlChannel(Generic[M]):
         with self._lock:
             inbox, self._inbox = self._inbox, deque()
             self._inbox_bytes.clear()
+            was_full, self._is_inbox_full = self._is_inbox_full, False
+        if was_full:
+            self._call(self._resume)
         out: list[tuple[str, M | Connected | Lost]] = []
         for peer, item in inbox:
             try:
@@ -270,8 +237,7 @@ class ControlChannel(Generic[M]):
 
     def close(self) -> None:
         """Hang up everything and stop listening. Idempotent."""
-        self._is_closing = True
-        self._wake()
+        self._call(self._is_closing.set)
         self._thread.join(_JOIN_S)
 
     def _put(self, peer: str, frame: bytes | None) -> None:
@@ -287,297 +253,274 @@ class ControlChannel(Generic[M]):
                 return
             self._outbox_bytes += size
             self._outbox.append((peer, frame))
-        self._wake()
+            is_first = len(self._outbox) == 1
+        if is_first:
+            self._call(self._empty_outbox)
 
-    def _wake(self) -> None:
-        with suppress(OSError):  # full: it will wake up anyway; closed: nobody is there
-            self._wake_in.send(b"\0")
-
-    # ---- sockets ----------------------------------------------------------------------------------------------
-
-    def _socket(self, kind: int) -> zmq.Socket[bytes]:
-        made = self._context.socket(kind)
-        for option, value in (
-            (zmq.SNDHWM, _HIGH_WATER), (zmq.RCVHWM, 0), (zmq.LINGER, 0),
-            (zmq.RCVBUF, _KERNEL_BUFFER_BYTES), (zmq.SNDBUF, _KERNEL_BUFFER_BYTES),
-            (zmq.MAXMSGSIZE, self._codec.max_bytes), (zmq.IPV6, 1),
-            (zmq.HANDSHAKE_IVL, round(min(max(0.001, self._settings.handshake_s), _LONGEST_S) * 1000)),
-            *watched_by_the_kernel(zmq, min(self._settings.silence_s, _LONGEST_S)),
-        ):  # fmt: skip
-            made.setsockopt(option, value)
-        return made
-
-    def _listen(self, settings: ControlSettings) -> None:
-        self._zap = self._context.socket(zmq.REP)
-        self._zap.bind(_ZAP)
-        self._router = self._socket(zmq.ROUTER)
-        self._router.setsockopt(zmq.ROUTER_MANDATORY, 1)
-        if self._keys is not None:
-            self._router.curve_server = True
-            self._router.curve_secretkey = self._keys.server_secret
-            self._router.setsockopt(zmq.ZAP_DOMAIN, b"kvferry")
-        monitor = self._router.get_monitor_socket(zmq.EVENT_ACCEPTED | zmq.EVENT_DISCONNECTED | zmq.EVENT_CLOSED)
-        _bind(self._router, settings)
-        port = int(self._router.getsockopt_string(zmq.LAST_ENDPOINT).rpartition(":")[2])
-        bound = socket.gethostname() if settings.host in ("*", "", "0.0.0.0", "::") else settings.host
-        self.address = Address(settings.advertised_host or bound, port)
-        self._monitor, self._port = monitor, port
-        most = descriptor_share(settings.max_connections, 8)
-        self._connections = Connections(3 * self._codec.max_bytes, settings.max_backlog_bytes, most)
-
-    def _dial(self, peer: str, address: Address) -> _Dialled:
-        dealer = self._socket(zmq.DEALER)
-        dealer.setsockopt(zmq.IMMEDIATE, 1)  # nothing is queued for a peer that is not there: it would come too late
-        dealer.setsockopt(zmq.RECONNECT_IVL_MAX, _RECONNECT_MS)
-        if self._keys is not None:
-            dealer.curve_serverkey = self._keys.server_public
-            dealer.curve_publickey = self._keys.client_public
-            dealer.curve_secretkey = self._keys.client_secret
-        monitor = dealer.get_monitor_socket(_CONNECTED | sum(_LOST) | zmq.EVENT_CONNECTED | zmq.EVENT_CLOSED)
-        dealer.connect(f"tcp://{address}")
-        self._poller.register(dealer, zmq.POLLIN)
-        self._poller.register(monitor, zmq.POLLIN)
-        return _Dialled(dealer, monitor)
-
-    def _name_for(self, peer: str) -> bytes:
-        """What we are called by whom we dial as `peer`: the same whenever that is dialled, so that the link before is
-        let go. Under another name of the same engine another one: the links would take each other's place for ever."""
-        return hmac.digest(self._secret, peer.encode(), "sha256")[:_NAME_BYTES]
-
-    def _redial(self, peer: str) -> None:
-        if peer in self._looking_up or ((known := self._dialled.get(peer)) and known.is_connected is not False):
-            return
-        self._hang_up(peer)
-        address = Address.parse(peer)
-        if is_ip(address.host):
-            self._dialled[peer] = self._dial(peer, address)
-        elif len(self._looking_up) >= _MAX_LOOKUPS:
-            self._put_inbox(peer, Lost(f"{_MAX_LOOKUPS} other names are being looked up", _NO_NAME_REMEDY))
-        else:
-            self._looking_up.add(peer)
-            threading.Thread(target=self._look_up, args=(peer, address), name="kvferry-p2p-name", daemon=True).start()
-
-    def _look_up(self, peer: str, address: Address) -> None:
-        """On a thread of its own: it may take half a minute."""
-        found: str | Lost
-        try:
-            found = _first_address(*address)
-        except (OSError, UnicodeError) as error:
-            found = Lost(f"the name {address.host!r} cannot be resolved: {error}", _NO_NAME_REMEDY)
-        self._looked_up.append((peer, found))
-        self._wake()
-
-    def _dial_found(self) -> None:
-        """Peers whose names have been looked up, unless they were given up meanwhile."""
-        while self._looked_up:
-            peer, found = self._looked_up.popleft()
-            self._looking_up.discard(peer)
-            if isinstance(found, Lost):
-                self._put_inbox(peer, found)
-            elif peer in self._names and peer not in self._dialled:
-                self._dialled[peer] = self._dial(peer, Address(found, Address.parse(peer).port))
-
-    def _hang_up(self, peer: str) -> None:
-        dialled = self._dialled.pop(peer, None)
-        if dialled is not None:
-            self._poller.unregister(dialled.socket)
-            self._poller.unregister(dialled.monitor)
-            dialled.socket.disable_monitor()
-            dialled.monitor.close(0)
-            dialled.socket.close(0)
-
-    def _release(self) -> None:
-        self._context.destroy(0)
-        self._wake_in.close()
-        self._wake_out.close()
+    def _call(self, what: Callable[[], object]) -> None:
+        with suppress(RuntimeError):  # closed
+            self._loop.call_soon_threadsafe(what)
 
     # ---- the thread -------------------------------------------------------------------------------------------
 
     def _main(self) -> None:
-        self._poller = zmq.Poller()
-        for each in (self._wake_out, self._zap, self._router, self._monitor):
-            self._poller.register(each, zmq.POLLIN)
-        while not self._is_closing:
-            try:
-                self._serve()
-            except Exception:  # thread main: no input may end the listener
-                logger.exception("p2p control channel")
-                time.sleep(_TICK_MS / 1000)
-        self._connections.close()
-        self._release()
+        with asyncio.Runner(loop_factory=lambda: self._loop) as runner:
+            runner.run(self._serve())
 
-    def _serve(self) -> None:
-        self._poller.poll(0 if self._outbox else _TICK_MS)
-        with suppress(BlockingIOError):
-            self._wake_out.recv(4096)
-        self._authenticate()
-        self._connections.keep_only(frozenset(self._kept))
-        self._follow_accepted()
-        self._connections.cut_overdue()
-        self._dial_found()
-        for _ in range(len(self._outbox)):
-            with self._lock:
-                peer, frame = self._outbox.popleft()
-                self._outbox_bytes -= len(frame or b"")
-            self._send(peer, frame)
-        self._connections.cut_overdue()
-        for name, frames in self._receive("", self._router):
-            self._take(f"@{name.hex()}", frames, is_stranger=name not in self._kept)
-        for peer, dialled in list(self._dialled.items()):
-            self._follow(peer, dialled)
-            for _, frames in self._receive(peer, dialled.socket):
-                self._take(peer, frames)
-        self._tell_of_cuts()
-        if self._has_news and self._on_news is not None:
-            self._has_news = False
-            self._on_news()
+    async def _serve(self) -> None:
+        welcoming = asyncio.create_task(self._accept())
+        await self._is_closing.wait()
+        self._listener.close()
+        for link in (*self._accepted, *(each.link for each in self._dialled.values() if each.link is not None)):
+            link.cut()
+        welcoming.cancel()  # and the Runner all others
 
-    def _tell_of_cuts(self) -> None:
-        if self._connections.num_cut and not self._has_told_of_cuts:
-            self._has_told_of_cuts = True
-            logger.warning(
-                "p2p control channel: the first connection was cut, for it sends or leaves unread too much, or there "
-                "are more than %d (an eighth of the process's descriptors: raise ulimit -n if your engines are more)",
-                self._connections.max_accepted,
-            )  # fmt: skip
-
-    def _authenticate(self) -> None:
-        """ZMQ's ZAP, RFC 27: admit the one client key. Asked only where CURVE is on."""
-        with suppress(zmq.Again):
-            while True:
-                version, request, _domain, _address, _identity, mechanism, *credentials = self._zap.recv_multipart(
-                    zmq.NOBLOCK
-                )
-                is_ours = self._keys is not None and credentials == [self._keys.client_public_raw]
-                status = (
-                    (b"200", b"OK") if mechanism == b"CURVE" and is_ours else (b"400", b"not the key of this engine")
-                )
-                self._zap.send_multipart((version, request, *status, b"", b""))
-
-    def _send(self, peer: str, frame: bytes | None) -> None:
-        if frame is None:
-            self._hang_up(peer)
-            return
-        try:
-            if peer.startswith("@"):
-                self._reply(bytes.fromhex(peer[1:]), frame)
+    def _empty_outbox(self) -> None:
+        with self._lock:
+            outbox, self._outbox = self._outbox, deque()
+            self._outbox_bytes = 0
+        for peer, frame in outbox:
+            if frame is None:
+                self._hang_up(peer)
             elif frame == b"":
-                self._redial(peer)
-            elif frame and peer in self._dialled:
-                self._dialled[peer].socket.send_multipart((self._name_for(peer), frame), zmq.NOBLOCK)
-            elif frame:
+                self._dial(peer)
+            else:
+                self._send(peer, frame)
+
+    def _send(self, peer: str, frame: bytes) -> None:
+        is_stranger = False
+        if peer.startswith("@"):
+            if (link := self._named.get(peer)) is None:
                 self.num_dropped += 1
-        except zmq.Again:
+                self._put_inbox(peer, Lost("its connection has ended"))
+                return
+            is_stranger = peer not in self._kept
+        else:
+            dialled = self._dialled.get(peer)
+            link = None if dialled is None else dialled.link
+        if link is None or self._is_too_much(link, len(frame), is_stranger=is_stranger):
             self.num_dropped += 1
-        except (zmq.ZMQError, ValueError) as error:
-            self.num_dropped += 1
-            self._put_inbox(peer, Lost(str(error)))
+        else:
+            link.send(frame)
 
-    def _reply(self, name: bytes, frame: bytes) -> None:
-        """zmq.Again where too much waits to be read by that peer already."""
-        if (connection := self._connections.named(name)) is None:
-            raise zmq.ZMQError(zmq.EHOSTUNREACH)
-        unsent = 0 if connection.is_known else connection.unsent_bytes()
-        if unsent and unsent + len(frame) > self._settings.max_stranger_unsent_bytes:
-            raise zmq.Again
-        self._router.send_multipart((connection.route, frame), zmq.NOBLOCK)
-        connection.handed_bytes += len(frame)
+    def _is_too_much(self, link: Link, num_bytes: int, *, is_stranger: bool) -> bool:
+        if not (unsent := link.unsent_bytes):
+            return False
+        settings = self._settings
+        most = settings.max_stranger_unsent_bytes if is_stranger else settings.max_peer_unsent_bytes
+        total = sum(each.unsent_bytes for each in self._links())
+        return unsent + num_bytes > most or total + num_bytes > settings.max_backlog_bytes
 
-    def _follow(self, peer: str, dialled: _Dialled) -> None:
-        """Report changes of a dialled connection, not every attempt."""
-        for event in _events(dialled.monitor):
-            self._follow_connection(peer, event)
-            if event["event"] not in _REPORTED:
+    def _links(self) -> Iterable[Link]:
+        yield from self._accepted
+        yield from (each.link for each in self._dialled.values() if each.link is not None)
+
+    # ---- those who dial us ------------------------------------------------------------------------------------
+
+    async def _accept(self) -> None:
+        has_warned = False
+        while True:
+            try:
+                connection, _ = await self._loop.sock_accept(self._listener)
+            except OSError as error:
+                if not has_warned:
+                    has_warned = True
+                    logger.warning("p2p control channel: a connection cannot be accepted: %s", error)
+                await asyncio.sleep(_BUSY_S)
                 continue
-            is_connected = event["event"] == _CONNECTED
-            if is_connected is not dialled.is_connected:
-                dialled.is_connected = is_connected
-                if is_connected:  # who was connected before goes on to be reached by its name
-                    with suppress(zmq.Again):
-                        dialled.socket.send_multipart((self._name_for(peer), b""), zmq.NOBLOCK)
-                self._put_inbox(peer, Connected() if is_connected else _LOST[event["event"]])
+            link = Link(self, connection, self._codec.max_bytes, GREETING)
+            self._accepted[link] = asyncio.create_task(self._welcome(link, connection))
+            self._make_room()
 
-    def _follow_connection(self, owner: str, event: Any) -> None:
-        """Watch a connection from now on, or no longer. `owner`: the peer that was dialled; empty: it was accepted."""
-        number = event["value"]
-        if event["event"] == zmq.EVENT_CONNECTED:
-            self._connections.opened(number, owner, Address.parse(owner).port)
-        elif event["event"] == zmq.EVENT_ACCEPTED:
-            self._connections.opened(number, "", self._port)
-        elif event["event"] in (zmq.EVENT_DISCONNECTED, zmq.EVENT_CLOSED):
-            self._connections.closed(number)
-
-    def _receive(self, owner: str, from_: zmq.Socket[bytes]) -> list[tuple[bytes, list[zmq.Frame]]]:
-        """At most `_MAX_RECEIVED` messages, so that one peer cannot keep the thread; each with its sender's name."""
-        messages: list[tuple[bytes, list[zmq.Frame]]] = []
+    async def _welcome(self, link: Link, connection: socket.socket) -> None:
         try:
-            for _ in range(_MAX_RECEIVED):
-                frames, route = from_.recv_multipart(zmq.NOBLOCK, copy=False), b""
-                if not owner:
-                    route, frames = frames[0].bytes, frames[1:]
-                num_bytes, name = sum(len(frame) + _FRAME_HEADER_BYTES for frame in frames), route
-                if not owner and len(frames) == 2 and len(frames[0]) == _NAME_BYTES:
-                    name, frames = frames[0].bytes, frames[1:]
-                with suppress(zmq.ZMQError):  # sent without a connection
-                    number = int(frames[-1].get(zmq.SRCFD))
-                    if number not in self._connections:
-                        self._follow_accepted()
-                    self._connections.delivered(number, num_bytes, name, route)
-                if len(frames) != 1 or len(frames[0]) or name == route:
-                    messages.append((name, frames))
-        except zmq.Again:
-            self._connections.drained(owner)
-        return messages
+            await self._shake_hands(link, connection, self._tls[0])
+            await link.lost
+        except OSError as error:  # TimeoutError is one
+            logger.debug("p2p control channel: a handshake failed: %s", error)
+        finally:
+            link.cut()
+            del self._accepted[link]
+            if self._named.get(link.peer) is link:
+                del self._named[link.peer]
 
-    def _follow_accepted(self) -> None:
-        for event in _events(self._monitor):
-            self._follow_connection("", event)
+    def _make_room(self) -> None:
+        """Half of the slots at most are for strangers: one more, and the oldest of them goes. Peers that are kept stay,
+        unless they fill three quarters."""
+        most = self._max_accepted
+        links = [link for link in self._accepted if not link.lost.done()]
+        kept = [link for link in links if link.peer in self._kept][: int(_KEPT_SHARE * most)]
+        others = [link for link in links if link not in kept]
+        room = min(most - len(kept), max(1, int(_STRANGER_SHARE * most)))
+        for link in others[: max(0, len(others) - room)]:
+            self._cut(link)
 
-    def _take(self, peer: str, frames: list[zmq.Frame], *, is_stranger: bool = False) -> None:
-        """One message of exactly one frame, if there is room for it; for strangers half of it."""
-        size = _MESSAGE_BYTES + sum(len(frame) for frame in frames)
+    def _cut(self, link: Link) -> None:
+        self.num_cut += 1
+        if self.num_cut == 1:
+            logger.warning(
+                "p2p control channel: the first connection was cut, for it leaves too much unfinished, or there are "
+                "more than %d (an eighth of the process's descriptors: raise ulimit -n if your engines are more)",
+                self._max_accepted,
+            )
+        link.cut()
+
+    async def _shake_hands(self, link: Link, over: socket.socket, tls: ssl.SSLContext | None, **options: Any) -> None:
+        """Until the other side has greeted, or the link is lost. OSError, TimeoutError."""
+        if tls is not None:
+            options = {**options, "ssl": tls, "ssl_handshake_timeout": self._handshake_s}
+        async with asyncio.timeout(self._handshake_s):
+            if link.peer:
+                await self._loop.create_connection(lambda: link, sock=over, **options)
+            else:
+                await self._loop.connect_accepted_socket(lambda: link, over, **options)
+            await asyncio.wait((link.is_greeted, link.lost), return_when=asyncio.FIRST_COMPLETED)
+
+    # ---- what links tell --------------------------------------------------------------------------------------
+
+    def greeted(self, link: Link) -> None:
+        """Who dialled us before under this name is reached through this connection from now on."""
+        if link.name:
+            link.peer = f"@{link.name.hex()}"
+            if (old := self._named.get(link.peer)) is not None:
+                old.cut()
+            self._named[link.peer] = link
+        elif (dialled := self._dialled.get(link.peer)) is not None:
+            dialled.link, dialled.is_connected = link, True
+            self._put_inbox(link.peer, Connected())
+
+    def take(self, link: Link, content: bytes) -> bool:
+        """Into the inbox, if there is room for it; for strangers half of it."""
+        peer = link.peer
+        is_stranger = peer.startswith("@") and peer not in self._kept
+        size = _MESSAGE_BYTES + len(content)
         settings = self._settings
         with self._lock:
-            is_full = self._inbox_bytes[
-                peer
-            ] + size > settings.max_peer_inbox_bytes or self._inbox_bytes.total() + size > settings.max_inbox_bytes // (
-                1 + is_stranger
-            )
-            if len(frames) != 1 or is_full:
-                self.num_dropped += 1
-                return
+            if self._inbox_bytes[peer] + size > settings.max_peer_inbox_bytes or (
+                self._inbox_bytes.total() + size > settings.max_inbox_bytes // (1 + is_stranger)
+            ):
+                self._is_inbox_full = True
+                return False
             self._inbox_bytes[peer] += size
-            self._inbox.append((peer, frames[0].bytes))
-        self._has_news = True
+            self._inbox.append((peer, content))
+        self._on_news()
+        return True
+
+    def grown(self, link: Link) -> None:
+        """Cut those that leave most unfinished until the total is within its limit; peers that are kept last."""
+        links = list(self._links())
+        total = sum(each.unread_bytes for each in links)
+        if total > self._settings.max_backlog_bytes:
+            for each in sorted(links, key=lambda each: (each.peer in self._kept, -each.unread_bytes)):
+                if total > self._settings.max_backlog_bytes:
+                    total -= each.unread_bytes
+                    self._cut(each)
+
+    def _resume(self) -> None:
+        for link in list(self._links()):
+            link.resume()
 
     def _put_inbox(self, peer: str, change: Connected | Lost) -> None:
         with self._lock:
             self._inbox.append((peer, change))
-        self._has_news = True
+        self._on_news()
 
+    # ---- those we dial ----------------------------------------------------------------------------------------
 
-class _CurveKeys:
-    """Both key pairs, from the shared key; Z85 as ZMQ takes them."""
+    def _dial(self, peer: str) -> None:
+        known = self._dialled.get(peer)
+        if known is None or known.is_connected is False:
+            self._hang_up(peer)
+            self._dialled[peer] = _Dialled(asyncio.create_task(self._stay_connected(peer)))
 
-    def __init__(self, key: str) -> None:
-        from zmq.utils import z85
+    def _hang_up(self, peer: str) -> None:
+        if (dialled := self._dialled.pop(peer, None)) is not None:
+            dialled.task.cancel()
 
-        self.server_secret = z85.encode(derive_key(key, "server"))
-        self.client_secret = z85.encode(derive_key(key, "client"))
-        self.server_public = zmq.curve_public(self.server_secret)
-        self.client_public = zmq.curve_public(self.client_secret)
-        self.client_public_raw = z85.decode(self.client_public)
-
-
-def _first_address(host: str, port: int) -> str:
-    """As ZMQ would look it up: IPv6, or IPv4 in its form. OSError or UnicodeError: there is none."""
-    found = socket.getaddrinfo(host, port, socket.AF_INET6, socket.SOCK_STREAM, flags=socket.AI_V4MAPPED)
-    return str(found[0][4][0])
-
-
-def _events(monitor: zmq.Socket[bytes]) -> list[Any]:
-    events = []
-    with suppress(zmq.Again):
+    async def _stay_connected(self, peer: str) -> None:
+        """Until cancelled."""
+        pause_s = _FIRST_RECONNECT_S
         while True:
-            events.append(zmq.utils.monitor.recv_monitor_message(monitor, zmq.NOBLOCK))
-    return events
+            lost = await self._connection(peer)
+            me = self._dialled[peer]
+            if me.is_connected:
+                pause_s = _FIRST_RECONNECT_S
+            if me.is_connected is not False:
+                me.is_connected = False
+                self._put_inbox(peer, lost)
+            await asyncio.sleep(pause_s)
+            pause_s = min(2 * pause_s, _LAST_RECONNECT_S)
+
+    async def _connection(self, peer: str) -> Lost:
+        """One attempt, and how it ended."""
+        address = Address.parse(peer)
+        try:
+            over = await self._connect_to(await self._look_up(address))
+        except (OSError, UnicodeError) as error:
+            return Lost(f"the name {address.host!r} cannot be resolved: {error}", _NO_NAME_REMEDY)
+        if over is None:
+            return _UNREACHABLE
+        link = Link(self, over, self._codec.max_bytes, GREETING + self._name_for(peer), peer=peer)
+        try:
+            await self._shake_hands(link, over, self._tls[1], server_hostname="kvferry" if self._tls[1] else None)
+            return await link.lost
+        except TimeoutError:
+            return Lost(f"it took more than {self._handshake_s:g} s for its handshake (handshake_s)")
+        except OSError as error:
+            return lost_by(error)
+        finally:
+            link.cut()
+            if peer in self._dialled and self._dialled[peer].link is link:
+                self._dialled[peer].link = None
+
+    def _name_for(self, peer: str) -> bytes:
+        """What we are called by whom we dial as `peer`: the same whenever that is dialled, so that the link before is
+        let go. Under another name of the same engine another one: the links would take each other's place for ever."""
+        return hmac.digest(self._secret, peer.encode(), "sha256")[:NAME_BYTES]
+
+    async def _connect_to(self, found: list[tuple[int, tuple[object, ...]]]) -> socket.socket | None:
+        """The first of these addresses that answers."""
+        for family, address in found:
+            over = socket.socket(family, socket.SOCK_STREAM)
+            try:
+                over.setblocking(False)
+                watch(over, min(self._settings.silence_s, _LONGEST_S))
+                async with asyncio.timeout(self._handshake_s):
+                    await self._loop.sock_connect(over, address)
+            except OSError:  # TimeoutError is one
+                over.close()
+            except BaseException:
+                over.close()
+                raise
+            else:
+                return over
+        return None
+
+    async def _look_up(self, address: Address) -> list[tuple[int, tuple[object, ...]]]:
+        """On a thread of its own, unless it is an address already: it may take half a minute. OSError, UnicodeError."""
+        host, port = address
+        if is_ip(host):
+            return [(socket.AF_INET6 if ":" in host else socket.AF_INET, (host, port))]
+        if self._num_lookups >= _MAX_LOOKUPS:
+            raise OSError(f"{_MAX_LOOKUPS} other names are being looked up")
+        found: asyncio.Future[list[tuple[int, tuple[object, ...]]]] = self._loop.create_future()
+
+        def tell(addresses: Any, error: Exception | None) -> None:
+            self._num_lookups -= 1
+            if found.cancelled():
+                return
+            if error is None:
+                found.set_result([(family, address) for family, *_, address in addresses])
+            else:
+                found.set_exception(error)
+
+        def look_up() -> None:
+            try:
+                addresses, error = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM), None
+            except (OSError, UnicodeError) as failure:
+                addresses, error = [], failure
+            self._call(lambda: tell(addresses, error))
+
+        self._num_lookups += 1
+        threading.Thread(target=look_up, name="kvferry-p2p-name", daemon=True).start()
+        return await found

@@ -21,8 +21,9 @@ from typing import TypeVar
 from kvferry.clock import Clock
 from kvferry.errors import TransferError
 from kvferry.p2p.actions import Action, Connect, Disconnect, OpenPeer, Send
-from kvferry.p2p.control import Connected, ControlChannel, ControlSettings, Lost
+from kvferry.p2p.control import Connected, ControlChannel, ControlSettings
 from kvferry.p2p.core import P2PCore
+from kvferry.p2p.link import Lost
 from kvferry.p2p.messages import CODEC, AnyMessage, Hello
 from kvferry.p2p.wire import Address
 
