@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from typing import Any
 
 _TCP_BYTES_ACKED, _TCP_BYTES_RECEIVED, _TCP_BYTES_END = 120, 128, 136  # in struct tcp_info of Linux
+_KERNEL_BUFFER_BYTES = 256 << 10  # per connection and direction
 _NUM_PROBES = 3  # of an idle connection, without an answer
 _KNOWN_SHARE = 0.75  # of the slots, for those that are known; the others are for those who come
 _STRANGER_SHARE = 0.5
@@ -231,3 +232,22 @@ def _is_connection(found: socket.socket, port: int, *, is_accepted: bool) -> boo
         return is_tcp and (found.getsockname() if is_accepted else found.getpeername())[1] == port
     except OSError:  # no socket at all, or closed by the other side
         return False
+
+
+def watch(connection: socket.socket, silence_s: float) -> None:
+    """The kernel ends it when the other machine acknowledges nothing for so long, also while there is nothing to say.
+
+    Where the kernel cannot (not Linux), it goes by its own times. A listening socket hands this on to those it accepts.
+    """
+    for buffer in (socket.SO_RCVBUF, socket.SO_SNDBUF):
+        connection.setsockopt(socket.SOL_SOCKET, buffer, _KERNEL_BUFFER_BYTES)
+    if connection.family == socket.AF_UNIX:
+        return
+    probe_s = max(1, min(10_000, round(silence_s / (_NUM_PROBES + 1))))  # the kernel takes 32767
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    for option, value in (
+        ("TCP_KEEPIDLE", probe_s), ("TCP_KEEPINTVL", probe_s), ("TCP_KEEPCNT", _NUM_PROBES),
+        ("TCP_USER_TIMEOUT", max(1000, min(1 << 30, round(silence_s * 1000)))),
+    ):  # fmt: skip
+        if hasattr(socket, option):
+            connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, option), value)

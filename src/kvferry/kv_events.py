@@ -1,5 +1,7 @@
 """KV events: who outside wants to know which KV lies where (routers, indexers) subscribes to them. vLLM 0.32's format.
 
+Subscribers and those who ask for a replay use ZeroMQ; this side is `kvferry.zmtp`, which bounds what each may cost.
+
     message   [topic, sequence number (8 bytes, big endian), payload]
     payload   msgpack of [time (s since 1970), [event, ...], 0]
     event     map: "type" (the class below), and its fields; those that have a default only when they differ from it
@@ -10,31 +12,30 @@ One message per engine step that changed anything. Numbers have no gaps, so a ga
 engine's own blocks ("GPU", as vLLM says also on a CPU) are the engine's; those of connectors are chunk keys
 (docs/keys.md). Events tell prompts only to those who have them already, unless `include_token_ids` is set.
 
-Whoever connects can send little (a topic and a request for replay now and then) and is cut when it sends more. A replay
-goes out as fast as it is read, with at most 1 MiB of it waiting. Over ipc:// only the size of messages is bounded.
+Whoever connects can send little (a topic and a request for replay now and then) and is cut when it sends more. Messages
+and replays go out as fast as they are read. They are kept once, for all who are behind.
 """
 
 from __future__ import annotations
 
+import asyncio
 import logging
-import socket
 import threading
 import time
+from bisect import bisect_left
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import MISSING, dataclass, field, fields
 from ipaddress import ip_address
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import msgpack
 
 from kvferry.config import parse_json_object, parse_settings
-from kvferry.connections import Connection, Connections, descriptor_share, watched_by_the_kernel
-from kvferry.errors import ConfigError, install_hint
-
-if TYPE_CHECKING:
-    import zmq
+from kvferry.connections import descriptor_share
+from kvferry.errors import ConfigError
+from kvferry.zmtp import Connection, Listener, encode_message, encode_part
 
 logger = logging.getLogger(__name__)
 
@@ -44,18 +45,14 @@ MEDIUM_STORAGE = "STORAGE"
 
 _PUBLISHERS = ("zmq", "null")
 _END = (-1).to_bytes(8, "big", signed=True)
-_LINGER_MS = 500
+_LINGER_S = 0.5
 _JOIN_S = 5.0
-_REPLAYS_AT_ONCE = 256
-_ENDLESS_BYTES = 1 << 62
-_MAX_RECEIVED_BYTES = 4096  # of one message
-_SPARE_BYTES, _BYTES_PER_S = 64 << 10, 1024.0  # a connection may send
+_SENT_AT_ONCE = 256  # messages, before those who read them have their turn
 _MAX_SUBSCRIBERS, _MAX_REPLAYING = 256, 64
 _MAX_WAITING_REPLAYS = 4  # of one client
-_REPLAY_AHEAD_BYTES = 1 << 20
-_MESSAGE_BYTES = 64  # what one costs beside its content
-_SILENCE_S, _HANDSHAKE_MS = 300.0, 5000
-_WATCH_MS, _REPLAY_MS = 100, 5
+_MESSAGE_BYTES = 256  # what one costs beside its content
+_BEHIND_BYTES = 64 << 20  # of messages that are kept for subscribers
+_AMID_BYTES = 256 << 10  # of a message that is kept for one who is in the middle of it
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,7 +120,8 @@ class KVEventsConfig:
     buffer_steps: int = field(default=10_000, metadata={"minimum": 1})
     """Messages kept for replay."""
     hwm: int = field(default=100_000, metadata={"minimum": 1})
-    """Messages kept for each subscriber that is slow; it misses further ones."""
+    """Messages kept for subscribers that are slow, and at most 64 MiB of them. Who is further behind misses the oldest,
+    sees the gap in the numbers, and asks for a replay."""
     max_queue_size: int = field(default=100_000, metadata={"minimum": 1})
     """Messages that wait for the publisher's thread; further ones are dropped and counted."""
     topic: str = ""
@@ -179,47 +177,170 @@ def _is_loopback(host: str) -> bool:
         return False
 
 
-class EventPublisher:
-    """Publishes events on a ZMQ socket from a thread of its own, and replays what was missed. `publish` never waits.
+class _Log:
+    """Messages as they are sent, each at its position (without gaps): the last ones for replays, and further back those
+    that a slow subscriber has not read yet, within the limits."""
 
-    Raises ConfigError when pyzmq is missing or an endpoint cannot be bound.
+    def __init__(self, num_replayed: int, max_behind: int) -> None:
+        self._num_replayed = num_replayed
+        self._max_behind = max_behind
+        self._messages: dict[int, tuple[int, bytes]] = {}
+        self._behind_bytes = 0
+        self.end = 0
+        """Position of the next message."""
+        self.kept_from = 0
+        """Position of the oldest message that a subscriber may still get."""
+        self._first = 0
+
+    def append(self, number: int, message: bytes) -> None:
+        self._messages[self.end] = number, message
+        self._behind_bytes += len(message) + _MESSAGE_BYTES
+        self.end += 1
+
+    def __getitem__(self, position: int) -> bytes:
+        return self._messages[position][1]
+
+    def find(self, number: int) -> int:
+        """Position of the first message there is with this number or a higher one."""
+        return bisect_left(range(self.end), number, self.first_replayed, key=lambda at: self._messages[at][0])
+
+    @property
+    def first_replayed(self) -> int:
+        return max(self._first, self.end - self._num_replayed)
+
+    def forget(self, slowest: int) -> list[bytes]:
+        """What nobody needs, where the slowest subscriber is at this position, or is beyond the limits. Returns it."""
+        while self.kept_from < self.end and (
+            self.kept_from < slowest
+            or self.end - self.kept_from > self._max_behind
+            or self._behind_bytes > _BEHIND_BYTES
+        ):
+            self._behind_bytes -= len(self[self.kept_from]) + _MESSAGE_BYTES
+            self.kept_from += 1
+        gone = []
+        while self._first < min(self.kept_from, self.end - self._num_replayed):
+            gone.append(self._messages.pop(self._first)[1])
+            self._first += 1
+        return gone
+
+
+class _Subscriber(Connection):
+    """All messages have one topic, so of all that it subscribes to only the prefixes of that one count."""
+
+    kind = b"PUB"
+    peer_kinds = frozenset((b"SUB", b"XSUB"))
+
+    def __init__(self, log: _Log, topic: bytes) -> None:
+        super().__init__()
+        self._log = log
+        self._topic = topic
+        self._subscribed: set[int] = set()  # lengths of the prefixes
+        self.position = 0
+        """In the log: what it gets next."""
+
+    def take_frame(self, content: bytes, *, has_more: bool) -> None:
+        """Before ZMTP 3.1, subscriptions are messages."""
+        if content[:1] in (b"\0", b"\1"):
+            self._subscribe(content[1:], is_wanted=content[0] == 1)
+
+    def take_command(self, name: bytes, data: bytes) -> None:
+        if name in (b"SUBSCRIBE", b"CANCEL"):
+            self._subscribe(data, is_wanted=name == b"SUBSCRIBE")
+
+    def next_message(self) -> bytes | None:
+        if not self.is_behind:
+            return None
+        position = max(self.position, self._log.kept_from)
+        self.position = position + 1
+        return self._log[position]
+
+    @property
+    def is_behind(self) -> bool:
+        return bool(self._subscribed) and self.position < self._log.end
+
+    def _subscribe(self, prefix: bytes, *, is_wanted: bool) -> None:
+        if not self._topic.startswith(prefix):
+            return
+        if not is_wanted:
+            self._subscribed.discard(len(prefix))
+            return
+        if not self._subscribed:
+            self.position = self._log.end
+        self._subscribed.add(len(prefix))
+
+
+class _Replayer(Connection):
+    """Gets what is still there from the number on that it asks for, and the end marker."""
+
+    kind = b"ROUTER"
+    peer_kinds = frozenset((b"DEALER", b"REQ", b"ROUTER"))
+    prefix = encode_part(b"")
+
+    def __init__(self, log: _Log, on_nonsense: Callable[[], None]) -> None:
+        super().__init__()
+        self._log = log
+        self._on_nonsense = on_nonsense
+        self._request: list[bytes] = []
+        self._wanted: deque[int] = deque()  # first numbers
+        self._position: int | None = None
+        """In the log, once the first request is being answered."""
+
+    def take_frame(self, content: bytes, *, has_more: bool) -> None:
+        if len(self._request) < 3:
+            self._request.append(content)
+        if has_more:
+            return
+        request, self._request = self._request, []
+        if len(request) != 2 or request[0] or len(request[1]) != 8 or len(self._wanted) >= _MAX_WAITING_REPLAYS:
+            self._on_nonsense()
+            return
+        self._wanted.append(int.from_bytes(request[1], "big"))
+        self.pump()
+
+    def next_message(self) -> bytes | None:
+        if not self._wanted:
+            return None
+        if self._position is None:
+            self._position = self._log.find(self._wanted[0])
+        position = max(self._position, self._log.first_replayed)
+        if position == self._log.end:
+            self._position = None
+            self._wanted.popleft()
+            return encode_message(b"", _END, b"")
+        self._position = position + 1
+        return self._log[position]
+
+
+class EventPublisher:
+    """Publishes events from a thread of its own, and replays what was missed. `publish` never waits.
+
+    Raises ConfigError when an endpoint cannot be bound.
     """
 
     def __init__(self, config: KVEventsConfig) -> None:
-        try:
-            import zmq
-            import zmq.utils.monitor
-        except ModuleNotFoundError as err:
-            raise ConfigError(f"pyzmq is not installed, which KV events need: {install_hint('events')}") from err
         self.num_dropped = 0
         """Messages given up since the queue was full, or what they held could not be sent. They leave gaps in the
         numbers."""
-        self._zmq = zmq
         self._topic = config.topic.encode()
         self._queue: deque[tuple[int, float, Sequence[KVCacheEvent]]] = deque()
         self._max_queued = config.max_queue_size
         self._next_number = 0
-        self._sent: deque[tuple[bytes, bytes]] = deque(maxlen=config.buffer_steps)
-        self._is_closing = False
-        self._watched: list[tuple[zmq.Socket[bytes], int, Connections]] = []
-        self._replays: dict[bytes, deque[bytes]] = {}  # client -> for each of its requests the next number
-        self._replay: zmq.Socket[bytes] | None = None
+        self._log = _Log(config.buffer_steps, config.hwm)
+        self._is_woken = False
         self._has_warned = False
-        self._context = zmq.Context()
-        self._wake_in, self._wake_out = socket.socketpair()
-        self._wake_in.setblocking(False)
-        self._wake_out.setblocking(False)
+        self._is_closing = asyncio.Event()
+        self._listeners: list[tuple[Listener, Callable[[], Connection]]] = []
         try:
-            self._pub = self._bind(zmq.PUB, config.endpoint, config.hwm, _MAX_SUBSCRIBERS)
+            self._bind(config.endpoint, _MAX_SUBSCRIBERS, lambda: _Subscriber(self._log, self._topic))
             if config.replay_endpoint is not None:
-                hwm = _MAX_WAITING_REPLAYS * (config.buffer_steps + 1)
-                self._replay = self._bind(zmq.ROUTER, config.replay_endpoint, hwm, _MAX_REPLAYING)
+                self._bind(config.replay_endpoint, _MAX_REPLAYING, lambda: _Replayer(self._log, self._warn_once))
         except BaseException:
             self._close()
             raise
-        self.endpoint = self._pub.getsockopt_string(zmq.LAST_ENDPOINT)
+        self.endpoint = self._listeners[0][0].endpoint
         """As bound, with its port."""
-        self.replay_endpoint = None if self._replay is None else self._replay.getsockopt_string(zmq.LAST_ENDPOINT)
+        self.replay_endpoint = None if config.replay_endpoint is None else self._listeners[1][0].endpoint
+        self._loop = asyncio.SelectorEventLoop()
         self._thread = threading.Thread(target=self._main, name="kvferry-events", daemon=True)
         self._thread.start()
 
@@ -235,134 +356,91 @@ class EventPublisher:
             self.num_dropped += 1
             return
         self._queue.append((number, time.time(), events))
-        self._wake()
+        if not self._is_woken:
+            self._is_woken = True
+            self._call(self._send_queued)
 
     def shutdown(self) -> None:
         """Send what waits (bounded), then close. Idempotent."""
-        self._is_closing = True
-        self._wake()
+        self._call(self._is_closing.set)
         self._thread.join(_JOIN_S)
 
-    def _wake(self) -> None:
-        with suppress(OSError):  # full: it will wake up anyway; closed: nobody is there
-            self._wake_in.send(b"\0")
+    def _call(self, what: Callable[[], object]) -> None:
+        with suppress(RuntimeError):  # closed
+            self._loop.call_soon_threadsafe(what)
 
-    def _bind(self, kind: int, endpoint: str, hwm: int, max_connections: int) -> zmq.Socket[bytes]:
-        names = self._zmq
-        bound: zmq.Socket[bytes] = self._context.socket(kind)
-        for option, value in (
-            (names.SNDHWM, hwm), (names.RCVHWM, 0),  # libzmq 4.3.5 aborts where input has stopped at a mark
-            (names.MAXMSGSIZE, _MAX_RECEIVED_BYTES), (names.LINGER, _LINGER_MS), (names.IPV6, "[" in endpoint),
-            (names.HANDSHAKE_IVL, _HANDSHAKE_MS), *watched_by_the_kernel(names, _SILENCE_S),
-        ):  # fmt: skip
-            bound.setsockopt(option, value)
-        monitor = bound.get_monitor_socket(names.EVENT_ACCEPTED | names.EVENT_DISCONNECTED | names.EVENT_CLOSED)
+    def _bind(self, endpoint: str, max_connections: int, make: Callable[[], Connection]) -> None:
         try:
-            bound.bind(endpoint.replace("//localhost:", "//127.0.0.1:"))
-        except names.ZMQError as err:
-            bound.close(0)
-            raise ConfigError(f"KV events cannot be published on {endpoint}: {err}") from err
-        _, _, port = bound.getsockopt_string(names.LAST_ENDPOINT).rpartition(":")
-        most = descriptor_share(max_connections, 16)
-        connections = Connections(_ENDLESS_BYTES, _ENDLESS_BYTES, most, keeps_oldest=True)
-        self._watched.append((monitor, int(port) if port.isdecimal() else 0, connections))
-        return bound
+            listener = Listener(endpoint, descriptor_share(max_connections, 16))
+        except (OSError, ValueError) as err:
+            reason = err.strerror if isinstance(err, OSError) and err.strerror else err
+            raise ConfigError(f"KV events cannot be published on {endpoint}: {reason}") from err
+        self._listeners.append((listener, make))
 
     # ---- on the publisher's thread ----------------------------------------------------------------------------
 
     def _main(self) -> None:
         try:
-            self._serve()
+            with asyncio.Runner(loop_factory=lambda: self._loop) as runner:
+                runner.run(self._serve())
         except Exception:  # thread main: the engine goes on without events
             logger.exception("KV events are published no more")
         finally:
             self._close()
 
-    def _serve(self) -> None:
-        poller = self._zmq.Poller()
-        for each in (self._wake_out, self._replay, *(monitor for monitor, _, _ in self._watched)):
-            if each is not None:
-                poller.register(each, self._zmq.POLLIN)
-        while not self._is_closing or self._queue:
-            is_watching = any(len(connections) for *_, connections in self._watched)
-            poller.poll(_REPLAY_MS if self._replays else _WATCH_MS if is_watching else None)
-            with suppress(BlockingIOError):
-                self._wake_out.recv(4096)
-            for watched in self._watched:
-                self._watch(*watched)
-            while self._queue:
-                self._send(*self._queue.popleft())
-            if self._replay is not None:
-                self._take_replays(self._replay)
-                self._answer_replays(self._replay)
+    async def _serve(self) -> None:
+        for listener, make in self._listeners:
+            listener.start(make)
+        await self._is_closing.wait()
+        self._close()
+        while self._queue:
+            self._send_queued()
+        connections = self._connections()
+        for connection in connections:
+            connection.finish()
+        if connections:
+            _, slow = await asyncio.wait([each.ended for each in connections], timeout=_LINGER_S)
+            for connection in connections:
+                connection.cut()
+            if slow:
+                await asyncio.wait(slow)
 
-    def _watch(self, monitor: zmq.Socket[bytes], port: int, connections: Connections) -> None:
-        with suppress(self._zmq.Again):
-            while True:
-                event = self._zmq.utils.monitor.recv_monitor_message(monitor, self._zmq.NOBLOCK)
-                if event["event"] == self._zmq.EVENT_ACCEPTED:
-                    connections.opened(event["value"], "", port)
-                else:
-                    connections.closed(event["value"])
-        connections.cut_greedy(_SPARE_BYTES, _BYTES_PER_S)
+    def _send_queued(self) -> None:
+        self._is_woken = False
+        for _ in range(min(_SENT_AT_ONCE, len(self._queue))):
+            self._send(*self._queue.popleft())
+        subscribers = [each for each in self._listeners[0][0].connections if isinstance(each, _Subscriber)]
+        for subscriber in subscribers:
+            subscriber.pump()
+        slowest = min((each.position for each in subscribers if each.is_behind), default=self._log.end)
+        for message in self._log.forget(slowest):
+            if len(message) > _AMID_BYTES:
+                for connection in self._connections():
+                    if connection.is_amid(message):
+                        connection.cut()
+        if self._queue and not self._is_woken:
+            self._is_woken = True
+            self._loop.call_soon(self._send_queued)
 
     def _send(self, number: int, time_s: float, events: Sequence[KVCacheEvent]) -> None:
         try:
-            message = number.to_bytes(8, "big"), encode(events, time_s)
+            payload = encode(events, time_s)
         except (TypeError, ValueError, OverflowError) as err:  # a connector's event holds what msgpack does not know
             self.num_dropped += 1
             logger.warning("KV events of message %d cannot be sent and are left out: %s", number, err)
             return
-        self._pub.send_multipart((self._topic, *message))
-        self._sent.append(message)
+        self._log.append(number, encode_message(self._topic, number.to_bytes(8, "big"), payload))
 
-    def _take_replays(self, replay: zmq.Socket[bytes]) -> None:
-        with suppress(self._zmq.Again):
-            for _ in range(_REPLAYS_AT_ONCE):
-                frames = replay.recv_multipart(self._zmq.NOBLOCK, copy=False)
-                client, *request = (frame.bytes for frame in frames)
-                with suppress(self._zmq.ZMQError):  # ipc
-                    self._watched[-1][-1].delivered(int(frames[-1].get(self._zmq.SRCFD)), 0, client)
-                waiting = self._replays.get(client, deque())
-                if len(request) != 2 or request[0] or len(request[1]) != 8 or len(waiting) >= _MAX_WAITING_REPLAYS:
-                    logger.log(
-                        logging.DEBUG if self._has_warned else logging.WARNING,
-                        "a replay request has a bad form, or comes too often; such ones are left unanswered in silence",
-                    )
-                    self._has_warned = True
-                    continue
-                waiting.append(request[1])
-                self._replays[client] = waiting
+    def _warn_once(self) -> None:
+        logger.log(
+            logging.DEBUG if self._has_warned else logging.WARNING,
+            "a replay request has a bad form, or comes too often; such ones are left unanswered in silence",
+        )
+        self._has_warned = True
 
-    def _answer_replays(self, replay: zmq.Socket[bytes]) -> None:
-        """Go on with each, as far as its client has read."""
-        for client, waiting in list(self._replays.items()):
-            connection = self._watched[-1][-1].named(client)
-            while waiting:
-                spare_bytes = _ENDLESS_BYTES if connection is None else _REPLAY_AHEAD_BYTES - connection.unsent_bytes()
-                for number, payload in self._sent:
-                    if spare_bytes <= 0:
-                        break
-                    if number >= waiting[0]:
-                        spare_bytes -= _MESSAGE_BYTES + len(payload)
-                        self._hand(replay, connection, (client, b"", self._topic, number, payload))
-                        waiting[0] = (int.from_bytes(number, "big") + 1).to_bytes(8, "big")
-                if spare_bytes <= 0:
-                    break
-                self._hand(replay, connection, (client, b"", b"", _END, b""))
-                waiting.popleft()
-            if not waiting:
-                del self._replays[client]
-
-    def _hand(self, replay: zmq.Socket[bytes], connection: Connection | None, frames: tuple[bytes, ...]) -> None:
-        """Messages to clients that have gone are dropped."""
-        replay.send_multipart(frames, self._zmq.NOBLOCK)
-        if connection is not None:
-            connection.handed_bytes += sum(map(len, frames[1:]))
+    def _connections(self) -> list[Connection]:
+        return [each for listener, _ in self._listeners for each in listener.connections]
 
     def _close(self) -> None:
-        for *_, connections in self._watched:
-            connections.close()
-        self._context.destroy(_LINGER_MS)
-        self._wake_in.close()
-        self._wake_out.close()
+        for listener, _ in self._listeners:
+            listener.close()
