@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import socket
+import time
+from collections.abc import Callable
 from typing import Any
 
 import msgpack
@@ -9,6 +12,13 @@ import zmq
 
 TIMEOUT_MS = 20_000
 END = b"\xff" * 8
+
+GREETING = b"\xff" + bytes(8) + b"\x7f\x03\x00" + b"NULL".ljust(20, b"\0") + b"\0" + bytes(31)
+
+
+def ready(kind: bytes) -> bytes:
+    content = b"\x05READY\x0bSocket-Type" + len(kind).to_bytes(4, "big") + kind
+    return b"\x04" + bytes((len(content),)) + content
 
 
 class Subscriber:
@@ -74,3 +84,42 @@ class Fold:
 
     def at(self, medium: str, tier: str | None = None, group: int = 0) -> set[bytes]:
         return self.known.get((medium, tier, group), set())
+
+
+def hears(publisher: Any, subscriber: Subscriber) -> None:
+    """The subscriber gets what is published from now on."""
+    deadline_s = time.monotonic() + 30
+    while True:
+        assert time.monotonic() < deadline_s, "nothing comes"
+        publisher.publish([])
+        if subscriber.receive(200) is not None:
+            break
+    until(lambda: [number for number, _ in subscriber.replay(publisher.num_messages - 1)])
+
+
+def connect(endpoint: str, receive_bytes: int = 0) -> socket.socket:
+    scheme, _, address = endpoint.partition("://")
+    made = socket.socket(socket.AF_INET if scheme == "tcp" else socket.AF_UNIX)
+    made.settimeout(20)
+    if receive_bytes:
+        made.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_bytes)
+    made.connect(("127.0.0.1", int(address.rpartition(":")[2])) if scheme == "tcp" else address)
+    return made
+
+
+def stranger(endpoint: str, kind: bytes, greeting: bytes = GREETING, receive_bytes: int = 0) -> socket.socket:
+    """Has shaken hands; what the other side says next is its READY."""
+    made = connect(endpoint, receive_bytes)
+    made.sendall(greeting)
+    received = b""
+    while len(received) < 64:
+        received += made.recv(64 - len(received))
+    made.sendall(ready(kind))
+    return made
+
+
+def until(holds: Callable[[], Any]) -> None:
+    deadline_s = time.monotonic() + 30
+    while not holds():
+        assert time.monotonic() < deadline_s
+        time.sleep(0.01)
