@@ -168,6 +168,9 @@ class Connection(asyncio.Protocol):
         """Nothing has been read yet."""
         assert isinstance(transport, asyncio.Transport)
         self._transport = transport
+        if self._is_finishing:
+            transport.abort()
+            return
         loop = asyncio.get_running_loop()
         self._since_s = loop.time()
         self._deadline = loop.call_later(_HANDSHAKE_S, self.cut)

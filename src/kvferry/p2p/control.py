@@ -30,9 +30,9 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Generic
 
-from kvferry.connections import descriptor_share
+from kvferry.connections import descriptor_share, watch
 from kvferry.errors import ConfigError, TransferError
-from kvferry.p2p.link import GREETING, NAME_BYTES, Link, Lost, lost_by, tls_contexts, watch
+from kvferry.p2p.link import GREETING, NAME_BYTES, Link, Lost, lost_by, tls_contexts
 from kvferry.p2p.wire import LOOPBACK, Address, Codec, M, is_allowed, is_ip
 
 logger = logging.getLogger(__name__)

@@ -28,8 +28,6 @@ VERSION = 1
 GREETING = b"kvferry control" + bytes((VERSION,))
 _LENGTH_BYTES = 4
 _AT_ONCE = 256  # messages of one connection before the others have their turn
-_KERNEL_BUFFER_BYTES = 256 << 10  # per connection and direction
-_NUM_PROBES = 3  # of an idle connection, without an answer
 
 
 @dataclass(frozen=True, slots=True)
@@ -181,23 +179,6 @@ class Link(asyncio.Protocol):
         if not self._is_paused and self._transport is not None:
             self._is_paused = True
             self._transport.pause_reading()
-
-
-def watch(connection: socket.socket, silence_s: float) -> None:
-    """The kernel ends it when the other machine acknowledges nothing for so long, also while there is nothing to say.
-
-    Where the kernel cannot (not Linux), it goes by its own times. A listening socket hands this on to those it accepts.
-    """
-    probe_s = max(1, min(10_000, round(silence_s / (_NUM_PROBES + 1))))  # the kernel takes 32767
-    connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-    for option, value in (
-        ("TCP_KEEPIDLE", probe_s), ("TCP_KEEPINTVL", probe_s), ("TCP_KEEPCNT", _NUM_PROBES),
-        ("TCP_USER_TIMEOUT", max(1000, min(1 << 30, round(silence_s * 1000)))),
-    ):  # fmt: skip
-        if hasattr(socket, option):
-            connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, option), value)
-    for buffer in (socket.SO_RCVBUF, socket.SO_SNDBUF):
-        connection.setsockopt(socket.SOL_SOCKET, buffer, _KERNEL_BUFFER_BYTES)
 
 
 def lost_by(error: BaseException) -> Lost:
