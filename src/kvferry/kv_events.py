@@ -208,13 +208,15 @@ class _Log:
     def first_replayed(self) -> int:
         return max(self._first, self.end - self._num_replayed)
 
+    @property
+    def _is_too_much(self) -> bool:
+        """More than the newest message, which is kept whatever its size."""
+        num_behind = self.end - self.kept_from
+        return num_behind > 1 and (num_behind > self._max_behind or self._behind_bytes > _BEHIND_BYTES)
+
     def forget(self, slowest: int) -> list[bytes]:
         """What nobody needs, where the slowest subscriber is at this position, or is beyond the limits. Returns it."""
-        while self.kept_from < self.end and (
-            self.kept_from < slowest
-            or self.end - self.kept_from > self._max_behind
-            or self._behind_bytes > _BEHIND_BYTES
-        ):
+        while self.kept_from < self.end and (self.kept_from < slowest or self._is_too_much):
             self._behind_bytes -= len(self[self.kept_from]) + _MESSAGE_BYTES
             self.kept_from += 1
         gone = []

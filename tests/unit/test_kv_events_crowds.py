@@ -180,9 +180,13 @@ def test_random_bytes_hurt_nobody(published, endpoint: str, kind: bytes) -> None
     hears(publisher, subscriber)
 
 
-def test_who_is_slow_loses_only_the_oldest_and_delays_nobody() -> None:
-    """A subscriber that does not read; 10 MB pass it by, of which it gets the last 10 messages."""
-    settings = KVEventsConfig(enable_kv_cache_events=True, endpoint="tcp://127.0.0.1:0", hwm=10, buffer_steps=2)
+@pytest.mark.parametrize(("hwm", "behind_bytes", "num_kept"), [(10, 64 << 20, 10), (100_000, 1, 1)])
+def test_who_is_slow_loses_only_the_oldest_and_delays_nobody(
+    monkeypatch: pytest.MonkeyPatch, hwm: int, behind_bytes: int, num_kept: int
+) -> None:
+    """A subscriber that does not read; 10 MB pass it by, of which it gets the last messages."""
+    monkeypatch.setattr(kv_events, "_BEHIND_BYTES", behind_bytes)
+    settings = KVEventsConfig(enable_kv_cache_events=True, endpoint="tcp://127.0.0.1:0", hwm=hwm, buffer_steps=1)
     publisher = EventPublisher(settings)
     with ExitStack() as stack:
         stack.callback(publisher.shutdown)
@@ -201,13 +205,13 @@ def test_who_is_slow_loses_only_the_oldest_and_delays_nobody() -> None:
         while heard is not None and heard[1] < last:
             heard = subscriber.receive()
         assert heard is not None
-        assert len(publisher._log._messages) <= 11
+        until(lambda: len(publisher._log._messages) <= num_kept + 1)
         received = b""
         while last.to_bytes(8, "big") not in received[-33_000:]:
             received += slow.recv(1 << 16)
         numbers = [number for number in range(last + 1) if b"\1\x08" + number.to_bytes(8, "big") in received]
-        assert 10 <= len(numbers) < 200
-        assert numbers[-10:] == list(range(last - 9, last + 1))
+        assert num_kept <= len(numbers) < 200
+        assert numbers[-num_kept:] == list(range(last + 1 - num_kept, last + 1))
 
 
 def test_a_replay_nobody_reads_holds_little_and_delays_nobody(published) -> None:
