@@ -18,6 +18,7 @@ from kvferry.http import Server, bind_socket, unless_gone, url_of
 
 WORDS = ["one ", "two ", "three ", "four"]
 RECOMPUTED = {"num_recomputed_tokens": 3, "load_error": "the lease is over"}
+REFUSED = {"not_handed_over": "its media are numbered"}
 NO_TOKEN = {"error": {"message": "no token can be chosen: nan", "type": "server_error", "code": "no_token"}}
 USAGE = {"prompt_tokens": 5, "completion_tokens": 4, "total_tokens": 9}
 
@@ -91,7 +92,8 @@ class FakeEngine:
             "do_remote_prefill": True, "do_remote_decode": False, "remote_engine_id": self.url,
             "transfer_id": body["kv_transfer_params"]["transfer_id"], "remote_first_token_ids": [11],
         }  # fmt: skip
-        told = {"no_params": None, "other_params": {"hidden_states_path": "/x"}}.get(self.mode, params)
+        instead = {"no_params": None, "other_params": {"hidden_states_path": "/x"}, "refused": REFUSED}
+        told = instead.get(self.mode, params)
         return {"choices": [{"index": 0, "text": WORDS[0]}], "usage": USAGE, "kv_transfer_params": told}
 
     def _whole(self, body: dict[str, Any], is_chat: bool) -> dict[str, Any]:

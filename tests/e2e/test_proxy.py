@@ -362,6 +362,21 @@ def test_silent_stream_is_cut_at_its_deadline() -> None:
         wait_until(lambda: r.decode[0].num_left == 1)
 
 
+@pytest.mark.parametrize("strict", [True, False])
+def test_a_request_that_no_engine_can_hand_over_costs_no_engine_its_place(strict: bool) -> None:
+    """Four of them once took the only prefill engine out of rotation, for everybody."""
+    with running(strict=strict, min_backoff_s=60, max_backoff_s=60) as r:
+        r.prefill[0].mode = "refused"
+        for _ in range(4):
+            status, _, content = r.http("POST", "/v1/completions", ASK)
+            assert status == (400 if strict else 200)
+            if strict:
+                assert "for this request: its media are numbered; start" in json.loads(content)["error"]["message"]
+        assert r.num_asked() == ([4], [0 if strict else 4])
+        r.prefill[0].mode = "ok"
+        assert r.client.completions.create(**ASK).choices[0].text == TEXT
+
+
 # ---- not strict -----------------------------------------------------------------------------------------------------
 
 

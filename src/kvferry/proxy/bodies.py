@@ -60,6 +60,8 @@ class Call:
         A hand-over is for one engine request; and log-probabilities of a prompt need its forward where they are told.
         """
         body = self.body
+        if body.get("prompt_embeds") is not None:  # no engine can prove that KV is theirs
+            return "prompt_embeds"
         for name in ("n", "best_of"):
             if isinstance(body.get(name), int) and body[name] > 1:
                 return f"{name}={body[name]}"
@@ -86,10 +88,11 @@ class Call:
             value = body.get(name)
             if value is not None and type(value) is not kind:
                 raise ApiError(400, f"{name} is of type {type(value).__name__}, not {what}", param=name)
-        if body.get("kv_transfer_params") is not None:
+        more = body.get("vllm_xargs")
+        if body.get("kv_transfer_params") is not None or (isinstance(more, dict) and "kv_transfer_params" in more):
             raise ApiError(
-                400, "kv_transfer_params are the proxy's to set: leave them out, or ask an engine directly",
-                param="kv_transfer_params",
+                400, "kv_transfer_params are the proxy's to set, also in vllm_xargs: leave them out, or ask an engine "
+                "directly", param="kv_transfer_params",
             )  # fmt: skip
         return cls(path, {name: value for name, value in body.items() if name != "kv_transfer_params"}, headers)
 

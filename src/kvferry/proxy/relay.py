@@ -240,6 +240,13 @@ class Relay:
         if verdict.hand_over is not None and verdict.hand_over.get("transfer_id") not in (None, hand_over.transfer_id):
             raise self._failed(engine, "its kv_transfer_params have the transfer_id of another request")
         if verdict.hand_over is None:
+            if self._config.strict and verdict.not_handed_over:
+                self._fleet.worked(engine)
+                raise ApiError(
+                    400, f"prefill engine {engine.url} hands over nothing for this request: {verdict.not_handed_over}; "
+                    "start the proxy with --no-strict, which lets the decode engine compute the prompt",
+                    code="not_handed_over",
+                )  # fmt: skip
             if self._config.strict:
                 raise self._failed(
                     engine, "it answered without kv_transfer_params that hand KV over: start it with a P2P connector "

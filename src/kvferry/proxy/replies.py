@@ -88,6 +88,7 @@ class _Params(Struct, gc=False):
     remote_port: Annotated[int, Meta(ge=0, le=65535)] | None = None
     num_recomputed_tokens: _Count = None
     load_error: str | None = None
+    not_handed_over: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,6 +102,8 @@ class Verdict:
     """False for an event that only opens a stream."""
     hand_over: Params | None = None
     """Where the KV is, of a prefill engine's reply."""
+    not_handed_over: str = ""
+    """Why there is none, where that is because of the request itself: every engine would say the same."""
     load_error: str = ""
     """Why KV was not loaded, where the engine says so."""
     is_death: bool = False
@@ -227,6 +230,7 @@ def _verdict(reply: _Reply) -> Verdict:
         num_recomputed_tokens=params.num_recomputed_tokens or 0,
         has_content=not choices or any(says),
         hand_over=raw_params if params.do_remote_prefill else None,
+        not_handed_over=one_line(params.not_handed_over or ""),
         load_error=load_error,
         is_death=is_death,
         is_requests_own=is_requests_own,

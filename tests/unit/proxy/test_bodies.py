@@ -105,6 +105,8 @@ def test_peers_are_signed_as_the_decode_engine_sees_them() -> None:
         ({"prompt": "a", "prompt_logprobs": 0}, "log-probabilities of the prompt"),
         ({"prompt": "a", "echo": True, "logprobs": 0}, "log-probabilities of the prompt"),
         ({"prompt": "a", "use_beam_search": True}, "use_beam_search"),
+        ({"prompt_embeds": "bytes"}, "prompt_embeds"),
+        ({"prompt": "a", "prompt_embeds": ["bytes"]}, "prompt_embeds"),
     ],
 )
 def test_what_cannot_be_split(body: dict[str, Any], why: str | None) -> None:
@@ -122,6 +124,8 @@ def test_clients_do_not_name_peers() -> None:
     with pytest.raises(ApiError, match="proxy's to set") as caught:
         Call.parse(PATH, b'{"prompt": "a", "kv_transfer_params": {"remote_host": "10.0.0.1"}}', {}, 64)
     assert caught.value.param == "kv_transfer_params"
+    with pytest.raises(ApiError, match="vllm_xargs"):  # vLLM would read them there, and fail
+        Call.parse(PATH, b'{"prompt": "a", "vllm_xargs": {"kv_transfer_params": "x"}}', {}, 64)
     assert Call.parse(PATH, b'{"prompt": "a", "kv_transfer_params": null}', {}, 64).body == {"prompt": "a"}
 
 

@@ -106,6 +106,7 @@ class P2PSchedulerSide(SchedulerSide):
             numbers_media=host.numbers_media,
         )  # fmt: skip
         self._senders: dict[str, KeyChain] = {}
+        self._unknown: set[str] = set()  # to be handed over, which no engine can do
         self._held: dict[str, tuple[int, float]] = {}  # released later: number of blocks, since when
         self._pins: dict[str, list[Any]] = {}
         self._tables = LastTables(host.groups)
@@ -208,6 +209,8 @@ class P2PSchedulerSide(SchedulerSide):
         request_id = request.request_id
         if (chain := self._keys.chain(request)) is None:
             logger.warning("%s: not handed over: %s", request_id, _UNKNOWN)
+            if request.lora_path is None:  # else another engine may be able to read the adapter
+                self._unknown.add(request_id)
             return
         if not isinstance(transfer_id, str) or not 0 < len(transfer_id) <= 512 or not transfer_id.isprintable():
             if transfer_id is not None:
@@ -321,6 +324,9 @@ class P2PSchedulerSide(SchedulerSide):
             params = self._lease(request, block_ids)
         self._senders.pop(request_id, None)
         self._digests.forget(request_id)
+        if request_id in self._unknown:
+            self._unknown.discard(request_id)
+            told = {**told, "not_handed_over": _UNKNOWN}
         if params is None:
             self._let_go(request_id)
             return False, told or None

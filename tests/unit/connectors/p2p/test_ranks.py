@@ -201,6 +201,16 @@ def hand_over(prefill: Engine, decode: Engine) -> None:
     decode.scheduler.update_state_after_alloc(wanted, (list(range(1, 9)),), 30)
 
 
+def test_a_producer_says_which_requests_it_can_hand_to_nobody(engine: Callable[..., Engine]) -> None:
+    """A router need not blame the engine for them, nor ask another one."""
+    prefill = engine(1, 4)
+    for asked, is_said in (({"do_remote_decode": True}, True), ({}, False)):
+        embedded = request("p", asked, prompt_embeds=object())
+        prefill.scheduler.on_new_request(embedded)
+        keeps, told = prefill.scheduler.request_finished(embedded, (list(range(1, 9)),))
+        assert (keeps, "prompt embeddings" in (told or {}).get("not_handed_over", "")) == (False, is_said)
+
+
 def test_engines_that_listen_on_ipv6_alone_hand_over(engine: Callable[..., Engine]) -> None:
     prefill, decode = (engine(1, 4, host="::1") for _ in range(2))
     hand_over(prefill, decode)
