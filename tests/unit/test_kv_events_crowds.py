@@ -16,7 +16,7 @@ import pytest
 import zmq
 from tests.kv_event_client import GREETING, Subscriber, connect, hears, ready, stranger, until
 
-from kvferry import kv_events
+from kvferry import kv_events, zmtp
 from kvferry.kv_events import BlockRemoved, EventPublisher, KVEventsConfig
 
 
@@ -114,6 +114,18 @@ def test_a_flood_is_cut_and_nothing_of_it_is_kept(scheme: str, endpoint: str, ki
             assert is_cut(connection)
         assert rss_bytes(publisher.process.pid) - before < 20 << 20
         hears(publisher, subscriber)
+
+
+@ENDPOINTS
+@pytest.mark.parametrize("said", [b"", GREETING[:10], GREETING, GREETING + ready(b"SUB")[:9]])
+def test_a_handshake_that_does_not_end_is_cut(
+    published, monkeypatch: pytest.MonkeyPatch, endpoint: str, kind: bytes, said: bytes
+) -> None:
+    monkeypatch.setattr(zmtp, "_HANDSHAKE_S", 0.05)
+    publisher, _ = published
+    with connect(getattr(publisher, endpoint)) as connection:
+        connection.sendall(said)
+        assert is_cut(connection)
 
 
 @ENDPOINTS
