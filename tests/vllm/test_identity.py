@@ -17,6 +17,7 @@ from conftest import TINY, StartEngines
 from engine_process import PATIENT, random_prompt
 from vllm.model_executor.model_loader import LoadFormats
 
+from kvferry.contract.host import _no_hits_reason
 from kvferry.contract.numerics import FOLDER_FORMATS, HARMLESS, HARMLESS_ENVIRONMENT, adapter_settings, numerics_of
 
 # Fields that make KV another one, by class. A field that stands neither here nor among the harmless fails the test.
@@ -193,6 +194,28 @@ def test_nothing_else_of_a_generation_config_reaches_a_model() -> None:
     """Of vLLM's models, three more read suppressed tokens there, and one how it samples by diffusion."""
     readers = {file.name for file in MODELS.glob("**/*.py") if "try_get_generation_config" in file.read_text()}
     assert readers == {"llama4.py", "gemma4_mm.py", "gemma4_unified.py", "gemma4_mtp.py", "diffusion_gemma.py"}
+
+
+def test_every_place_from_which_a_model_takes_more_weights_is_known() -> None:
+    """`named_paths` counts the folder's subfolders, and what the configuration names. Drafts change no answers."""
+    readers = {
+        file.name
+        for file in MODELS.glob("**/*.py")
+        if re.search(r"get_hf_file_bytes\(|DefaultModelLoader\.Source\(|load_file\(|torch\.load\(", file.read_text())
+    }
+    of_the_folder, of_subfolders = {"roberta.py", "clef_omni.py"}, {"kimi_audio.py", "jina.py", "mimo_audio.py"}
+    named, after_the_kv = {"ultravox.py"}, {"adapters.py", "qwen3_dflash.py"}
+    assert readers == of_the_folder | of_subfolders | named | after_the_kv
+
+
+def test_no_hits_where_the_transformers_backend_picks_rope_by_batch(tiny_longrope: str) -> None:
+    for model_impl, is_given in (("vllm", True), ("transformers", False)):
+        model = vllm.config.ModelConfig(
+            model=tiny_longrope, model_impl=model_impl, skip_tokenizer_init=True, dtype="float32", max_model_len=512
+        )
+        reason = _no_hits_reason(SimpleNamespace(model_config=model))
+        assert (reason is None) is is_given
+        assert is_given or "rope_type 'longrope'" in str(reason)
 
 
 @pytest.mark.parametrize("has_mistrals", [False, True])

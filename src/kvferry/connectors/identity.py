@@ -26,6 +26,7 @@ logger = logging.getLogger(__name__)
 _REMEDY = "set weights_version in kv_connector_extra_config to a name that changes with the weights"
 _OTHER_WEIGHTS = (".bin", ".pt", ".pth", ".gguf")
 _MAX_FACTS = 1000
+_NAMED_FILES = ("*.bin", "*.pt", "*.py")
 NUMBERED_MEDIA = (
     "with mm_processor_cache_gb 0 and without prefix caching vLLM numbers media and does not hash them: set "
     "--mm-processor-cache-gb above 0, or --enable-prefix-caching"
@@ -111,7 +112,7 @@ def _contents(files: list[Path], host: HostInfo) -> str | None:
 
 
 def _named_files(host: HostInfo) -> str:
-    """What stands where settings point to: weights in the model's place, descriptions of quantisation, scales."""
+    """What stands where settings point to: weights, code, descriptions of quantisation, scales."""
     found = []
     for path in map(Path, host.named_paths):
         if path.is_file():
@@ -120,6 +121,9 @@ def _named_files(host: HostInfo) -> str:
             if _is_younger(path, host):
                 raise _changed(path)
             found.append(fingerprint_folder(path))
+        elif path.is_dir() and not path.samefile(host.model):
+            found.append(_contents(sorted(file for end in _NAMED_FILES for file in path.glob(end)), host))
+    found = [each for each in found if each is not None]
     return json.dumps(found) if found else "none"
 
 
@@ -138,6 +142,8 @@ def peer_facts(host: HostInfo, weights_version: str | None) -> tuple[tuple[str, 
     if weights_version is not None or host.has_named_weights:
         facts["weights"] = model_identity(host, weights_version)
     else:
+        if not Path(host.model).exists() and not host.weights_are_random:
+            facts["model"] = host.model  # a hub's or an object store's: of two finetunings all else may be equal
         logger.warning("P2P: what %s holds does not say which weights are loaded: peers cannot check", host.model)
     return tuple(sorted(facts.items()))
 

@@ -18,6 +18,7 @@ from kvferry.contract.numerics import (
     load_format,
     named_paths,
     numerics_of,
+    rope_by_batch,
 )
 from kvferry.errors import ConfigError
 from kvferry.types import AttentionKind, GroupInfo
@@ -195,8 +196,12 @@ def _no_hits_reason(vllm_config: Any) -> str | None:
 
     These are pooling models (MEAN, CLS, STEP), where a hit ends the engine ("partial prefill is not supported"), and
     MLA on CPUs (CPU_MLA), for which vLLM turns prefix caching and chunked prefill off: answers after a hit are others.
+    In vLLM's Transformers backend some ropes make a token's KV depend on its batch; there vLLM's own cache errs too.
     """
     model = vllm_config.model_config
+    is_transformers: Callable[[], bool] = getattr(model, "using_transformers_backend", bool)
+    if is_transformers() and (kind := rope_by_batch(getattr(model, "hf_config", None))) is not None:
+        return f"with rope_type {kind!r} vLLM's Transformers backend makes a token's KV depend on its batch"
     settings = ("cache_config", "enable_prefix_caching"), ("scheduler_config", "enable_chunked_prefill")
     is_whole = all(getattr(getattr(vllm_config, config, None), name, True) is False for config, name in settings)
     device = getattr(getattr(vllm_config, "device_config", None), "device_type", None)

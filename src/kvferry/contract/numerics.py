@@ -208,6 +208,8 @@ which vLLM compares the names and shapes alone.
 _LENGTHLESS_ROPE = frozenset(("default", "linear", "llama3", "yarn", "deepseek_yarn", "mrope", "proportional", "None"))
 """Kinds of rope scaling whose factors depend on the model's configuration alone, not on the longest request."""
 
+_LONGROPES = ("longrope", "su")
+
 _MAX_CHARACTERS = 480
 
 
@@ -249,9 +251,15 @@ def numerics_of(vllm_config: Any) -> dict[str, str]:
 
 
 def named_paths(vllm_config: Any) -> tuple[str, ...]:
-    """What settings may mean as a file or folder beside the model's: what stands there counts too."""
+    """What settings may mean as a file or folder beside the model's: what stands there counts too.
+
+    So do the model's subfolders that hold weights, which some of vLLM's models load beside those of the folder itself
+    (Kimi-Audio its encoder, Jina the adapter of a task).
+    """
     model, load = vllm_config.model_config, getattr(vllm_config, "load_config", None)
+    hf_config: Any = getattr(model, "hf_config", None)
     settings = (
+        hf_config.to_dict() if hasattr(hf_config, "to_dict") else None,  # of other models (Ultravox), of code
         getattr(model, "model_weights", None),  # read in the model's place by some loaders
         getattr(model, "hf_overrides", None),
         getattr(model, "quantization_config", None),
@@ -259,19 +267,31 @@ def named_paths(vllm_config: Any) -> tuple[str, ...]:
         getattr(getattr(model, "multimodal_config", None), "mm_encoder_fp8_scale_path", None),
         getattr(vllm_config, "additional_config", None),
     )
-    return tuple(sorted(set(_paths_in(json.loads(json.dumps(settings, default=_plain))))))
+    found = _paths_in(json.loads(json.dumps(settings, default=_plain)))
+    return tuple(sorted({*found, *(_weight_folders(Path(str(model.model))) if _is_vllms(model) else ())}))
+
+
+def _weight_folders(folder: Path) -> Iterator[str]:
+    """Subfolders with weights, two levels deep; those of a training's earlier steps are not read by any model."""
+    for place in (*folder.glob("*/"), *folder.glob("*/*/")):
+        is_other = any(name.startswith((".", "checkpoint-")) for name in place.relative_to(folder).parts)
+        if not is_other and any(file.suffix in (".safetensors", ".bin", ".pt") for file in place.glob("*")):
+            yield str(place)
 
 
 def _paths_in(value: Any) -> Iterator[str]:
-    """Every text that may be one, at any depth; single words are not taken for files of the working folder."""
+    """Every text that may be one, at any depth; single words are not taken for files of the working folder.
+
+    `auto_map` names code as "FOLDER--module.Class". Names that begin with "_" say where a configuration came from.
+    """
     if isinstance(value, str):
         if "/" in value or value.endswith((".json", ".safetensors", ".pt", ".tensors")):
-            yield value
+            yield value.partition("--")[0] if re.fullmatch(r".+--\w+\.\w+", value) else value
     elif isinstance(value, list):
         for inner in value:
             yield from _paths_in(inner)
     elif isinstance(value, dict):
-        yield from _paths_in([*value.values()])
+        yield from _paths_in([inner for name, inner in value.items() if not str(name).startswith("_")])
 
 
 def adapter_settings(vllm_config: Any) -> str:
@@ -326,6 +346,18 @@ def _reads_length(hf_config: Any) -> bool:
         if key.startswith("rope_") and any(kind not in _LENGTHLESS_ROPE for kind in _rope_kinds(value)):
             return True
     return False
+
+
+def rope_by_batch(hf_config: Any) -> str | None:
+    """The kind of rope, where transformers' code picks the factors of every token by the longest request of its batch.
+
+    vLLM's own code picks them once, by the longest request that the engine may be sent.
+    """
+    if not hasattr(hf_config, "to_dict"):
+        return None
+    ropes = (value for name, value in _flat(hf_config.to_dict()) if name.rpartition(".")[2].startswith("rope_"))
+    kinds = (kind for rope in ropes for kind in _rope_kinds(rope))
+    return next((kind for kind in kinds if "dynamic" in kind or kind in _LONGROPES), None)
 
 
 def _attn_temperature_tuning(model: Any) -> str:

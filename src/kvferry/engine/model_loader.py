@@ -31,6 +31,7 @@ from transformers.models.auto.modeling_auto import (
 from transformers.utils import logging as transformers_logging
 
 from kvferry.config import cache_dir, shown
+from kvferry.contract.numerics import rope_by_batch
 from kvferry.engine.attention import (
     ATTENTION_NAME,
     AttentionOptions,
@@ -52,7 +53,6 @@ logger = logging.getLogger(__name__)
 
 _CONVERSION_VERSION = 2
 _GGUF_DTYPE = torch.bfloat16
-_BATCH_DEPENDENT_ROPE = ("dynamic", "longrope")
 # What transformers and the file formats below it raise for files and architectures they cannot take.
 _LOADING_ERRORS = (
     ValueError, LookupError, OSError, ImportError, RuntimeError, TypeError, AttributeError, ArithmeticError,
@@ -290,10 +290,7 @@ def _refuse_unsupported(config: Any, name: str) -> None:
     num_layers = getattr(config.get_text_config(), "num_hidden_layers", None)
     if isinstance(num_layers, int) and num_layers < 1:
         raise ConfigError(f"{name} is not supported: the model's num_hidden_layers={num_layers} leaves nothing to run")
-    rope = getattr(config, "rope_parameters", None) or {}
-    # One set of parameters, or one per kind of layer.
-    kinds = [part.get("rope_type") for part in (rope, *rope.values()) if isinstance(part, dict)]
-    for kind in (kind for kind in kinds if kind in _BATCH_DEPENDENT_ROPE):
+    if (kind := rope_by_batch(config)) is not None:
         raise ConfigError(f"{name} is not supported: rope_type {kind!r} makes a token's KV depend on its batch")
 
 

@@ -125,6 +125,68 @@ def test_what_stands_where_settings_point_to_is_part_of_the_settings(folder: Pat
     assert named() == named(model_weights=str(folder), hf_overrides={"a": "/no/file"}) == "none"
 
 
+def named_by(folder: Path, hf_config: dict[str, Any] | None = None, **model: Any) -> str:
+    shown = SimpleNamespace(to_dict=lambda: hf_config or {})
+    config = info(folder, model_config=SimpleNamespace(model=str(folder), max_model_len=64, hf_config=shown, **model))
+    return settings_identity(config)["named_files"]
+
+
+@pytest.mark.parametrize(
+    "place", ["adapters/retrieval/adapter_model.safetensors", "adapters/retrieval/adapter_config.json",
+              "whisper-large-v3/model.safetensors", "audio_tokenizer/pytorch_model.bin"],
+)  # fmt: skip
+def test_weights_in_subfolders_of_the_model_are_part_of_the_settings(folder: Path, place: str) -> None:
+    """vLLM's Jina embeddings merge an adapter of there into the weights: rewritten, the old one's KV was loaded."""
+    assert named_by(folder) == "none"
+    (folder / place).parent.mkdir(parents=True)
+    (folder / place).parent.joinpath("model.safetensors").write_bytes(b"")
+    found = []
+    for content in (b"{}", b"{ }"):
+        (folder / place).write_bytes(content)
+        found.append(named_by(folder))
+    assert len({"none", *found}) == 3
+    assert named_by(folder, weights_stamp=stamp_folder(folder)) == "none", "our own engine reads no subfolders"
+
+
+@pytest.mark.parametrize("place", [".git", "checkpoint-500"])
+def test_what_no_model_reads_of_a_folder_is_no_part_of_the_settings(folder: Path, place: str) -> None:
+    (folder / place).mkdir()
+    (folder / place / "model.safetensors").write_bytes(b"1")
+    assert named_by(folder) == "none"
+
+
+def test_what_the_models_configuration_points_to_is_part_of_the_settings(folder: Path, tmp_path: Path) -> None:
+    """Ultravox loads its language model from another folder, `auto_map` may name code in one."""
+    other, code = tmp_path / "language-model", tmp_path / "code"
+    for each in (other, code):
+        each.mkdir()
+    found = []
+    for content in (b"1", b"2"):
+        (other / "model.safetensors").write_bytes(content)
+        (code / "modeling.py").write_bytes(content)
+        found.append(named_by(folder, {"text_model_id": str(other)}))
+        found.append(named_by(folder, {"text_config": {"text_model_id": str(other)}}))
+        found.append(named_by(folder, {"auto_map": {"AutoModel": f"{code}--modeling.Model"}}))
+    assert found[0] == found[1]
+    assert found[3] == found[4]
+    assert len({"none", *found}) == 5
+    came_from = {"_name_or_path": str(other), "text_config": {"_name_or_path": str(other)}}
+    assert named_by(folder, came_from) == named_by(folder, {"name": "org/none", "folder": str(folder)}) == "none"
+
+
+def test_peers_whose_weights_have_only_a_hubs_name_compare_that(folder: Path) -> None:
+    """Of two finetunings of one model all else is equal."""
+    rank = RankGeometry(1, (1,), (GroupGeometry(16, AttentionKind.FULL, None),), ())
+    one, other = (
+        EngineGeometry((rank,), peer_facts(replace(info(folder), model=name), None)) for name in ("org/a", "org/b")
+    )
+    assert differences(one, one) == []
+    assert differences(one, other) == ["model: source org/a, destination org/b"]
+    version = peer_facts(replace(info(folder), model="org/a"), "7")
+    assert version == peer_facts(replace(info(folder), model="org/b"), "7")
+    assert "model" not in dict(peer_facts(info(folder), None))
+
+
 def test_files_that_settings_name_must_be_as_they_were_when_the_engine_read_them(folder: Path, tmp_path: Path) -> None:
     scales, processor = tmp_path / "quant.json", folder / "preprocessor_config.json"
     for file, host in ((scales, replace(info(folder), named_paths=(str(scales),))), (processor, info(folder))):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -82,6 +83,25 @@ def test_mla_that_vllm_computes_whole_is_given_no_hits(other: str | None) -> Non
     config.device_config = SimpleNamespace(device_type="cuda" if other == "device_type" else "cpu")
     reason = host_info(config, caches()).no_hits_reason
     assert (reason is None) is (other is not None)
+
+
+ROPES: list[tuple[dict[str, Any], bool]] = [
+    ({"rope_parameters": {"rope_type": "longrope", "short_factor": [1.0]}}, True),
+    ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, True),
+    ({"text_config": {"rope_parameters": {"full_attention": {"rope_type": "dynamic"}}}}, True),
+    ({"rope_parameters": {"rope_type": "yarn", "factor": 4.0}}, False),
+    ({"rope_theta": 10000.0}, False),
+]
+
+
+@pytest.mark.parametrize(("settings", "is_by_batch"), ROPES, ids=str)
+def test_a_rope_that_a_batch_decides_is_given_no_hits(settings: dict[str, Any], is_by_batch: bool) -> None:
+    """In vLLM's Transformers backend: a store filled by prompts of 330 tokens gave one of 900 other tokens."""
+    for is_transformers in (True, False):
+        answer = partial(bool, is_transformers)
+        model = {"hf_config": SimpleNamespace(to_dict=lambda: settings), "using_transformers_backend": answer}
+        reason = host_info(host(model), caches()).no_hits_reason
+        assert ("depend on its batch" in (reason or "")) is (is_by_batch and is_transformers)
 
 
 @pytest.mark.parametrize(
