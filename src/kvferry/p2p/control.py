@@ -46,6 +46,7 @@ _JOIN_S = 5.0
 _MAX_WARNED = 1000
 _MESSAGE_BYTES = 256  # what one costs here beside its content, so that small ones are bounded too
 _MAX_LOOKUPS = 32  # of names, at once
+_POLLED_AT_ONCE = 64
 _KEPT_SHARE = 0.75  # of the slots, for those that are kept; the others are for those who come
 _STRANGER_SHARE = 0.5
 
@@ -131,6 +132,10 @@ def _bind(settings: ControlSettings) -> socket.socket:
         ) from error
 
 
+def _cost(item: object) -> int:
+    return _MESSAGE_BYTES + len(item) if isinstance(item, bytes) else 0
+
+
 class ControlChannel(Generic[M]):
     """`on_news` is called on the channel's thread whenever `poll` has something; it must not block.
 
@@ -152,7 +157,7 @@ class ControlChannel(Generic[M]):
         self._handshake_s = min(max(0.001, settings.handshake_s), _LONGEST_S)
         self._secret = secrets.token_bytes(32)
         self._lock = threading.Lock()
-        self._inbox: deque[tuple[str, bytes | Connected | Lost]] = deque()
+        self._inbox: dict[str, deque[bytes | Connected | Lost]] = {}
         self._inbox_bytes: Counter[str] = Counter()
         self._is_inbox_full = False
         self._warned: set[str] = set()
@@ -209,15 +214,20 @@ class ControlChannel(Generic[M]):
             self._put(peer, None)
 
     def poll(self) -> list[tuple[str, M | Connected | Lost]]:
-        """What has come since the last call, as (peer, message or change), in order per peer."""
+        """What has come, as (peer, message or change), in order per peer.
+
+        Of one peer's messages only some at once, and so of all strangers' together: what is left is news again.
+        """
         with self._lock:
-            inbox, self._inbox = self._inbox, deque()
-            self._inbox_bytes.clear()
+            taken = self._take_from_inbox()
             was_full, self._is_inbox_full = self._is_inbox_full, False
+            is_more = bool(self._inbox)
         if was_full:
             self._call(self._resume)
+        if is_more:
+            self._on_news()
         out: list[tuple[str, M | Connected | Lost]] = []
-        for peer, item in inbox:
+        for peer, item in taken:
             try:
                 out.append((peer, self._codec.decode(item) if isinstance(item, bytes) else item))
             except TransferError as error:
@@ -225,10 +235,32 @@ class ControlChannel(Generic[M]):
                 self._warn_once(peer, error)
         return out
 
+    def _take_from_inbox(self) -> list[tuple[str, bytes | Connected | Lost]]:
+        strangers = dict.fromkeys([peer for peer in self._inbox if self._is_stranger(peer)])
+        share = max(1, _POLLED_AT_ONCE // max(1, len(strangers)))
+        polled = [*(peer for peer in self._inbox if peer not in strangers), *list(strangers)[:_POLLED_AT_ONCE]]
+        taken: list[tuple[str, bytes | Connected | Lost]] = []
+        for peer in polled:
+            waiting = self._inbox.pop(peer)
+            for _ in range(min(len(waiting), share if peer in strangers else _POLLED_AT_ONCE)):
+                item = waiting.popleft()
+                taken.append((peer, item))
+                self._inbox_bytes[peer] -= _cost(item)
+            if waiting:
+                self._inbox[peer] = waiting  # behind the others
+            else:
+                del self._inbox_bytes[peer]
+        return taken
+
+    def _is_stranger(self, peer: str) -> bool:
+        return peer.startswith("@") and peer not in self._kept
+
     def _warn_once(self, peer: str, error: TransferError) -> None:
-        is_news = peer not in self._warned and len(self._warned) < _MAX_WARNED
+        """Once per peer; strangers give themselves new names at will, and are one."""
+        who = "@" if self._is_stranger(peer) else peer
+        is_news = who not in self._warned and len(self._warned) < _MAX_WARNED
         if is_news:
-            self._warned.add(peer)
+            self._warned.add(who)
         logger.log(
             logging.WARNING if is_news else logging.DEBUG,
             "%s sent %s: dropped, and more from there in silence; do all engines run the same version of kvferry?",
@@ -288,26 +320,24 @@ class ControlChannel(Generic[M]):
                 self._send(peer, frame)
 
     def _send(self, peer: str, frame: bytes) -> None:
-        is_stranger = False
         if peer.startswith("@"):
             if (link := self._named.get(peer)) is None:
                 self.num_dropped += 1
                 self._put_inbox(peer, Lost("its connection has ended"))
                 return
-            is_stranger = peer not in self._kept
         else:
             dialled = self._dialled.get(peer)
             link = None if dialled is None else dialled.link
-        if link is None or self._is_too_much(link, len(frame), is_stranger=is_stranger):
+        if link is None or self._is_too_much(link, len(frame)):
             self.num_dropped += 1
         else:
             link.send(frame)
 
-    def _is_too_much(self, link: Link, num_bytes: int, *, is_stranger: bool) -> bool:
+    def _is_too_much(self, link: Link, num_bytes: int) -> bool:
         if not (unsent := link.unsent_bytes):
             return False
         settings = self._settings
-        most = settings.max_stranger_unsent_bytes if is_stranger else settings.max_peer_unsent_bytes
+        most = settings.max_stranger_unsent_bytes if self._is_stranger(link.peer) else settings.max_peer_unsent_bytes
         total = sum(each.unsent_bytes for each in self._links())
         return unsent + num_bytes > most or total + num_bytes > settings.max_backlog_bytes
 
@@ -391,18 +421,16 @@ class ControlChannel(Generic[M]):
 
     def take(self, link: Link, content: bytes) -> bool:
         """Into the inbox, if there is room for it; for strangers half of it."""
-        peer = link.peer
-        is_stranger = peer.startswith("@") and peer not in self._kept
-        size = _MESSAGE_BYTES + len(content)
+        peer, size = link.peer, _cost(content)
         settings = self._settings
         with self._lock:
             if self._inbox_bytes[peer] + size > settings.max_peer_inbox_bytes or (
-                self._inbox_bytes.total() + size > settings.max_inbox_bytes // (1 + is_stranger)
+                self._inbox_bytes.total() + size > settings.max_inbox_bytes // (1 + self._is_stranger(peer))
             ):
                 self._is_inbox_full = True
                 return False
             self._inbox_bytes[peer] += size
-            self._inbox.append((peer, content))
+            self._inbox.setdefault(peer, deque()).append(content)
         self._on_news()
         return True
 
@@ -422,7 +450,7 @@ class ControlChannel(Generic[M]):
 
     def _put_inbox(self, peer: str, change: Connected | Lost) -> None:
         with self._lock:
-            self._inbox.append((peer, change))
+            self._inbox.setdefault(peer, deque()).append(change)
         self._on_news()
 
     # ---- those we dial ----------------------------------------------------------------------------------------

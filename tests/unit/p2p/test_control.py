@@ -417,7 +417,7 @@ def test_messages_nobody_polls_are_bounded_and_one_flooder_does_not_silence_othe
     assert server._inbox_bytes.total() <= 110_000
     items = server.poll()
     assert sum(what == Note("me too") for _, what in items) == 1
-    assert len(items) <= 10
+    assert len(items) <= 11
     wait_for(server, lambda more: len(items) + len(more) == 101)
     assert server.num_dropped + flooder.num_dropped == 0, "what there was no room for has waited"
 
@@ -431,7 +431,7 @@ def test_tiny_messages_nobody_polls_are_bounded_too(channel) -> None:
         connection.settimeout(1)
         with pytest.raises(TimeoutError):
             connection.sendall(frame(b"x") * 5_000_000)
-        assert len(server._inbox) < 50
+        assert sum(map(len, server._inbox.values())) < 50
         assert rss_bytes() - before < 20 << 20
         is_alive(server, channel)
 

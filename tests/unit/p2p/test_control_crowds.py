@@ -140,6 +140,31 @@ def test_strangers_fill_half_of_the_inbox(channel) -> None:
         assert (sender, Note("me too")) in server.poll()
 
 
+def test_an_engine_is_heard_before_what_strangers_have_sent_already(channel) -> None:
+    server = channel()
+    client, peer, sender = introduced(server, channel)
+    with ExitStack() as stack:
+        for connection in [stack.enter_context(admitted(server)[0]) for _ in range(3)]:
+            connection.sendall(frame(Codec(Note).encode(Note("n"))) * 3000)
+        until(lambda: server._inbox_bytes.total() > 9000 * 256)
+        client.send(peer, Note("first"))
+        until(lambda: sender in server._inbox_bytes)
+        heard = server.poll()
+        assert heard[0] == (sender, Note("first"))
+        assert len(heard) < 70, "what the owner does with one poll is bounded"
+        assert len({who for who, _ in heard}) == 4, "strangers take turns"
+        wait_for(server, lambda more: len(heard) + len(more) == 9001)
+
+
+def test_strangers_who_send_nonsense_are_one_line_in_the_log(channel, caplog) -> None:
+    server = channel()
+    for _ in range(5):
+        with raw(server, greeting() + frame(b"nonsense")):
+            until(lambda: server.poll() or server.num_dropped)
+        server.num_dropped = 0
+    assert [record.levelname for record in caplog.records].count("WARNING") == 1
+
+
 def test_what_waits_for_the_thread_is_bounded_in_bytes(channel) -> None:
     client = channel(max_outbox_bytes=100_000)
     go_on = threading.Event()
