@@ -1,5 +1,6 @@
 # make demo        the whole story on a real model (first run builds .venv)
 # make test        unit, flow, model and end-to-end tests
+# make test-attacks  engines and proxies beside hostile clients and engines, and killed: end-to-end tests of their own
 # make test-native  transports and stores of other projects (NIXL), in a virtual environment of its own
 # make test-lmcache  the client of LMCache's server against that server, in a virtual environment of its own
 # make test-vllm   the connector inside real vLLM, in a virtual environment of its own
@@ -27,7 +28,7 @@ ARGS ?=
 # Spinning OpenMP threads and other processes on the same cores slow each other down threefold.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: venv venv-native venv-lmcache venv-vllm venv-vllm-031 demo test test-native test-lmcache test-vllm test-vllm-031 test-gpu stress lint bench clean
+.PHONY: venv venv-native venv-lmcache venv-vllm venv-vllm-031 demo test test-attacks test-native test-lmcache test-vllm test-vllm-031 test-gpu stress lint bench clean
 
 venv: .venv/.stamp
 venv-native: .venv-native/.stamp
@@ -85,10 +86,17 @@ venv-vllm-031: .venv-vllm-031/.stamp
 demo: venv
 	@$(BIN)/kvferry demo $(ARGS)
 
-# Two at a time, file by file, for most of them wait; -n 0 in ARGS: one after the other.
+# Two at a time, file by file, for most of them wait; -n 0 in ARGS: one after the other. In the order of the files: those
+# that take longest are not the last then, as they are when those with most tests begin.
+IN_TURNS := -n 2 --dist loadfile --no-loadscope-reorder
+ATTACKS := $(wildcard tests/e2e/test_hostile_*.py) $(addprefix tests/e2e/,test_proxy_hostile_engines.py test_kill.py test_p2p_kill.py)
+ELSEWHERE := $(addprefix tests/,vllm native lmcache gpu stress)
+
 test: venv
-	@$(BIN)/python -m pytest -n 2 --dist loadfile \
-	    --ignore=tests/vllm --ignore=tests/native --ignore=tests/lmcache --ignore=tests/gpu --ignore=tests/stress $(ARGS)
+	@$(BIN)/python -m pytest $(IN_TURNS) --durations=15 $(addprefix --ignore=,$(ATTACKS) $(ELSEWHERE)) $(ARGS)
+
+test-attacks: venv
+	@$(BIN)/python -m pytest $(IN_TURNS) --durations=15 $(ATTACKS) $(ARGS)
 
 test-lmcache: venv venv-lmcache
 	@KVFERRY_LMCACHE_PYTHON=$(LMCACHE_PYTHON) $(BIN)/python -m pytest tests/lmcache $(ARGS)
@@ -103,9 +111,8 @@ test-gpu:
 stress: venv
 	@$(BIN)/python -m pytest --timeout 0 -s tests/stress $(ARGS)
 
-# In the order of the files: the one that takes longest is not the last then, as it is when those with most tests begin.
 test-vllm: venv-vllm venv-lmcache
-	@KVFERRY_LMCACHE_PYTHON=$(LMCACHE_PYTHON) $(VLLM_BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder \
+	@KVFERRY_LMCACHE_PYTHON=$(LMCACHE_PYTHON) $(VLLM_BIN)/python -m pytest $(IN_TURNS) \
 	    tests/vllm -W default $(ARGS)
 
 test-vllm-031: venv-vllm-031
