@@ -1,10 +1,16 @@
-"""What listening sockets of ours have in common: a share of the process's descriptors, and a kernel that watches."""
+"""What listening sockets of ours have in common: how they accept, their share of descriptors, a kernel that watches."""
 
 from __future__ import annotations
 
+import asyncio
+import logging
 import resource
 import socket
+from collections.abc import Callable
 
+logger = logging.getLogger(__name__)
+
+_BUSY_S = 0.2
 _KERNEL_BUFFER_BYTES = 256 << 10  # per connection and direction
 _NUM_PROBES = 3  # of an idle connection, without an answer
 
@@ -32,3 +38,47 @@ def watch(connection: socket.socket, silence_s: float) -> None:
     ):  # fmt: skip
         if hasattr(socket, option):
             connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, option), value)
+
+
+class Acceptor:
+    """Hands on what connects to a bound socket, non-blocking, one per turn of the running loop, until `close`.
+
+    When nothing can be accepted (no descriptors are left), it tries again after 0.2 s; the first time is logged, with
+    `name`.
+    """
+
+    def __init__(self, listener: socket.socket, name: str, on_accepted: Callable[[socket.socket], None]) -> None:
+        self._listener = listener
+        self._name = name
+        self._on_accepted = on_accepted
+        self._has_warned = False
+        self._retry: asyncio.TimerHandle | None = None
+        self._loop = asyncio.get_running_loop()
+        listener.setblocking(False)
+        self._listen()
+
+    def close(self) -> None:
+        """Let nobody in any more; the socket is closed. Idempotent."""
+        if self._retry is not None:
+            self._retry.cancel()
+        if self._listener.fileno() >= 0 and not self._loop.is_closed():
+            self._loop.remove_reader(self._listener)
+        self._listener.close()
+
+    def _listen(self) -> None:
+        self._loop.add_reader(self._listener, self._accept)
+
+    def _accept(self) -> None:
+        try:
+            accepted, _ = self._listener.accept()
+        except BlockingIOError:  # gone already
+            return
+        except OSError as error:
+            if not self._has_warned:
+                self._has_warned = True
+                logger.warning("%s: a connection cannot be accepted: %s", self._name, error)
+            self._loop.remove_reader(self._listener)
+            self._retry = self._loop.call_later(_BUSY_S, self._listen)
+            return
+        accepted.setblocking(False)
+        self._on_accepted(accepted)

@@ -25,7 +25,7 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from typing import ClassVar
 
-from kvferry.connections import watch
+from kvferry.connections import Acceptor, watch
 
 logger = logging.getLogger(__name__)
 
@@ -39,7 +39,6 @@ _MAX_CONTEXT_BYTES = 16  # of a PING
 
 _HANDSHAKE_S = 5.0
 _SILENCE_S = 300.0
-_BUSY_S = 0.2  # after an error of accept, such as no descriptors left
 _MAX_RECEIVED_BYTES = 4096  # in one frame
 _SPARE_BYTES, _BYTES_PER_S = 64 << 10, 1024.0  # a connection may send
 _UNSENT_BYTES = 64 << 10  # a connection may hold in its transport before it waits
@@ -305,22 +304,19 @@ class Listener:
         self.connections: set[Connection] = set()
         self._max_connections = max_connections
         self._make: Callable[[], Connection] = Connection
-        self._loop: asyncio.AbstractEventLoop | None = None
         self._welcoming: set[asyncio.Task[None]] = set()
-        self._has_warned = False
         self._path = self._folder = ""
         scheme, _, address = endpoint.partition("://")
         self._socket = self._bind_path(address) if scheme == "ipc" else _bind_port(address)
-        self._socket.setblocking(False)
+        self._acceptor: Acceptor | None = None
         watch(self._socket, _SILENCE_S)
         self.endpoint = f"ipc://{self._path or address}" if scheme == "ipc" else _tcp_endpoint(self._socket)
         """As bound, with its port."""
 
     def start(self, make: Callable[[], Connection]) -> None:
         """Accept on the running loop, until `close`. A connection that has ended is in `connections` no more."""
-        self._loop = asyncio.get_running_loop()
         self._make = make
-        self._loop.add_reader(self._socket, self._accept)
+        self._acceptor = Acceptor(self._socket, self.endpoint, self._accept)
 
     def close(self) -> None:
         """Let nobody in any more; its connections stay. Idempotent."""
@@ -331,38 +327,21 @@ class Listener:
         if self._folder:
             os.rmdir(self._folder)
             self._folder = ""
-        if self._loop is not None and not self._loop.is_closed():
-            self._loop.remove_reader(self._socket)
-        self._loop = None
+        if self._acceptor is not None:
+            self._acceptor.close()
+            self._acceptor = None
         self._socket.close()
 
-    def _accept(self) -> None:
-        assert self._loop is not None
-        try:
-            accepted, _ = self._socket.accept()
-        except BlockingIOError:  # gone already
-            return
-        except OSError as error:
-            if not self._has_warned:
-                self._has_warned = True
-                logger.warning("%s: a connection cannot be accepted: %s", self.endpoint, error)
-            self._loop.remove_reader(self._socket)
-            self._loop.call_later(_BUSY_S, self._accept_again)
-            return
+    def _accept(self, accepted: socket.socket) -> None:
         if len(self.connections) >= self._max_connections:
             accepted.close()
             return
-        accepted.setblocking(False)
         connection = self._make()
         self.connections.add(connection)
         connection.ended.add_done_callback(lambda _: self.connections.discard(connection))
-        task = self._loop.create_task(self._welcome(connection, accepted))
+        task = asyncio.get_running_loop().create_task(self._welcome(connection, accepted))
         self._welcoming.add(task)
         task.add_done_callback(self._welcoming.discard)
-
-    def _accept_again(self) -> None:
-        if self._loop is not None:
-            self._loop.add_reader(self._socket, self._accept)
 
     async def _welcome(self, connection: Connection, accepted: socket.socket) -> None:
         try:

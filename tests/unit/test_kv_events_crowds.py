@@ -92,28 +92,33 @@ def test_a_frame_that_is_announced_as_huge_is_not_waited_for(published, endpoint
     hears(publisher, subscriber)
 
 
-@pytest.mark.parametrize("scheme", ["tcp", "ipc"])
-@ENDPOINTS
-def test_a_flood_is_cut_and_nothing_of_it_is_kept(scheme: str, endpoint: str, kind: bytes, tmp_path: Path) -> None:
-    """On one socket topics to subscribe to, each another; on the other one requests for replay."""
-    endpoints = [f"ipc://{tmp_path}/{name}" if scheme == "ipc" else "tcp://127.0.0.1:0" for name in ("pub", "replay")]
+@pytest.fixture(params=["tcp", "ipc"])
+def apart(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[tuple[ChildPublisher, Subscriber]]:
+    """A publisher in a process of its own, whose memory is its own too; and a subscriber that it has reached."""
+    is_ipc = request.param == "ipc"
+    endpoints = [f"ipc://{tmp_path}/{name}" if is_ipc else "tcp://127.0.0.1:0" for name in ("pub", "replay")]
     with ExitStack() as stack:
         publisher = ChildPublisher(*endpoints)
         stack.callback(publisher.close)
         subscriber = Subscriber(publisher.endpoint, publisher.replay_endpoint)
         stack.callback(subscriber.close)
         hears(publisher, subscriber)
-        before = rss_bytes(publisher.process.pid)
-        with stranger(getattr(publisher, endpoint), kind) as connection:
-            connection.settimeout(
-                1
-            )  # whose window closed before it was cut is not told when it sends, but when it reads
-            with suppress(OSError):
-                for number in range(6 * 20_000):  # 30 MB
-                    connection.sendall(b"\0\xfb\1" + number.to_bytes(4, "big") + bytes(246))
-            assert is_cut(connection)
-        assert rss_bytes(publisher.process.pid) - before < 20 << 20
-        hears(publisher, subscriber)
+        yield publisher, subscriber
+
+
+@ENDPOINTS
+def test_a_flood_is_cut_and_nothing_of_it_is_kept(apart, endpoint: str, kind: bytes) -> None:
+    """On one socket topics to subscribe to, each another; on the other one requests for replay."""
+    publisher, subscriber = apart
+    before = rss_bytes(publisher.process.pid)
+    with stranger(getattr(publisher, endpoint), kind) as connection:
+        connection.settimeout(1)  # who is cut while its window is closed hears of it only when it reads
+        with suppress(OSError):
+            for number in range(6 * 20_000):  # 30 MB
+                connection.sendall(b"\0\xfb\1" + number.to_bytes(4, "big") + bytes(246))
+        assert is_cut(connection)
+    assert rss_bytes(publisher.process.pid) - before < 20 << 20
+    hears(publisher, subscriber)
 
 
 @ENDPOINTS
@@ -152,26 +157,19 @@ def test_connections_are_bounded_and_those_that_are_there_stay(
         hears(publisher, subscriber)
 
 
-@pytest.mark.parametrize("scheme", ["tcp", "ipc"])
-def test_strangers_who_come_again_and_again_leave_nothing(scheme: str, tmp_path: Path) -> None:
+def test_strangers_who_come_again_and_again_leave_nothing(apart) -> None:
     """Whole messages, few enough not to be cut, and gone; libzmq kept 80 KB of each of them for ever."""
-    endpoints = [f"ipc://{tmp_path}/{name}" if scheme == "ipc" else "tcp://127.0.0.1:0" for name in ("pub", "replay")]
-    with ExitStack() as stack:
-        publisher = ChildPublisher(*endpoints)
-        stack.callback(publisher.close)
-        subscriber = Subscriber(publisher.endpoint, publisher.replay_endpoint)
-        stack.callback(subscriber.close)
+    publisher, subscriber = apart
+    for endpoint, kind in ((publisher.endpoint, b"SUB"), (publisher.replay_endpoint, b"DEALER")):
+        before = rss_bytes(publisher.process.pid)
+        for i in range(600):
+            with suppress(OSError), stranger(endpoint, kind) as connection:
+                content = b"\1" + i.to_bytes(8, "big") + bytes(231)
+                connection.sendall((b"\0\xf0" + content) * 150)
+            if i % 200 == 0:
+                hears(publisher, subscriber)
         hears(publisher, subscriber)
-        for endpoint, kind in ((publisher.endpoint, b"SUB"), (publisher.replay_endpoint, b"DEALER")):
-            before = rss_bytes(publisher.process.pid)
-            for i in range(600):
-                with suppress(OSError), stranger(endpoint, kind) as connection:
-                    content = b"\1" + i.to_bytes(8, "big") + bytes(231)
-                    connection.sendall((b"\0\xf0" + content) * 150)
-                if i % 200 == 0:
-                    hears(publisher, subscriber)
-            hears(publisher, subscriber)
-            assert rss_bytes(publisher.process.pid) - before < 20 << 20
+        assert rss_bytes(publisher.process.pid) - before < 20 << 20
 
 
 @ENDPOINTS

@@ -26,11 +26,11 @@ import ssl
 import threading
 from collections import Counter, deque
 from collections.abc import Callable, Iterable
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from typing import Any, Generic
 
-from kvferry.connections import descriptor_share, watch
+from kvferry.connections import Acceptor, descriptor_share, watch
 from kvferry.errors import ConfigError, TransferError
 from kvferry.p2p.link import GREETING, NAME_BYTES, Link, Lost, lost_by, tls_contexts
 from kvferry.p2p.wire import LOOPBACK, Address, Codec, M, is_allowed, is_ip
@@ -40,7 +40,6 @@ logger = logging.getLogger(__name__)
 _FIRST_RECONNECT_S = 0.1
 _LAST_RECONNECT_S = 5.0
 _LONGEST_S = 1_000_000.0
-_BUSY_S = 0.2  # after an error of accept, such as no descriptors left
 _WILDCARDS = ("", "*", "0.0.0.0", "::")
 _JOIN_S = 5.0
 _MAX_WARNED = 1000
@@ -90,6 +89,9 @@ _UNREACHABLE = Lost(
     "does that engine run, do its host, advertised_host and port (kv_connector_extra_config) name an address that "
     "this machine reaches, and does no firewall stand between?",
 )
+_SLOW_REMEDY = (
+    "does that engine stand still, or have too few cores? handshake_s (kv_connector_extra_config) is how long to wait"
+)
 _NO_NAME_REMEDY = (
     "give the engine another host or advertised_host (kv_connector_extra_config): an address, or a name that the "
     "machines of its peers resolve"
@@ -105,8 +107,10 @@ class _Dialled:
 
 
 def check_listening(settings: ControlSettings) -> None:
-    """ConfigError when the address cannot be bound, or may not be without a key. It is free again afterwards."""
+    """ConfigError when `ControlChannel` would raise it. The address is free again afterwards."""
     _check_key(settings)
+    if settings.key is not None:
+        tls_contexts(settings.key)
     _bind(settings).close()
 
 
@@ -139,7 +143,7 @@ def _cost(item: object) -> int:
 class ControlChannel(Generic[M]):
     """`on_news` is called on the channel's thread whenever `poll` has something; it must not block.
 
-    ConfigError when the address cannot be bound, or may not be without a key.
+    ConfigError when the address cannot be bound, or may not be without a key, or `cryptography` is missing for one.
     """
 
     def __init__(self, settings: ControlSettings, codec: Codec[M], on_news: Callable[[], None] | None = None) -> None:
@@ -177,7 +181,7 @@ class ControlChannel(Generic[M]):
         watch(self._listener, min(settings.silence_s, _LONGEST_S))
         bound = socket.gethostname() if settings.host in _WILDCARDS else settings.host
         self.address = Address(settings.advertised_host or bound, self._listener.getsockname()[1])
-        self._loop = asyncio.new_event_loop()
+        self._loop = asyncio.SelectorEventLoop()  # whatever policy the host has set
         self._thread = threading.Thread(target=self._main, name="kvferry-p2p-control", daemon=True)
         self._thread.start()
 
@@ -300,12 +304,11 @@ class ControlChannel(Generic[M]):
             runner.run(self._serve())
 
     async def _serve(self) -> None:
-        welcoming = asyncio.create_task(self._accept())
+        acceptor = Acceptor(self._listener, "p2p control channel", self._accept)
         await self._is_closing.wait()
-        self._listener.close()
-        for link in (*self._accepted, *(each.link for each in self._dialled.values() if each.link is not None)):
-            link.cut()
-        welcoming.cancel()  # and the Runner all others
+        acceptor.close()
+        for link in list(self._links()):
+            link.cut()  # and the Runner cancels all tasks
 
     def _empty_outbox(self) -> None:
         with self._lock:
@@ -347,20 +350,10 @@ class ControlChannel(Generic[M]):
 
     # ---- those who dial us ------------------------------------------------------------------------------------
 
-    async def _accept(self) -> None:
-        has_warned = False
-        while True:
-            try:
-                connection, _ = await self._loop.sock_accept(self._listener)
-            except OSError as error:
-                if not has_warned:
-                    has_warned = True
-                    logger.warning("p2p control channel: a connection cannot be accepted: %s", error)
-                await asyncio.sleep(_BUSY_S)
-                continue
-            link = Link(self, connection, self._codec.max_bytes, GREETING)
-            self._accepted[link] = asyncio.create_task(self._welcome(link, connection))
-            self._make_room()
+    def _accept(self, connection: socket.socket) -> None:
+        link = Link(self, connection, self._codec.max_bytes, GREETING)
+        self._accepted[link] = asyncio.create_task(self._welcome(link, connection))
+        self._make_room()
 
     async def _welcome(self, link: Link, connection: socket.socket) -> None:
         try:
@@ -435,11 +428,11 @@ class ControlChannel(Generic[M]):
         return True
 
     def grown(self, link: Link) -> None:
-        """Cut those that leave most unfinished until the total is within its limit; peers that are kept last."""
+        """Cut those that leave most unfinished until the total is within its limit; strangers first."""
         links = list(self._links())
         total = sum(each.unread_bytes for each in links)
         if total > self._settings.max_backlog_bytes:
-            for each in sorted(links, key=lambda each: (each.peer in self._kept, -each.unread_bytes)):
+            for each in sorted(links, key=lambda each: (not self._is_stranger(each.peer), -each.unread_bytes)):
                 if total > self._settings.max_backlog_bytes:
                     total -= each.unread_bytes
                     self._cut(each)
@@ -493,7 +486,7 @@ class ControlChannel(Generic[M]):
             await self._shake_hands(link, over, self._tls[1], server_hostname="kvferry" if self._tls[1] else None)
             return await link.lost
         except TimeoutError:
-            return Lost(f"it took more than {self._handshake_s:g} s for its handshake (handshake_s)")
+            return Lost(f"its handshake took more than {self._handshake_s:g} s", _SLOW_REMEDY)
         except OSError as error:
             return lost_by(error)
         finally:
@@ -509,18 +502,13 @@ class ControlChannel(Generic[M]):
     async def _connect_to(self, found: list[tuple[int, tuple[object, ...]]]) -> socket.socket | None:
         """The first of these addresses that answers."""
         for family, address in found:
-            over = socket.socket(family, socket.SOCK_STREAM)
-            try:
+            with suppress(OSError), ExitStack() as stack:  # TimeoutError is one
+                over = stack.enter_context(socket.socket(family, socket.SOCK_STREAM))
                 over.setblocking(False)
                 watch(over, min(self._settings.silence_s, _LONGEST_S))
                 async with asyncio.timeout(self._handshake_s):
                     await self._loop.sock_connect(over, address)
-            except OSError:  # TimeoutError is one
-                over.close()
-            except BaseException:
-                over.close()
-                raise
-            else:
+                stack.pop_all()
                 return over
         return None
 

@@ -18,11 +18,12 @@ from typing import Any
 
 import msgspec
 import pytest
+import zmq
 from tests.patience import PATIENCE_S
 
 from kvferry.errors import ConfigError, TransferError
 from kvferry.p2p import control
-from kvferry.p2p.control import Connected, ControlChannel, ControlSettings
+from kvferry.p2p.control import Connected, ControlChannel, ControlSettings, check_listening
 from kvferry.p2p.link import GREETING, NAME_BYTES, Lost, tls_contexts
 from kvferry.p2p.wire import Address, Codec
 
@@ -255,6 +256,30 @@ def test_who_does_not_check_the_server_is_not_admitted(channel, certificate: str
     is_alive(server, channel, key=KEY)
     assert server.poll() == []
     assert server.num_dropped == 0
+
+
+def test_engines_before_asyncio_are_refused_with_a_reason(channel) -> None:
+    """Their channel stood on ZMQ. Both directions, for either may be upgraded first."""
+    server, client = channel(), channel()
+    with zmq.Context() as context, context.socket(zmq.ROUTER) as listening, context.socket(zmq.DEALER) as dialling:
+        listening.linger = dialling.linger = 0
+        client.connect(f"127.0.0.1:{listening.bind_to_random_port('tcp://127.0.0.1')}")
+        assert "must run the same version of kvferry" in str(wait_for(client, bool)[0][1])
+        events = dialling.get_monitor_socket(zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL | zmq.EVENT_DISCONNECTED)
+        dialling.connect(f"tcp://{server.address}")
+        assert events.poll(30_000), "it is hung up on"
+        dialling.disable_monitor()
+        events.close(0)
+    is_alive(server, channel)
+    assert server.poll() == []
+
+
+def test_without_cryptography_a_key_is_refused_before_the_start_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "cryptography", None)
+    for check in (check_listening, lambda settings: ControlChannel(settings, Codec(Note))):
+        with pytest.raises(ConfigError, match=r"cryptography is not installed, which key_file needs: pip install "):
+            check(ControlSettings(key=KEY))
+    check_listening(ControlSettings())
 
 
 def test_limits_of_what_is_sent_and_dialled(channel) -> None:

@@ -202,6 +202,17 @@ def test_a_name_that_is_slow_to_look_up_delays_nobody_else(channel, monkeypatch:
     assert [what for _, what in wait_for(server, bool)] == [Note("by name")]
 
 
+def test_all_addresses_of_a_name_are_tried(channel, monkeypatch: pytest.MonkeyPatch) -> None:
+    server, client = channel(), channel()
+    port = server.address.port
+    addresses = [(9999, ("a family that this machine lacks", port)), (socket.AF_INET, ("127.0.0.2", port)),
+                 (socket.AF_INET, ("127.0.0.1", port))]  # fmt: skip
+    found = [(family, socket.SOCK_STREAM, 6, "", address) for family, address in addresses]
+    monkeypatch.setattr(control.socket, "getaddrinfo", lambda *_, **__: found)
+    client.connect(f"three.example:{port}")
+    assert wait_for(client, bool) == [(f"three.example:{port}", Connected())]
+
+
 def test_names_that_are_never_found_are_bounded(channel, monkeypatch: pytest.MonkeyPatch) -> None:
     client, go_on = channel(), threading.Event()
 
