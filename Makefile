@@ -86,8 +86,8 @@ venv-vllm-031: .venv-vllm-031/.stamp
 demo: venv
 	@$(BIN)/kvferry demo $(ARGS)
 
-# Two at a time, file by file, for most of them wait; -n 0 in ARGS: one after the other. In the order of the files: those
-# that take longest are not the last then, as they are when those with most tests begin.
+# Two files at a time, since most tests wait; -n 0 in ARGS: one after the other. In alphabetical order: pytest-xdist would
+# begin with the files that have most tests, and end with the slowest ones, one of them alone.
 IN_TURNS := -n 2 --dist loadfile --no-loadscope-reorder
 ATTACKS := $(wildcard tests/e2e/test_hostile_*.py) $(addprefix tests/e2e/,test_proxy_hostile_engines.py test_kill.py test_p2p_kill.py)
 ELSEWHERE := $(addprefix tests/,vllm native lmcache gpu stress)
