@@ -107,10 +107,8 @@ class _Dialled:
 
 
 def check_listening(settings: ControlSettings) -> None:
-    """ConfigError when `ControlChannel` would raise it. The address is free again afterwards."""
+    """ConfigError when the address cannot be bound, or may not be without a key. It is free again afterwards."""
     _check_key(settings)
-    if settings.key is not None:
-        tls_contexts(settings.key)
     _bind(settings).close()
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 import secrets
 import select
 import socket
@@ -21,9 +22,10 @@ import pytest
 import zmq
 from tests.patience import PATIENCE_S
 
+from kvferry.connectors.p2p.config import P2PConfig
 from kvferry.errors import ConfigError, TransferError
 from kvferry.p2p import control
-from kvferry.p2p.control import Connected, ControlChannel, ControlSettings, check_listening
+from kvferry.p2p.control import Connected, ControlChannel, ControlSettings
 from kvferry.p2p.link import GREETING, NAME_BYTES, Lost, tls_contexts
 from kvferry.p2p.wire import Address, Codec
 
@@ -274,12 +276,18 @@ def test_engines_before_asyncio_are_refused_with_a_reason(channel) -> None:
     assert server.poll() == []
 
 
-def test_without_cryptography_a_key_is_refused_before_the_start_too(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_cryptography_a_key_is_refused_before_the_start_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setitem(sys.modules, "cryptography", None)
-    for check in (check_listening, lambda settings: ControlChannel(settings, Codec(Note))):
-        with pytest.raises(ConfigError, match=r"cryptography is not installed, which key_file needs: pip install "):
-            check(ControlSettings(key=KEY))
-    check_listening(ControlSettings())
+    text = r"cryptography is not installed, which key_file needs: pip install "
+    with pytest.raises(ConfigError, match=text):
+        ControlChannel(ControlSettings(key=KEY), Codec(Note))
+    (tmp_path / "key").write_text(KEY)
+    (tmp_path / "key").chmod(0o600)
+    (problem,) = P2PConfig(transport="shm", key_file=str(tmp_path / "key")).problems()
+    assert re.match(text, problem)
+    assert P2PConfig(transport="shm").problems() == []
 
 
 def test_limits_of_what_is_sent_and_dialled(channel) -> None:

@@ -12,7 +12,8 @@ from kvferry.errors import ConfigError
 from kvferry.p2p.actions import P2PSettings
 from kvferry.p2p.choice import check_transport
 from kvferry.p2p.control import ControlSettings, check_listening
-from kvferry.p2p.wire import LOOPBACK, derive_key, parse_network
+from kvferry.p2p.link import tls_contexts
+from kvferry.p2p.wire import LOOPBACK, parse_network
 
 EXTRA_CONFIG = "kv_connector_extra_config"
 _WAITS = P2PSettings()
@@ -108,11 +109,11 @@ class P2PConfig:
         return LOOPBACK if self.allowed_peers is None else tuple(self.allowed_peers)
 
     def key(self) -> str | None:
-        """The shared secret; reads the file. ConfigError when that cannot be read, or is too short to be a key."""
+        """The shared secret; reads the file. ConfigError: unreadable, too short, or `cryptography` is not installed."""
         if self.key_file is None:
             return None
         secret = read_secret(self.key_file, f"{EXTRA_CONFIG}.key_file")
-        derive_key(secret, "check")
+        tls_contexts(secret)
         return secret
 
     def problems(self) -> list[str]:
