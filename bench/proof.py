@@ -8,10 +8,10 @@ p2p    `P2PConnector` over shared memory, `verify_loads` true and false in both 
        prefill of a prompt that no cache has, and the hand-over to `first`; its share is the median time that the proof
        adds to `first`, over the median of the whole, since a prefill varies by more than that from run to run
 
-SmolLM2-135M, one torch thread per engine, engines in processes of their own that rest while others are measured. Each
-round measures every prompt length in every case, with proof and without in turns, first one then the other first; a
-ratio is that of the two in one round. Writes bench/results/proof.json. The goal (issue 14): at most 3 % for what is on
-by default.
+SmolLM2-135M, one torch thread per engine, engines in processes of their own that rest while others are measured; one
+case after the other, for all their engines at once would take 20 GiB. Each round measures every prompt length, with
+proof and without in turns, first one then the other first; a ratio is that of the two in one round. Writes
+bench/results/proof.json. The goal (issue 14): at most 3 % for what is on by default.
 """
 
 from __future__ import annotations
@@ -101,19 +101,17 @@ def decode_engine(orders: Connection, lengths: tuple[int, ...], verifies: bool) 
 
 
 class Engines:
-    """Processes by name; one works at a time, but for prefill and decode of one hand-over."""
+    """The processes of one case by name; one works at a time, but for prefill and decode of one hand-over."""
 
-    def __init__(self, lengths: tuple[int, ...], cases: tuple[str, ...]) -> None:
+    def __init__(self, lengths: tuple[int, ...], case: str) -> None:
         context = multiprocessing.get_context("spawn")
         makers: dict[str, Any] = {}
         for verifies in (True, False):
-            if "host" in cases:
+            if case == "host":
                 makers[f"host {verifies}"] = host_engine, (lengths, verifies)
-            modes = [mode for mode in MODES if mode in cases]
-            if modes:
+            else:
                 makers[f"decode {verifies}"] = decode_engine, (lengths, verifies)
-            for mode in modes:
-                makers[f"{mode} {verifies}"] = prefill_engine, (lengths, mode, verifies)
+                makers[f"{case} {verifies}"] = prefill_engine, (lengths, case, verifies)
         self.orders: dict[str, Connection] = {}
         self.processes = []
         for name, (target, arguments) in makers.items():
@@ -127,9 +125,12 @@ class Engines:
         self.orders[name].send(order)
         return self.orders[name].recv()
 
-    def hand_over(self, mode: str, length: int, verifies: bool) -> dict[str, float]:
-        """One sample."""
-        ended_s, prefill_s, params = self.ask(f"{mode} {verifies}", length)
+    def sample(self, case: str, length: int, verifies: bool) -> dict[str, float]:
+        """One of a case: a hit in host memory, or a hand-over."""
+        if case == "host":
+            hit: dict[str, float] = self.ask(f"host {verifies}", length)
+            return hit
+        ended_s, prefill_s, params = self.ask(f"{case} {verifies}", length)
         sample: dict[str, float] = self.ask(f"decode {verifies}", (length, ended_s, params))
         return {**sample, "client": prefill_s + sample["first"]}
 
@@ -143,24 +144,20 @@ class Engines:
 
 def measure(rounds: int, lengths: tuple[int, ...], cases: tuple[str, ...]) -> list[dict[str, Any]]:
     """Per case and length: samples, and the median of the rounds' ratios."""
-    engines = Engines(lengths, cases)
     samples: dict[tuple[str, int, str], list[list[float]]] = {}
-    try:
-        for number in range(rounds + 1):
-            for length in lengths:
-                for case in cases:
+    for case in cases:
+        engines = Engines(lengths, case)
+        try:
+            for number in range(rounds + 1):
+                for length in lengths:
                     pair: dict[bool, dict[str, float]] = {}
                     for verifies in (True, False) if number % 2 else (False, True):
-                        pair[verifies] = (
-                            engines.ask(f"host {verifies}", length)
-                            if case == "host"
-                            else engines.hand_over(case, length, verifies)
-                        )
+                        pair[verifies] = engines.sample(case, length, verifies)
                     for what in pair[True] if number else ():  # the first round is not counted
                         both = [pair[True][what], pair[False][what]]
                         samples.setdefault((case, length, what), []).append(both)
-    finally:
-        engines.close()
+        finally:
+            engines.close()
     rows = {(case, length, what): row_of(case, length, what, found) for (case, length, what), found in samples.items()}
     for (case, length, what), row in rows.items():
         if what == "client":
