@@ -14,11 +14,14 @@ from vllm.config import KVTransferConfig as VllmTransferConfig
 from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory as VllmFactory
 from vllm.distributed.kv_transfer.kv_connector.v1 import base as vllm_base
 
+from kvferry import SamplingParams
 from kvferry.config import KVTransferConfig
 from kvferry.contract import KVConnectorBase_V1, base
 from kvferry.contract.hooks import HOOKS_BY_NAME
+from kvferry.contract.views import RequestView
 from kvferry.errors import HostError
 from kvferry.vllm import LoadRecoveryExampleConnector
+from vllm import SamplingParams as VllmSamplingParams
 
 
 def public_names(cls: type) -> set[str]:
@@ -86,6 +89,20 @@ def test_failed_blocks_are_told_to_vllm_as_failed_requests() -> None:
 def test_a_childs_failure_that_vllm_cannot_be_told_of_is_raised() -> None:
     with pytest.raises(HostError, match="the load of b failed"):
         answers(base.KVConnectorTransferResults(failed_blocks={base.LoadFailure("b", 0, 3)}))
+
+
+@pytest.mark.parametrize("seed", [None, 0, 7])
+@pytest.mark.parametrize("temperature", [0.0, 0.7])
+def test_first_tokens_of_vllm_are_not_those_of_our_engine_where_a_seed_decides(
+    temperature: float, seed: int | None
+) -> None:
+    """Both repeat their own draws, from generators of their own. All else that is equal has equal facts."""
+    settings: dict[str, Any] = {"temperature": temperature, "seed": seed, "top_k": 5, "repetition_penalty": 1.1}
+    theirs, ours = (
+        RequestView(SimpleNamespace(sampling_params=kind(**settings))).sampling_facts
+        for kind in (VllmSamplingParams, SamplingParams)
+    )
+    assert (theirs == ours) == (temperature == 0 or seed is None)
 
 
 def test_naming_the_module_imports_no_connector() -> None:

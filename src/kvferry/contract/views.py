@@ -128,6 +128,7 @@ class RequestView:
     def sampling_facts(self) -> str:
         """All that decides which tokens are chosen behind the prompt, as JSON; equal in both hosts for equal requests.
 
+        But not with a seed: from the same one each host draws other tokens.
         A setting of a later vLLM that has a value counts: requests that differ in it are not taken for alike.
         """
         return _sampling_facts(getattr(self._request, "sampling_params", None))
@@ -147,6 +148,8 @@ def _sampling_facts(params: Any) -> str:
         is_left_out = name in _ONLY_OF_THE_ANSWER or (is_greedy and name in _ONLY_OF_DRAWS)
         if not is_left_out and text != "None" and (name == "seed" or text not in _NEUTRAL.get(name, _NOTHING)):
             facts[name] = text
+    if "seed" in facts:
+        facts["drawn by"] = type(params).__module__.partition(".")[0]
     return json.dumps(facts, sort_keys=True)
 
 
