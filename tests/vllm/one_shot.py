@@ -3,6 +3,7 @@
 argv[1]: JSON {"llm": LLM arguments, "orders": [...]}. The line of stdout that begins with ANSWERS: JSON. Orders:
 
 generate  the prompt
+drawn     the prompt, at random with a seed
 reset     vLLM's prefix cache; how often it refused
 written   wait until the prompt's chunks are on disk
 metrics   ours, as /metrics would say
@@ -32,6 +33,15 @@ def generate(llm: Any) -> dict[str, Any]:
     hits = sum(m.value for m in llm.get_metrics() if m.name == "vllm:external_prefix_cache_hits")
     gaps = [best - second for best, second, *_ in gaps]
     return {"token_ids": list(output.token_ids), "logit_gaps": gaps, "external_hits": hits}
+
+
+def drawn(llm: Any) -> dict[str, Any]:
+    """The tokens of a seeded request."""
+    from vllm import SamplingParams
+
+    params = SamplingParams(max_tokens=MAX_TOKENS, temperature=1, seed=5, ignore_eos=True)
+    output = llm.generate([{"prompt_token_ids": PROMPT}], params, use_tqdm=False)[0].outputs[0]
+    return {"token_ids": list(output.token_ids)}
 
 
 def reset(llm: Any) -> dict[str, int]:

@@ -265,7 +265,11 @@ print(*names, factory.get_connector_class_by_name("FerryOffloadingConnector") is
 
 
 def one_shot(
-    model_folder: str, transfer: dict[str, Any], *orders: str, events: dict[str, Any] | None = None, **env: str
+    model_folder: str,
+    transfer: dict[str, Any] | None,
+    *orders: str,
+    events: dict[str, Any] | None = None,
+    **env: str,
 ) -> list[Any]:
     llm = {
         "kv_events_config": events,
@@ -366,9 +370,12 @@ def test_dropped_blocks_are_computed_again(model_folder: str, load_async: bool) 
             "report_by": report_by,
         },
     }
-    cold, _, again = one_shot(model_folder, transfer, "generate", "reset", "generate")
+    orders = "generate", "reset", "generate", "reset", "drawn", "reset", "drawn"
+    cold, _, again, _, drawn, _, redrawn = one_shot(model_folder, transfer, *orders)
     assert again["external_hits"] > cold["external_hits"] == 0
     assert_same_tokens(again, cold)
+    (plain,) = one_shot(model_folder, None, "drawn")
+    assert drawn == redrawn == plain
 
 
 @pytest.mark.timeout(1500)

@@ -151,7 +151,7 @@ class ExampleSchedulerSide(SchedulerSide):
         """Claim the stored blocks behind the local ones, leaving a token to compute."""
         state = self._requests.get(request.request_id)
         is_known = state is not None and self._keys.is_certain(request.lora_path)
-        if state is None or not is_known or request.skip_reading_prefix_cache:
+        if state is None or not is_known or request.skip_reading_prefix_cache or self.host.must_load_early(request):
             return 0, False
         state.num_local_tokens = num_computed_tokens
         num_hits = 0

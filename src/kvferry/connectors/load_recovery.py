@@ -137,7 +137,8 @@ class LoadRecoverySchedulerSide(SchedulerSide):
     def get_num_new_matched_tokens(self, request: RequestView, num_computed_tokens: int) -> tuple[int | None, bool]:
         """Claim the stored blocks behind the local ones; a synchronous load leaves a token to compute."""
         state = self._requests.get(request.request_id)
-        if state is None or request.skip_reading_prefix_cache:
+        is_late = not self.config.load_async and self.host.must_load_early(request)
+        if state is None or request.skip_reading_prefix_cache or is_late:
             return 0, False
         state.num_local_tokens = num_computed_tokens
         limit = request.num_tokens if self.config.load_async else request.num_tokens - 1

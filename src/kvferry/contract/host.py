@@ -25,6 +25,7 @@ from kvferry.types import AttentionKind, GroupInfo
 
 if TYPE_CHECKING:
     from kvferry.contract.kv_cache import KVCacheConfig
+    from kvferry.contract.views import RequestView
 
 HIDDEN_STATE_LAYER = "cache_only_layers."
 """In the name of the layer by which both hosts hand hidden states on."""
@@ -92,6 +93,14 @@ class HostInfo:
     keeps_nan_apart: bool = False
     """True when a NaN in one request's KV never spoils another's; in vLLM (its CPU kernels) what an earlier owner of a
     block left behind the last token does."""
+    redraws_alike: bool = False
+    """True when a token drawn once more, since its step's load failed, comes out the same. vLLM's generator of a seeded
+    request goes on."""
+
+    def must_load_early(self, request: RequestView) -> bool:
+        """True when a load of this request must have ended before the step that needs it, else its failure is seen when
+        a token was drawn, and the next one drawn in its place is another."""
+        return request.draws_from_seed and not self.redraws_alike
 
     @property
     def has_named_weights(self) -> bool:
@@ -151,6 +160,7 @@ def host_info(vllm_config: Any, kv_cache_config: KVCacheConfig) -> HostInfo:
         no_hits_reason=_no_hits_reason(vllm_config),
         steps_for_held_blocks=bool(getattr(vllm_config, "steps_for_held_blocks", False)),
         keeps_nan_apart=bool(getattr(vllm_config, "keeps_nan_apart", False)),
+        redraws_alike=bool(getattr(vllm_config, "redraws_alike", False)),
     )
 
 

@@ -125,6 +125,13 @@ class RequestView:
         return params
 
     @property
+    def draws_from_seed(self) -> bool:
+        """True when its tokens are drawn at random, and alike each time that the request is asked."""
+        params = getattr(self._request, "sampling_params", None)
+        is_greedy = getattr(params, "temperature", 1.0) < _GREEDY_BELOW
+        return getattr(params, "seed", None) is not None and not is_greedy
+
+    @property
     def sampling_facts(self) -> str:
         """All that decides which tokens are chosen behind the prompt, as JSON; equal in both hosts for equal requests.
 

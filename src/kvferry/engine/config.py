@@ -268,6 +268,8 @@ class EngineConfig:
     """`LLM.has_requests` is true while a connector holds blocks of a request that has ended."""
     keeps_nan_apart: ClassVar[bool] = True
     """A NaN or an infinity in the KV of one request reaches no other, also not by what is left of it in a block."""
+    redraws_alike: ClassVar[bool] = True
+    """A token that is drawn once more, after a failed load, comes out the same."""
 
     cache_config: CacheConfig
     model_config: ModelConfig

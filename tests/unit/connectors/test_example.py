@@ -189,3 +189,12 @@ def test_never_a_negative_claim(host):
     host.work(host.order_saves(view))
     assert [host.side.get_num_new_matched_tokens(view, n)[0] for n in (0, 48, 64, 69)] == [64, 16, 0, 0]
     assert host.hit(host.add("two", skip_reading_prefix_cache=True)) == 0
+
+
+def test_seeded_requests_are_no_hits_where_a_second_draw_is_another(host):
+    first = host.add("a")
+    host.work(host.order_saves(first))
+    drawn = SimpleNamespace(temperature=1.0, seed=3)
+    assert host.side.get_num_new_matched_tokens(host.add("b", sampling_params=drawn), 0) == (0, False)
+    greedy = SimpleNamespace(temperature=0.0, seed=3)
+    assert host.side.get_num_new_matched_tokens(host.add("c", sampling_params=greedy), 0) == (64, False)

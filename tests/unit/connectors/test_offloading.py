@@ -53,6 +53,17 @@ def test_sync_claim_leaves_a_token_to_compute_and_async_may_take_all(make_host: 
     asynchronous.check(tokens, OTHER_TABLE, range(8))
 
 
+@pytest.mark.parametrize(("sampling", "is_async"), [((1.0, 7), True), ((0.0, 7), False), ((1.0, None), False)])
+def test_seeded_requests_load_before_the_step_that_draws(make_host: Any, sampling: Any, is_async: bool) -> None:
+    host = make_host({"load_async": False})
+    host.run_and_store("a", TOKENS, TABLE)
+    params = SimpleNamespace(temperature=sampling[0], seed=sampling[1])
+    view, claim, told = host.lookup("b", TOKENS, sampling_params=params)
+    assert (claim, told) == (192, is_async)
+    host.load(view, OTHER_TABLE, claim)
+    host.check(TOKENS, OTHER_TABLE, range(12))
+
+
 def test_local_prefix_within_a_chunk_is_not_loaded_again(make_host: Any) -> None:
     host = make_host()
     host.run_and_store("a", TOKENS, TABLE)

@@ -205,7 +205,10 @@ class OffloadingSchedulerSide(SchedulerSide):
         if hit <= num_computed_tokens:
             self._release_pins(state)
             return 0, False
-        return hit - num_computed_tokens, self._is_async
+        return hit - num_computed_tokens, self._loads_async(state)
+
+    def _loads_async(self, state: RequestState) -> bool:
+        return self._is_async or self.host.must_load_early(state.view)
 
     def _extend(self, state: RequestState) -> bool:
         """Hash the tokens known by now. False when the request must not be cached (any more)."""
@@ -460,7 +463,7 @@ class OffloadingSchedulerSide(SchedulerSide):
         pinned: list[Any] | None = None,
     ) -> Job:
         self._next_job_id += 1
-        job = CopyJob(self._next_job_id, state.view.request_id, parts, self._is_async)
+        job = CopyJob(self._next_job_id, state.view.request_id, parts, self._loads_async(state))
         deadline_s = self._clock.now() + _JOB_DEADLINE_S
         record = Job(job, deadline_s, pinned or [], keys, {}, is_load)
         self._jobs[job.job_id] = record
