@@ -393,6 +393,22 @@ def test_prompts_of_less_than_a_block(cluster: Cluster, mode: str, length: int) 
     cluster.check_idle()
 
 
+def test_two_engines_full_of_blocks_that_the_other_has_claimed_go_on(cluster: Cluster) -> None:
+    """Each prefills for the other; no load gets blocks until one of them gives the other's back."""
+    engines = [cluster.start(num_kv_blocks=25, load_s=2.0) for _ in range(2)]
+    prompts = {f"{i}{j}": [7 * i + j, *PROMPT[:39]] for i in range(2) for j in range(2)}
+    handed = {name: cluster.prefill(engines[int(name[0])], f"p{name}", prompt) for name, prompt in prompts.items()}
+    for name, params in handed.items():
+        cluster.add(engines[1 - int(name[0])], name, params, prompts[name])
+    started_s = time.monotonic()
+    outputs = cluster.finish(*prompts)
+    assert time.monotonic() - started_s > 1.5, "they did not wait for each other"
+    assert [tokens(output) for output in outputs] == [expected(prompt, 8) for prompt in prompts.values()]
+    told = [(output.kv_transfer_params or {}).get("load_error", "") for output in outputs]
+    assert sum("others have claimed" in reason for reason in told) in (1, 2)
+    cluster.check_idle()
+
+
 def test_what_is_local_already_is_not_asked_for(cluster: Cluster) -> None:
     """The peer has one block's tokens, and the decode engine too: nothing to transfer."""
     prefill, decode = cluster.start(), cluster.start()

@@ -14,7 +14,7 @@ of other tokens is never read, and what such a producer wrote is never used. Whe
 (`kvferry.p2p.proof`), the bytes are proved too: our ranks hash what they have read, and the producer compares (Confirm,
 Verdict); or, pushed, they hash what was written (verifying), and we compare with what it made (Pushed).
 A load lives and dies with the connection it is bound to (when its claim or registration is first sent). The claim is
-taken at the announcement, so that the lease is held while the request waits for blocks.
+taken at the announcement, so that the lease is held while the request waits for blocks (`give_up_one`: not for ever).
 
 After a failure: `LoadEnded(ok=False)` was emitted once, the claim is withdrawn, nothing of the load may be used. Blocks
 are quarantined while one of our ranks has not ended its read, or the producer may still write: until every rank
@@ -89,6 +89,7 @@ class Consumer(Role):
         self._by_request: dict[str, Load] = {}
         self._by_job: dict[str, Load] = {}
         self._by_digest_job: dict[str, Load] = {}
+        self._patient_until_s = 0.0
 
     def announce(self, request_id: str, handover: m.Handover, tokens: m.TokenProof, now: float) -> None:
         """A request that may load from a peer; known already: nothing. TransferError: it is still quarantined."""
@@ -112,6 +113,7 @@ class Consumer(Role):
             return load is not None and load.state is not LoadState.FAILED
         assert token_range[1] <= load.tokens.num_tokens, f"{token_range} wanted, {load.tokens.num_tokens} proved"
         load.state, load.blocks, load.token_range = LoadState.PARKED, blocks, token_range
+        self._patient_until_s = now + self._settings.load_s
         load.deadline_s = self._deadline(now, self._settings.load_s)
         load.connect_s = now + self._settings.handshake_s
         if token_range[0] >= token_range[1] and not load.is_push:
@@ -240,6 +242,24 @@ class Consumer(Role):
         """When `expire` has something to do."""
         return min((self._due_s(load) for load in self._loads.values()), default=inf)
 
+    def stuck_from_s(self, claimed_since_s: float) -> float:
+        """From when on `give_up_one` gives one up, if nothing changes. `claimed_since_s`: blocks of ours, by others."""
+        waiting_since_s = min((self._announced_s(load) for load in self._holding_while_waiting()), default=inf)
+        return max(self._patient_until_s, max(waiting_since_s, claimed_since_s) + self._settings.load_s)
+
+    def give_up_one(self, claimed_since_s: float, now: float) -> None:
+        """The newest of our loads, when none has got blocks for so long while others wait with a claim on ours.
+
+        Two engines that prefill for each other may be full of blocks that the other's loads have claimed, each of which
+        waits for blocks. One that is given up sets the other engine's free; its own wait goes on, or it is computed.
+        """
+        if now < self.stuck_from_s(claimed_since_s):
+            return
+        self._patient_until_s = now + self._settings.claim_s
+        limit = f"kv_connector_extra_config.load_s={self._settings.load_s} s"
+        newest = max(self._holding_while_waiting(), key=self._announced_s)
+        self._fail(newest, f"no load got blocks of this engine for {limit}, and others have claimed these so long", now)
+
     def wanted_peers(self) -> set[str]:
         """Peers that loads wait for."""
         loads = self._loads.values()
@@ -269,6 +289,12 @@ class Consumer(Role):
             )
             assert load.state is not LoadState.VERIFYING or not load.ranks
         assert all(load.claim_id in self._loads for load in self._by_job.values()), "a job without a load"
+
+    def _holding_while_waiting(self) -> list[Load]:
+        return [x for x in self._loads.values() if x.state is LoadState.ANNOUNCED and x.granted is not None]
+
+    def _announced_s(self, load: Load) -> float:
+        return load.deadline_s - self._settings.announce_s
 
     def _deadline(self, now: float, seconds: float) -> float:
         return now + seconds

@@ -229,7 +229,9 @@ class P2PCore:
     def next_deadline(self) -> float:
         """When `tick` is due; infinity when nothing waits."""
         peers = self._peers.next_deadline(self._consumer.wanted_peers(), self._busy_peers())
-        return min(self._calls.next_deadline(), self._producer.next_deadline(), self._consumer.next_deadline(), peers)
+        stuck_s = self._consumer.stuck_from_s(self._producer.claimed_since_s())
+        roles_s = self._producer.next_deadline(), self._consumer.next_deadline()
+        return min(self._calls.next_deadline(), *roles_s, stuck_s, peers)
 
     def take_actions(self) -> list[Action]:
         """What is to be done, in order; each action is handed out once."""
@@ -267,6 +269,7 @@ class P2PCore:
             self._peers.forgive(now)
         self._producer.expire(now)
         self._consumer.expire(now)
+        self._consumer.give_up_one(self._producer.claimed_since_s(), now)
 
     def _end(self, now: float) -> None:
         self._peers.tick(now, self._consumer.wanted_peers(), self._busy_peers())

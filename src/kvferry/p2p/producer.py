@@ -56,6 +56,7 @@ class OpenClaim:
     lease: Lease
     tokens: m.TokenProof
     deadline_s: float
+    opened_s: float
     register: m.Register | None = None
     job_id: str = ""
     ranks: set[int] = field(default_factory=set)  # of ours that may still write
@@ -347,6 +348,10 @@ class Producer(Role):
         open_claims = (x.deadline_s if x.last else min(x.deadline_s, x.proof_s) for x in self._claims.values())
         return min(min(open_claims, default=inf), min(open_leases, default=inf))
 
+    def claimed_since_s(self) -> float:
+        """When the oldest open claim on blocks of ours was made; infinity when there is none."""
+        return min((claim.opened_s for claim in self._claims.values() if claim.lease.lease_id), default=inf)
+
     def busy_peers(self) -> set[str]:
         """Peers with claims: their records are kept."""
         return {claim.peer for claim in self._claims.values()}
@@ -382,7 +387,7 @@ class Producer(Role):
         if self._ended_claims.put(_key(peer.name, answer.claim_id), answer, now):
             self._send(peer.name, answer)
 
-    def _open(self, peer: Peer, message: m.Claim | m.Register, lease: Lease) -> OpenClaim | None:
+    def _open(self, peer: Peer, message: m.Claim | m.Register, lease: Lease, now: float) -> OpenClaim | None:
         # Half of them are for requests that we know: whoever registers for others does not use those up.
         limit = self._settings.max_claims // (1 if lease.request_id else 2)
         if peer.connection is None or peer.hello is None or len(self._claims) >= limit:
@@ -390,7 +395,7 @@ class Producer(Role):
         claim_id, register = message.claim_id, message if isinstance(message, m.Register) else None
         claim = OpenClaim(
             claim_id, peer.name, peer.hello.generation, peer.connection, peer.hello.engine_id, lease, message.tokens,
-            inf, register,
+            inf, now, register,
         )  # fmt: skip
         self._claims[claim.key] = lease.claims[claim.key] = claim
         return claim
@@ -419,7 +424,7 @@ class Producer(Role):
         if not same_tokens(digest, message.tokens.digest):
             self._answer_for_good(peer, self._refused(message.claim_id, message.generation, Why.TOKENS), now)
             return
-        claim = claim or self._open(peer, message, lease)
+        claim = claim or self._open(peer, message, lease, now)
         if claim is None and peer.connection is not None:
             self._send(peer.name, self._refused(message.claim_id, message.generation, Why.BUSY))
         if claim is not None:
@@ -486,7 +491,7 @@ class Producer(Role):
                 self._answer_for_good(peer, self._refused(message.claim_id, message.generation, over), now)
                 return
             lease = lease or Lease(transfer_id=message.transfer_id)
-            claim = self._open(peer, message, lease)
+            claim = self._open(peer, message, lease, now)
             if claim is None:
                 return
             self._transfers[message.transfer_id] = lease

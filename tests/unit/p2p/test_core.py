@@ -649,3 +649,52 @@ def test_block_selection() -> None:
 def test_settings_are_checked(bad: dict[str, float]) -> None:
     with pytest.raises(ConfigError, match=f"kv_connector_extra_config.{next(iter(bad))}="):
         a.P2PSettings(**bad)
+
+
+def both_wait(load_s: float, num_loads: int = 2) -> tuple[Pair, list[str]]:
+    """Each of two engines has claimed the other's blocks for loads that wait for blocks of its own."""
+    pair = Pair(load_s=load_s, announce_s=1000, lease_s=10)
+    names = [f"r{number}" for number in range(num_loads)]
+    for name, other in ((P, D), (D, P)):
+        for request_id in names:
+            blocks = [[1, 2, 3], [4, 5, 6]]
+            finished = (request_id, a.FinishReason.LENGTH, blocks, 12, [7], digest_at)
+            params = pair.call(name, "finish", *finished)
+            pair.now += 0.25
+            pair.call(other, "announce", f"of {name} {request_id}", params, TOKENS)
+    return pair, names
+
+
+def test_two_engines_that_wait_for_each_others_blocks_go_on_when_the_newest_load_is_given_up() -> None:
+    pair, _ = both_wait(load_s=60)
+    pair.advance(59)
+    assert not pair.take(P, a.LoadEnded) + pair.take(D, a.LoadEnded) + pair.take(D, a.Release)
+    pair.advance(2)
+    (ended,) = pair.take(P, a.LoadEnded)
+    assert (ended.request_id, ended.ok) == ("of d:2 r1", False)
+    assert "others have claimed these" in ended.reason
+    assert pair.take(D, a.Release) == [a.Release("r1", "done")]
+    pair.call(D, "park", "of p:1 r0", [[11, 12, 13], [0, 15, 16]], (0, 12))
+    (start,) = pair.take(D, a.StartTransfer)
+    pair.end_job(D, start.job)
+    assert pair.take(D, a.LoadEnded)[-1].ok
+    assert a.Release("r0", "done") in pair.take(P, a.Release)
+
+
+@pytest.mark.parametrize("what", ["nobody has claimed ours", "a load got blocks"])
+def test_a_load_waits_for_blocks_as_long_as_it_may_where_nobody_waits_for_ours(what: str) -> None:
+    pair = Pair(load_s=60, announce_s=1000, lease_s=10)
+    if what == "a load got blocks":
+        pair, _ = both_wait(load_s=60)
+        for seconds in range(0, 200, 20):
+            for name, other in ((P, D), (D, P)):
+                params = pair.call(
+                    other, "finish", f"n{seconds}", a.FinishReason.LENGTH, [[1, 2, 3], [4, 5, 6]], 12, [7], digest_at
+                )
+                pair.load(name, params, f"of {seconds}")
+                pair.end_job(name, pair.take(name, a.StartTransfer)[0].job)
+            pair.advance(20)
+    else:
+        pair.call(D, "announce", "x", pair.finish(), TOKENS)
+        pair.advance(200)
+    assert all(ended.ok for name in (P, D) for ended in pair.take(name, a.LoadEnded))
