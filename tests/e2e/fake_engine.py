@@ -75,6 +75,8 @@ class FakeEngine:
             return JSONResponse(NO_TOKEN, 500)
         if self.mode == "drop":  # the connection breaks in the middle of the reply
             return StreamingResponse(self._broken(), media_type="application/json")
+        if self.mode == "500 at times" and body.get("prompt") == "Bad":  # as vLLM says that one request failed in it
+            return JSONResponse({"error": {"message": "Internal server error", "code": 500}}, 500)
         if self.mode.isdigit():
             return JSONResponse({"error": {"message": f"it is {self.mode}", "code": "c"}}, int(self.mode))
         if body.get("stream"):

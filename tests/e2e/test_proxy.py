@@ -581,6 +581,28 @@ def test_engine_that_fails_is_left_alone_and_comes_back_by_a_probe() -> None:
         assert good.url != bad.url
 
 
+@pytest.mark.parametrize("role", ["prefill", "decode"])
+def test_engines_that_fail_one_request_and_answer_others_stay_in_rotation(role: str) -> None:
+    with running(probe_interval_s=30, min_backoff_s=30, max_backoff_s=30) as r:
+        wait_until(lambda: r.http("GET", "/ready")[0] == 200)
+        engine = (r.prefill if role == "prefill" else r.decode)[0]
+        engine.mode = "500 at times"
+        for stream in (False, True, False):
+            status, _, content = r.http("POST", "/v1/completions", ASK | {"prompt": "Bad", "stream": stream})
+            assert (status, b"Internal server error" in content) == (502, True)
+            assert r.client.completions.create(**ASK).choices[0].text == TEXT
+            assert r.http("GET", "/ready")[0] == 200
+
+
+def test_engine_that_fails_every_request_is_found_out_by_probes_as_soon_as_it_did() -> None:
+    with running(probe_interval_s=3600) as r:
+        wait_until(lambda: r.http("GET", "/ready")[0] == 200)
+        r.prefill[0].mode = "500"
+        assert r.http("POST", "/v1/completions", ASK)[0] in (502, 503)
+        up = f'kvferry:proxy_engine_up{{role="prefill",url="{r.prefill[0].url}"}}'
+        wait_until(lambda: r.metric(up) == 0)
+
+
 def test_ready_means_transfers_work() -> None:
     with running(probe_interval_s=0.05) as r:
         wait_until(lambda: r.http("GET", "/ready")[0] == 200)

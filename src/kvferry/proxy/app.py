@@ -69,8 +69,8 @@ class Proxy:
     def __post_init__(self) -> None:
         self.fleet = Fleet(self.config, self.clock, self.metrics)
         self.relay, self.prober = (
-            Relay(self.config, self.fleet, metrics, self.clock, self.sign_peer)
-            for metrics in (self.metrics, ProxyMetrics())
+            Relay(self.config, self.fleet, metrics, self.clock, self.sign_peer, is_prober=is_prober)
+            for metrics, is_prober in ((self.metrics, False), (ProxyMetrics(), True))
         )
 
     def refuse_new(self, reason: str) -> None:

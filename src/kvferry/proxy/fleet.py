@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import math
 from collections.abc import Collection, Iterator, Sequence
@@ -65,6 +66,9 @@ class Fleet:
     prefill: list[Engine] = field(init=False)
     decode: list[Engine] = field(init=False)
     pairs: dict[tuple[Engine, Engine], Pair] = field(init=False)
+    doubted: set[Engine | Pair] = field(default_factory=set)
+    """They answered with an error that may be the request's own: probes shall tell."""
+    doubts_came: asyncio.Event = field(default_factory=asyncio.Event)
 
     def __post_init__(self) -> None:
         self.prefill = [self._engine(url, "prefill") for url in self.config.prefill]
@@ -139,6 +143,12 @@ class Fleet:
         if engine.breaker.failed():
             logger.warning("%s engine %s is out of rotation: %s", engine.role, engine.url, why)
 
+    def doubt(self, one: Engine | Pair, why: str) -> None:
+        """It answered, with an error: neither a success nor a failure, but the next probe comes soon."""
+        one.last_failure = why
+        self.doubted.add(one)
+        self.doubts_came.set()
+
     def full(self, engine: Engine, retry_after_s: float) -> None:
         """It works and has no room: neither a success nor a failure."""
         engine.full_until_s = self.clock.now() + retry_after_s
@@ -181,11 +191,13 @@ class Fleet:
         return any(self._is_ready(*engines, pair) for engines, pair in self.pairs.items())
 
     def pairs_to_probe(self) -> list[tuple[Engine, Engine]]:
-        """All but those that are ready and busy: the requests there tell, and a probe would wait behind them."""
+        """All but those that are ready, busy and not doubted: requests tell there, and probes would wait behind."""
         return [
             (p, d)
             for (p, d), pair in self.pairs.items()
-            if not (p.num_in_flight or d.num_in_flight) or not self._is_ready(p, d, pair)
+            if not (p.num_in_flight or d.num_in_flight)
+            or not self._is_ready(p, d, pair)
+            or not self.doubted.isdisjoint((p, d, pair))
         ]
 
     def _is_ready(self, prefill: Engine, decode: Engine, pair: Pair) -> bool:

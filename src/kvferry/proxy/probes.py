@@ -6,6 +6,7 @@ import asyncio
 import logging
 import random
 from collections.abc import Mapping
+from contextlib import suppress
 
 from kvferry.http import ApiError
 from kvferry.proxy.bodies import Call
@@ -22,11 +23,16 @@ _TOKENS = range(16, 256)  # in any vocabulary, and seldom special
 
 async def probe_for_ever(config: ProxyConfig, fleet: Fleet, relay: Relay, headers: Mapping[str, str]) -> None:
     """All pairs that need it, again and again, until cancelled, whatever comes of one."""
+    pause_s = min(config.min_backoff_s, config.probe_interval_s)
     while True:
         probes = [probe(fleet, relay, *engines, headers) for engines in fleet.pairs_to_probe()]
+        fleet.doubted.clear()
+        fleet.doubts_came.clear()
         for error in filter(None, await asyncio.gather(*probes, return_exceptions=True)):
             logger.error("a probe failed in a way it should not", exc_info=error)
-        await asyncio.sleep(config.probe_interval_s)
+        await asyncio.sleep(pause_s)
+        with suppress(TimeoutError):
+            await asyncio.wait_for(fleet.doubts_came.wait(), config.probe_interval_s - pause_s)
 
 
 async def probe(fleet: Fleet, relay: Relay, prefill: Engine, decode: Engine, headers: Mapping[str, str]) -> None:

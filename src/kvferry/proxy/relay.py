@@ -35,6 +35,7 @@ from kvferry.proxy.bodies import (
     prefill_body,
     release_body,
 )
+from kvferry.proxy.breaker import Breaker, State
 from kvferry.proxy.config import ProxyConfig
 from kvferry.proxy.events import DONE, end_of, verdicts, whole_events
 from kvferry.proxy.fleet import Engine, Fleet, Pair
@@ -87,8 +88,18 @@ class Relay:
     """Carries requests. One event loop; `aclose` at the end."""
 
     def __init__(
-        self, config: ProxyConfig, fleet: Fleet, metrics: ProxyMetrics, clock: Clock, sign_peer: SignPeer | None = None
+        self,
+        config: ProxyConfig,
+        fleet: Fleet,
+        metrics: ProxyMetrics,
+        clock: Clock,
+        sign_peer: SignPeer | None = None,
+        *,
+        is_prober: bool = False,
     ) -> None:
+        """`is_prober`: it carries probes, which tell whose an error is that an engine answers."""
+        self._leaves_to_probes = bool(config.probe_interval_s) and not is_prober
+        self._is_prober = is_prober
         self._config = config
         self._fleet = fleet
         self._metrics = metrics
@@ -236,7 +247,7 @@ class Relay:
                 verdict = self._judge(engine, await self._content(engine, response))
             self._metrics.leg_seconds.labels("prefill").observe(self._clock.now() - begun_s)
         if verdict.error is not None:
-            raise self._failed(engine, verdict.error, is_death=verdict.is_death)
+            raise self._failed(engine, verdict.error, is_death=verdict.is_death, is_answer=not verdict.is_death)
         if verdict.hand_over is not None and verdict.hand_over.get("transfer_id") not in (None, hand_over.transfer_id):
             raise self._failed(engine, "its kv_transfer_params have the transfer_id of another request")
         if verdict.hand_over is None:
@@ -422,9 +433,11 @@ class Relay:
             raise Refused(engine, Reply(response.status_code, "application/json", data, outcome="refused"))
         why = f"status {response.status_code}: {error.message}"
         if pair is not None and is_hand_overs and not error.is_death:
-            self._fleet.not_transferred(pair, why)
+            self._not_transferred(pair, why, is_told=error.blames_hand_over)
             raise LegFailed(engine, why)
-        raise self._failed(engine, why, 503 if response.status_code == 503 else 502, is_death=error.is_death)
+        is_answer = response.status_code == 500 and not error.is_death
+        status = 503 if response.status_code == 503 else 502
+        raise self._failed(engine, why, status, is_death=error.is_death, is_answer=is_answer)
 
     def _full(self, engine: Engine, response: httpx2.Response, error: EngineError) -> EngineFull:
         """No failure: neither the breaker nor readiness hears of it."""
@@ -458,8 +471,9 @@ class Relay:
             if verdict.is_requests_own:
                 raise self._no_token(leg.engine, verdict.error)
             if leg.pair is None or verdict.is_death:
-                raise self._failed(leg.engine, verdict.error, is_death=verdict.is_death)
-            self._fleet.not_transferred(leg.pair, verdict.error)  # most probably; the engine did answer
+                is_answer = not verdict.is_death
+                raise self._failed(leg.engine, verdict.error, is_death=verdict.is_death, is_answer=is_answer)
+            self._not_transferred(leg.pair, verdict.error, is_told=bool(verdict.load_error))
             raise LegFailed(leg.engine, verdict.error)
         if verdict.num_recomputed_tokens <= 0 or leg.pair is None or leg.has_recomputed:
             return
@@ -476,11 +490,36 @@ class Relay:
             )  # fmt: skip
 
     def _failed(
-        self, engine: Engine, why: str, status: int = 502, *, was_taken: bool = True, is_death: bool = False
+        self,
+        engine: Engine,
+        why: str,
+        status: int = 502,
+        *,
+        was_taken: bool = True,
+        is_death: bool = False,
+        is_answer: bool = False,
     ) -> LegFailed:
+        """`is_answer`: the engine itself said so, and it may be about this request alone."""
         why = one_line(why)
-        self._fleet.failed(engine, why, is_gone=not was_taken)
+        if is_answer and self._leaves_to_probes:
+            self._fleet.doubt(engine, why)
+        else:
+            self._fleet.failed(engine, why, is_gone=not was_taken)
+            self._probe_again(engine, engine.breaker, why)
         return LegFailed(engine, why, status, was_taken=was_taken, is_death=is_death)
+
+    def _not_transferred(self, pair: Pair, why: str, *, is_told: bool) -> None:
+        """The decode engine answered with an error, most probably since KV did not come; `is_told`: for sure."""
+        if self._leaves_to_probes and not is_told:
+            self._fleet.doubt(pair, why)
+        else:
+            self._fleet.not_transferred(pair, why)
+            self._probe_again(pair, pair.breaker, why)
+
+    def _probe_again(self, one: Engine | Pair, breaker: Breaker, why: str) -> None:
+        """Soon, where a probe failed and too few have to tell."""
+        if self._is_prober and breaker.state is State.CLOSED:
+            self._fleet.doubt(one, why)
 
     def _no_token(self, engine: Engine, why: str) -> ApiError:
         """For the client: the engine works, and another one, of the same model, would say the same."""

@@ -182,9 +182,9 @@ def test_every_rank_gets_its_heads(
     for _ in range(20):
         prefill.step()
         decode.step()
+    ends = prefill.scheduler, decode.scheduler
+    until(lambda: not any(end.has_pending_push_work() for end in ends), prefill, decode)
     assert (decode.received, prefill.sent) == (["d"], ["p"]), "each id is told once"
-    assert not prefill.scheduler.has_pending_push_work()
-    assert not decode.scheduler.has_pending_push_work()
     assert not decode.scheduler._jobs
     assert not prefill.scheduler._jobs
 
