@@ -84,17 +84,22 @@ def stamp_folder(folder: Path) -> list[list[object]]:
     return [_stamp(file) for file in _files(folder)]
 
 
-def newest_change_s(folder: Path, *, is_strict: bool) -> float:
+def newest_change_s(folder: Path, *, is_strict: bool, files: Iterable[Path] | None = None) -> float:
     """When this path led to other bytes last, at the latest (seconds since the epoch, by the file system's clock).
 
-    That is the newest change of the files above, of the folder, and of each name on the way to them. A rename changes
-    the time of what it moves and of the folder around it, so a name has not changed since the older of the two. Where
-    both are new, a folder may have been renamed, or other things only came and went in it: `is_strict` takes it as
-    renamed; otherwise it is, when its times say that nothing came or went in it last.
+    That is the newest change of the files (those above, if none are given), of the folder, and of each name on the way
+    to them. A rename changes the time of what it moves and of the folder around it, so a name has not changed since the
+    older of the two. Where both are new, a folder may have been renamed, or other things only came and went in it:
+    `is_strict` takes it as renamed; otherwise it is, when its times say that nothing came or went in it last.
     """
-    places = [folder, *_files(folder)]
+    places = [folder, *(_files(folder) if files is None else files)]
     inodes_s = max(place.stat().st_ctime for place in places)
     return max(inodes_s, *(_name_changed_s(step, is_strict) for place in places for step in _steps(place)))
+
+
+def stamp_files(files: Iterable[Path]) -> list[list[object]]:
+    """What changes when one of them does, comes or goes."""
+    return [_stamp(file) for file in files if file.is_file()]
 
 
 def stamp_way(folder: Path) -> list[list[object]]:

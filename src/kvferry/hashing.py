@@ -110,7 +110,7 @@ class KeyChain:
 
     def _media_in(self, start: int, end: int) -> bytes:
         return b"".join(
-            _field(item.identifier) + struct.pack("<i", item.offset_tokens - start)
+            _field(item.identifier) + struct.pack("<iI", item.offset_tokens - start, item.num_tokens)
             for item in self._media
             if item.offset_tokens < end and item.offset_tokens + item.num_tokens > start
         )

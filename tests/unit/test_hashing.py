@@ -32,7 +32,7 @@ def by_definition(
         unit = b"".join(struct.pack("<I", t) for t in tokens[start : start + 16])
         for item in media:
             if item.offset_tokens < start + 16 and item.offset_tokens + item.num_tokens > start:
-                unit += field(item.identifier) + struct.pack("<i", item.offset_tokens - start)
+                unit += field(item.identifier) + struct.pack("<iI", item.offset_tokens - start, item.num_tokens)
         value = hashlib.sha256(value + unit).digest()
         values.append(value)
     return values
@@ -61,7 +61,7 @@ def test_a_digest_of_any_number_of_tokens_follows_the_definition(
     rest = b"".join(struct.pack("<I", token) for token in tokens[whole:num_tokens])
     for item in media:
         if item.offset_tokens < num_tokens and item.offset_tokens + item.num_tokens > whole:
-            rest += field(item.identifier) + struct.pack("<i", item.offset_tokens - whole)
+            rest += field(item.identifier) + struct.pack("<iI", item.offset_tokens - whole, item.num_tokens)
     expected = hashlib.sha256(b"kvferry-tokens-v1" + struct.pack("<I", num_tokens) + start + rest).digest()
     for known in (tokens, tokens[:num_tokens]):  # what stands behind the first tokens does not matter
         assert TokenDigests(KeyChain(Identity("hand-over", "salt", "lora"), media), known).at(num_tokens) == expected
@@ -72,7 +72,7 @@ def test_digests_differ_by_every_token_the_count_salt_adapter_and_media() -> Non
     chains = [
         KeyChain(Identity("m")), KeyChain(Identity("m", "a")), KeyChain(Identity("m", None, "a")),
         KeyChain(Identity("m"), (MultimodalItem("a", 35, 3),)), KeyChain(Identity("m"), (MultimodalItem("b", 35, 3),)),
-        KeyChain(Identity("m"), (MultimodalItem("a", 34, 3),)),
+        KeyChain(Identity("m"), (MultimodalItem("a", 34, 3),)), KeyChain(Identity("m"), (MultimodalItem("a", 35, 4),)),
     ]  # fmt: skip
     digests = [TokenDigests(chain, tokens).at(40) for chain in chains]
     plain = TokenDigests(KeyChain(Identity("m")), tokens)
@@ -80,7 +80,7 @@ def test_digests_differ_by_every_token_the_count_salt_adapter_and_media() -> Non
     for at in range(40):
         changed = [*tokens[:at], tokens[at] + 1, *tokens[at + 1 :]]
         digests.append(TokenDigests(KeyChain(Identity("m")), changed).at(40))
-    assert len(set(digests)) == len(digests) == 86
+    assert len(set(digests)) == len(digests) == 87
 
 
 def test_media_belong_to_the_units_they_overlap() -> None:
@@ -92,6 +92,16 @@ def test_media_belong_to_the_units_they_overlap() -> None:
     plain = KeyChain(Identity("m"))
     plain.extend(tokens)
     assert plain.value_at(16) != chain.value_at(16)
+
+
+def test_one_image_with_more_placeholder_tokens_is_another() -> None:
+    """DeepSeek-VL2 cuts an image into tiles in prompts of one or two images only; vLLM names it alike in all."""
+    values = set()
+    for num_tokens in (48, 60):
+        chain = KeyChain(Identity("m"), (MultimodalItem("img-1", 4, num_tokens),))
+        chain.extend([1, 2, 3, 4, *[7] * 44])
+        values |= {chain.value_at(16 * (i + 1)) for i in range(3)}
+    assert len(values) == 6
 
 
 def test_every_part_of_the_identity_changes_every_key() -> None:

@@ -158,9 +158,7 @@ class HiddenStatesSchedulerSide(SchedulerSide):
         self._folder = HiddenStatesConfig.parse(host).folder()
         self._group = host.hidden_state_group or host.groups[0]
         settings = json.dumps([host.model, host.hidden_state_layers, settings_identity(host)], sort_keys=True)
-        self._keys = KeyMaker(
-            settings, host.groups, host.world_size, host.adapter_settings, numbers_media=host.numbers_media
-        )
+        self._keys = KeyMaker.named(settings, host)
         self._prompts: dict[str, _Prompt] = {}
         self._discards: list[str] = []
 

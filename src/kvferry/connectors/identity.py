@@ -16,7 +16,14 @@ from pathlib import Path
 from kvferry.contract.host import HostInfo
 from kvferry.contract.views import RequestView
 from kvferry.errors import ConfigError
-from kvferry.fingerprint import fingerprint_files, fingerprint_folder, newest_change_s, stamp_folder, stamp_way
+from kvferry.fingerprint import (
+    fingerprint_files,
+    fingerprint_folder,
+    newest_change_s,
+    stamp_files,
+    stamp_folder,
+    stamp_way,
+)
 from kvferry.hashing import Identity, KeyChain, store_key
 from kvferry.p2p.geometry import CONFIG_MAKER
 from kvferry.types import GroupInfo, StoreKey
@@ -25,11 +32,16 @@ logger = logging.getLogger(__name__)
 
 _REMEDY = "set weights_version in kv_connector_extra_config to a name that changes with the weights"
 _OTHER_WEIGHTS = (".bin", ".pt", ".pth", ".gguf")
+_MEANINGS = (".json", ".py")
 _MAX_FACTS = 1000
 _NAMED_FILES = ("*.bin", "*.pt", "*.py")
 NUMBERED_MEDIA = (
     "with mm_processor_cache_gb 0 and without prefix caching vLLM numbers media and does not hash them: set "
     "--mm-processor-cache-gb above 0, or --enable-prefix-caching"
+)
+YOUNG_PROCESSOR = (
+    "files of the model's folder, the folder itself, or a folder or link on its path changed after the process began "
+    "that reads the media processor, so what it read is uncertain: start the engine from a new process"
 )
 _PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json")
 
@@ -95,12 +107,18 @@ def settings_identity(host: HostInfo) -> dict[str, str]:
     if host.draft_model == host.model:
         out["draft_model"] = "the model"
     elif host.draft_model is not None:
-        draft = Path(host.draft_model)
-        has_weights = any(draft.glob("*.safetensors"))
-        out["draft_model"] = fingerprint_folder(draft) if has_weights else host.draft_model
-        if has_weights and _is_younger(draft, host):
-            raise _changed(draft)
+        out["draft_model"] = _draft(Path(host.draft_model), host)
     return out
+
+
+def _draft(draft: Path, host: HostInfo) -> str:
+    """What the draft model's files hold; a name on a hub stands for itself."""
+    if any(draft.glob("*.safetensors")):
+        if _is_younger(draft, host):
+            raise _changed(draft)
+        return fingerprint_folder(draft)
+    files = sorted(draft.iterdir()) if draft.is_dir() else [draft]
+    return _contents([file for file in files if file.suffix in (*_OTHER_WEIGHTS, *_MEANINGS)], host) or str(draft)
 
 
 def _contents(files: list[Path], host: HostInfo) -> str | None:
@@ -230,6 +248,23 @@ def _working_folder() -> tuple[int, int]:
     return status.st_dev, status.st_ino
 
 
+def why_no_media(host: HostInfo) -> str | None:
+    """Why requests with media are not cached; None when they are."""
+    if host.numbers_media:
+        return NUMBERED_MEDIA
+    folder = Path(host.model)
+    if host.media_read_after_s is None or not folder.is_dir():
+        return None
+    files = _media_files(folder)
+    is_young = newest_change_s(folder, is_strict=False, files=files) > host.media_read_after_s
+    return YOUNG_PROCESSOR if is_young else None
+
+
+def _media_files(folder: Path) -> list[Path]:
+    """What media processors may be made of, tokenizers that describe media (Mistral's) and code among it."""
+    return sorted(file for pattern in ("*.json", "*.py") for file in folder.glob(pattern))
+
+
 class KeyMaker:
     """From requests to keys."""
 
@@ -241,19 +276,22 @@ class KeyMaker:
         adapter_settings: str = "",
         started_s: float | None = None,
         weights: Path | None = None,
-        numbers_media: bool = False,
+        no_media: str | None = None,
+        processor: Path | None = None,
     ) -> None:
         """`started_s`: when the engine may have begun to load adapters, in seconds since the epoch; now if None.
 
         `weights`: the model's folder, if its files must stay as they are; None: `weights_version` vouches for them.
-        `numbers_media`: see HostInfo; requests with media are not cached then.
+        `no_media`: why requests with media are not cached, if so. `processor`: the folder of the media processor, which
+        the host may read again at any time.
         """
         self._model = model_fingerprint
-        self._weights = None if weights is None else (weights, stamp_folder(weights))
-        self._are_weights_certain = True
-        self._numbers_media = numbers_media
-        if numbers_media:
-            logger.warning("KV of requests with media is neither stored nor loaded nor handed over: %s", NUMBERED_MEDIA)
+        self._weights, self._processor = weights, processor
+        self._stamp = self._look()
+        self._are_files_certain = True
+        self.no_media = no_media
+        if no_media is not None:
+            logger.warning("KV of requests with media is neither stored nor loaded nor handed over: %s", no_media)
         self._groups = groups
         self._world_size = world_size
         self._adapters = _Adapters(adapter_settings, time.time() if started_s is None else started_s)
@@ -262,14 +300,20 @@ class KeyMaker:
     def of(cls, host: HostInfo, weights_version: str | None) -> KeyMaker:
         """For an engine's weights and settings. ConfigError when its weights cannot be told."""
         folder = None if weights_version is not None else Path(host.model)
-        name = model_identity(host, weights_version)
+        return cls.named(model_identity(host, weights_version), host, folder)
+
+    @classmethod
+    def named(cls, name: str, host: HostInfo, weights: Path | None = None) -> KeyMaker:
+        """For a host whose model is called so in keys."""
+        processor = Path(host.model) if host.media_read_after_s is not None else None
         return cls(
-            name, host.groups, host.world_size, host.adapter_settings, weights=folder, numbers_media=host.numbers_media
-        )
+            name, host.groups, host.world_size, host.adapter_settings, weights=weights, no_media=why_no_media(host),
+            processor=processor,
+        )  # fmt: skip
 
     def chain(self, request: RequestView) -> KeyChain | None:
         """An empty chain with the request's identity, or None when it must not be cached."""
-        if request.has_unhashable_input or self.has_numbered_media(request):
+        if request.has_unhashable_input or self.has_uncertain_media(request):
             return None
         lora = None
         if (path := request.lora_path) is not None:
@@ -278,9 +322,9 @@ class KeyMaker:
                 return None
         return KeyChain(Identity(self._model, request.cache_salt, lora), request.multimodal_items)
 
-    def has_numbered_media(self, request: RequestView) -> bool:
-        """True when its media have names that other media have in another process."""
-        return self._numbers_media and bool(request.multimodal_items)
+    def has_uncertain_media(self, request: RequestView) -> bool:
+        """True when the names of its media may stand for other numbers in another process: `no_media` says why."""
+        return self.no_media is not None and bool(request.multimodal_items)
 
     def is_certain(self, lora_path: str | None) -> bool:
         """False when what was computed may not be what the files of model and adapter held when its chain was begun.
@@ -289,26 +333,31 @@ class KeyMaker:
 
         Ask before a chain's keys are looked up, and once more when what was computed is about to become findable.
         """
-        return self._has_same_weights() and (lora_path is None or self._adapters.is_certain(lora_path))
+        return self._has_same_files() and (lora_path is None or self._adapters.is_certain(lora_path))
 
-    def _has_same_weights(self) -> bool:
-        if self._weights is None or not self._are_weights_certain:
-            return self._are_weights_certain
-        folder, stamp = self._weights
+    def _look(self) -> object:
+        return (
+            None if self._weights is None else stamp_folder(self._weights),
+            None if self._processor is None else stamp_files(_media_files(self._processor)),
+        )
+
+    def _has_same_files(self) -> bool:
+        if not self._are_files_certain:
+            return False
         try:
-            self._are_weights_certain = stamp_folder(folder) == stamp
+            self._are_files_certain = self._look() == self._stamp
         except (ConfigError, OSError):
-            self._are_weights_certain = False
-        if not self._are_weights_certain:
+            self._are_files_certain = False
+        if not self._are_files_certain:
             logger.warning(
                 "KV is neither stored nor loaded until the engine is restarted: files of the model in %s changed since "
-                "it was loaded", folder,
+                "it was loaded", self._weights or self._processor,
             )  # fmt: skip
-        return self._are_weights_certain
+        return self._are_files_certain
 
     def why_not(self, lora_path: str | None) -> str:
         """Why requests of this adapter, or of none, are not cached."""
-        if not self._are_weights_certain or lora_path is None:
+        if not self._are_files_certain or lora_path is None:
             return "files of the model changed since it was loaded"
         return self._adapters.why_not(lora_path)
 

@@ -84,6 +84,8 @@ class HostInfo:
     """True when the host reads `LoadFailure` records, of synchronous loads too; vLLM does not."""
     takes_first_tokens: bool = False
     """True when the host takes a prefill engine's first tokens over; vLLM computes the last prompt token again."""
+    media_read_after_s: float | None = None
+    """A time before the host read any file of a media processor, in seconds since the epoch. None: it has no media."""
     numbers_media: bool = False
     """True when the host names media by a number that begins anew with each process, not by what they show."""
     no_hits_reason: str | None = None
@@ -156,6 +158,7 @@ def host_info(vllm_config: Any, kv_cache_config: KVCacheConfig) -> HostInfo:
         loaded_after_s=None if hasattr(model, "weights_stamp") else _process_started_s(),
         reads_failed_blocks=bool(getattr(vllm_config, "reads_failed_blocks", False)),
         takes_first_tokens=bool(getattr(vllm_config, "takes_first_tokens", False)),
+        media_read_after_s=_media_read_after_s(vllm_config),
         numbers_media=_numbers_media(vllm_config),
         no_hits_reason=_no_hits_reason(vllm_config),
         steps_for_held_blocks=bool(getattr(vllm_config, "steps_for_held_blocks", False)),
@@ -201,6 +204,16 @@ def _numbers_media(vllm_config: Any) -> bool:
     return media is not None and not is_prefix_cached and getattr(media, "mm_processor_cache_gb", None) == 0
 
 
+def _media_read_after_s(vllm_config: Any) -> float | None:
+    """vLLM reads processors in the process that starts the engine's, before it starts that, and again for requests with
+    processor settings of their own.
+    """
+    if getattr(vllm_config.model_config, "multimodal_config", None) is None:
+        return None
+    parent = parent_process()
+    return _started_s(os.getpid() if parent is None or parent.pid is None else parent.pid) or 0.0
+
+
 def _no_hits_reason(vllm_config: Any) -> str | None:
     """Models that take no prefix from vLLM's own cache take none from elsewhere either. Connectors vLLM never asks.
 
@@ -243,10 +256,13 @@ def _draft_model(vllm_config: Any) -> str | None:
 
 def _process_started_s() -> float | None:
     """When this process began, where it was made for an engine. One that its user runs may have written the weights."""
-    if parent_process() is None:
-        return None
+    return None if parent_process() is None else _started_s(os.getpid())
+
+
+def _started_s(process_id: int) -> float | None:
+    """When a process began, in seconds since the epoch."""
     try:
-        fields = Path("/proc/self/stat").read_text().rpartition(")")[2].split()
+        fields = Path(f"/proc/{process_id}/stat").read_text().rpartition(")")[2].split()
         uptime_s = float(Path("/proc/uptime").read_text().split()[0])
     except OSError:
         return None

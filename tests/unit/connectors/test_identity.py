@@ -98,6 +98,50 @@ def test_the_media_processors_files_are_part_of_the_settings(folder: Path) -> No
     assert dict(peer_facts(info(folder), None))["media_processor"] == large["media_processor"]
 
 
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "model.gguf", "config.json"])
+def test_drafts_without_safetensors_are_told_apart_by_their_files(folder: Path, tmp_path: Path, name: str) -> None:
+    """EAGLE's drafts are often one pytorch_model.bin; they were told apart by their path alone."""
+    (draft := tmp_path / "draft").mkdir()
+    (draft / "config.json").write_text("{}")
+    found = set()
+    for content in (b"{}", b"[]"):
+        (draft / name).write_bytes(content)
+        for path in [draft, draft / name]:
+            found.add(settings_identity(replace(info(folder), draft_model=str(path)))["draft_model"])
+    assert len(found) == (2 if name == "config.json" else 4)
+    assert str(draft) not in found
+    changed_s = (draft / name).stat().st_ctime
+    with pytest.raises(ConfigError, match="changed while this engine loaded them"):
+        settings_identity(replace(info(folder), draft_model=str(draft), loaded_after_s=changed_s - 1))
+    assert (
+        settings_identity(replace(info(folder), draft_model="organization/name"))["draft_model"] == "organization/name"
+    )
+
+
+def test_media_are_named_only_while_the_files_of_their_processor_are_those_that_were_read(folder: Path) -> None:
+    """vLLM reads them before the engine's own process begins, and again for requests with processor settings."""
+    (processor := folder / "processor_config.json").write_text('{"n_fft": 400}')
+    item = SimpleNamespace(identifier="audio", mm_position=SimpleNamespace(offset=0, length=8))
+    fields = {"request_id": "r", "num_tokens": 16, "prompt_token_ids": [1] * 16, "all_token_ids": [1] * 16}
+    text, media = (RequestView(SimpleNamespace(**fields, mm_features=features)) for features in ([], [item]))
+    host, changed_s = info(folder), max(path.stat().st_ctime for path in (processor, folder))
+    assert host.media_read_after_s is None, "the model takes no media"
+    is_media = SimpleNamespace(model=str(folder), max_model_len=64, multimodal_config=SimpleNamespace())
+    started_s = info(folder, model_config=is_media).media_read_after_s
+    assert started_s is not None
+    assert started_s <= changed_s, "this process began before the folder was written"
+    for read_after_s in (changed_s - 1, changed_s + 1):
+        keys = KeyMaker.of(replace(host, media_read_after_s=read_after_s), "1")
+        assert keys.chain(text) is not None
+        assert (keys.chain(media) is not None) is (read_after_s > changed_s)
+        assert (keys.no_media is None) is (read_after_s > changed_s)
+    assert keys.is_certain(None)
+    processor.write_text('{"n_fft": 8000}')
+    assert not keys.is_certain(None)
+    processor.write_text('{"n_fft": 400}')
+    assert not keys.is_certain(None), "what was read in between is uncertain"
+
+
 def test_what_stands_where_settings_point_to_is_part_of_the_settings(folder: Path, tmp_path: Path) -> None:
     """Some of vLLM's loaders take weights from `model_weights`, quantisations from a file that an override names."""
     other, file = tmp_path / "other", tmp_path / "quant.json"
@@ -242,7 +286,7 @@ def test_media_that_the_host_numbers_do_not_name_kv(folder: Path, is_prefix_cach
     media = SimpleNamespace(mm_processor_cache_gb=media_cache_gb)
     model = SimpleNamespace(model=str(folder), max_model_len=64, multimodal_config=media)
     host = info(folder, model_config=model, cache_config=SimpleNamespace(enable_prefix_caching=is_prefix_cached))
-    keys = KeyMaker.of(host, None)
+    keys = KeyMaker.of(replace(host, media_read_after_s=time.time() + 60), None)
     position = SimpleNamespace(offset=1, length=2)
     image = SimpleNamespace(mm_features=[SimpleNamespace(identifier="renderer0-mm-1-image-0", mm_position=position)])
     assert (keys.chain(RequestView(image)) is None) is (not is_prefix_cached and not media_cache_gb)

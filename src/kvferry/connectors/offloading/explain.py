@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from kvferry.connectors.identity import NUMBERED_MEDIA, KeyMaker
+from kvferry.connectors.identity import KeyMaker
 from kvferry.connectors.offloading.config import ChunkGeometry
 from kvferry.connectors.offloading.requests import LoadState, RequestState
 from kvferry.contract.explain import PrefixRange
@@ -48,8 +48,8 @@ def explain_prefix(
 def _why_not_cacheable(state: RequestState, keys: KeyMaker) -> str:
     if state.view.has_unhashable_input:
         return "not cacheable: the prompt is not (only) token ids"
-    if keys.has_numbered_media(state.view):
-        return f"not cacheable: {NUMBERED_MEDIA}"
+    if keys.has_uncertain_media(state.view):
+        return f"not cacheable: {keys.no_media}"
     if state.view.lora_path is not None:
         return f"not cacheable: LoRA adapter {state.view.lora_path}: {keys.why_not(state.view.lora_path)}"
     if not keys.is_certain(None):

@@ -101,10 +101,7 @@ class P2PSchedulerSide(SchedulerSide):
         # Peers compare their weights when they meet; from then on they must stay as they are.
         has_folder = host.has_named_weights and any(Path(host.model).glob("*.safetensors"))
         weights = Path(host.model) if has_folder and self.config.weights_version is None else None
-        self._keys = KeyMaker(
-            HANDOVER, host.groups, host.world_size, host.adapter_settings, weights=weights,
-            numbers_media=host.numbers_media,
-        )  # fmt: skip
+        self._keys = KeyMaker.named(HANDOVER, host, weights)
         self._senders: dict[str, KeyChain] = {}
         self._unknown: set[str] = set()  # to be handed over, which no engine can do
         self._held: dict[str, tuple[int, float]] = {}  # released later: number of blocks, since when
