@@ -181,6 +181,7 @@ class P2PSettings:
     max_backoff_s: float = 60.0
     memory_s: float = 300.0  # answers are remembered; no message of a control channel is ever later than this
     max_peers: int = 1024
+    max_sources: int = 1024  # peers among them that are dialled, for their KV is wanted
     max_claims: int = 4096
     max_remembered: int = field(default=1 << 16)
 

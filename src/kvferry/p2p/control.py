@@ -78,6 +78,11 @@ class ControlSettings:
     max_outbox: int = 4096
     max_outbox_bytes: int = 32 << 20
 
+    @property
+    def num_dialled(self) -> int:
+        """How many peers may be dialled in this process."""
+        return descriptor_share(self.max_dialled, 16)
+
 
 @dataclass(frozen=True, slots=True)
 class Connected:
@@ -171,7 +176,7 @@ class ControlChannel(Generic[M]):
         self._accepted: dict[Link, asyncio.Task[None]] = {}  # oldest first
         self._named: dict[str, Link] = {}
         self._num_lookups = 0
-        self._max_dialled = descriptor_share(settings.max_dialled, 16)
+        self._max_dialled = settings.num_dialled
         self._max_accepted = descriptor_share(settings.max_connections, 8)
         self._is_closing = asyncio.Event()
         self._listener = _bind(settings)

@@ -60,6 +60,7 @@ class Peer:
     nonce: str = ""  # of our last question
     owed_nonce: str = ""  # of its question, which is answered when our old end is destroyed
     is_asked: bool = False  # somebody wants a connection, as soon as this one is closed
+    is_leaving: bool = False  # forgotten when its connection is destroyed, unless somebody asks
     epoch: int = 0  # ours towards it, in our hello
     connection: int | None = None
     closing: int | None = None
@@ -99,6 +100,7 @@ class Peers:
         self._peers: dict[str, Peer] = {}
         self._num_connections = 0
         self._num_closed = 0
+        self._room_s = 0.0  # when to look again for room for peers that are wanted
         self._listeners: tuple[Role, ...] = ()
 
     def listen(self, *listeners: Role) -> None:
@@ -125,10 +127,12 @@ class Peers:
         return peer.refusal if peer and now < peer.retry_s else ""
 
     def want(self, name: str, now: float) -> None:
-        """See to it that there will be an open connection with a peer whose KV we want."""
+        """See to it that there will be an open connection with a peer whose KV we want; `tick` makes room for it."""
+        if name not in self._peers and len(self._sources()) >= self._settings.max_sources:
+            return
         if (peer := self._record(name, now)) is None:
             return
-        peer.is_source = True
+        peer.is_source, peer.is_leaving = True, False
         if peer.connection is not None or peer.closing is not None or now < peer.retry_s:
             return
         if peer.is_up:
@@ -223,6 +227,8 @@ class Peers:
             if peer.owed_nonce:
                 self._emit(Send(peer.name, self._hello(peer, peer.owed_nonce, is_answer=True)))
                 peer.owed_nonce = ""
+            if peer.is_leaving and not peer.is_asked:
+                self._forget(peer)
 
     def forgive(self, now: float) -> None:
         """We were frozen ourselves: nobody owes us answers since before."""
@@ -232,6 +238,9 @@ class Peers:
     def tick(self, now: float, wanted: Set[str], busy: Set[str]) -> None:
         """Dial and greet `wanted` peers; give up silent ones among `busy` (they owe answers); evict idle ones."""
         for name in sorted(wanted):
+            if name not in self._peers:
+                self._room_s = now + self._settings.retry_s
+                self._make_room(wanted | busy, now)
             self.want(name, now)
         for peer in list(self._peers.values()):
             peer.owes_s = min(peer.owes_s, now) if peer.name in busy else inf
@@ -246,7 +255,7 @@ class Peers:
 
     def next_deadline(self, wanted: Set[str], busy: Set[str]) -> float:
         """When `tick` has something to do."""
-        moments = [inf]
+        moments = [self._room_s if wanted - self._peers.keys() else inf]
         for peer in self._peers.values():
             if peer.name in busy and peer.connection is not None:
                 moments.append(self._silent_s(peer))
@@ -271,6 +280,24 @@ class Peers:
             if len(self._peers) < self._settings.max_peers:
                 self._peers[name] = Peer(name, heard_s=now, epoch=self._num_closed)
         return self._peers.get(name)
+
+    def _sources(self) -> list[Peer]:
+        return [peer for peer in self._peers.values() if peer.is_source]
+
+    def _make_room(self, needed: Set[str], now: float) -> None:
+        """Where there are as many as there may be, let go of the one without business that was silent longest."""
+        crowd = self._sources()
+        if len(crowd) < self._settings.max_sources:
+            crowd = list(self._peers.values()) if len(self._peers) >= self._settings.max_peers else []
+        idle = [peer for peer in crowd if peer.name not in needed and not peer.is_dialling]
+        if not idle or any(peer.is_leaving for peer in idle):
+            return
+        peer = min(idle, key=lambda peer: (peer.connection is not None, peer.heard_s))
+        self.close(peer, f"{peer.name} was idle, and others are wanted", now)
+        if peer.closing is None:
+            self._forget(peer)
+        else:
+            peer.is_leaving = True
 
     def _forget_a_stranger(self) -> None:
         """Whoever wrote to us longest ago and never introduced itself; anybody can make many of those."""

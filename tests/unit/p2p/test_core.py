@@ -483,6 +483,46 @@ def test_strangers_do_not_keep_engines_out() -> None:
     assert [peer["name"] for peer in pair.cores[P].snapshot()["peers"]] == [D, "@4", E]
 
 
+@pytest.mark.parametrize("bounds", [{"max_sources": 2}, {"max_peers": 2}])
+def test_a_peer_that_is_wanted_takes_the_place_of_one_without_business(bounds: dict[str, int]) -> None:
+    pair = Pair((P, D, E), **bounds)
+    there = ["there:1", "there:2"]
+    pair.unreachable = {*there, "busy:1"}
+    for port in (1, 2):  # those that failed go first
+        params = {**pair.finish(str(port)), "remote_host": "there", "remote_port": port}
+        pair.call(D, "announce", str(port), params, TOKENS)
+    assert [peer["name"] for peer in pair.cores[D].snapshot()["peers"]] == there
+    pair.load(D, pair.finish())
+    pair.end_job(D, pair.take(D, a.StartTransfer)[0].job)
+    assert [end.ok for end in pair.take(D, a.LoadEnded)] == [False, False, True]
+    assert {peer["name"] for peer in pair.cores[D].snapshot()["peers"]} == {there[1], P}
+    pair.call(D, "announce", "y", {**pair.finish("again"), "remote_host": "busy"}, TOKENS)
+    assert {peer["name"] for peer in pair.cores[D].snapshot()["peers"]} == {"busy:1", P}, "an idle one keeps its place"
+    pair.call(E, "request_started", "other", None, 1)
+    theirs = pair.call(E, "finish", "other", a.FinishReason.LENGTH, [[1, 2, 3], [4, 5, 6]], 12, [7], digest_at)
+    pair.advance(1)
+    pair.load(D, {**pair.finish("third"), "transfer_id": None}, "z")
+    assert pair.take(D, a.StartTransfer), "P is busy"
+    pair.load(D, theirs, "e")
+    assert {peer["name"] for peer in pair.cores[D].snapshot()["peers"]} == {P, E}
+    assert [start.job.peer for start in pair.take(D, a.StartTransfer)] == [E]
+
+
+def test_an_idle_peer_goes_when_its_connection_is_destroyed() -> None:
+    pair = Pair((P, D, E), max_sources=1)
+    pair.end_job(D, started(pair))
+    pair.call(E, "request_started", "other", None, 1)
+    theirs = pair.call(E, "finish", "other", a.FinishReason.LENGTH, [[1, 2, 3], [4, 5, 6]], 12, [7], digest_at)
+    pair.load(D, theirs, "e")
+    pair.advance(0.3)
+    (close,) = pair.take(D, a.ClosePeer)
+    assert (close.peer, pair.take(D, a.StartTransfer)) == (P, [])
+    pair.call(D, "peer_closed", P, close.connection)
+    pair.advance(0.3)
+    assert pair.take(D, a.Disconnect) == [a.Disconnect(P)]
+    assert [start.job.peer for start in pair.take(D, a.StartTransfer)] == [E]
+
+
 def test_snapshot_says_what_is_open_in_plain_values() -> None:
     pair = Pair()
     started(pair)

@@ -139,7 +139,8 @@ class P2PConfig:
         own = {f.name for f in dataclasses.fields(self)}
         names = [f.name for f in dataclasses.fields(P2PSettings) if f.name in own]
         longest_s = max(_WAITS.max_lease_s, self.lease_s + self.announce_s + self.load_s)
-        return P2PSettings(**{name: getattr(self, name) for name in names}, max_lease_s=longest_s)
+        waits = {name: getattr(self, name) for name in names}
+        return P2PSettings(**waits, max_lease_s=longest_s, max_sources=ControlSettings().num_dialled)
 
     def control(self, key: str | None) -> ControlSettings:
         """Where to listen."""
