@@ -52,6 +52,7 @@ _MAX_SUBSCRIBERS, _MAX_REPLAYING = 256, 64
 _MAX_WAITING_REPLAYS = 4  # of one client
 _MESSAGE_BYTES = 256  # what one costs beside its content
 _BEHIND_BYTES = 64 << 20  # of messages that are kept for subscribers
+_REPLAY_BYTES = 256 << 20  # of messages in all
 _AMID_BYTES = 256 << 10  # of a message that is kept for one who is in the middle of it
 
 
@@ -118,7 +119,7 @@ class KVEventsConfig:
     """Where subscribers connect: it is always bound. Port 0 or *: any free one."""
     replay_endpoint: str | None = None
     buffer_steps: int = field(default=10_000, metadata={"minimum": 1})
-    """Messages kept for replay."""
+    """Messages kept for replay, and at most 256 MiB of them."""
     hwm: int = field(default=100_000, metadata={"minimum": 1})
     """Messages kept for subscribers that are slow, and at most 64 MiB of them. Who is further behind misses the oldest,
     sees the gap in the numbers, and asks for a replay."""
@@ -186,6 +187,7 @@ class _Log:
         self._max_behind = max_behind
         self._messages: dict[int, tuple[int, bytes]] = {}
         self._behind_bytes = 0
+        self._num_bytes = 0
         self.end = 0
         """Position of the next message."""
         self.kept_from = 0
@@ -195,6 +197,7 @@ class _Log:
     def append(self, number: int, message: bytes) -> None:
         self._messages[self.end] = number, message
         self._behind_bytes += len(message) + _MESSAGE_BYTES
+        self._num_bytes += len(message) + _MESSAGE_BYTES
         self.end += 1
 
     def __getitem__(self, position: int) -> bytes:
@@ -220,8 +223,11 @@ class _Log:
             self._behind_bytes -= len(self[self.kept_from]) + _MESSAGE_BYTES
             self.kept_from += 1
         gone = []
-        while self._first < min(self.kept_from, self.end - self._num_replayed):
+        while self._first < self.kept_from and (
+            self._first < self.end - self._num_replayed or self._num_bytes > _REPLAY_BYTES
+        ):
             gone.append(self._messages.pop(self._first)[1])
+            self._num_bytes -= len(gone[-1]) + _MESSAGE_BYTES
             self._first += 1
         return gone
 

@@ -96,6 +96,16 @@ def test_replay_has_the_last_messages_and_ignores_nonsense(make: Any) -> None:
         assert time.monotonic() < deadline_s
 
 
+def test_replay_is_bounded_in_bytes_too(make: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kv_events, "_REPLAY_BYTES", 100_000)
+    publisher, subscriber = make()
+    for i in range(40):
+        publisher.publish([BlockRemoved([i.to_bytes(4, "big") * 2500], "GPU")])
+    deadline_s = time.monotonic() + 60
+    while [number for number, _ in subscriber.replay(0)] != list(range(31, 40)):  # of some 10,300 bytes each
+        assert time.monotonic() < deadline_s
+
+
 def test_a_full_queue_drops_and_leaves_a_gap(make: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     gate, entered, plain = threading.Event(), threading.Event(), encode
 
