@@ -15,6 +15,10 @@ def model(dtype=torch.bfloat16) -> nn.Sequential:
     return nn.Sequential(nn.Linear(48, 80), nn.Sequential(nn.Linear(80, 24, bias=False))).to(dtype)
 
 
+CAN_PACK = torch.ops.mkldnn._is_mkldnn_bf16_supported()  # oneDNN computes in bfloat16 on CPUs with AVX-512
+
+
+@pytest.mark.skipif(not CAN_PACK, reason="oneDNN does not compute in bfloat16 on this CPU (it has no AVX-512)")
 @pytest.mark.parametrize("num_tokens", [1, 7, 40])
 def test_results_are_those_of_the_plain_layers(num_tokens):
     plain, packed = model(), model()
@@ -24,6 +28,13 @@ def test_results_are_those_of_the_plain_layers(num_tokens):
         torch.testing.assert_close(packed(x), plain(x), rtol=2e-2, atol=2e-2)
     assert isinstance(packed[0], PackedLinear)
     assert sum(p.numel() for p in packed.parameters()) == 80, "only the bias stays plain"
+
+
+@pytest.mark.skipif(CAN_PACK, reason="oneDNN computes in bfloat16 on this CPU")
+def test_where_the_cpu_cannot_the_model_stays_as_it_is():
+    plain = model()
+    assert pack_linears(plain) == 0
+    assert type(plain[0]) is nn.Linear
 
 
 def test_float32_stays_as_it_is():
