@@ -227,7 +227,8 @@ class Peers:
             if peer.owed_nonce:
                 self._emit(Send(peer.name, self._hello(peer, peer.owed_nonce, is_answer=True)))
                 peer.owed_nonce = ""
-            if peer.is_leaving and not peer.is_asked:
+            is_leaving, peer.is_leaving = peer.is_leaving, False
+            if is_leaving and not peer.is_asked:
                 self._forget(peer)
 
     def forgive(self, now: float) -> None:

@@ -523,6 +523,22 @@ def test_an_idle_peer_goes_when_its_connection_is_destroyed() -> None:
     assert [start.job.peer for start in pair.take(D, a.StartTransfer)] == [E]
 
 
+def test_a_peer_that_asks_again_while_it_is_let_go_keeps_nobody_out() -> None:
+    pair = Pair((P, D, E), max_sources=1)
+    pair.end_job(D, started(pair))
+    hellos = [each for sender, _, each in pair.sent if sender == P and isinstance(each, m.Hello)]
+    question = next(each for each in hellos if not each.is_answer)
+    pair.call(E, "request_started", "other", None, 1)
+    theirs = pair.call(E, "finish", "other", a.FinishReason.LENGTH, [[1, 2, 3], [4, 5, 6]], 12, [7], digest_at)
+    pair.load(D, theirs, "e")
+    pair.advance(0.3)
+    (close,) = pair.take(D, a.ClosePeer)
+    pair.call(D, "message", P, question)
+    pair.call(D, "peer_closed", P, close.connection)
+    pair.advance(0.6)
+    assert [start.job.peer for start in pair.take(D, a.StartTransfer)] == [E]
+
+
 def test_snapshot_says_what_is_open_in_plain_values() -> None:
     pair = Pair()
     started(pair)
@@ -712,7 +728,7 @@ def test_two_engines_that_wait_for_each_others_blocks_go_on_when_the_newest_load
     pair.advance(2)
     (ended,) = pair.take(P, a.LoadEnded)
     assert (ended.request_id, ended.ok) == ("of d:2 r1", False)
-    assert "others have claimed these" in ended.reason
+    assert "other engines have claimed blocks" in ended.reason
     assert pair.take(D, a.Release) == [a.Release("r1", "done")]
     pair.call(D, "park", "of p:1 r0", [[11, 12, 13], [0, 15, 16]], (0, 12))
     (start,) = pair.take(D, a.StartTransfer)
