@@ -40,8 +40,8 @@ NUMBERED_MEDIA = (
     "--mm-processor-cache-gb above 0, or --enable-prefix-caching"
 )
 YOUNG_PROCESSOR = (
-    "files of the model's folder, the folder itself, or a folder or link on its path changed after the process began "
-    "that reads the media processor, so what it read is uncertain: start the engine from a new process"
+    "the model's folder, a file in it, or a folder or link on its path changed after the start of the process that "
+    "reads the media processor, so nobody knows which content that process read: start the engine from a new process"
 )
 _PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json")
 

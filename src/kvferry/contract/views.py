@@ -128,8 +128,7 @@ class RequestView:
     def draws_from_seed(self) -> bool:
         """True when its tokens are drawn at random, and alike each time that the request is asked."""
         params = getattr(self._request, "sampling_params", None)
-        is_greedy = getattr(params, "temperature", 1.0) < _GREEDY_BELOW
-        return getattr(params, "seed", None) is not None and not is_greedy
+        return getattr(params, "seed", None) is not None and not _is_greedy(params)
 
     @property
     def sampling_facts(self) -> str:
@@ -141,10 +140,14 @@ class RequestView:
         return _sampling_facts(getattr(self._request, "sampling_params", None))
 
 
+def _is_greedy(params: Any) -> bool:
+    return bool(getattr(params, "temperature", 1.0) < _GREEDY_BELOW)
+
+
 def _sampling_facts(params: Any) -> str:
     names: Iterable[str] = getattr(params, "__struct_fields__", getattr(params, "__dataclass_fields__", ()))
     values = {name: getattr(params, name) for name in names if not name.startswith("_")}
-    is_greedy = values.get("temperature", 1.0) < _GREEDY_BELOW
+    is_greedy = _is_greedy(params)
     if values.get("min_tokens"):  # so long no token that ends it is chosen; routers cut it down for the prefill leg
         ends = [*(values["stop_token_ids"] or ()), values["ignore_eos"]]
         values |= {"min_tokens": 1, "chosen only later": ends}

@@ -256,9 +256,13 @@ class Consumer(Role):
         if now < self.stuck_from_s(claimed_since_s):
             return
         self._patient_until_s = now + self._settings.claim_s
-        limit = f"kv_connector_extra_config.load_s={self._settings.load_s} s"
         newest = max(self._holding_while_waiting(), key=self._announced_s)
-        self._fail(newest, f"no load got blocks of this engine for {limit}, and others have claimed these so long", now)
+        why = (
+            f"no load got blocks of this engine for {self._settings.load_s} s (kv_connector_extra_config.load_s), "
+            "while other engines have claimed blocks here, so the newest load was given up: give both engines more KV "
+            "blocks"
+        )
+        self._fail(newest, why, now)
 
     def wanted_peers(self) -> set[str]:
         """Peers that loads wait for."""

@@ -44,6 +44,17 @@ class LegFailed(Exception):
         self.was_taken = was_taken
         self.is_death = is_death
 
+    def for_client(self, num_attempts: int = 1) -> ApiError:
+        """What the client hears when nothing more is tried."""
+        tries = "" if num_attempts == 1 else f" (the last of {num_attempts} attempts)"
+        return ApiError(
+            self.status,
+            f"{self.engine.role} engine {self.engine.url}{tries}: {self.why}. Look at /ready of the proxy and at the "
+            "engine's log",
+            code="engine_failed",
+            headers={"Retry-After": "1"} if self.status == 503 else None,
+        )
+
 
 class EngineFull(LegFailed):
     """An engine has no room for the request now: nothing was begun, and it may be asked again."""
@@ -53,7 +64,7 @@ class EngineFull(LegFailed):
         self.code = code
         self.retry_after_s = retry_after_s
 
-    def for_client(self) -> ApiError:
+    def for_client(self, num_attempts: int = 1) -> ApiError:
         """The engine's own answer, with its name."""
         return ApiError(
             self.status, f"{self.engine.role} engine {self.engine.url} is full: {self.why}", code=self.code,
@@ -67,6 +78,16 @@ class Refused(Exception):
     def __init__(self, engine: Engine, reply: Reply) -> None:
         super().__init__(f"{engine.role} engine {engine.url}: {reply.status} {error_of(reply.content).message}")
         self.reply = reply
+
+
+def ended_engines(deaths: list[LegFailed]) -> ApiError:
+    """What the client hears when its request may be what ends engines."""
+    named = "; ".join(f"{death.engine.role} engine {death.engine.url}: {death.why}" for death in deaths)
+    return ApiError(
+        502, f"{len(deaths)} engines in a row ended or fell silent while they had this request ({named}). It is not "
+        "tried again, for it may be what ends them: look at the engines' logs before you send it once more",
+        code="engines_ended", headers={"x-should-retry": "false"},
+    )  # fmt: skip
 
 
 @dataclass(slots=True)

@@ -27,19 +27,12 @@ import httpx2
 
 from kvferry.clock import Clock
 from kvferry.http import ApiError
-from kvferry.proxy.bodies import (
-    Call,
-    Params,
-    SignPeer,
-    decode_body,
-    prefill_body,
-    release_body,
-)
-from kvferry.proxy.breaker import Breaker, State
+from kvferry.proxy.bodies import Call, Params, SignPeer, decode_body, prefill_body, release_body
+from kvferry.proxy.breaker import State
 from kvferry.proxy.config import ProxyConfig
 from kvferry.proxy.events import DONE, end_of, verdicts, whole_events
 from kvferry.proxy.fleet import Engine, Fleet, Pair
-from kvferry.proxy.legs import EngineFull, HandOver, LegFailed, Refused, Reply
+from kvferry.proxy.legs import EngineFull, HandOver, LegFailed, Refused, Reply, ended_engines
 from kvferry.proxy.metrics import ProxyMetrics
 from kvferry.proxy.prefixes import piece_hashes
 from kvferry.proxy.replies import NO_TOKEN, EngineError, Verdict, error_of, holding, is_object, judge_reply, one_line
@@ -158,10 +151,10 @@ class Relay:
         if failure.is_death:
             attempts.deaths.append(failure)
         if len(attempts.deaths) > 1:
-            raise _ended_engines(attempts.deaths) from failure
+            raise ended_engines(attempts.deaths) from failure
         is_late = self._clock.now() - attempts.begun_s >= self._config.retry_deadline_s
         if is_late or number == self._config.max_attempts:
-            raise _gave_up(failure, number) from failure
+            raise failure.for_client(number) from failure
         self._note_retry(failure, attempts)
         if failure.was_taken:
             self.give_back(attempts.hand_over)
@@ -361,7 +354,7 @@ class Relay:
             reply.outcome = "ok"
         except (ApiError, LegFailed) as err:
             reply.outcome = "cut"
-            error = err if isinstance(err, ApiError) else _gave_up(err, 1)
+            error = err if isinstance(err, ApiError) else err.for_client()
             logger.warning(
                 "request %s: the stream of decode engine %s broke off after %d events (%d bytes) passed on: %s",
                 leg.request_id, leg.engine.url, num_events, num_bytes, err,
@@ -505,7 +498,7 @@ class Relay:
             self._fleet.doubt(engine, why)
         else:
             self._fleet.failed(engine, why, is_gone=not was_taken)
-            self._probe_again(engine, engine.breaker, why)
+            self._probe_again(engine, why)
         return LegFailed(engine, why, status, was_taken=was_taken, is_death=is_death)
 
     def _not_transferred(self, pair: Pair, why: str, *, is_told: bool) -> None:
@@ -514,11 +507,11 @@ class Relay:
             self._fleet.doubt(pair, why)
         else:
             self._fleet.not_transferred(pair, why)
-            self._probe_again(pair, pair.breaker, why)
+            self._probe_again(pair, why)
 
-    def _probe_again(self, one: Engine | Pair, breaker: Breaker, why: str) -> None:
-        """Soon, where a probe failed and too few have to tell."""
-        if self._is_prober and breaker.state is State.CLOSED:
+    def _probe_again(self, one: Engine | Pair, why: str) -> None:
+        """Where a probe failed, and too few have failed to take it out of rotation, the next probe comes soon."""
+        if self._is_prober and one.breaker.state is State.CLOSED:
             self._fleet.doubt(one, why)
 
     def _no_token(self, engine: Engine, why: str) -> ApiError:
@@ -581,7 +574,7 @@ class Relay:
                 raise full.for_client() from full
             except LegFailed as failure:
                 if len(tried) >= min(self._config.max_attempts, len(self._fleet.decode)):
-                    raise _gave_up(failure, len(tried)) from failure
+                    raise failure.for_client(len(tried)) from failure
 
     async def _ask(self, call: Call, engine: Engine) -> Reply:
         async with AsyncExitStack() as stack, self._deadline(engine, "probe_timeout_s"):
@@ -606,23 +599,3 @@ def _hosts(engine: Engine, response: httpx2.Response) -> tuple[str, ...]:
 
 def _text(error: Exception) -> str:
     return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
-
-
-def _gave_up(failure: LegFailed, num_attempts: int) -> ApiError:
-    tries = "" if num_attempts == 1 else f" (the last of {num_attempts} attempts)"
-    engine = failure.engine
-    return ApiError(
-        failure.status,
-        f"{engine.role} engine {engine.url}{tries}: {failure.why}. Look at /ready of the proxy and at the engine's log",
-        code="engine_failed",
-        headers={"Retry-After": "1"} if failure.status == 503 else None,
-    )
-
-
-def _ended_engines(deaths: list[LegFailed]) -> ApiError:
-    named = "; ".join(f"{death.engine.role} engine {death.engine.url}: {death.why}" for death in deaths)
-    return ApiError(
-        502, f"{len(deaths)} engines in a row ended or fell silent while they had this request ({named}). It is not "
-        "tried again, for it may be what ends them: look at the engines' logs before you send it once more",
-        code="engines_ended", headers={"x-should-retry": "false"},
-    )  # fmt: skip
