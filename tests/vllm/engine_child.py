@@ -178,6 +178,7 @@ class WorkerProbe:
             lambda: worker.update_config({"model_config": {"model": model}}),
             lambda: worker.start_weight_update(),
             lambda: worker.start_draft_weight_update(),
+            lambda: worker.model_runner.model.load_weights(weights=iter(())),
             lambda: worker.reload_weights(),
         )
         said = []

@@ -110,6 +110,21 @@ def test_variables_that_change_arithmetic_are_told_apart(make_config: Any, monke
         assert not counts or name in other["environment"]
 
 
+def test_plugins_of_others_count(make_config: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """They may put another model in the place of vLLM's, under the same name of an architecture."""
+    plain = numerics_of(make_config())
+    assert plain["plugins"] == "null"
+    folder = tmp_path / "fleet-1.0.dist-info"
+    folder.mkdir()
+    (folder / "METADATA").write_text("Metadata-Version: 2.1\nName: fleet\nVersion: 1.0\n")
+    (folder / "entry_points.txt").write_text("[vllm.general_plugins]\nfleet = fleet.models:register\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    other = numerics_of(make_config())
+    assert {name: text for name, text in other.items() if plain[name] != text} == {
+        "plugins": '["fleet=fleet.models:register of fleet 1.0"]'
+    }
+
+
 @pytest.fixture(scope="module")
 def make_config(tiny_llama: str) -> Any:
     def make(cache: dict[str, Any] | None = None, **model: Any) -> Any:

@@ -159,6 +159,8 @@ def peer_facts(host: HostInfo, weights_version: str | None) -> tuple[tuple[str, 
         facts[CONFIG_MAKER] = host.config_maker
     if weights_version is not None or host.has_named_weights:
         facts["weights"] = model_identity(host, weights_version)
+    elif host.hub_commit is not None and not host.weights_are_random and host.foreign_load_format is None:
+        facts["weights"] = f"{host.model} at commit {host.hub_commit}"
     else:
         if not Path(host.model).exists() and not host.weights_are_random:
             facts["model"] = host.model  # a hub's or an object store's: of two finetunings all else may be equal

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from kvferry.contract.kv_cache import KVCacheConfig
     from kvferry.contract.views import RequestView
 
+_FILES_OF_MODELS = ("model.safetensors.index.json", "model.safetensors", "config.json", "params.json")
 HIDDEN_STATE_LAYER = "cache_only_layers."
 """In the name of the layer by which both hosts hand hidden states on."""
 
@@ -57,6 +59,8 @@ class HostInfo:
     """How the host applies LoRA adapters, where that is not as their files say."""
     foreign_load_format: str | None = None
     """The `load_format`, where that takes weights from elsewhere than the files of the model's folder."""
+    hub_commit: str | None = None
+    """Of a model given by hub name: the commit of which the hub's cache holds the files; None where that is unknown."""
     named_paths: tuple[str, ...] = ()
     """What settings may mean as a file or folder, beside those of model, draft and adapters."""
     wants_kv_events: bool = False
@@ -145,6 +149,7 @@ def host_info(vllm_config: Any, kv_cache_config: KVCacheConfig) -> HostInfo:
         numerics=numerics_of(vllm_config),
         config_maker=hf_maker(vllm_config),
         adapter_settings=adapter_settings(vllm_config),
+        hub_commit=_hub_commit(vllm_config),
         named_paths=named_paths(vllm_config),
         wants_kv_events=bool(getattr(getattr(vllm_config, "kv_events_config", None), "enable_kv_cache_events", False)),
         kv_role=str(transfer.kv_role),
@@ -252,6 +257,24 @@ def _draft_model(vllm_config: Any) -> str | None:
         return None
     name = getattr(draft, "model", None)
     return None if name is None else str(name)
+
+
+def _hub_commit(vllm_config: Any) -> str | None:
+    """What a hub's name stands for changes. vLLM takes the files by way of a cache, in a folder for each commit."""
+    hub: Any = sys.modules.get("huggingface_hub")  # our engine loads folders alone
+    model = vllm_config.model_config
+    name, revision = str(model.model), getattr(model, "revision", None)
+    if hub is None or Path(name).exists():
+        return None
+    for cache in (getattr(getattr(vllm_config, "load_config", None), "download_dir", None), None):
+        for file in _FILES_OF_MODELS:
+            try:
+                found = hub.try_to_load_from_cache(name, file, cache_dir=cache, revision=revision)
+            except ValueError:  # no hub's name
+                return None
+            if isinstance(found, str):
+                return Path(found).parent.name
+    return None
 
 
 def _process_started_s() -> float | None:

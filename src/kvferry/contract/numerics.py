@@ -15,6 +15,7 @@ import re
 import sys
 from collections.abc import Iterable, Iterator, Mapping
 from fnmatch import fnmatchcase
+from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
 
@@ -235,6 +236,7 @@ def numerics_of(vllm_config: Any) -> dict[str, str]:
     # Beside what they resolve to: a model may read keys that do not count above, or none in place of a default.
     out["hf_overrides"] = _text(getattr(model, "hf_overrides", None) or None)
     out["environment"] = _text(_environment(model) or None)
+    out["plugins"] = _text(_plugins(model) or None)
     for where, config in (
         ("", model),
         ("cache.", cache),
@@ -386,6 +388,23 @@ def _environment(model: Any) -> dict[str, str]:
         for name, text in environment_matching("VLLM_.*").items()
         if name in declared and not any(fnmatchcase(name, known) for known in harmless)
     }
+
+
+def _plugins(model: Any) -> list[str]:
+    """Code of others that vLLM calls at its start: it may put its own in the place of any model, layer or quantisation.
+
+    Which of it `VLLM_PLUGINS` leaves out, the environment says.
+    """
+    if not _is_vllms(model):
+        return []
+    found = entry_points(group="vllm.general_plugins")
+    return sorted(
+        {
+            f"{plugin.name}={plugin.value} of {plugin.dist.name} {plugin.dist.version}" if plugin.dist else plugin.name
+            for plugin in found
+            if not plugin.value.startswith(("vllm.", "kvferry."))
+        }
+    )
 
 
 def _rope_kinds(value: Any) -> Iterator[str]:

@@ -7,12 +7,14 @@ import sys
 import types
 import weakref
 from collections.abc import Callable, Iterable
+from contextvars import ContextVar
 from dataclasses import fields
 from inspect import getattr_static
 from typing import Any
 
 from vllm.distributed import kv_events as vllm_events
 from vllm.distributed.kv_transfer.kv_connector.v1 import base as vllm_base
+from vllm.model_executor.model_loader.utils import get_model_cls
 
 from kvferry.contract import base as own
 from kvferry.contract.facade import facade_mixin
@@ -32,9 +34,17 @@ _CLASS_HOOKS = ("get_required_kvcache_layout", "requires_piecewise_for_cudagraph
 _WEIGHT_CHANGES = ("reload_weights", "update_config", "start_weight_update", "start_draft_weight_update")
 """What vLLM's worker offers to put other weights into a running engine."""
 _HOLDERS = "_kvferry_holders"
+_READS_AGAIN: ContextVar[bool] = ContextVar("_READS_AGAIN", default=False)
+"""True while the engine reads the files again that it has read at its start."""
+_REFUSAL = (
+    "{} is refused: KV that other weights compute would be stored, and handed over, under the name of "
+    "those that this engine started with. Start an engine with the other weights; or set weights_version "
+    "in kv_connector_extra_config, whereby you vouch for the weights, and reset the connector's cache at "
+    "each change of them"
+)
 
 
-def _hold_weights(connector: Any) -> None:
+def _hold_weights(connector: Any, vllm_config: Any) -> None:
     """While the connector lives, this process's worker refuses other weights than those that name stored KV."""
     module = sys.modules.get("vllm.v1.worker.gpu_worker")  # also of CPU workers; others have no such calls
     if module is None:
@@ -46,6 +56,24 @@ def _hold_weights(connector: Any) -> None:
             if (change := getattr(worker, name, None)) is not None:
                 setattr(worker, name, _unless_held(name, change))
     getattr(worker, _HOLDERS).add(connector)
+    model_class: Any = get_model_cls(vllm_config.model_config)
+    if "load_weights" in vars(model_class) and not hasattr(model_class.load_weights, _HOLDERS):
+        model_class.load_weights = _unless_ours(model_class.load_weights, getattr(worker, _HOLDERS))
+
+
+def _unless_ours(load: Callable[..., Any], holders: Iterable[Any]) -> Callable[..., Any]:
+    """A model's `load_weights`, by which trainers give it other weights through a worker extension."""
+
+    @functools.wraps(load)
+    def load_weights(self: Any, *args: Any, **kwargs: Any) -> Any:
+        modules = set(map(id, self.modules()))
+        contexts = (holder._vllm_config.compilation_config.static_forward_context for holder in holders)
+        if not _READS_AGAIN.get() and any(id(layer) in modules for layers in contexts for layer in layers.values()):
+            raise HostError(_REFUSAL.format("load_weights"))
+        return load(self, *args, **kwargs)
+
+    setattr(load_weights, _HOLDERS, holders)
+    return load_weights
 
 
 def _unless_held(name: str, change: Callable[..., Any]) -> Callable[..., Any]:
@@ -53,13 +81,12 @@ def _unless_held(name: str, change: Callable[..., Any]) -> Callable[..., Any]:
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
         is_same = name == "reload_weights" and not any(value is not None for value in (*args, *kwargs.values()))
         if not is_same and getattr(self, _HOLDERS):
-            raise HostError(
-                f"{name} is refused: KV that other weights compute would be stored, and handed over, under the name of "
-                "those that this engine started with. Start an engine with the other weights; or set weights_version "
-                "in kv_connector_extra_config, whereby you vouch for the weights, and reset the connector's cache at "
-                "each change of them"
-            )
-        return change(self, *args, **kwargs)
+            raise HostError(_REFUSAL.format(name))
+        token = _READS_AGAIN.set(is_same)
+        try:
+            return change(self, *args, **kwargs)
+        finally:
+            _READS_AGAIN.reset(token)
 
     return call
 
@@ -79,7 +106,7 @@ class VllmAnswers:
             "connectors",
         } & transfer.kv_connector_extra_config.keys()  # children hold themselves
         if role == vllm_base.KVConnectorRole.WORKER and not vouched:
-            _hold_weights(self)
+            _hold_weights(self, vllm_config)
 
     def get_transfer_results(self, finished_req_ids: set[str]) -> Any:
         """Of asynchronous loads, failed blocks are told as failed requests: vLLM cannot be told of positions.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -17,7 +18,7 @@ import torch
 from kvferry.config import KVTransferConfig
 from kvferry.connectors.identity import KeyMaker, check_identity, model_identity, peer_facts, settings_identity
 from kvferry.contract import FullAttentionSpec, make_kv_cache_config
-from kvferry.contract.host import HostInfo, _process_started_s, host_info
+from kvferry.contract.host import HostInfo, _hub_commit, _process_started_s, host_info
 from kvferry.contract.numerics import named_paths
 from kvferry.contract.views import RequestView
 from kvferry.errors import ConfigError
@@ -229,6 +230,36 @@ def test_peers_whose_weights_have_only_a_hubs_name_compare_that(folder: Path) ->
     version = peer_facts(replace(info(folder), model="org/a"), "7")
     assert version == peer_facts(replace(info(folder), model="org/b"), "7")
     assert "model" not in dict(peer_facts(info(folder), None))
+
+
+def test_peers_whose_weights_come_from_a_hub_compare_the_commit(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a name stands for on a hub changes: an engine that starts later gets other weights under it."""
+    rank = RankGeometry(1, (1,), (GroupGeometry(16, AttentionKind.FULL, None),), ())
+    commits = {("org/a", None): "1" * 40, ("org/a", "old"): "2" * 40}
+
+    def cached(name: str, file: str, cache_dir: str | None, revision: str | None) -> str | None:
+        if name.startswith("s3:"):
+            raise ValueError(name)
+        is_there = (name, revision) in commits and file == "config.json" and cache_dir is None
+        return str(tmp_path / commits[name, revision] / file) if is_there else None
+
+    monkeypatch.setitem(sys.modules, "huggingface_hub", SimpleNamespace(try_to_load_from_cache=cached))
+
+    def engine(model: str, revision: str | None = None) -> EngineGeometry:
+        model_config = SimpleNamespace(model=model, revision=revision)
+        commit = _hub_commit(SimpleNamespace(model_config=model_config))
+        return EngineGeometry((rank,), peer_facts(replace(info(folder), model=model, hub_commit=commit), None))
+
+    one, other, local = engine("org/a"), engine("org/a", "old"), engine(str(folder))
+    assert differences(one, engine("org/a")) == []
+    assert differences(one, other) == [
+        f"weights: source org/a at commit {'1' * 40}, destination org/a at commit {'2' * 40}"
+    ]
+    assert [text.partition(":")[0] for text in differences(one, local)] == ["weights"]
+    for unknown in ("org/b", "s3://bucket/a"):
+        assert "weights" not in dict(engine(unknown).facts)
 
 
 def test_files_that_settings_name_must_be_as_they_were_when_the_engine_read_them(folder: Path, tmp_path: Path) -> None:
