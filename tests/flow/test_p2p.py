@@ -577,6 +577,16 @@ def test_first_tokens_are_bound_to_prompt_and_choice(cluster: Cluster) -> None:
     cluster.check_idle()
 
 
+def test_first_tokens_chosen_by_more_than_the_request_says_are_not_taken_over(cluster: Cluster) -> None:
+    """As vLLM chooses them with logits processors of the whole engine."""
+    prefill, decode = cluster.start(), cluster.start()
+    side = scheduler_side(prefill)
+    side.host = dataclasses.replace(side.host, chosen_by='{"logits_processors":["fleet:Force"]}')
+    assert not is_taken_over(decode, cluster.prefill(prefill, "p"))
+    cluster.give_back()
+    cluster.check_idle()
+
+
 SAMPLED: dict[str, Any] = {"temperature": 0.8, "seed": 5, "top_p": 0.9, "top_k": 7, "min_p": 0.01}
 CHANGES: dict[str, Any] = {
     "temperature": 0.7, "seed": 0, "top_p": 0.8, "top_k": 0, "min_p": 0.02, "repetition_penalty": 1.1,

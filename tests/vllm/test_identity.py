@@ -18,7 +18,14 @@ from engine_process import PATIENT, random_prompt
 from vllm.model_executor.model_loader import LoadFormats
 
 from kvferry.contract.host import _no_hits_reason
-from kvferry.contract.numerics import FOLDER_FORMATS, HARMLESS, HARMLESS_ENVIRONMENT, adapter_settings, numerics_of
+from kvferry.contract.numerics import (
+    FOLDER_FORMATS,
+    HARMLESS,
+    HARMLESS_ENVIRONMENT,
+    adapter_settings,
+    chosen_by,
+    numerics_of,
+)
 
 # Fields that make KV another one, by class. A field that stands neither here nor among the harmless fails the test.
 COUNTED = {
@@ -108,6 +115,26 @@ def test_variables_that_change_arithmetic_are_told_apart(make_config: Any, monke
             other = numerics_of(make_config())
         assert [key for key in plain if plain[key] != other[key]] == (["environment"] if counts else []), name
         assert not counts or name in other["environment"]
+
+
+def test_what_all_tokens_are_chosen_by_is_told(
+    make_config: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """The embedded engine, which takes first tokens over, has none of it: its own would be others."""
+    assert chosen_by(make_config()) == ""
+    (tmp_path / "generation_config.json").write_text('{"suppress_tokens": [5], "temperature": 0.5}')
+    suppressed = make_config(generation_config=str(tmp_path))
+    assert chosen_by(suppressed) == '{"suppress_tokens":[5]}'
+    assert "fleet:Force" in chosen_by(make_config(logits_processors=["fleet:Force"]))
+    marked = make_config()
+    marked.watermark_config = vllm.config.WatermarkConfig(key=1)
+    assert "gumbel" in chosen_by(marked)
+    folder = tmp_path / "fleet-1.0.dist-info"
+    folder.mkdir()
+    (folder / "METADATA").write_text("Metadata-Version: 2.1\nName: fleet\nVersion: 1.0\n")
+    (folder / "entry_points.txt").write_text("[vllm.logits_processors]\nforce = fleet:Force\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert chosen_by(make_config()) == '{"plugins":["force=fleet:Force of fleet 1.0"]}'
 
 
 def test_plugins_of_others_count(make_config: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from kvferry.contract.numerics import (
     FOLDER_FORMATS,
     adapter_settings,
+    chosen_by,
     hf_maker,
     load_format,
     named_paths,
@@ -86,6 +87,8 @@ class HostInfo:
     """Else: a time before the weights were read (seconds since the epoch), or None when there is no telling."""
     reads_failed_blocks: bool = False
     """True when the host reads `LoadFailure` records, of synchronous loads too; vLLM does not."""
+    chosen_by: str = ""
+    """What all of the host's tokens are chosen by, beside each request's settings: logits processors, for example."""
     takes_first_tokens: bool = False
     """True when the host takes a prefill engine's first tokens over; vLLM computes the last prompt token again."""
     media_read_after_s: float | None = None
@@ -162,6 +165,7 @@ def host_info(vllm_config: Any, kv_cache_config: KVCacheConfig) -> HostInfo:
         weights_stamp=getattr(model, "weights_stamp", None),
         loaded_after_s=None if hasattr(model, "weights_stamp") else _process_started_s(),
         reads_failed_blocks=bool(getattr(vllm_config, "reads_failed_blocks", False)),
+        chosen_by=chosen_by(vllm_config),
         takes_first_tokens=bool(getattr(vllm_config, "takes_first_tokens", False)),
         media_read_after_s=_media_read_after_s(vllm_config),
         numbers_media=_numbers_media(vllm_config),

@@ -390,21 +390,32 @@ def _environment(model: Any) -> dict[str, str]:
     }
 
 
-def _plugins(model: Any) -> list[str]:
+def chosen_by(vllm_config: Any) -> str:
+    """What all tokens of an engine are chosen by, beside each request's own settings; empty where there is nothing."""
+    model = vllm_config.model_config
+    if not _is_vllms(model):
+        return ""
+    generation: Mapping[str, Any] = getattr(model, "try_get_generation_config", dict)()
+    found = {
+        "logits_processors": getattr(model, "logits_processors", None),
+        "plugins": _plugins(model, "vllm.logits_processors"),
+        "watermark": getattr(vllm_config, "watermark_config", None),
+        "suppress_tokens": generation.get("suppress_tokens"),
+    }
+    found = {name: value for name, value in found.items() if value}
+    return _text(found) if found else ""
+
+
+def _plugins(model: Any, group: str = "vllm.general_plugins") -> list[str]:
     """Code of others that vLLM calls at its start: it may put its own in the place of any model, layer or quantisation.
 
     Which of it `VLLM_PLUGINS` leaves out, the environment says.
     """
     if not _is_vllms(model):
         return []
-    found = entry_points(group="vllm.general_plugins")
-    return sorted(
-        {
-            f"{plugin.name}={plugin.value} of {plugin.dist.name} {plugin.dist.version}" if plugin.dist else plugin.name
-            for plugin in found
-            if not plugin.value.startswith(("vllm.", "kvferry."))
-        }
-    )
+    others = [each for each in entry_points(group=group) if not each.value.startswith(("vllm.", "kvferry."))]
+    versions = [f"{each.dist.name} {each.dist.version}" if each.dist else "nothing installed" for each in others]
+    return sorted({f"{each.name}={each.value} of {version}" for each, version in zip(others, versions, strict=True)})
 
 
 def _rope_kinds(value: Any) -> Iterator[str]:

@@ -364,7 +364,7 @@ class P2PSchedulerSide(SchedulerSide):
             )
             if params is None:
                 return None
-            sampled = digests.at(request.num_prompt_tokens), handed, request.sampling_facts
+            sampled = digests.at(request.num_prompt_tokens), handed, request.sampling_facts + self.host.chosen_by
             first_tokens = first_tokens_digest(*sampled, params["remote_generation"])
             return {**params, "remote_first_tokens_digest": first_tokens.hex()}
         except ValueError as error:
