@@ -236,6 +236,8 @@ def numerics_of(vllm_config: Any) -> dict[str, str]:
     # Beside what they resolve to: a model may read keys that do not count above, or none in place of a default.
     out["hf_overrides"] = _text(getattr(model, "hf_overrides", None) or None)
     out["environment"] = _text(_environment(model) or None)
+    # Of vLLM alone, and named where there is none too, so that peers of other hosts compare it.
+    out["model_class_overrides"] = _text(getattr(model, "model_class_overrides", None) or {})
     out["plugins"] = _text(_plugins(model) or None)
     for where, config in (
         ("", model),

@@ -232,6 +232,15 @@ def test_peers_whose_weights_have_only_a_hubs_name_compare_that(folder: Path) ->
     assert "model" not in dict(peer_facts(info(folder), None))
 
 
+def test_an_engine_without_overridden_model_classes_says_so_to_peers(folder: Path) -> None:
+    """The embedded engine has no such setting, and took KV of vLLM engines that compute with another class."""
+    rank = RankGeometry(1, (1,), (GroupGeometry(16, AttentionKind.FULL, None),), ())
+    model = SimpleNamespace(model=str(folder), max_model_len=64, model_class_overrides={"A": "fleet:A"})
+    hosts = info(folder, model_config=model), info(folder)
+    other, plain = (EngineGeometry((rank,), peer_facts(host, None)) for host in hosts)
+    assert differences(other, plain) == ['model_class_overrides: source {"A":"fleet:A"}, destination {}']
+
+
 def test_peers_whose_weights_come_from_a_hub_compare_the_commit(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
