@@ -260,6 +260,13 @@ def test_no_hits_where_the_transformers_backend_picks_rope_by_batch(tiny_longrop
         assert is_given or "rope_type 'longrope'" in str(reason)
 
 
+def test_no_hits_where_vllm_tells_routed_experts() -> None:
+    for is_enabled in (False, True):
+        outputs = vllm.config.AuxOutputConfig(enable_return_routed_experts=is_enabled)
+        reason = _no_hits_reason(SimpleNamespace(aux_output_config=outputs, model_config=SimpleNamespace()))
+        assert (reason is not None) is is_enabled
+
+
 @pytest.mark.parametrize("has_mistrals", [False, True])
 def test_formats_are_told_apart_where_they_read_other_files(has_mistrals: bool, tmp_path: Path) -> None:
     (tmp_path / "model.safetensors").write_bytes(b"")

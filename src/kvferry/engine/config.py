@@ -113,7 +113,9 @@ class SamplingParams:
 
     def per_completion(self) -> list[SamplingParams]:
         """`n` settings of one completion each; a seed grows by one from each to the next."""
-        seeds = [None if self.seed is None else min(self.seed, _LARGEST - self.n) + index for index in range(self.n)]
+        seeds = [
+            None if self.seed is None else min(self.seed, _LARGEST + 1 - self.n) + index for index in range(self.n)
+        ]
         return [replace(self, n=1, seed=seed) for seed in seeds]
 
     def _check_types(self) -> None:

@@ -85,6 +85,15 @@ def test_mla_that_vllm_computes_whole_is_given_no_hits(other: str | None) -> Non
     assert (reason is None) is (other is not None)
 
 
+@pytest.mark.parametrize("is_enabled", [True, False])
+def test_an_engine_that_tells_routed_experts_is_given_no_hits(is_enabled: bool) -> None:
+    """vLLM finds those of a hit in a store of its own, and ends where it has none, as after a restart."""
+    config = host()
+    config.aux_output_config = SimpleNamespace(enabled=is_enabled)
+    reason = host_info(config, caches()).no_hits_reason
+    assert ("routed experts" in (reason or "")) is is_enabled
+
+
 ROPES: list[tuple[dict[str, Any], bool]] = [
     ({"rope_parameters": {"rope_type": "longrope", "short_factor": [1.0]}}, True),
     ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, True),

@@ -187,3 +187,9 @@ def test_what_is_no_switch_and_no_object_is_refused_by_name(name, value):
 def test_seeds_of_several_completions_differ_and_stay_in_range(seed):
     seeds = [each.seed for each in SamplingParams(seed=seed, n=3).per_completion()]
     assert len(set(seeds)) == 3
+
+
+@pytest.mark.parametrize("seed", [2**63 - 1, 2**63 - 2, -(2**63), None])
+def test_one_completion_keeps_its_seed(seed):
+    """The largest one became the one before it: `generate` and the servers drew other tokens than `add_request`."""
+    assert [each.seed for each in SamplingParams(seed=seed).per_completion()] == [seed]
