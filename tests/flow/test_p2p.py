@@ -27,6 +27,7 @@ from kvferry.engine.config import RequestOutputKind
 from kvferry.engine.kv_groups import layer_name
 from kvferry.engine.outputs import RequestOutput
 from kvferry.engine.prompts import PromptInput
+from kvferry.engine.request import Request
 from kvferry.errors import ConfigError, TransferError
 from kvferry.p2p import choice, threaded
 from kvferry.p2p.shm import ShmTransport
@@ -1011,6 +1012,23 @@ def test_where_closing_is_no_fence_the_end_of_the_peer_is(
 
 
 # ---- given back -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_prompt_computed_whole_although_it_was_handed_over_is_told(
+    cluster: Cluster, mode: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In vLLM a request for log-probabilities of the prompt: it was computed again, and nobody heard of that."""
+    prefill, decode = cluster.start(mode=mode), cluster.start(mode=mode)
+    params = cluster.prefill(prefill, "p")
+    monkeypatch.setattr(Request, "get_skip_reading_prefix_cache", lambda self: True)
+    cluster.add(decode, "d", params)
+    (output,) = cluster.finish("d")
+    assert (tokens(output), output.num_external_tokens) == (expected(PROMPT, 8), 0)
+    told = output.kv_transfer_params or {}
+    assert told.get("num_recomputed_tokens") == len(PROMPT) - 1
+    assert "every prompt token computed" in told["load_error"]
+    cluster.check_idle()
 
 
 @pytest.mark.parametrize("mode", MODES)

@@ -104,13 +104,17 @@ def test_peers_are_signed_as_the_decode_engine_sees_them() -> None:
         ({"prompt": "a", "best_of": 2}, "best_of=2"),
         ({"prompt": "a", "prompt_logprobs": 0}, "log-probabilities of the prompt"),
         ({"prompt": "a", "echo": True, "logprobs": 0}, "log-probabilities of the prompt"),
+        ({"messages": [], "echo": True}, "log-probabilities of the prompt"),
+        ({"messages": [], "echo": True, "top_logprobs": None}, None),
+        ({"messages": [], "echo": False, "logprobs": True, "top_logprobs": 2}, None),
         ({"prompt": "a", "use_beam_search": True}, "use_beam_search"),
         ({"prompt_embeds": "bytes"}, "prompt_embeds"),
         ({"prompt": "a", "prompt_embeds": ["bytes"]}, "prompt_embeds"),
     ],
 )
 def test_what_cannot_be_split(body: dict[str, Any], why: str | None) -> None:
-    assert Call(PATH, body).whole_because == why
+    path = "/v1/chat/completions" if "messages" in body else PATH
+    assert Call(path, body).whole_because == why
 
 
 @pytest.mark.parametrize("data", [b"", b"{", b"[]", b"7", b"\xff", b"[" * 100_000], ids=lambda d: d[:8])

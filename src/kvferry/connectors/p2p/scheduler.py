@@ -232,6 +232,9 @@ class P2PSchedulerSide(SchedulerSide):
             tokens = TokenProof(num_tokens, TokenDigests(chain, request.token_ids).at(num_tokens))
             self.agent.use(lambda core, now: core.announce(request_id, handover, tokens, now))
             self._loads[request_id] = load
+            if self.host.no_hits_reason is not None or request.skip_reading_prefix_cache:
+                # The host is told of no hit, whatever the peer has: what it then computes is not computed in silence.
+                load.reason = self.host.no_hits_reason or "the request needs every prompt token computed"
         except TransferError as error:
             self._refuse(request_id, str(error), blames_params=isinstance(error, TransferParamsError))
 
