@@ -146,3 +146,31 @@ def test_proxys_prefill_leg_is_one_that_vllm_takes(protocol: Any, body: dict[str
     leg = json.loads(prefill_body(Call("/v1/completions", body | answer), "t"))
     protocol.model_validate(leg)
     assert leg["max_tokens"] == 1
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        {"echo": True},
+        {"echo": True, "top_logprobs": None},
+        {"echo": True, "logprobs": None},
+        {"echo": False},
+        {"prompt_logprobs": 0},
+        {},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("is_chat", [True, False])
+def test_proxy_does_not_split_what_asks_for_log_probabilities_of_the_prompt(
+    body: dict[str, Any], is_chat: bool
+) -> None:
+    """vLLM gives such a request no hits, so that the decode engine would compute the prompt again."""
+    if is_chat:
+        chat = {**body, "messages": [{"role": "user", "content": "a"}]}
+        asked = ChatCompletionRequest.model_validate(chat).to_sampling_params(5, {}).prompt_logprobs
+        why = Call("/v1/chat/completions", chat).whole_because
+    else:
+        completion = {**body, "prompt": [1]}
+        asked = CompletionRequest.model_validate(completion).to_sampling_params(5, {}).prompt_logprobs
+        why = Call("/v1/completions", completion).whole_because
+    assert (why is not None) is (asked is not None)

@@ -68,10 +68,9 @@ class Call:
         prompt = body.get("prompt")
         if isinstance(prompt, list) and len(prompt) > 1 and not isinstance(prompt[0], int):
             return f"prompt has {len(prompt)} prompts"
-        # In chats vLLM's `echo` alone asks for them: it counts `top_logprobs`, which is 0 unless said otherwise.
-        is_chat = self.path.endswith("/chat/completions")
-        echoed = body.get("top_logprobs", 0) if is_chat else body.get("logprobs")
-        if body.get("prompt_logprobs") is not None or (body.get("echo") and echoed is not None):
+        # In chats vLLM's `echo` alone asks for them: it counts `top_logprobs`, which is 0 where it is not set, or null.
+        is_scored = self.path.endswith("/chat/completions") or body.get("logprobs") is not None
+        if body.get("prompt_logprobs") is not None or (body.get("echo") and is_scored):
             return "log-probabilities of the prompt"
         return "use_beam_search" if body.get("use_beam_search") else None
 

@@ -105,7 +105,7 @@ def test_peers_are_signed_as_the_decode_engine_sees_them() -> None:
         ({"prompt": "a", "prompt_logprobs": 0}, "log-probabilities of the prompt"),
         ({"prompt": "a", "echo": True, "logprobs": 0}, "log-probabilities of the prompt"),
         ({"messages": [], "echo": True}, "log-probabilities of the prompt"),
-        ({"messages": [], "echo": True, "top_logprobs": None}, None),
+        ({"messages": [], "echo": True, "top_logprobs": None}, "log-probabilities of the prompt"),
         ({"messages": [], "echo": False, "logprobs": True, "top_logprobs": 2}, None),
         ({"prompt": "a", "use_beam_search": True}, "use_beam_search"),
         ({"prompt_embeds": "bytes"}, "prompt_embeds"),
