@@ -169,6 +169,27 @@ def test_a_prefill_that_went_on_is_proved(cluster: Cluster, mode: str) -> None:
 
 
 @pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize(("num_tokens", "token"), [(49, 48), (54, 52), (54, 53), (58, 49), (51, 48)])
+def test_a_block_that_is_wanted_in_part_is_proved_by_what_it_was_as_a_whole(
+    cluster: Cluster, mode: str, num_tokens: int, token: int
+) -> None:
+    """The prefill engine has digests of others of its tokens; those of the part are made when they are asked for."""
+    sequence = [*PROMPT, *expected(PROMPT, 8)]
+    prefill, decode = cluster.start(mode=mode), cluster.start(mode=mode)
+    for name, spoils in (("good", False), ("bad", True)):
+        params = cluster.prefill(prefill, f"p-{name}", max_tokens=9)
+        cluster.until(lambda: not scheduler_side(prefill).has_pending_push_work())  # its digests are made
+        if spoils:
+            flip(prefill, params, token)
+        cluster.add(decode, name, params, sequence[:num_tokens])
+        (output,) = cluster.finish(name)
+        assert tokens(output) == expected(sequence[:num_tokens], 8)
+        assert output.num_external_tokens == (0 if spoils else num_tokens)
+        assert failures(decode) == ({"load TransferCorrupt": 1} if spoils else {})
+        decode.reset_prefix_cache()
+
+
+@pytest.mark.parametrize("mode", MODES)
 def test_caches_that_are_cut_in_another_way_are_not_proved_which_the_log_says_once(
     cluster: Cluster, mode: str, caplog: pytest.LogCaptureFixture
 ) -> None:

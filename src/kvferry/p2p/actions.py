@@ -40,12 +40,14 @@ class DigestJob:
     """Digests of this engine's blocks that hold [token_range); each rank answers `digests_made`.
 
     `connection`: they will be compared with a peer's there; where that makes others of the same KV, None is answered.
+    `check_range`: of the blocks that hold these tokens too, read after the others; they stand behind those.
     """
 
     job_id: str
     connection: int | None
     blocks: GroupBlocks
     token_range: tuple[int, int]
+    check_range: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -73,7 +73,9 @@ class Digester:
     def digests(self, job: DigestJob) -> RankDigests:
         """What a job answers."""
         return tuple(
-            self._group(number, group, job.blocks[number], job.token_range)
+            self._group(number, group, job.blocks[number], token_range)
+            for token_range in (job.token_range, job.check_range)
+            if token_range is not None
             for number, group in enumerate(self._layout.groups)
         )
 

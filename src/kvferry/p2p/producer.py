@@ -16,8 +16,9 @@ write reads are released after the write has ended or its connection is destroye
 Either way the consumer proves the tokens whose KV it wants: a lease of other tokens is not read, and not written from,
 and whoever wants other tokens does not use up the lease.
 Our ranks make digests of the blocks (`kvferry.p2p.proof`) in the step that ends the prompt, or, of another number of
-tokens, when that is leased or asked for. A Confirm that brings the consumer's is answered when ours are there, "valid"
-only if they are equal, and so is a Pushed sent, with ours; after `proof_s` either goes without.
+tokens, when that is leased or asked for; a block that is then read in another part than before must be what it was. A
+Confirm that brings the consumer's is answered when ours are there, "valid" only if they are equal, and so is a Pushed
+sent, with ours; after `proof_s` either goes without.
 
 After a failure: a claim that ended is remembered with its last answer (`memory_s`), so a late or repeated request
 cannot open it again, above all cannot start a second write; a full memory answers nothing rather than forget.
@@ -28,7 +29,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from math import inf
+from math import inf, lcm
 from typing import Any
 
 from kvferry.hashing import DIGEST_BYTES
@@ -137,6 +138,8 @@ class _DigestOrder:
     before: dict[int, RankDigests | None]
     """Those of its first `num_before` tokens, which stay for the blocks that are whole in both."""
     num_before: int
+    check_range: tuple[int, int] | None = None
+    """Tokens whose blocks are read as they were read before, so that what is read of a part of them is theirs."""
 
     def joined(self, rank: int, digests: RankDigests | None, groups: Sequence[GroupRule]) -> RankDigests | None:
         """What a rank answered, behind what it had answered before."""
@@ -145,8 +148,20 @@ class _DigestOrder:
         before, same = self.before.get(rank), min(self.num_before, self.num_tokens)
         if before is None:
             return None
+        digests, checks = digests[: len(groups)], digests[len(groups) :]
+        if self.check_range is not None and self._has_changed(before, checks, groups):
+            return tuple(bytes(len(of)) for of in digests)  # equal to nobody's
         cuts = [same // group.block_tokens * DIGEST_BYTES for group in groups]
         return tuple(old[:cut] + new[cut:] for old, new, cut in zip(before, digests, cuts, strict=True))
+
+    def _has_changed(self, before: RankDigests, checks: RankDigests, groups: Sequence[GroupRule]) -> bool:
+        assert self.check_range is not None
+        first, end = self.check_range
+        for old, new, group in zip(before, checks, groups, strict=True):
+            at, stop = (-(-token // group.block_tokens) * DIGEST_BYTES for token in (first, end))
+            if old[at:stop] != new[at:stop]:
+                return True
+        return False
 
 
 def _key(peer: str, claim_id: str) -> str:
@@ -447,10 +462,17 @@ class Producer(Role):
             self._emit(StartDigests(self._digest_job(lease, lease.blocks, (first, num_tokens), known)))
 
     def _digest_job(self, lease: Lease, blocks: m.GroupBlocks, token_range: tuple[int, int], known: int) -> DigestJob:
+        """Of blocks that hold both what is `known` and what is not, those of what is known are made once more: a bit
+        may have flipped since then."""
         made: dict[int, RankDigests | None] = {}
         lease.digests[token_range[1]] = made
-        job = DigestJob(self._new_id(), None, blocks, token_range)
-        self._digest_jobs[job.job_id] = _DigestOrder(lease, token_range[1], made, lease.digests.get(known, {}), known)
+        first, num_tokens = token_range
+        same, together = min(known, num_tokens), lcm(*(group.block_tokens for group in self._local.groups))
+        end = min(known, -(-same // together) * together)
+        check_range = (first, end) if first < end else None
+        job = DigestJob(self._new_id(), None, blocks, token_range, check_range)
+        before = lease.digests.get(known, {})
+        self._digest_jobs[job.job_id] = _DigestOrder(lease, num_tokens, made, before, known, check_range)
         return job
 
     def _is_made(self, made: dict[int, RankDigests | None]) -> bool:

@@ -290,7 +290,8 @@ class World:
         answer_s = self.small() * self.proof_rng.choice((1, 1, 1, 100))
 
         def read() -> None:
-            made = self.digests(engine, job.blocks, job.token_range, rank)
+            ranges = [tokens for tokens in (job.token_range, job.check_range) if tokens is not None]
+            made = tuple(of for tokens in ranges for of in self.digests(engine, job.blocks, tokens, rank))
             tell = lambda: self.call(engine, lambda core: core.digests_made(job.job_id, rank, made, self.now))  # noqa: E731
             if self.is_calm or self.proof_rng.random() < 0.95:
                 self.at(answer_s, lambda: self.awake(engine, tell))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -24,6 +25,9 @@ MODES = ("pull", "push")
 
 def made_of(job: a.DigestJob | a.TransferJob, rank: int, spoilt: tuple[int, int, int] | None = None) -> Any:
     """What a rank answers whose KV is right, but for one block (rank, group, position)."""
+    if isinstance(job, a.DigestJob) and job.check_range is not None:
+        of = [replace(job, token_range=tokens, check_range=None) for tokens in (job.token_range, job.check_range)]
+        return tuple(digests for each in of for digests in made_of(each, rank, spoilt))
     blocks = job.blocks if isinstance(job, a.DigestJob) else job.local_blocks
     first, end = job.token_range
     out = []
@@ -204,7 +208,9 @@ def test_only_what_was_loaded_counts() -> None:
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_who_wants_fewer_tokens_gets_digests_of_these(mode: str) -> None:
+@pytest.mark.parametrize("spoilt", [None, (1, 0, 2)])
+def test_who_wants_fewer_tokens_gets_digests_of_these(mode: str, spoilt: tuple[int, int, int] | None) -> None:
+    """Of a block that is no more what it was as a whole, nothing is proved to anybody."""
     world = World(mode)
     world.prefill()
     world.make(P)
@@ -213,12 +219,13 @@ def test_who_wants_fewer_tokens_gets_digests_of_these(mode: str) -> None:
     world.call(D, "park", "x", [[11, 12, 13], [0, 15, 16]], (0, 10))
     (start,) = world.take(P, a.StartDigests)
     assert start.job.token_range == (8, 10), "whole blocks keep the digests of before"
+    assert start.job.check_range == (8, 12), "and the one that was whole is read so once more"
     for rank in (0, 1):
-        world.call(P, "digests_made", start.job.job_id, rank, made_of(start.job, rank))
-    world.move()
+        world.call(P, "digests_made", start.job.job_id, rank, made_of(start.job, rank, spoilt))
+    world.move(spoilt)
     ended = world.ended()
     assert ended is not None
-    assert (ended.ok, ended.is_proved) == (True, True)
+    assert (ended.ok, ended.is_proved) == (spoilt is None, True)
 
 
 @pytest.mark.parametrize("mode", MODES)
