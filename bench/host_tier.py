@@ -25,12 +25,12 @@ import plots
 import record
 import torch
 
-from kvferry.connectors.offloading.messages import ChunkPart, CopyJob, StepMetadata
-from kvferry.connectors.offloading.worker import OffloadingWorkerSide
 from kvferry.contract import FullAttentionSpec, make_kv_cache_config
 from kvferry.contract.host import HostInfo
-from kvferry.hashing import Digest
-from kvferry.store.arena import Arena
+from kvferry.kv.arena import Arena
+from kvferry.kv.keys import Digest
+from kvferry.offloading.messages import ChunkPart, CopyJob, StepMetadata
+from kvferry.offloading.worker_side import OffloadingWorkerSide
 from kvferry.types import AttentionKind, GroupInfo, SlotRef
 
 BLOCK_TOKENS = 16

@@ -34,9 +34,9 @@ import numpy as np
 import record
 import torch
 
-from kvferry.p2p.choice import create_transports
-from kvferry.p2p.shm import SharedPool
-from kvferry.p2p.transport import Pieces, Region, TransferOp, TransferStatus, Transport
+from kvferry.p2p.transports.choice import create_transports
+from kvferry.p2p.transports.shm import SharedPool
+from kvferry.p2p.transports.transport import Pieces, Region, TransferOp, TransferStatus, Transport
 
 ROOT = Path(__file__).parent.parent
 PIECE_BYTES = (16 << 10, 64 << 10, 256 << 10, 2 << 20)

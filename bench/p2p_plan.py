@@ -27,7 +27,7 @@ from typing import Any
 import plots
 import record
 
-from kvferry.layout import GroupLayout, KVLayout, LayerLayout
+from kvferry.kv.layout import GroupLayout, KVLayout, LayerLayout
 from kvferry.p2p.geometry import EngineGeometry, rank_geometry
 from kvferry.p2p.plan import _planner, plan_transfer
 from kvferry.types import AttentionKind, GroupInfo

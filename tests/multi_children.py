@@ -25,8 +25,8 @@ from kvferry.contract import (
     make_kv_cache_config,
 )
 from kvferry.contract.hooks import HOOKS, HookSide
-from kvferry.contract.multi import MultiConnector
 from kvferry.errors import ConfigError
+from kvferry.multi.connector import MultiConnector
 
 BLOCK = 4
 

@@ -168,7 +168,7 @@ CASES: list[Case] = [
     ("no module", connector(kv_connector_module_path="nothing.here"), ["kv_connector_module_path", "'nothing'"]),
     (
         "no class",
-        connector(kv_connector_module_path="kvferry.connectors.offloading", kv_connector="OffloadConnector"),
+        connector(kv_connector_module_path="kvferry.offloading.connector", kv_connector="OffloadConnector"),
         ["'OffloadConnector'", "'OffloadingConnector'"],
     ),
     # settings of the OffloadingConnector

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from kvferry.config import KVTransferConfig
-    from kvferry.connectors.lmcache_mp import LMCacheMPConnectorUpstream
     from kvferry.contract import (
         FullAttentionSpec,
         KVCacheConfig,
@@ -27,6 +26,7 @@ if TYPE_CHECKING:
     )
     from kvferry.engine import LLM, RequestOutput, SamplingParams
     from kvferry.errors import ConfigError, KVFerryError
+    from kvferry.lmcache.connector import LMCacheMPConnectorUpstream
 
 __version__ = "0.1.0"
 
@@ -54,7 +54,7 @@ __all__ = [
 
 _HOMES = {
     "kvferry.config": {"KVTransferConfig"},
-    "kvferry.connectors.lmcache_mp": {"LMCacheMPConnectorUpstream"},
+    "kvferry.lmcache.connector": {"LMCacheMPConnectorUpstream"},
     "kvferry.engine": {"LLM", "RequestOutput", "SamplingParams"},
     "kvferry.errors": {"ConfigError", "KVFerryError"},
 }

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from kvferry.clock import Clock
-from kvferry.store.disk import DiskTier
+from kvferry.offloading.tiers.disk import DiskTier
 from kvferry.types import Namespace
 
 

@@ -22,10 +22,10 @@ import numpy as np
 import torch
 
 from kvferry import LLM, SamplingParams
-from kvferry.connectors.p2p.scheduler import P2PSchedulerSide
-from kvferry.p2p import choice, shm
-from kvferry.p2p.threaded import Step, ThreadedTransport, Transfer
-from kvferry.p2p.transport import PeerHandle, Pieces, TransferOp
+from kvferry.p2p.transports import choice, shm
+from kvferry.p2p.scheduler_side import P2PSchedulerSide
+from kvferry.p2p.transports.threaded import Step, ThreadedTransport, Transfer
+from kvferry.p2p.transports.transport import PeerHandle, Pieces, TransferOp
 from kvferry.testing.stub_model import StubModel
 
 BLOCK = 4
@@ -83,7 +83,7 @@ def install_gate(transport: str) -> None:
     """What is used from now on in this process."""
     Gate.is_open.set()
     if transport == "nixl":
-        from kvferry.p2p import nixl
+        from kvferry.p2p.transports import nixl
 
         nixl._POST_BYTES = PART_BYTES
         nixl.NixlTransport = gated(nixl.NixlTransport)  # type: ignore[misc]

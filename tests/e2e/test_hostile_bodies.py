@@ -13,10 +13,10 @@ from typing import Any
 import pytest
 from test_server import CHAT, PROMPT, Running, expected, running
 
-from kvferry.engine.server.protocol import ChatBody, CompletionBody
 from kvferry.http import bind_socket, url_of
 from kvferry.proxy.app import Proxy, make_server
 from kvferry.proxy.config import ProxyConfig
+from kvferry.server.protocol import ChatBody, CompletionBody
 
 P2P = {
     "kv_connector": "P2PConnector", "kv_role": "kv_both", "kv_load_failure_policy": "fail",

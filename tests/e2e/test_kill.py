@@ -19,7 +19,7 @@ import xxhash
 from kill_child import BLOCK_SIZE, CHUNK_TOKENS, PROMPT_TOKENS, batch_numbers, prompt, transfer
 
 from kvferry import LLM, SamplingParams
-from kvferry.hashing import Identity, KeyChain, store_key
+from kvferry.kv.keys import Identity, KeyChain, store_key
 from kvferry.testing.stub_model import StubModel
 
 HERE = Path(__file__).parent

@@ -21,9 +21,9 @@ import pytest
 import torch
 from tests import small_tokenizer
 
-from kvferry.engine.server.run import ServerOptions
 from kvferry.errors import ConfigError
 from kvferry.http import bind_socket
+from kvferry.server.run import ServerOptions
 
 ROOT = Path(__file__).parents[2]
 NAMED = ("--served-model-name", "tiny")

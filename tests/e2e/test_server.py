@@ -25,10 +25,10 @@ from typer.testing import CliRunner
 
 from kvferry import LLM
 from kvferry.cli.main import app as cli
-from kvferry.engine.server.run import ServerOptions, make_server, serve
 from kvferry.errors import HostError
 from kvferry.http import bind_socket
 from kvferry.metrics import METRICS, Kind
+from kvferry.server.run import ServerOptions, make_server, serve
 from kvferry.testing.stub_model import StubModel
 
 PROMPT = [(i * 31 + i * i) % 300 for i in range(70)]

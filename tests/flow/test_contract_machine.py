@@ -11,12 +11,12 @@ from hypothesis import HealthCheck, Phase, settings
 from hypothesis.stateful import run_state_machine_as_test
 from tests.flow.contract_machine import ContractMachine, GroupsMachine, fired
 
-from kvferry.contract.multi.requests import Completions
 from kvferry.contract.pins import PinLedger
 from kvferry.engine.block_pool import BlockPool
 from kvferry.engine.kv_manager import KVManager
 from kvferry.engine.scheduler import Scheduler
 from kvferry.engine.transfers import Transfers
+from kvferry.multi.requests import Completions
 
 NUM_WALKS, NUM_RULES = 300, 60
 NUM_GROUP_WALKS = 150

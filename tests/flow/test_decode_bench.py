@@ -10,12 +10,12 @@ import torch
 
 from kvferry import LLM, SamplingParams
 from kvferry.config import KVTransferConfig
-from kvferry.connectors.decode_bench import DecodeBenchSchedulerSide, DecodeBenchWorkerSide
 from kvferry.contract import FullAttentionSpec, KVCacheSpec, KVConnectorFactory, SlidingWindowSpec, make_kv_cache_config
 from kvferry.contract.clauses import broken_match
 from kvferry.contract.host import host_info
 from kvferry.contract.views import RequestView, StepView
 from kvferry.errors import ConfigError
+from kvferry.examples.decode_bench import DecodeBenchSchedulerSide, DecodeBenchWorkerSide
 from kvferry.testing.stub_model import StubModel
 
 pytestmark = pytest.mark.usefixtures("runner")

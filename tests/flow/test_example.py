@@ -9,8 +9,8 @@ import torch
 from safetensors.torch import load_file
 
 from kvferry import LLM, SamplingParams
-from kvferry.connectors.example import _read, _write
 from kvferry.errors import ConfigError, TierCorrupt
+from kvferry.examples.example import _read, _write
 from kvferry.testing.stub_model import StubModel
 
 pytestmark = pytest.mark.usefixtures("runner")
@@ -253,7 +253,7 @@ def test_a_full_disk_costs_no_answer(make_llm, stored, monkeypatch, caplog):
         raise OSError("no space left")
 
     with monkeypatch.context() as patch:
-        patch.setattr("kvferry.connectors.example._write", fail)
+        patch.setattr("kvferry.examples.example._write", fail)
         run(llm, prompt(90))
     assert stored() == []
     assert "0 blocks not loaded, 5 not saved: no space left" in caplog.text

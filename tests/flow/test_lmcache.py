@@ -407,7 +407,7 @@ def test_doctor_asks_for_the_server_as_the_start_does(
 def test_a_server_that_does_not_take_the_staging(
     server: FakeServer, make_llm: MakeLlm, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("kvferry.connectors.lmcache_mp.session.PROBE_TIMEOUT_S", 0.2)
+    monkeypatch.setattr("kvferry.lmcache.session.PROBE_TIMEOUT_S", 0.2)
     server.faults["register_kv_cache"] = lambda _: SILENT
     with pytest.raises(HostError, match="--supported-transfer-mode lmcache_driven"):
         make_llm()
@@ -425,7 +425,7 @@ def test_what_runs_is_told_and_is_no_hybrid_one(make_llm: MakeLlm, caplog: pytes
 
 
 def test_the_package_is_not_imported() -> None:
-    code = "import sys, kvferry.connectors.lmcache_mp; print('lmcache' in sys.modules)"
+    code = "import sys, kvferry.lmcache.connector; print('lmcache' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "False"
 
 

@@ -204,7 +204,7 @@ def test_an_aborted_id_used_again(make_engine, tokens):
 
 
 def test_events_of_a_multi_connectors_children_are_kept(make_engine):
-    from kvferry.contract.multi.messages import with_source
+    from kvferry.multi.messages import with_source
 
     engine = make_engine()
     event = BlockStored([b"x"], None, [], 16, None, "CPU", None)

@@ -12,9 +12,9 @@ import torch
 from kvferry import LLM, SamplingParams
 from kvferry.clock import FakeClock
 from kvferry.contract import KVConnectorBase_V1, KVConnectorMetadata, KVConnectorTransferResults, SupportsHMA
-from kvferry.contract.multi.child import MAX_ERRORS
 from kvferry.engine.outputs import RequestOutput
 from kvferry.errors import ConfigError
+from kvferry.multi.child import MAX_ERRORS
 from kvferry.testing.stub_model import StubModel
 
 pytestmark = pytest.mark.usefixtures("runner")

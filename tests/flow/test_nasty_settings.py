@@ -16,18 +16,18 @@ from kvferry import LLM
 from kvferry.cli import diagnosis
 from kvferry.clock import SystemClock
 from kvferry.config import KVTransferConfig, transfer_config
-from kvferry.connectors.decode_bench import DecodeBenchConfig
-from kvferry.connectors.example import ExampleConfig
-from kvferry.connectors.hidden_states import HiddenStatesConfig
-from kvferry.connectors.load_recovery import LoadRecoveryConfig
-from kvferry.connectors.offloading.config import OffloadingConfig
-from kvferry.connectors.p2p.config import P2PConfig
-from kvferry.contract.multi.config import MultiConfig
 from kvferry.engine.config import EngineOptions
 from kvferry.engine.connector_host import start_connectors
 from kvferry.engine.plan import plan_engine
 from kvferry.errors import ConfigError
-from kvferry.store.disk import DiskSettings
+from kvferry.examples.decode_bench import DecodeBenchConfig
+from kvferry.examples.example import ExampleConfig
+from kvferry.examples.hidden_states import HiddenStatesConfig
+from kvferry.examples.load_recovery import LoadRecoveryConfig
+from kvferry.multi.config import MultiConfig
+from kvferry.offloading.config import OffloadingConfig
+from kvferry.offloading.tiers.disk import DiskSettings
+from kvferry.p2p.config import P2PConfig
 from kvferry.testing.stub_model import StubModel
 
 HUGE = 10**5000  # Python does not even write it

@@ -12,7 +12,7 @@ import pytest
 
 from kvferry import LLM, SamplingParams
 from kvferry.engine.outputs import RequestOutput
-from kvferry.hashing import Identity, KeyChain, store_key
+from kvferry.kv.keys import Identity, KeyChain, store_key
 from kvferry.testing.stub_model import StubModel
 
 pytestmark = pytest.mark.usefixtures("runner")

@@ -21,18 +21,18 @@ from typing import Any
 import pytest
 
 from kvferry import LLM, SamplingParams
-from kvferry.connectors.p2p import links
-from kvferry.connectors.p2p.scheduler import P2PSchedulerSide
 from kvferry.engine.config import RequestOutputKind
 from kvferry.engine.kv_groups import layer_name
 from kvferry.engine.outputs import RequestOutput
 from kvferry.engine.prompts import PromptInput
 from kvferry.engine.request import Request
 from kvferry.errors import ConfigError, TransferError
-from kvferry.p2p import choice, threaded
-from kvferry.p2p.shm import ShmTransport
-from kvferry.p2p.threaded import Step, Transfer
-from kvferry.p2p.transport import Completion, TransferOp
+from kvferry.p2p import links
+from kvferry.p2p.scheduler_side import P2PSchedulerSide
+from kvferry.p2p.transports import choice, threaded
+from kvferry.p2p.transports.shm import ShmTransport
+from kvferry.p2p.transports.threaded import Step, Transfer
+from kvferry.p2p.transports.transport import Completion, TransferOp
 from kvferry.testing.stub_model import StubModel
 from kvferry.testing.transports import FakeNetwork, FakeTransport, Faults
 
@@ -1187,7 +1187,7 @@ def test_ucx_settings_reach_nixl_as_texts(cluster: Cluster, monkeypatch: pytest.
         raise ConfigError(f"NIXL with {ucx_params}")
 
     monkeypatch.setattr(choice, "_nixl", nixl)
-    monkeypatch.setattr("kvferry.p2p.nixl.load_nixl", lambda: None)  # as where it is installed
+    monkeypatch.setattr("kvferry.p2p.transports.nixl.load_nixl", lambda: None)  # as where it is installed
     with pytest.raises(ConfigError, match=r"NIXL with \{'num_threads': '4', 'ucx_devices': 'lo'\}"):
         cluster.start("NixlConnector", transport="nixl", ucx={"num_threads": 4, "ucx_devices": "lo"})
 

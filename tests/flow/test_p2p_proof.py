@@ -14,10 +14,10 @@ from tests.flow.test_p2p import MODES, PROMPT, Cluster, cluster, expected, sched
 
 from kvferry import LLM
 from kvferry.engine.kv_groups import layer_name
-from kvferry.p2p import choice
-from kvferry.p2p.shm import ShmTransport
-from kvferry.p2p.threaded import Step, Transfer
-from kvferry.p2p.transport import TransferOp
+from kvferry.p2p.transports import choice
+from kvferry.p2p.transports.shm import ShmTransport
+from kvferry.p2p.transports.threaded import Step, Transfer
+from kvferry.p2p.transports.transport import TransferOp
 from kvferry.testing.stub_model import StubModel
 
 __all__ = ["cluster"]  # the fixture

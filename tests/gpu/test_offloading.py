@@ -11,8 +11,8 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from kvferry import LLM, SamplingParams
-from kvferry.connectors.offloading.copier import DeviceCopier, make_copier
-from kvferry.layout import KVLayout
+from kvferry.kv.layout import KVLayout
+from kvferry.offloading.copier import DeviceCopier, make_copier
 from kvferry.types import AttentionKind, GroupInfo
 
 

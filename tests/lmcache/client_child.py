@@ -14,12 +14,12 @@ from typing import Any
 import torch
 
 from kvferry.config import KVTransferConfig
-from kvferry.connectors.lmcache_mp.messages import ChunkMove, LMCacheMetadata, TransferJob
-from kvferry.connectors.lmcache_mp.worker import LMCacheWorkerSide
 from kvferry.contract import FullAttentionSpec, make_kv_cache_config
 from kvferry.contract.host import host_info
 from kvferry.lmcache.lookups import Lookups
+from kvferry.lmcache.messages import ChunkMove, LMCacheMetadata, TransferJob
 from kvferry.lmcache.wire import ServerKey
+from kvferry.lmcache.worker_side import LMCacheWorkerSide
 
 BLOCK, CHUNK, NUM_CHUNKS, NUM_BLOCKS = 16, 64, 6, 64
 TOKENS = tuple((i * 37 + 5) % 1000 for i in range(NUM_CHUNKS * CHUNK))

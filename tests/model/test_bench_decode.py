@@ -68,7 +68,7 @@ def test_percentiles_are_nearest_ranks():
 
 
 def test_a_connector_that_claims_nothing_is_found_out(monkeypatch):
-    from kvferry.connectors.decode_bench import DecodeBenchSchedulerSide
+    from kvferry.examples.decode_bench import DecodeBenchSchedulerSide
 
     monkeypatch.setattr(DecodeBenchSchedulerSide, "get_num_new_matched_tokens", lambda *args: (0, False))
     with pytest.raises(HostError, match="prompts were computed"):

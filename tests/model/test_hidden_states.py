@@ -14,8 +14,8 @@ from safetensors import safe_open
 from transformers import AutoModelForCausalLM
 
 from kvferry import LLM, SamplingParams
-from kvferry.connectors.hidden_states import load_hidden_states
 from kvferry.errors import ConfigError
+from kvferry.examples.hidden_states import load_hidden_states
 from kvferry.testing.stub_model import StubModel
 
 STATES = [0, 2, 3]  # embeddings, a middle one, what the last of three layers gives

@@ -14,8 +14,8 @@ import pytest
 from tests.patience import wait_until
 
 from kvferry.errors import ConfigError
-from kvferry.p2p.nixl import NixlTransport
-from kvferry.p2p.transport import PeerHandle, Region, TransferOp, TransferStatus
+from kvferry.p2p.transports.nixl import NixlTransport
+from kvferry.p2p.transports.transport import PeerHandle, Region, TransferOp, TransferStatus
 from kvferry.testing.transport_checks import End, TransportChecks, copies, wait_for
 
 READ, WRITE = TransferOp.READ, TransferOp.WRITE
@@ -23,8 +23,8 @@ SIZE = 64 << 20
 
 OWNER = """
 import sys, numpy
-from kvferry.p2p.nixl import NixlTransport
-from kvferry.p2p.transport import Region
+from kvferry.p2p.transports.nixl import NixlTransport
+from kvferry.p2p.transports.transport import Region
 memory = (numpy.arange(int(sys.argv[1])) % 251).astype(numpy.uint8)
 transport = NixlTransport("owner")
 transport.register([Region(memory.ctypes.data, memory.nbytes)])

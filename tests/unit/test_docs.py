@@ -14,10 +14,10 @@ import typer
 
 from kvferry.cli.main import app
 from kvferry.config import KVTransferConfig
-from kvferry.connectors.offloading.config import OffloadingConfig
-from kvferry.connectors.p2p.config import P2PConfig
 from kvferry.contract import KVConnectorFactory
 from kvferry.kv_events import KVEventsConfig
+from kvferry.offloading.config import OffloadingConfig
+from kvferry.p2p.config import P2PConfig
 
 ROOT = Path(__file__).parents[2]
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])

@@ -23,11 +23,11 @@ import torch
 import zmq
 from safetensors.torch import save
 
-from kvferry.connectors.example import _digest, _read
-from kvferry.connectors.hidden_states import load_hidden_states
 from kvferry.errors import HostError, TierCorrupt, TierError, TransferError
+from kvferry.examples.example import _digest, _read
+from kvferry.examples.hidden_states import load_hidden_states
 from kvferry.lmcache.wire import ServerConnection
-from kvferry.store.disk_format import HEADER_BYTES, ChunkFormat
+from kvferry.offloading.tiers.disk_format import HEADER_BYTES, ChunkFormat
 from kvferry.types import Namespace, StoreKey
 
 SEED = 20261128

@@ -8,12 +8,12 @@ from typing import Any
 import pytest
 
 from kvferry.config import parse_settings, parse_size, transfer_config
-from kvferry.connectors.offloading.config import OffloadingConfig
-from kvferry.connectors.p2p.config import P2PConfig
 from kvferry.errors import ConfigError
 from kvferry.lmcache.config import LMCacheConfig
+from kvferry.offloading.config import OffloadingConfig
+from kvferry.offloading.tiers.disk import DiskSettings
+from kvferry.p2p.config import P2PConfig
 from kvferry.proxy.config import ProxyConfig
-from kvferry.store.disk import DiskSettings
 
 SETTINGS: list[Any] = [OffloadingConfig, P2PConfig, LMCacheConfig, ProxyConfig, DiskSettings]
 REQUIRED: dict[Any, dict[str, Any]] = {

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 
 from kvferry.config import KVTransferConfig, parse_json_object, parse_settings, transfer_config
-from kvferry.connectors.offloading.config import OffloadingConfig
 from kvferry.errors import ConfigError
+from kvferry.offloading.config import OffloadingConfig
 
 
 @pytest.mark.parametrize("backend", [None, "native"])

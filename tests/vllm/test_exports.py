@@ -110,12 +110,13 @@ def test_the_table_of_exports_is_the_one_tested_here() -> None:
 
 @pytest.mark.parametrize(
     ("name", "loaded"),
-    [("LoadRecoveryExampleConnector", ["kvferry.connectors.load_recovery"]), (MULTI, [])],
+    [("LoadRecoveryExampleConnector", ["kvferry.examples.load_recovery"]), (MULTI, [])],
 )
 def test_naming_one_connector_imports_no_other(name: str, loaded: list[str]) -> None:
     code = (
         f"import sys, kvferry.vllm; kvferry.vllm.{name}; "
-        "print(*sorted(m for m in sys.modules if m.startswith('kvferry.connectors.')))"
+        "print(*sorted(m for m in sys.modules if m.startswith(tuple(f'kvferry.{home}.' for home in "
+        "('examples', 'lmcache', 'offloading', 'p2p')))))"
     )
     assert run_python(code).splitlines()[-1:] == ([" ".join(loaded)] if loaded else [])
 
@@ -250,7 +251,8 @@ load_general_plugins()
 from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory as factory
 from kvferry.vllm.plugin import register
 register()
-assert not [m for m in sys.modules if m.startswith(("kvferry.connectors", "kvferry.vllm.facade"))]
+ours = ("kvferry.examples", "kvferry.offloading", "kvferry.p2p", "kvferry.vllm.facade")
+assert not [m for m in sys.modules if m.startswith(ours)]
 names = sorted(name for name in factory._registry if name.startswith("Ferry"))
 import kvferry.vllm
 print(*names, factory.get_connector_class_by_name("FerryOffloadingConnector") is kvferry.vllm.OffloadingConnector)

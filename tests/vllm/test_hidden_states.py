@@ -16,7 +16,7 @@ from engine_process import HERE, random_prompt, vllm_environment
 from hidden_states_child import LAYERS
 from transformers import AutoModelForCausalLM
 
-from kvferry.connectors.hidden_states import load_hidden_states
+from kvferry.examples.hidden_states import load_hidden_states
 
 
 @pytest.fixture(scope="module")

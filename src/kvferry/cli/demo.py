@@ -28,7 +28,7 @@ from kvferry.cli.demo_handover import HandoverAct
 from kvferry.cli.demo_report import Act, Handover, Proof, Report
 from kvferry.cli.demo_store import StoredChunks
 from kvferry.errors import ConfigError, require_packages
-from kvferry.segment import SHM_DIRECTORY, sweep_dead_segments
+from kvferry.kv.segment import SHM_DIRECTORY, sweep_dead_segments
 
 if TYPE_CHECKING:
     from rich.console import Console

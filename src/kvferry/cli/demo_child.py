@@ -23,8 +23,8 @@ from kvferry import LLM, SamplingParams
 from kvferry.engine import RequestOutput
 from kvferry.engine.request import Logprob
 from kvferry.errors import ConfigError, KVFerryError
-from kvferry.fingerprint import fingerprint_folder
-from kvferry.hashing import Identity, KeyChain, store_key
+from kvferry.kv.fingerprint import fingerprint_folder
+from kvferry.kv.keys import Identity, KeyChain, store_key
 
 logger = logging.getLogger(__name__)
 

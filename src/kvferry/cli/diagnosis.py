@@ -17,22 +17,22 @@ import torch
 
 from kvferry.cli.options import Host
 from kvferry.config import KVTransferConfig
-from kvferry.connectors.offloading import OffloadingConnector
-from kvferry.connectors.offloading.capacity import offloading_capacity
-from kvferry.connectors.p2p.config import P2PConfig
-from kvferry.connectors.p2p.worker import P2PWorkerSide
 from kvferry.contract import KVConnectorFactory
 from kvferry.contract.host import groups_of, host_info
-from kvferry.contract.multi import MultiConnector
 from kvferry.engine.config import EngineOptions
 from kvferry.engine.hybrid import parts_of
 from kvferry.engine.model_loader import ModelShape, check_weights
 from kvferry.engine.plan import EnginePlan, plan_engine
 from kvferry.errors import ConfigError
-from kvferry.p2p.choice import AUTO, check_transport
-from kvferry.p2p.shm import SharedPool
-from kvferry.segment import SHM_DIRECTORY
-from kvferry.space import device_at, space_at
+from kvferry.kv.segment import SHM_DIRECTORY
+from kvferry.kv.space import device_at, space_at
+from kvferry.multi.connector import MultiConnector
+from kvferry.offloading.capacity import offloading_capacity
+from kvferry.offloading.connector import OffloadingConnector
+from kvferry.p2p.config import P2PConfig
+from kvferry.p2p.transports.choice import AUTO, check_transport
+from kvferry.p2p.transports.shm import SharedPool
+from kvferry.p2p.worker_side import P2PWorkerSide
 from kvferry.vllm.compat import installed_vllm, is_supported, supported_versions
 from kvferry.vllm.names import is_vllms_own
 

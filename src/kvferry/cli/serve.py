@@ -109,9 +109,9 @@ def _run(model: str, engine: dict[str, Any], server: dict[str, Any], num_threads
         import torch
 
         from kvferry.engine import LLM
-        from kvferry.engine.server.run import ServerOptions
-        from kvferry.engine.server.run import serve as run_server
         from kvferry.http import AccessRules, bind_socket, url_of
+        from kvferry.server.run import ServerOptions
+        from kvferry.server.run import serve as run_server
     except ModuleNotFoundError as err:
         raise ConfigError(f"{err.name} is not installed: {install_hint('engine', 'server')}") from err
     options = ServerOptions(**{**server, "access": AccessRules.parse(*server["access"])})

@@ -82,7 +82,7 @@ class HostInfo:
     draft_model: str | None = None
     """Folder or hub name of the draft model, or None: its KV lies in the cache too."""
     weights_stamp: Any = None
-    """What `kvferry.fingerprint.stamp_folder` said of the model's folder before its weights were read, or None."""
+    """What `kvferry.kv.fingerprint.stamp_folder` said of the model's folder before its weights were read, or None."""
     loaded_after_s: float | None = None
     """Else: a time before the weights were read (seconds since the epoch), or None when there is no telling."""
     reads_failed_blocks: bool = False

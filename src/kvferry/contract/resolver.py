@@ -38,7 +38,6 @@ from kvferry.errors import (
     install_hint,
     require_packages,
 )
-from kvferry.lmcache.config import check_builtin
 
 logger = logging.getLogger(__name__)
 
@@ -91,7 +90,7 @@ _LMCACHE_HINT = f"{install_hint('lmcache')}; torch comes with the host"
 BUILT_INS = (
     Target(
         "OffloadingConnector",
-        "kvferry.connectors.offloading",
+        "kvferry.offloading.connector",
         "OffloadingConnector",
         Origin.BUILT_IN,
         "Keeps KV in host memory and in tiers below it, and loads it for requests with the same prefix.",
@@ -100,7 +99,7 @@ BUILT_INS = (
     *(
         Target(
             name,
-            "kvferry.connectors.p2p",
+            "kvferry.p2p.connector",
             name,
             Origin.BUILT_IN,
             description,
@@ -116,14 +115,14 @@ BUILT_INS = (
     ),
     Target(
         "MultiConnector",
-        "kvferry.contract.multi",
+        "kvferry.multi.connector",
         "MultiConnector",
         Origin.BUILT_IN,
         "Several connectors as one: loads from the best, saves to all.",
     ),
     Target(
         "LoadRecoveryExampleConnector",
-        "kvferry.connectors.load_recovery",
+        "kvferry.examples.load_recovery",
         "LoadRecoveryExampleConnector",
         Origin.BUILT_IN,
         "Drops chosen blocks of its loads on purpose, to show how an engine recovers.",
@@ -131,7 +130,7 @@ BUILT_INS = (
     ),
     Target(
         "ExampleConnector",
-        "kvferry.connectors.example",
+        "kvferry.examples.example",
         "ExampleConnector",
         Origin.BUILT_IN,
         "Keeps KV in a shared folder, one safetensors file per block and layer; the one to read first.",
@@ -139,7 +138,7 @@ BUILT_INS = (
     ),
     Target(
         "ExampleHiddenStatesConnector",
-        "kvferry.connectors.hidden_states",
+        "kvferry.examples.hidden_states",
         "ExampleHiddenStatesConnector",
         Origin.BUILT_IN,
         "Writes chosen layers' hidden states of each prompt to a safetensors file.",
@@ -147,7 +146,7 @@ BUILT_INS = (
     ),
     Target(
         "DecodeBenchConnector",
-        "kvferry.connectors.decode_bench",
+        "kvferry.examples.decode_bench",
         "DecodeBenchConnector",
         Origin.BUILT_IN,
         "Fills the KV of prompts with noise, so that decoding alone is measured; answers mean nothing.",
@@ -155,7 +154,7 @@ BUILT_INS = (
     ),
     Target(
         "LMCacheMPConnector",
-        "kvferry.connectors.lmcache_mp",
+        "kvferry.lmcache.connector",
         "LMCacheMPConnector",
         Origin.BUILT_IN,
         "Keeps KV in an LMCache server; in vLLM with LMCache's own class where that is installed.",
@@ -163,7 +162,7 @@ BUILT_INS = (
     ),
     Target(
         "LMCacheMPConnectorUpstream",
-        "kvferry.connectors.lmcache_mp",
+        "kvferry.lmcache.connector",
         "LMCacheMPConnectorUpstream",
         Origin.BUILT_IN,
         "Keeps KV in an LMCache server, always with kvferry's own client.",
@@ -289,10 +288,7 @@ class ConnectorResolver:
         if (own := built_in_meant(name, path)) is not None and not (path is None and self._offers(name)):
             name, path = own, None
         if path is None:
-            target = self._named(name)
-            if target.module == "kvferry.connectors.lmcache_mp":
-                check_builtin(transfer.kv_connector_extra_config)
-            return target
+            return self._named(name)
         target = Target(name, path, name, Origin.MODULE)
         if name == "LMCacheMPConnector" and lmcache_upstream_environment():
             logger.warning("LMCACHE_USE_UPSTREAM_MP is set, but kv_connector_module_path=%r is what counts", path)

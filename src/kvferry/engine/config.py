@@ -217,7 +217,7 @@ class ModelConfig:
     hf_config: Any
     use_mla: bool = False
     weights_stamp: Any = None
-    """Of the weights' files before they were read (`kvferry.fingerprint.stamp_folder`); None without files."""
+    """Of the weights' files before they were read (`kvferry.kv.fingerprint.stamp_folder`); None without files."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -40,7 +40,6 @@ from kvferry.contract.clauses import (
     broken_sources,
 )
 from kvferry.contract.host import groups_of
-from kvferry.contract.multi.messages import SourcedEvent
 from kvferry.engine.attention import PackedBatch
 from kvferry.engine.config import EngineConfig
 from kvferry.engine.guard import Breaker, Guard, HostCounters
@@ -51,6 +50,7 @@ from kvferry.engine.request import Request
 from kvferry.engine.timetable import V1_TIMETABLE, V2_TIMETABLE, Timetable
 from kvferry.errors import ContractError
 from kvferry.kv_events import KVCacheEvent
+from kvferry.multi.messages import SourcedEvent
 
 if TYPE_CHECKING:
     import torch

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from kvferry.contract.base import CacheHitSource
 from kvferry.contract.views import RequestView
 from kvferry.engine.request import Request, SampledToken
-from kvferry.hashing import HANDOVER, Identity, KeyChain, TokenDigests, first_tokens_digest
+from kvferry.kv.keys import HANDOVER, Identity, KeyChain, TokenDigests, first_tokens_digest
 
 logger = logging.getLogger(__name__)
 

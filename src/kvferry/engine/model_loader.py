@@ -47,7 +47,7 @@ from kvferry.engine.attention import (
 from kvferry.engine.kv_groups import KVBuffer, LayerGeometry, full_attention_specs, kv_cache_config_for
 from kvferry.engine.linears import pack_linears
 from kvferry.errors import ConfigError
-from kvferry.fingerprint import stamp_folder
+from kvferry.kv.fingerprint import stamp_folder
 
 logger = logging.getLogger(__name__)
 

@@ -1,1 +1,1 @@
-"""Our own client of LMCache's multi-process server. Nothing here imports lmcache."""
+"""KV in an LMCache server: both sides of the connector and the client of the server's protocol."""

@@ -1,1 +1,1 @@
-"""KV between engines: one protocol core, thin transports."""
+"""KV from engine to engine: prefill here, decode there."""

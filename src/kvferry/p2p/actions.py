@@ -8,7 +8,7 @@ from enum import Enum
 
 from kvferry.errors import ConfigError
 from kvferry.p2p.messages import GroupBlocks, Hello, Message
-from kvferry.p2p.transport import TransferOp
+from kvferry.p2p.transports.transport import TransferOp
 
 
 class FinishReason(Enum):

@@ -32,10 +32,10 @@ from typing import Any
 from kvferry.errors import TransferError
 from kvferry.p2p import messages as m
 from kvferry.p2p.actions import BlocksSafe, DigestJob, LoadEnded, StartDigests, StartTransfer, TransferJob
-from kvferry.p2p.calls import row
 from kvferry.p2p.peers import Peer, Role, same_life, same_tokens
 from kvferry.p2p.proof import RankDigests, first_blocks, make_proof
-from kvferry.p2p.transport import TransferOp, TransferStatus
+from kvferry.p2p.transports.calls import row
+from kvferry.p2p.transports.transport import TransferOp, TransferStatus
 
 _CALLS = ("claim", "register", "confirm")
 

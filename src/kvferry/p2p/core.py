@@ -40,13 +40,13 @@ from typing import Any
 
 from kvferry.p2p import messages as m
 from kvferry.p2p.actions import Action, DigestJob, FinishReason, LocalEngine, P2PSettings, Send
-from kvferry.p2p.calls import Calls
 from kvferry.p2p.consumer import Consumer
 from kvferry.p2p.peers import GeometryCheck, Peers
 from kvferry.p2p.producer import DigestAt, Lease, Producer
 from kvferry.p2p.proof import RankDigests
 from kvferry.p2p.selection import select_blocks
-from kvferry.p2p.transport import TransferStatus
+from kvferry.p2p.transports.calls import Calls
+from kvferry.p2p.transports.transport import TransferStatus
 
 _TO_PRODUCER = (m.Claim, m.Renew, m.Confirm, m.Register, m.Withdraw, m.PushedSeen)
 

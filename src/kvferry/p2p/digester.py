@@ -10,8 +10,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from kvferry.hashing import DIGEST_BYTES, Digest
-from kvferry.layout import GroupLayout, KVLayout
+from kvferry.kv.keys import DIGEST_BYTES, Digest
+from kvferry.kv.layout import GroupLayout, KVLayout
 from kvferry.p2p.actions import DigestJob
 from kvferry.p2p.geometry import LayerGeometry, RankGeometry
 from kvferry.p2p.proof import RankDigests

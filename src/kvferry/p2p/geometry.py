@@ -20,8 +20,9 @@ from typing import Annotated, NamedTuple
 import msgspec
 from msgspec import Meta
 
+from kvferry.contract.identity import CONFIG_MAKER
 from kvferry.errors import ConfigError, TransferError, did_you_mean
-from kvferry.layout import KVLayout, LayerLayout
+from kvferry.kv.layout import KVLayout, LayerLayout
 from kvferry.types import AttentionKind, GroupInfo
 
 GEOMETRY_VERSION = 1
@@ -32,8 +33,6 @@ _PageSize = Annotated[int, Meta(ge=1, le=1 << 20)]
 _Text = Annotated[str, Meta(max_length=512)]
 _MAX_PAGE_DIMENSION, _MAX_COUNT, _MAX_FACTS = 1 << 20, 1 << 12, 1 << 10
 _MAX_REASONS = 32
-CONFIG_MAKER = "hf_config.made_by"
-"""The fact that says which code resolved the model's configuration."""
 
 
 class GroupGeometry(msgspec.Struct, frozen=True):

@@ -33,7 +33,7 @@ import msgspec
 from msgspec import Meta, Struct
 
 from kvferry.errors import TransferParamsError
-from kvferry.hashing import DIGEST_BYTES
+from kvferry.kv.keys import DIGEST_BYTES
 from kvferry.p2p.wire import Address, Codec
 
 PROTOCOL = 3
@@ -53,7 +53,7 @@ GroupBlocks = Annotated[tuple[Blocks, ...], Meta(max_length=MAX_GROUPS)]
 """Per group the block ids by position; id 0 at positions that are not handed over (outside a window)."""
 RankBlobs = Annotated[tuple[Annotated[bytes, Meta(max_length=1 << 16)], ...], Meta(max_length=MAX_RANKS)]
 Digest = Annotated[bytes, Meta(min_length=32, max_length=32)]
-"""Of a request's first tokens, their cache salt, adapter and media (`kvferry.hashing.TokenDigests`)."""
+"""Of a request's first tokens, their cache salt, adapter and media (`kvferry.kv.keys.TokenDigests`)."""
 BytesDigest = Annotated[bytes, Meta(min_length=DIGEST_BYTES, max_length=DIGEST_BYTES)]
 Epoch = Annotated[int, Meta(ge=0, lt=1 << 62)]
 Milliseconds = Annotated[int, Meta(ge=0, le=86_400_000)]

@@ -26,8 +26,8 @@ from math import inf
 from typing import Any
 
 from kvferry.p2p.actions import Action, ClosePeer, Connect, Disconnect, LocalEngine, OpenPeer, P2PSettings, Send
-from kvferry.p2p.calls import Calls, row
 from kvferry.p2p.messages import PROTOCOL, ClaimMessage, Hello, HelloRefused
+from kvferry.p2p.transports.calls import Calls, row
 
 GeometryCheck = Callable[[bytes, bytes, bool], list[str]]
 """(local geometry, remote geometry, whether KV comes from the remote engine) -> one line per reason why it cannot.

@@ -21,7 +21,7 @@ import numpy as np
 
 from kvferry.errors import TransferError, TransferMismatch, did_you_mean
 from kvferry.p2p.geometry import REGION_BITS, EngineGeometry, GroupGeometry, LayerGeometry, differences
-from kvferry.p2p.transport import Ints, Pieces
+from kvferry.p2p.transports.transport import Ints, Pieces
 from kvferry.types import NULL_BLOCK_ID
 
 BlockIds = Sequence[Sequence[int]]

@@ -32,14 +32,14 @@ from dataclasses import dataclass, field
 from math import inf, lcm
 from typing import Any
 
-from kvferry.hashing import DIGEST_BYTES
+from kvferry.kv.keys import DIGEST_BYTES
 from kvferry.p2p import messages as m
 from kvferry.p2p.actions import DigestJob, FinishReason, GroupRule, Release, StartDigests, StartTransfer, TransferJob
-from kvferry.p2p.calls import Remembered, row
 from kvferry.p2p.messages import Why
 from kvferry.p2p.peers import Peer, Role, same_life, same_tokens
 from kvferry.p2p.proof import RankDigests, first_blocks, make_proof
-from kvferry.p2p.transport import TransferOp, TransferStatus
+from kvferry.p2p.transports.calls import Remembered, row
+from kvferry.p2p.transports.transport import TransferOp, TransferStatus
 
 DigestAt = Callable[[int], bytes]
 """The digest of a request's first n tokens, for n up to all that have KV."""

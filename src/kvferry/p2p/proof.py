@@ -1,6 +1,6 @@
 """What two engines compare of a hand-over's bytes. The digests are made by `kvferry.p2p.digester`.
 
-    block     xxh3-128 of its payload (`kvferry.layout`); of one that is filled in part, of the elements of its tokens
+    block     xxh3-128 of its payload (`kvferry.kv.layout`); of a partly filled one, of the elements of its tokens
     rank      xxh3-128 of the digests of the blocks that count, position by position, group after group
     engine    one such digest per rank (`BytesProof`)
 
@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 
-from kvferry.hashing import DIGEST_BYTES, digest
+from kvferry.kv.keys import DIGEST_BYTES, digest
 from kvferry.p2p.actions import GroupRule
 from kvferry.p2p.geometry import EngineGeometry
 from kvferry.p2p.messages import BytesProof, GroupBlocks

@@ -13,7 +13,7 @@ import xxhash
 
 from kvferry.clock import Clock, SystemClock
 from kvferry.errors import ConfigError, TierCorrupt, TierError, TierUnavailable
-from kvferry.store.tier import ResetReceipt, TierJob, TierResult, TierStats
+from kvferry.offloading.store.tier import ResetReceipt, TierJob, TierResult, TierStats
 from kvferry.types import Namespace, StoreKey
 
 __all__ = ["BlockingTier", "FailingTier", "MemoryTier"]

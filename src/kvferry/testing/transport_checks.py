@@ -22,7 +22,15 @@ import numpy as np
 import numpy.typing as npt
 
 from kvferry.errors import ConfigError, TransferError
-from kvferry.p2p.transport import Completion, PeerHandle, Pieces, Region, TransferOp, TransferStatus, Transport
+from kvferry.p2p.transports.transport import (
+    Completion,
+    PeerHandle,
+    Pieces,
+    Region,
+    TransferOp,
+    TransferStatus,
+    Transport,
+)
 
 Bytes = npt.NDArray[np.uint8]
 READ, WRITE = TransferOp.READ, TransferOp.WRITE

@@ -17,7 +17,7 @@ import numpy as np
 
 from kvferry.clock import Clock, SystemClock
 from kvferry.errors import ConfigError, TransferError
-from kvferry.p2p.transport import (
+from kvferry.p2p.transports.transport import (
     Capabilities,
     Completion,
     PeerHandle,
@@ -76,7 +76,7 @@ class _Transfer:
 
 
 class FakeTransport:
-    """See `kvferry.p2p.transport`. `kill` ends it as if its process had died."""
+    """See `kvferry.p2p.transports.transport`. `kill` ends it as if its process had died."""
 
     def __init__(self, network: FakeNetwork, name: str = "fake") -> None:
         self.capabilities = Capabilities(name, devices=("cpu",))

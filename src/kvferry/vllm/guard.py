@@ -32,13 +32,13 @@ from kvferry.contract.clauses import (
     broken_meta,
     broken_results,
 )
-from kvferry.contract.multi.messages import MultiMetadata
-from kvferry.contract.multi.requests import Completions
 from kvferry.contract.pins import PinLedger
 from kvferry.contract.stats import ConnectorStats
 from kvferry.contract.streaks import Streaks
 from kvferry.contract.views import block_ids_of
 from kvferry.errors import ContractError, HostError
+from kvferry.multi.messages import MultiMetadata
+from kvferry.multi.requests import Completions
 from kvferry.types import NULL_BLOCK_ID
 
 logger = logging.getLogger(__name__)

@@ -15,11 +15,11 @@ from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
 from vllm.distributed.kv_transfer.kv_connector.v1 import base as vllm_base
 
 from kvferry.contract.class_hooks import ask_class
-from kvferry.contract.multi import MultiConnector
-from kvferry.contract.multi.config import ChildRules, child_configs
-from kvferry.contract.multi.messages import as_events
 from kvferry.contract.stats import ConnectorStats
 from kvferry.errors import ConfigError, ConnectorNotFound
+from kvferry.multi.config import ChildRules, child_configs
+from kvferry.multi.connector import MultiConnector
+from kvferry.multi.messages import as_events
 from kvferry.vllm import CONNECTOR_NAMES
 from kvferry.vllm.compat import as_newest
 from kvferry.vllm.facade import VllmAnswers

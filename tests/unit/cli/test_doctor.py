@@ -22,7 +22,7 @@ from kvferry.config import transfer_config
 from kvferry.contract import KVConnectorBase_V1
 from kvferry.engine.config import EngineOptions
 from kvferry.errors import ConfigError
-from kvferry.space import Space
+from kvferry.kv.space import Space
 from kvferry.testing.stub_model import StubModel
 
 TOKEN_BYTES = 2 * 2 * (4 + 4) * 4
@@ -118,8 +118,8 @@ def test_the_disk_takes_as_many_chunks_as_were_told(tmp_path: Path) -> None:
 def test_decisions_and_their_reasons() -> None:
     diagnosis = judge(size=0.001, transfer={"kv_connector_extra_config": {"weights_version": "1"}})
     connector = finding(diagnosis, "connector")
-    assert connector.value == "kvferry.connectors.offloading:OffloadingConnector"
-    assert connector.details["file"].endswith("kvferry/connectors/offloading/__init__.py")
+    assert connector.value == "kvferry.offloading.connector:OffloadingConnector"
+    assert connector.details["file"].endswith("kvferry/offloading/connector.py")
     assert connector.details["supports_hma"] is True
     assert finding(diagnosis, "model runner").value == "V1"
     assert "StubModel is not on the list" in finding(diagnosis, "model runner").reason
@@ -207,7 +207,7 @@ def test_the_command_reads_a_configuration_and_no_weights(folder: Path) -> None:
 
 def test_parts_that_fit_one_by_one_but_not_together(monkeypatch: pytest.MonkeyPatch) -> None:
     space = Space(free_bytes=5 << 20, total_bytes=64 << 20, is_writable=True)
-    monkeypatch.setattr("kvferry.connectors.offloading.capacity.space_at", lambda folder: space)
+    monkeypatch.setattr("kvferry.offloading.capacity.space_at", lambda folder: space)
     monkeypatch.setattr(diagnosis_module, "space_at", lambda folder: space)
     parts = [offloading(cpu_bytes_to_use=2 << 20)] * 2
     multi = {"kv_connector": "MultiConnector", "kv_role": "kv_both", "kv_connector_extra_config": {"connectors": parts}}
@@ -256,8 +256,8 @@ def test_exit_status(folder: Path) -> None:
 
 def test_little_shared_memory_is_what_the_engine_runs_into(monkeypatch: pytest.MonkeyPatch) -> None:
     space = Space(free_bytes=2 << 20, total_bytes=64 << 20, is_writable=True)
-    monkeypatch.setattr("kvferry.connectors.offloading.capacity.space_at", lambda folder: space)
-    monkeypatch.setattr("kvferry.segment.space_at", lambda folder: space)
+    monkeypatch.setattr("kvferry.offloading.capacity.space_at", lambda folder: space)
+    monkeypatch.setattr("kvferry.kv.segment.space_at", lambda folder: space)
     (problem,) = judge(offloading()).problems
     with pytest.raises(ConfigError) as caught:
         LLM(StubModel(), num_kv_blocks=9, kv_transfer_config=offloading())
@@ -270,7 +270,7 @@ def set_free(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
 
     def set_(free_bytes: int) -> None:
         space = Space(free_bytes, total_bytes=64 << 20, is_writable=True)
-        for module in ("segment", "p2p.shm", "connectors.offloading.capacity", "cli.diagnosis"):
+        for module in ("kv.segment", "p2p.transports.shm", "offloading.capacity", "cli.diagnosis"):
             monkeypatch.setattr(f"kvferry.{module}.space_at", lambda folder: space)
 
     return set_

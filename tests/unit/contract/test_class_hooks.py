@@ -10,12 +10,12 @@ import pytest
 from tests.multi_children import host_config, transfer
 
 from kvferry import LLM
-from kvferry.connectors.decode_bench import DecodeBenchConnector
 from kvferry.contract import KVConnectorBase_V1
 from kvferry.contract.class_hooks import ask_class
 from kvferry.contract.hooks import HOOKS, HookSide
-from kvferry.contract.multi import MultiConnector
 from kvferry.errors import ConfigError, ContractError
+from kvferry.examples.decode_bench import DecodeBenchConnector
+from kvferry.multi.connector import MultiConnector
 from kvferry.testing.stub_model import StubModel
 
 CLASS_HOOKS = [hook.name for hook in HOOKS if hook.side is HookSide.CLASS]

@@ -93,7 +93,7 @@ def test_external_module_wins_over_the_built_in_of_that_name() -> None:
     external = KVConnectorFactory.get_connector_class(config("OffloadingConnector", "their_connectors"))
     assert external.__module__ == "their_connectors"
     built_in = KVConnectorFactory.get_connector_class(config("OffloadingConnector", None))
-    assert built_in.__module__ == "kvferry.connectors.offloading"
+    assert built_in.__module__ == "kvferry.offloading.connector"
     assert supports_hma(built_in)
     assert not supports_hma(external)
     assert KVConnectorFactory.supports_hma_config(config("OffloadingConnector", None))
@@ -206,5 +206,5 @@ def test_register_connector(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_registering_a_taken_name_is_an_error() -> None:
-    with pytest.raises(ConfigError, match=r"already registered as kvferry\.connectors\.offloading:OffloadingConnector"):
+    with pytest.raises(ConfigError, match=r"already registered as kvferry\.offloading\.connector:OffloadingConnector"):
         KVConnectorFactory.register_connector("OffloadingConnector", "x", "Y")

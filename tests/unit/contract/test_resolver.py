@@ -155,8 +155,8 @@ def test_record_of_a_built_in(resolver: ConnectorResolver) -> None:
     found = resolver.resolve(config("OffloadingConnector"))
     assert isinstance(found, ResolvedConnector)
     assert (found.name, found.origin) == ("OffloadingConnector", Origin.BUILT_IN)
-    assert found.module == "kvferry.connectors.offloading"
-    assert found.file == str(Path(kvferry.__file__).parent / "connectors/offloading/__init__.py")
+    assert found.module == "kvferry.offloading.connector"
+    assert found.file == str(Path(kvferry.__file__).parent / "offloading/connector.py")
     assert found.version == kvferry.__version__
     assert found.capabilities.supports_hma is True
     assert found.capabilities.supports_v2_model_runner is True
@@ -227,14 +227,14 @@ def test_module_path_wins_and_is_told_once_per_module(
     assert "module path res_conn:OffloadingConnector" in first
     assert "module path res_other:OffloadingConnector" in second
     for text in (first, second):
-        assert "built-in kvferry.connectors.offloading:OffloadingConnector" in text
+        assert "built-in kvferry.offloading.connector:OffloadingConnector" in text
 
 
 @pytest.mark.usefixtures("folder")
 def test_what_hides_nothing_warns_of_nothing(resolver: ConnectorResolver, caplog: pytest.LogCaptureFixture) -> None:
     resolver.resolve(config("Plain", "res_conn"))
     resolver.resolve(config("OffloadingConnector", on_shadow="error"))
-    resolver.resolve(config("OffloadingConnector", "kvferry.connectors.offloading", on_shadow="error"))
+    resolver.resolve(config("OffloadingConnector", "kvferry.offloading.connector", on_shadow="error"))
     resolver.resolve(config("res_conn:OffloadingConnector", on_shadow="error"))
     assert warnings_of(caplog) == []
 
@@ -472,7 +472,7 @@ def test_every_connector_is_listed_also_broken_ones(
     assert "SystemExit" in (bad.problem or "")
     hidden = known["OffloadingConnector", Origin.ENTRY_POINT]
     assert hidden.resolved is None
-    assert "hidden by the built-in kvferry.connectors.offloading:OffloadingConnector" in (hidden.problem or "")
+    assert "hidden by the built-in kvferry.offloading.connector:OffloadingConnector" in (hidden.problem or "")
     assert set(known) == {
         *((target.name, Origin.BUILT_IN) for target in BUILT_INS),
         *((name, Origin.ENTRY_POINT) for name in points),
@@ -491,4 +491,4 @@ def test_resolving_loads_no_torch() -> None:
     code = "import sys, kvferry.contract.factory, kvferry.testing as t; t.make_kv_cache_config; print(*sys.modules)"
     loaded = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout.split()
     assert "kvferry.contract.resolver" in loaded
-    assert not {"torch", "kvferry.connectors.offloading"} & set(loaded)
+    assert not {"torch", "kvferry.offloading.connector"} & set(loaded)

@@ -10,7 +10,7 @@ import pytest
 from kvferry.config import KVTransferConfig, transfer_config
 from kvferry.contract import KVConnectorFactory
 from kvferry.errors import ConfigError
-from kvferry.lmcache.config import LMCacheConfig, implementation_asked_for
+from kvferry.lmcache.config import LMCacheConfig, builtin_config, implementation_asked_for
 from kvferry.lmcache.wire import version_numbers
 
 VARIABLE = "LMCACHE_USE_UPSTREAM_MP"
@@ -76,14 +76,14 @@ def test_the_environment_asks_for_nothing(monkeypatch: pytest.MonkeyPatch, text:
 def test_other_words_in_the_environment_are_errors(monkeypatch: pytest.MonkeyPatch, text: str) -> None:
     monkeypatch.setenv(VARIABLE, text)
     with pytest.raises(ConfigError, match=f"{VARIABLE}={text!r} is not one of 0, 1, false, true, no, yes, off, on"):
-        KVConnectorFactory.resolve(KVTransferConfig("LMCacheMPConnector", kv_role="kv_both"))
+        builtin_config({}, "scheduler")
 
 
 def test_a_module_path_beside_the_variable_is_warned_of(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setenv(VARIABLE, "1")
-    path = "kvferry.connectors.lmcache_mp"
+    path = "kvferry.lmcache.connector"
     transfer = KVTransferConfig("LMCacheMPConnector", kv_role="kv_both", kv_connector_module_path=path)
     with caplog.at_level(logging.WARNING):
         KVConnectorFactory.resolve(transfer)

@@ -9,7 +9,7 @@ from typing import Any
 from kvferry.p2p import actions as a
 from kvferry.p2p import messages as m
 from kvferry.p2p.core import P2PCore
-from kvferry.p2p.transport import TransferStatus
+from kvferry.p2p.transports.transport import TransferStatus
 
 P, D, E = "p:1", "d:2", "e:3"
 

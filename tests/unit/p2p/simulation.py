@@ -25,7 +25,7 @@ from typing import Any
 from kvferry.p2p import actions as a
 from kvferry.p2p import messages as m
 from kvferry.p2p.core import P2PCore
-from kvferry.p2p.transport import TransferOp, TransferStatus
+from kvferry.p2p.transports.transport import TransferOp, TransferStatus
 
 SETTINGS = a.P2PSettings(
     lease_s=3, claim_s=2, max_lease_s=15, announce_s=8, load_s=5, handshake_s=2, retry_s=0.2, liveness_s=2,

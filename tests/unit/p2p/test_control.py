@@ -22,9 +22,9 @@ import pytest
 import zmq
 from tests.patience import PATIENCE_S
 
-from kvferry.connectors.p2p.config import P2PConfig
 from kvferry.errors import ConfigError, TransferError
 from kvferry.p2p import control
+from kvferry.p2p.config import P2PConfig
 from kvferry.p2p.control import Connected, ControlChannel, ControlSettings
 from kvferry.p2p.link import GREETING, NAME_BYTES, Lost, tls_contexts
 from kvferry.p2p.wire import Address, Codec

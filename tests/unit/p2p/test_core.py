@@ -9,13 +9,13 @@ import msgspec
 import pytest
 from pair import RULES, TOKENS, D, E, P, Pair, digest_at
 
-from kvferry.connectors.p2p.config import P2PConfig
 from kvferry.errors import ConfigError, TransferError
 from kvferry.p2p import actions as a
 from kvferry.p2p import consumer, producer
 from kvferry.p2p import messages as m
+from kvferry.p2p.config import P2PConfig
 from kvferry.p2p.selection import select_blocks
-from kvferry.p2p.transport import TransferOp, TransferStatus
+from kvferry.p2p.transports.transport import TransferOp, TransferStatus
 
 PUSH = {"remote_host": "p", "remote_port": 1, "transfer_id": "t", "transfer_mode": "push", "do_remote_prefill": True}
 

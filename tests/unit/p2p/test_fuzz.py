@@ -13,7 +13,7 @@ from pair import TOKENS, D, P, Pair, digest_at
 from kvferry.errors import TransferError
 from kvferry.p2p import actions as a
 from kvferry.p2p import messages as m
-from kvferry.p2p.transport import TransferStatus
+from kvferry.p2p.transports.transport import TransferStatus
 
 KINDS = m.AnyMessage.__args__
 

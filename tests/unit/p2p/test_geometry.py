@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from kvferry.errors import ConfigError, TransferError
-from kvferry.layout import KVLayout
+from kvferry.kv.layout import KVLayout
 from kvferry.p2p.geometry import (
     MAX_ENCODED_BYTES,
     EngineGeometry,

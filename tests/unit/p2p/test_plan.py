@@ -16,7 +16,7 @@ import torch
 from kvferry.contract.kv_cache import FullAttentionSpec, make_kv_cache_config
 from kvferry.engine.kv_groups import KVBuffer
 from kvferry.errors import TransferError, TransferMismatch
-from kvferry.layout import KVLayout
+from kvferry.kv.layout import KVLayout
 from kvferry.p2p.geometry import EngineGeometry, PageForm, RankGeometry, rank_geometry
 from kvferry.p2p.plan import Pieces, RankTransfer, plan_transfer, unfilled_blocks
 from kvferry.types import AttentionKind, GroupInfo

@@ -10,13 +10,13 @@ import pytest
 import xxhash
 from tests.unit.p2p.pair import RULES, TOKENS, D, P, Pair, digest_at
 
-from kvferry.layout import GroupLayout, KVLayout, LayerLayout
+from kvferry.kv.layout import GroupLayout, KVLayout, LayerLayout
 from kvferry.p2p import actions as a
 from kvferry.p2p import messages as m
 from kvferry.p2p.digester import Digester
 from kvferry.p2p.geometry import EngineGeometry, GroupGeometry, LayerGeometry, PageForm, RankGeometry
 from kvferry.p2p.proof import first_blocks, proof_form
-from kvferry.p2p.transport import TransferStatus
+from kvferry.p2p.transports.transport import TransferStatus
 from kvferry.types import AttentionKind
 
 PUSH = {"remote_host": "p", "remote_port": 1, "transfer_mode": "push", "transfer_id": "t"}

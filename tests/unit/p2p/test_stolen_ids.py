@@ -12,7 +12,7 @@ from pair import TOKENS, D, E, P, Pair, digest_at
 from kvferry.p2p import actions as a
 from kvferry.p2p import messages as m
 from kvferry.p2p.core import P2PCore
-from kvferry.p2p.transport import TransferStatus
+from kvferry.p2p.transports.transport import TransferStatus
 
 PUSH = {"remote_host": "p", "remote_port": 1, "transfer_id": "t", "transfer_mode": "push", "do_remote_prefill": True}
 BLOCKS = ((11, 12, 13), (0, 15, 16))

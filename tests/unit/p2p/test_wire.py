@@ -8,8 +8,8 @@ from contextlib import suppress
 import msgspec
 import pytest
 
-from kvferry.connectors.p2p.config import P2PConfig
 from kvferry.errors import ConfigError, TransferError
+from kvferry.p2p.config import P2PConfig
 from kvferry.p2p.messages import Handover
 from kvferry.p2p.wire import Address, Codec, check_peer, derive_key, is_allowed, sign_peer, verify_peer
 

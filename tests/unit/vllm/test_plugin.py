@@ -75,7 +75,8 @@ def test_a_vllm_that_has_no_such_factory_starts_all_the_same(
 def test_the_plugin_imports_neither_torch_nor_a_connector() -> None:
     code = (
         "import sys; from kvferry.vllm.plugin import register; register(); heavy = ('torch', 'numba', 'lmcache', "
-        "'kvferry.connectors', 'prometheus_client', 'kvferry.engine'); "
+        "'kvferry.examples', 'kvferry.lmcache', 'kvferry.multi', 'kvferry.offloading', 'kvferry.p2p', "
+        "'prometheus_client', 'kvferry.engine'); "
         "print([m for m in sys.modules if m.startswith(heavy)])"
     )
     run = [sys.executable, "-c", "import sys; sys.modules['vllm'] = None; " + code]

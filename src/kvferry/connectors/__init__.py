@@ -1,1 +1,0 @@
-"""Built-in connectors, each a scheduler side and a worker side over `kvferry.contract.sides`."""

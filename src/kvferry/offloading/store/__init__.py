@@ -1,0 +1,1 @@
+"""The tiered store: slots in host memory, tiers below them, one policy over all."""

@@ -1,0 +1,1 @@
+"""Tiers below host memory, and what they share."""
