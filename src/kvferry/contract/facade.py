@@ -7,7 +7,7 @@ import logging
 from collections.abc import Callable
 from typing import Any
 
-from kvferry.contract.hooks import HOOKS, Hook, HookSide
+from kvferry.contract.hooks import HOOKS, Hook, HookSide, named_after_hook
 from kvferry.contract.host import host_info
 from kvferry.contract.sides import SchedulerSide, WorkerSide
 from kvferry.contract.views import request_view
@@ -67,7 +67,7 @@ def _unless_useless(ask: Callable[..., Any]) -> Callable[..., Any]:
     return get_num_new_matched_tokens
 
 
-def _delegate(hook: Hook) -> Callable[..., Any]:
+def _delegate(hook: Hook) -> Any:
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
         side = _side(self, hook)
         if hook.is_property:
@@ -80,9 +80,7 @@ def _delegate(hook: Hook) -> Callable[..., Any]:
             kwargs = {}  # what runners add by keyword differs between them; no side needs it
         return getattr(side, hook.method)(*args, **kwargs)
 
-    call.__name__ = hook.name
-    call.__doc__ = f"Hook, called {hook.when}."
-    return call
+    return named_after_hook(call, "HookFacade", hook.name)
 
 
 def _convert(hook: Hook, args: tuple[Any, ...]) -> tuple[Any, ...]:

@@ -133,3 +133,14 @@ HOOKS: tuple[Hook, ...] = (
 )
 
 HOOKS_BY_NAME: dict[str, Hook] = {hook.name: hook for hook in HOOKS}
+
+
+def named_after_hook(function: Any, owner: str, hook: str) -> Any:
+    """The function under the name `owner.hook` everywhere: in its attributes, in stack traces and in profiles.
+
+    Python takes the names in a stack trace from the function's code, and not from `__name__`.
+    """
+    function.__name__, function.__qualname__ = hook, f"{owner}.{hook}"
+    function.__code__ = function.__code__.replace(co_name=hook, co_qualname=function.__qualname__)
+    function.__doc__ = f"Hook, called {HOOKS_BY_NAME[hook].when}."
+    return function

@@ -27,7 +27,7 @@ from vllm.v1.outputs import KVConnectorOutput as VllmConnectorOutput
 from kvferry import kv_events
 from kvferry.config import KVTransferConfig
 from kvferry.contract import KVCacheConfig, KVConnectorBase_V1, KVConnectorOutput, KVConnectorRole, SupportsHMA
-from kvferry.contract.hooks import HOOKS, Hook, HookSide
+from kvferry.contract.hooks import HOOKS, Hook, HookSide, named_after_hook
 from kvferry.contract.views import request_view
 from kvferry.vllm.shown import (
     ShownRequest,
@@ -64,7 +64,7 @@ def _passing_on(hook: Hook) -> Any:
             args = (self.show_request(args[0]), *args[1:])
         return getattr(self.foreign, hook.name)(*args, **kwargs)
 
-    call.__name__ = hook.name
+    call = named_after_hook(call, "ForeignConnector", hook.name)
     return property(lambda self: getattr(self.foreign, hook.name)) if hook.is_property else call
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from vllm.distributed.kv_transfer.kv_connector.v1 import base as vllm_base
 
+from kvferry.contract.hooks import named_after_hook
 from kvferry.contract.pins import ManagerView
 from kvferry.vllm.guard import SchedulerGuard, WorkerGuard
 
@@ -200,13 +201,12 @@ class GuardedHooks:
         return ask() if guard is None else guard.report(ask)
 
 
-def _neutral_hook(hook: str, neutral: Callable[..., Any]) -> Callable[..., Any]:
+def _neutral_hook(hook: str, neutral: Callable[..., Any]) -> Any:
     def call(self: Any, *args: Any) -> Any:
         ask, guard = getattr(super(GuardedHooks, self), hook), self._guard
         return ask(*args) if guard is None else guard.call(hook, neutral(*args), ask, *args)
 
-    call.__name__, call.__doc__ = hook, "Hook."
-    return call
+    return named_after_hook(call, "GuardedHooks", hook)
 
 
 for _hook, _neutral in _NEUTRAL.items():

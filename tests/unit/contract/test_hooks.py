@@ -21,7 +21,7 @@ from kvferry.contract import (
     make_kv_cache_config,
 )
 from kvferry.contract.facade import facade_mixin
-from kvferry.contract.hooks import HOOKS, HOOKS_BY_NAME, HookSide, Merge
+from kvferry.contract.hooks import HOOKS, HOOKS_BY_NAME, Hook, HookSide, Merge
 from kvferry.contract.sides import SchedulerSide, WorkerSide
 from kvferry.contract.views import RequestView, StepView
 from kvferry.errors import ContractError
@@ -177,3 +177,12 @@ def test_worker_hooks_get_the_bound_metadata_and_drop_runner_kwargs() -> None:
 def test_a_hook_of_the_other_role_is_refused() -> None:
     with pytest.raises(ContractError, match=r"RecordingConnector\.wait_for_layer_load is a worker hook"):
         build(KVConnectorRole.SCHEDULER).wait_for_layer_load("layer")
+
+
+FACADE = facade_mixin(RecordingScheduler, RecordingWorker, None)
+
+
+@pytest.mark.parametrize("hook", [hook for hook in HOOKS if hook.name in vars(FACADE)], ids=lambda hook: hook.name)
+def test_stack_traces_name_the_hook(hook: Hook) -> None:
+    found = vars(FACADE)[hook.name]
+    assert (found.fget if hook.is_property else found).__code__.co_name == hook.name
