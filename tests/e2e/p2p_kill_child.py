@@ -22,8 +22,8 @@ import numpy as np
 import torch
 
 from kvferry import LLM, SamplingParams
-from kvferry.p2p.transports import choice, shm
 from kvferry.p2p.scheduler_side import P2PSchedulerSide
+from kvferry.p2p.transports import choice, shm
 from kvferry.p2p.transports.threaded import Step, ThreadedTransport, Transfer
 from kvferry.p2p.transports.transport import PeerHandle, Pieces, TransferOp
 from kvferry.testing.stub_model import StubModel

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from kvferry.kv import fingerprint
 from kvferry.errors import ConfigError
+from kvferry.kv import fingerprint
 from kvferry.kv.fingerprint import fingerprint_folder
 from kvferry.kv.keys import Identity, KeyChain, TokenDigests, digest, first_tokens_digest, store_key
 from kvferry.types import MultimodalItem

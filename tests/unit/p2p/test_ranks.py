@@ -22,9 +22,9 @@ from kvferry.contract.kv_cache import KVConnectorOutput
 from kvferry.contract.views import RequestView, StepView
 from kvferry.errors import ConfigError
 from kvferry.p2p import scheduler_side as scheduler_module
-from kvferry.p2p.transports import choice, shm
 from kvferry.p2p.scheduler_side import P2PSchedulerSide
 from kvferry.p2p.step_messages import WorkerHandshake
+from kvferry.p2p.transports import choice, shm
 from kvferry.p2p.worker_side import P2PWorkerSide
 from kvferry.testing.transports import FakeNetwork, FakeTransport
 from kvferry.types import AttentionKind, GroupInfo
