@@ -29,7 +29,7 @@ from kvferry.contract import FullAttentionSpec, make_kv_cache_config
 from kvferry.contract.host import HostInfo
 from kvferry.kv.arena import Arena
 from kvferry.kv.keys import Digest
-from kvferry.offloading.messages import ChunkPart, CopyJob, StepMetadata
+from kvferry.offloading.messages import ChunkPart, CopyJob, OffloadingStepMetadata
 from kvferry.offloading.worker_side import OffloadingWorkerSide
 from kvferry.types import AttentionKind, GroupInfo, SlotRef
 
@@ -114,17 +114,17 @@ class Subject:
 
     def store(self) -> None:
         """Pool -> arena through the connector's worker."""
-        self.worker.wait_for_save(StepMetadata(self.arena.info, [], self.jobs()))
+        self.worker.wait_for_save(OffloadingStepMetadata(self.arena.info, [], self.jobs()))
         self._wait()
 
     def load(self) -> None:
         """Arena -> pool through the connector's worker."""
-        self.worker.start_load_kv(StepMetadata(self.arena.info, self.jobs(is_proved=True), []))
+        self.worker.start_load_kv(OffloadingStepMetadata(self.arena.info, self.jobs(is_proved=True), []))
         self._wait()
 
     def unproved(self) -> None:
         """As `load`, without the digest."""
-        self.worker.start_load_kv(StepMetadata(self.arena.info, self.jobs(), []))
+        self.worker.start_load_kv(OffloadingStepMetadata(self.arena.info, self.jobs(), []))
         self._wait()
 
     def _wait(self) -> None:

@@ -35,7 +35,7 @@ import msgpack
 from kvferry.config import parse_json_object, parse_settings
 from kvferry.connections import descriptor_share
 from kvferry.errors import ConfigError
-from kvferry.zmtp import Connection, Listener, encode_message, encode_part
+from kvferry.zmtp import Listener, ZMTPConnection, encode_message, encode_part
 
 logger = logging.getLogger(__name__)
 
@@ -232,7 +232,7 @@ class _Log:
         return gone
 
 
-class _Subscriber(Connection):
+class _Subscriber(ZMTPConnection):
     """All messages have one topic, so of all that it subscribes to only the prefixes of that one count."""
 
     kind = b"PUB"
@@ -277,7 +277,7 @@ class _Subscriber(Connection):
         self._subscribed.add(len(prefix))
 
 
-class _Replayer(Connection):
+class _Replayer(ZMTPConnection):
     """Gets what is still there from the number on that it asks for, and the end marker."""
 
     kind = b"ROUTER"
@@ -337,7 +337,7 @@ class EventPublisher:
         self._is_woken = False
         self._has_warned = False
         self._is_closing = asyncio.Event()
-        self._listeners: list[tuple[Listener, Callable[[], Connection]]] = []
+        self._listeners: list[tuple[Listener, Callable[[], ZMTPConnection]]] = []
         try:
             self._bind(config.endpoint, _MAX_SUBSCRIBERS, lambda: _Subscriber(self._log, self._topic))
             if config.replay_endpoint is not None:
@@ -377,7 +377,7 @@ class EventPublisher:
         with suppress(RuntimeError):  # closed
             self._loop.call_soon_threadsafe(what)
 
-    def _bind(self, endpoint: str, max_connections: int, make: Callable[[], Connection]) -> None:
+    def _bind(self, endpoint: str, max_connections: int, make: Callable[[], ZMTPConnection]) -> None:
         try:
             listener = Listener(endpoint, descriptor_share(max_connections, 16))
         except (OSError, ValueError) as err:
@@ -446,7 +446,7 @@ class EventPublisher:
         )
         self._has_warned = True
 
-    def _connections(self) -> list[Connection]:
+    def _connections(self) -> list[ZMTPConnection]:
         return [each for listener, _ in self._listeners for each in listener.connections]
 
     def _close(self) -> None:

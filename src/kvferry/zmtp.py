@@ -80,7 +80,7 @@ def _properties(data: bytes) -> Iterator[tuple[bytes, bytes]]:
         at = value_end
 
 
-class Connection(asyncio.Protocol):
+class ZMTPConnection(asyncio.Protocol):
     """One of a listener's. Subclasses say what comes (`take_frame`, `take_command`) and what goes (`next_message`)."""
 
     kind: ClassVar[bytes]
@@ -301,9 +301,9 @@ class Listener:
     """A bound address, and the connections to it: at most so many; one more is cut. OSError: it cannot be bound."""
 
     def __init__(self, endpoint: str, max_connections: int) -> None:
-        self.connections: set[Connection] = set()
+        self.connections: set[ZMTPConnection] = set()
         self._max_connections = max_connections
-        self._make: Callable[[], Connection] = Connection
+        self._make: Callable[[], ZMTPConnection] = ZMTPConnection
         self._welcoming: set[asyncio.Task[None]] = set()
         self._path = self._folder = ""
         scheme, _, address = endpoint.partition("://")
@@ -313,7 +313,7 @@ class Listener:
         self.endpoint = f"ipc://{self._path or address}" if scheme == "ipc" else _tcp_endpoint(self._socket)
         """As bound, with its port."""
 
-    def start(self, make: Callable[[], Connection]) -> None:
+    def start(self, make: Callable[[], ZMTPConnection]) -> None:
         """Accept on the running loop, until `close`. A connection that has ended is in `connections` no more."""
         self._make = make
         self._acceptor = Acceptor(self._socket, self.endpoint, self._accept)
@@ -343,7 +343,7 @@ class Listener:
         self._welcoming.add(task)
         task.add_done_callback(self._welcoming.discard)
 
-    async def _welcome(self, connection: Connection, accepted: socket.socket) -> None:
+    async def _welcome(self, connection: ZMTPConnection, accepted: socket.socket) -> None:
         try:
             await asyncio.get_running_loop().connect_accepted_socket(lambda: connection, accepted)
         except OSError as error:  # gone already

@@ -27,7 +27,7 @@ from tests.e2e.test_serve import KVFERRY, model_folder
 from tests.patience import PATIENCE_S, wait_until
 
 from kvferry.http import AccessRules, bind_socket
-from kvferry.http.access import Guard
+from kvferry.http.access import AccessGuard
 from kvferry.proxy.app import Proxy
 
 __all__ = ["model_folder"]  # a fixture
@@ -275,7 +275,7 @@ def test_keys_of_the_proxy_are_not_passed_on_to_engines(engine_key: str | None) 
     with proxied() as r:
         bound = bind_socket("127.0.0.1", 0)
         proxy = Proxy(r.proxy.config, access=AccessRules(api_keys=("clients",)), engine_headers=engine_headers)
-        with serving(Guard(proxy.app(), proxy.access), bound):
+        with serving(AccessGuard(proxy.app(), proxy.access), bound):
             two = Proxied(r.prefill, r.decode, proxy, bound.getsockname()[1])
             assert two.http("POST", "/v1/completions", ASK)[0] == 401
             assert two.num_asked() == ([0], [0])

@@ -34,7 +34,7 @@ from kvferry.p2p.transports.shm import ShmTransport
 from kvferry.p2p.transports.threaded import Step, Transfer
 from kvferry.p2p.transports.transport import Completion, TransferOp
 from kvferry.testing.stub_model import StubModel
-from kvferry.testing.transports import FakeNetwork, FakeTransport, Faults
+from kvferry.testing.transports import FakeNetwork, FakeTransport, TransportFaults
 
 pytestmark = pytest.mark.usefixtures("runner")
 
@@ -971,7 +971,7 @@ class FenceLess(FakeTransport):
 
     def __init__(self, network: FakeNetwork) -> None:
         super().__init__(network, "shm")
-        self.faults = Faults(hangs=True, lands_late_s=0.3)
+        self.faults = TransportFaults(hangs=True, lands_late_s=0.3)
 
 
 def test_where_closing_is_no_fence_blocks_are_lost_rather_than_handed_out(

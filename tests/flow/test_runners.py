@@ -20,7 +20,7 @@ from kvferry.engine import runner as runner_module
 from kvferry.engine.layout_choice import LAYOUTS
 from kvferry.engine.outputs import RequestOutput
 from kvferry.engine.runner import ListBatches
-from kvferry.testing.recorder import Call, Record, Script, new_record, recorder_classes
+from kvferry.testing.recorder import HookCall, Record, Script, new_record, recorder_classes
 from kvferry.testing.stub_model import StubModel
 
 Recorder, HmaRecorder = recorder_classes(base)
@@ -57,7 +57,7 @@ def start(monkeypatch: pytest.MonkeyPatch) -> Iterator[Start]:
         engines.append(llm)
 
         def noted(*args: Any) -> Any:
-            record.calls.append(Call("worker", "SAMPLE", (), ""))
+            record.calls.append(HookCall("worker", "SAMPLE", (), ""))
             return sample(*args)
 
         monkeypatch.setattr(runner_module, "sample", noted)

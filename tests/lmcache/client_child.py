@@ -17,7 +17,7 @@ from kvferry.config import KVTransferConfig
 from kvferry.contract import FullAttentionSpec, make_kv_cache_config
 from kvferry.contract.host import host_info
 from kvferry.lmcache.lookups import Lookups
-from kvferry.lmcache.messages import ChunkMove, LMCacheMetadata, TransferJob
+from kvferry.lmcache.messages import ChunkMove, LMCacheMetadata, ServerTransfer
 from kvferry.lmcache.wire import ServerKey
 from kvferry.lmcache.worker_side import LMCacheWorkerSide
 
@@ -45,7 +45,7 @@ def transfer(worker: LMCacheWorkerSide, key: ServerKey, first_block: int, *, is_
         ChunkMove(i, CHAIN[i], 0, tuple(range(first_block + i * per_chunk, first_block + (i + 1) * per_chunk)))
         for i in range(NUM_CHUNKS)
     )
-    job = TransferJob(1, key.request_id, key, moves)
+    job = ServerTransfer(1, key.request_id, key, moves)
     worker.handle_preemptions(LMCacheMetadata(None, [job] if is_load else [], [] if is_load else [job]))
     deadline, report = time.monotonic() + 60, None
     while report is None:

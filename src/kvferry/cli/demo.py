@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 from kvferry.cli.child import ChildError, EngineProcess
 from kvferry.cli.demo_answer import Answer, compare_tokens, conversation
 from kvferry.cli.demo_handover import HandoverAct
-from kvferry.cli.demo_report import Act, Handover, Proof, Report
+from kvferry.cli.demo_report import Act, DemoReport, HandoverResult, Proof
 from kvferry.cli.demo_store import StoredChunks
 from kvferry.errors import ConfigError, require_packages
 from kvferry.kv.segment import SHM_DIRECTORY, sweep_dead_segments
@@ -67,7 +67,7 @@ def three_questions(given: Sequence[str]) -> tuple[str, ...]:
     return tuple(given[min(index, len(given) - 1)] for index in range(len(QUESTIONS)))
 
 
-def run_demo(options: DemoOptions, console: Console) -> Report:
+def run_demo(options: DemoOptions, console: Console) -> DemoReport:
     """Run all acts in a temporary folder that is removed afterwards. Blocks for one to three minutes.
 
     However it ends, no process and no shared memory of the engines is left.
@@ -103,7 +103,7 @@ class _Demo:
     limits_s: dict[str, float] = field(default_factory=dict)
     facts: dict[str, Any] = field(default_factory=dict)
 
-    def run(self) -> Report:
+    def run(self) -> DemoReport:
         """All acts in order, then the verdict."""
         with self._engine("cold + host") as engine:
             shape = self._open(engine)
@@ -122,7 +122,7 @@ class _Demo:
         with self._engine("reference") as engine:
             acts = self._verdict(engine, shape)
             engine.stop()
-        return Report(acts, self._hand_over(shape), self.proofs, self._context(shape, stored))
+        return DemoReport(acts, self._hand_over(shape), self.proofs, self._context(shape, stored))
 
     # ---- the acts ---------------------------------------------------------------------------------------------
 
@@ -198,7 +198,7 @@ class _Demo:
             acts.append(self._act(name, answer, kv_equal, tokens_equal))
         return acts
 
-    def _hand_over(self, shape: dict[str, Any]) -> Handover:
+    def _hand_over(self, shape: dict[str, Any]) -> HandoverResult:
         """With KV caches for a whole prompt and its answer; the act's is shorter."""
         answer, question = self.answers["cold"], self.options.questions[_QUESTION_OF["cold"]]
         num_blocks = (answer.prompt_tokens + len(answer.token_ids)) // shape["block_tokens"] + 2

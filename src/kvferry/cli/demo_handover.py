@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from kvferry.cli.child import EngineProcess
 from kvferry.cli.demo_answer import Answer, compare_tokens, conversation
-from kvferry.cli.demo_report import Handover, Proof
+from kvferry.cli.demo_report import HandoverResult, Proof
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -37,7 +37,7 @@ class HandoverAct:
     console: Console
     proofs: list[Proof]
 
-    def run(self) -> Handover:
+    def run(self) -> HandoverResult:
         """Both engines, from start to end. ChildError, with the engine's log, when one of them breaks."""
         with self._engine("prefill") as prefill, self._engine("decode") as decode:
             shape = self._open(prefill, decode)
@@ -103,7 +103,9 @@ class HandoverAct:
         num_held = prefill.call("take_back")["num_held_blocks"]
         self._prove(num_held == 0, f"the prefill engine holds {num_held} blocks afterwards")
 
-    def _result(self, shape: dict[str, Any], source: Answer, local: Answer, handed: Answer, limit_s: float) -> Handover:
+    def _result(
+        self, shape: dict[str, Any], source: Answer, local: Answer, handed: Answer, limit_s: float
+    ) -> HandoverResult:
         num_blocks = len(source.block_digests)
         kv_equal = num_blocks > 0 and handed.block_digests == source.block_digests
         self._prove(kv_equal, f"the KV bytes of all {num_blocks} blocks are equal in both engines' pools")
@@ -113,7 +115,7 @@ class HandoverAct:
             handed.ttft_s < local.ttft_s,
             f"the decode engine's first token came after {handed.ttft_s:.3f} s instead of {local.ttft_s:.3f} s",
         )
-        return Handover(
+        return HandoverResult(
             ttft_s=handed.ttft_s,
             limit_s=limit_s,
             recompute_ttft_s=local.ttft_s,

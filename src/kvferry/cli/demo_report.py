@@ -51,7 +51,7 @@ class Act:
 
 
 @dataclass(frozen=True, slots=True)
-class Handover:
+class HandoverResult:
     """One prompt, prefilled by one engine process and decoded by another. Times are to the first token."""
 
     ttft_s: float
@@ -80,11 +80,11 @@ class Proof:
 
 
 @dataclass(frozen=True, slots=True)
-class Report:
+class DemoReport:
     """Everything a run found."""
 
     acts: list[Act]
-    handover: Handover
+    handover: HandoverResult
     proofs: list[Proof]
     context: dict[str, Any]
     """Versions, model, sizes and rates the limits were computed from."""

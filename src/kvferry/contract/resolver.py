@@ -188,7 +188,7 @@ CAPABILITY_HOOKS = ("supports_hma_config", "supports_v2_model_runner_config")
 
 
 @dataclass(frozen=True, slots=True)
-class Capabilities:
+class ConnectorCapabilities:
     """What a connector can do, read from its class and configuration, never from its name."""
 
     supports_hma: bool | None
@@ -210,7 +210,7 @@ class ResolvedConnector:
     file: str | None
     version: str | None
     """Of the distribution the module is in; kvferry's own for its own; None when unknown."""
-    capabilities: Capabilities
+    capabilities: ConnectorCapabilities
 
 
 @dataclass(frozen=True, slots=True)
@@ -526,7 +526,7 @@ def _record(
     module = connector_class.__module__
     file = getattr(sys.modules.get(module), "__file__", None)
     hma, runner = (_capability(connector_class, hook, transfer) for hook in CAPABILITY_HOOKS)
-    capabilities = Capabilities(hma, runner, connector_class.CONNECTOR_API)
+    capabilities = ConnectorCapabilities(hma, runner, connector_class.CONNECTOR_API)
     version = target.version or _version(module.partition(".")[0], file)
     return ResolvedConnector(target.name, connector_class, target.origin, module, file, version, capabilities)
 

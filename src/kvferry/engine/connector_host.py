@@ -42,7 +42,7 @@ from kvferry.contract.clauses import (
 from kvferry.contract.host import groups_of
 from kvferry.engine.attention import PackedBatch
 from kvferry.engine.config import EngineConfig
-from kvferry.engine.guard import Breaker, Guard, HostCounters
+from kvferry.engine.guard import ConnectorBreaker, EngineGuard, HostCounters
 from kvferry.engine.kv_groups import KVBuffer, copy_kv_blocks
 from kvferry.engine.kv_manager import BlockIds, KVCacheBlocks, KVManager
 from kvferry.engine.outputs import ForwardContext, SchedulerOutput
@@ -74,8 +74,8 @@ class SchedulerConnector:
 
     def __init__(
         self,
-        guard: Guard | None,
-        breaker: Breaker,
+        guard: EngineGuard | None,
+        breaker: ConnectorBreaker,
         kv_cache_config: KVCacheConfig,
         clock: Clock,
         lookup_timeout_s: float,
@@ -298,7 +298,7 @@ class WorkerConnector:
     A step is `begin_step`, with a batch the forward and `after_forward`, then `end_step`.
     """
 
-    def __init__(self, guard: Guard | None, kv: KVBuffer, timetable: Timetable) -> None:
+    def __init__(self, guard: EngineGuard | None, kv: KVBuffer, timetable: Timetable) -> None:
         self.timetable = timetable
         self._guard = guard
         self._kv = kv
@@ -413,18 +413,18 @@ def start_connectors(
     config: EngineConfig, kv_cache_config: KVCacheConfig, device: str, clock: Clock
 ) -> HostedConnectors:
     """Allocate the KV memory and start worker, then scheduler instance. What a hook raises here, this raises."""
-    breaker = Breaker(config.scheduler_config.connector_failure_limit, HostCounters())
+    breaker = ConnectorBreaker(config.scheduler_config.connector_failure_limit, HostCounters())
     kernel_block = config.cache_config.kernel_block_size
     if config.kv_transfer_config is None:
         return _hosted(config, KVBuffer(kv_cache_config, device, None, kernel_block), breaker, clock)
     try:
         worker = KVConnectorFactory.create_connector(config, KVConnectorRole.WORKER, kv_cache_config)
-        Guard(worker, breaker)
+        EngineGuard(worker, breaker)
         kv = KVBuffer(kv_cache_config, device, worker.get_mem_pool_context(), kernel_block)
         worker.register_kv_caches(kv.views())
         worker.set_host_xfer_buffer_ops(copy_kv_blocks)
         scheduler = KVConnectorFactory.create_connector(config, KVConnectorRole.SCHEDULER, kv_cache_config)
-        Guard(scheduler, breaker)
+        EngineGuard(scheduler, breaker)
         hosted = _hosted(config, kv, breaker, clock)
         _introduce(scheduler, worker, hosted.manager)
     except BaseException:
@@ -451,7 +451,7 @@ def _introduce(scheduler: KVConnectorBase_V1, worker: KVConnectorBase_V1, manage
     scheduler.set_xfer_handshake_metadata_pp_aware({} if handshake is None else {(0, 0): handshake})
 
 
-def _hosted(config: EngineConfig, kv: KVBuffer, breaker: Breaker, clock: Clock) -> HostedConnectors:
+def _hosted(config: EngineConfig, kv: KVBuffer, breaker: ConnectorBreaker, clock: Clock) -> HostedConnectors:
     cache = config.cache_config
     worker, scheduler = breaker.guards or (None, None)
     return HostedConnectors(

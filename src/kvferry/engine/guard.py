@@ -40,13 +40,13 @@ class HostCounters:
     """Connector -> why it was switched off. Empty while all is well."""
 
 
-class Breaker:
+class ConnectorBreaker:
     """Decides when a connector is switched off (`Streaks` has the rule); shared by the guards of its two instances."""
 
     def __init__(self, limit: int, counters: HostCounters) -> None:
         self.counters = counters
         self.is_off = False
-        self.guards: list[Guard] = []
+        self.guards: list[EngineGuard] = []
         """In the order of shutdown: worker, scheduler."""
         self.streaks = Streaks(limit)
         self._reason = ""
@@ -75,10 +75,10 @@ class Breaker:
         return worker_stopped
 
 
-class Guard:
+class EngineGuard:
     """Calls hooks of one connector instance; never raises."""
 
-    def __init__(self, connector: KVConnectorBase_V1, breaker: Breaker) -> None:
+    def __init__(self, connector: KVConnectorBase_V1, breaker: ConnectorBreaker) -> None:
         self.connector = connector
         self.counters = breaker.counters
         self.failed_hooks: set[str] = set()

@@ -31,7 +31,7 @@ from kvferry.errors import ConfigError, ContractError
 
 
 @dataclass(frozen=True, slots=True)
-class LayerGeometry:
+class LayerShape:
     """The KV one layer keeps per token: `num_kv_heads` x (`head_size` of K, `head_size_v` of V)."""
 
     num_kv_heads: int
@@ -46,9 +46,7 @@ def layer_name(layer_index: int) -> str:
     return f"model.layers.{layer_index}.self_attn.attn"
 
 
-def full_attention_specs(
-    layers: Sequence[LayerGeometry], block_size: int, dtype: torch.dtype
-) -> dict[str, KVCacheSpec]:
+def full_attention_specs(layers: Sequence[LayerShape], block_size: int, dtype: torch.dtype) -> dict[str, KVCacheSpec]:
     """One spec per layer, all in one group, windows or not. ConfigError when the layers' KV differs in shape."""
     shapes = {(layer.num_kv_heads, layer.head_size, layer.head_size_v) for layer in layers}
     if len(shapes) != 1:
@@ -68,7 +66,7 @@ def full_attention_specs(
 
 
 def grouped_specs(
-    layers: Sequence[LayerGeometry], block_size: int, dtype: torch.dtype, max_model_len: int
+    layers: Sequence[LayerShape], block_size: int, dtype: torch.dtype, max_model_len: int
 ) -> list[dict[str, KVCacheSpec]]:
     """Layers in groups that keep alike: one dict (layer name -> spec) per group. ConfigError as in the case of one.
 

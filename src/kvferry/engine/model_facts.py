@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from kvferry.engine.kv_groups import LayerGeometry
+from kvferry.engine.kv_groups import LayerShape
 from kvferry.engine.model_loader import max_tokens_of, read_model_config
 from kvferry.errors import ConfigError
 
@@ -20,7 +20,7 @@ class ModelFacts:
 
     path: str
     dtype: torch.dtype
-    layers: Sequence[LayerGeometry]
+    layers: Sequence[LayerShape]
     max_model_len: int
     hf_config: Any
     load_format: str = "auto"
@@ -41,7 +41,7 @@ def read_model_facts(source: str | Path, dtype: str = "auto", *, any_architectur
     return ModelFacts(str(path), chosen, layers, max_tokens, config)
 
 
-def _layers(config: Any) -> list[LayerGeometry]:
+def _layers(config: Any) -> list[LayerShape]:
     num_layers = int(config.num_hidden_layers)
     num_heads = int(config.num_attention_heads)
     num_kv_heads = int(getattr(config, "num_key_value_heads", None) or num_heads)
@@ -51,6 +51,6 @@ def _layers(config: Any) -> list[LayerGeometry]:
     window = getattr(config, "sliding_window", None)
     kinds = getattr(config, "layer_types", None) or ["sliding_attention"] * num_layers
     return [
-        LayerGeometry(num_kv_heads, head_size, head_size_v, window if kind == "sliding_attention" else None)
+        LayerShape(num_kv_heads, head_size, head_size_v, window if kind == "sliding_attention" else None)
         for kind in kinds
     ]

@@ -44,7 +44,7 @@ from kvferry.engine.attention import (
     paged_attention,
     running_step,
 )
-from kvferry.engine.kv_groups import KVBuffer, LayerGeometry, full_attention_specs, kv_cache_config_for
+from kvferry.engine.kv_groups import KVBuffer, LayerShape, full_attention_specs, kv_cache_config_for
 from kvferry.engine.linears import pack_linears
 from kvferry.errors import ConfigError
 from kvferry.kv.fingerprint import stamp_folder
@@ -68,7 +68,7 @@ class ModelShape(Protocol):
     path: str
     """Folder of the weights, for connectors' fingerprints."""
     dtype: torch.dtype
-    layers: Sequence[LayerGeometry]
+    layers: Sequence[LayerShape]
     max_model_len: int
     hf_config: Any
     load_format: str
@@ -327,7 +327,7 @@ class HFModel:
             model.set_attn_implementation(ATTENTION_NAME)
         except ValueError as err:
             raise ConfigError(f"{architecture} is not supported: it has no exchangeable attention: {err}") from err
-        self.layers: Sequence[LayerGeometry] = self._probe_layers()
+        self.layers: Sequence[LayerShape] = self._probe_layers()
         self._self_check(plain)
 
     @property
@@ -361,7 +361,7 @@ class HFModel:
         return [(7919 * i + 13) % self.vocab_size for i in range(24)]
 
     @torch.inference_mode()
-    def _probe_layers(self) -> list[LayerGeometry]:
+    def _probe_layers(self) -> list[LayerShape]:
         """Learn each layer's KV shape by running one token, and refuse what keeps other state."""
         probe = _LayerProbe()
         batch = pack_batch([SequenceChunk(self._check_token_ids[:1], 0, ([0],), True)], 1, self._device)
@@ -379,7 +379,7 @@ class HFModel:
         self._check_windows(layers)
         return layers
 
-    def _check_windows(self, layers: Sequence[LayerGeometry]) -> None:
+    def _check_windows(self, layers: Sequence[LayerShape]) -> None:
         """Layers with a local view must tell it to their attention: the masks the others rely on are not made here."""
         config = self.hf_config.get_text_config()
         default = "full_attention" if getattr(config, "sliding_window", None) is None else "sliding_attention"
@@ -413,7 +413,7 @@ class _LayerProbe:
     """Stands in for PagedAttention and notes what each layer asks for."""
 
     def __init__(self) -> None:
-        self.layers: dict[int, LayerGeometry] = {}
+        self.layers: dict[int, LayerShape] = {}
 
     def attend(
         self,
@@ -423,7 +423,7 @@ class _LayerProbe:
         value: torch.Tensor,
         options: AttentionOptions,
     ) -> torch.Tensor:
-        self.layers[layer_index] = LayerGeometry(key.shape[0], key.shape[2], value.shape[2], options.window_tokens)
+        self.layers[layer_index] = LayerShape(key.shape[0], key.shape[2], value.shape[2], options.window_tokens)
         return causal_attention(query * options.scale, key, value, options)[None]
 
 

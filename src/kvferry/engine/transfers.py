@@ -39,7 +39,7 @@ class HoldReason(StrEnum):
 
 
 @dataclass(slots=True)
-class Load:
+class AsyncLoad:
     """An asynchronous load into a request's blocks."""
 
     request: Request
@@ -80,7 +80,7 @@ class Transfers:
         self._counters = counters
         self._clock = clock
         self._config = config
-        self.loads: dict[str, Load] = {}
+        self.loads: dict[str, AsyncLoad] = {}
         self.held: dict[str, HeldBlocks] = {}
         self._old_ids: dict[str, None] = {}
 
@@ -90,7 +90,7 @@ class Transfers:
         """The request now waits for its `num_computed_tokens` tokens behind the local ones to arrive."""
         deadline_s = self._clock.now() + self._config.load_timeout_s
         num_tokens = request.num_computed_tokens
-        self.loads[request.request_id] = Load(request, num_local_tokens, num_tokens, deadline_s)
+        self.loads[request.request_id] = AsyncLoad(request, num_local_tokens, num_tokens, deadline_s)
 
     def is_loading(self, request_id: str) -> bool:
         """True while the request waits for its load."""
@@ -133,7 +133,7 @@ class Transfers:
         timeout_s = self._config.load_timeout_s if awaits_recving else self._config.send_timeout_s
         held.deadline_s = max(held.deadline_s, now_s + timeout_s)
 
-    def finished_recving(self, request_id: str) -> Load | None:
+    def finished_recving(self, request_id: str) -> AsyncLoad | None:
         """A load ended. The load when its request waits for it; else held blocks may come free."""
         load = self.loads.pop(request_id, None)
         if load is None:

@@ -71,7 +71,7 @@ class LoadRecoveryConfig:
 
 
 @dataclass(frozen=True, slots=True)
-class BlockMove:
+class RecoveryMove:
     """One block of a request, and the key of its content."""
 
     index: int
@@ -83,9 +83,9 @@ class BlockMove:
 class LoadRecoveryMetadata(KVConnectorMetadata):
     """A step's orders."""
 
-    loads: dict[str, list[BlockMove]] = field(default_factory=dict)
+    loads: dict[str, list[RecoveryMove]] = field(default_factory=dict)
     """By request id."""
-    stores: list[BlockMove] = field(default_factory=list)
+    stores: list[RecoveryMove] = field(default_factory=list)
     forget_all: bool = False
 
 
@@ -103,7 +103,7 @@ class LoadRecoveryReport(KVConnectorWorkerMetadata):
 
 
 @dataclass(slots=True)
-class _RequestState:
+class _RecoveredRequest:
     view: RequestView
     chain: KeyChain
     num_local_tokens: int = 0
@@ -118,8 +118,8 @@ class LoadRecoverySchedulerSide(SchedulerSide):
         self.stored: set[bytes] = set()
         """Keys that can be loaded. A key whose load failed is out until it is stored again, so nothing loops."""
         self._block_tokens = host.groups[0].block_tokens
-        self._requests: dict[str, _RequestState] = {}
-        self._loads: dict[str, list[BlockMove]] = {}
+        self._requests: dict[str, _RecoveredRequest] = {}
+        self._loads: dict[str, list[RecoveryMove]] = {}
         self._forget_all = False
 
     @classmethod
@@ -132,7 +132,7 @@ class LoadRecoverySchedulerSide(SchedulerSide):
         """Begin to hash the request, if its tokens alone (and its salt and media) tell what its KV is."""
         if not request.has_unhashable_input and request.lora_path is None:
             chain = KeyChain(Identity(self.host.model, request.cache_salt), request.multimodal_items)
-            self._requests[request.request_id] = _RequestState(request, chain)
+            self._requests[request.request_id] = _RecoveredRequest(request, chain)
 
     def get_num_new_matched_tokens(self, request: RequestView, num_computed_tokens: int) -> tuple[int | None, bool]:
         """Claim the stored blocks behind the local ones; a synchronous load leaves a token to compute."""
@@ -150,7 +150,7 @@ class LoadRecoverySchedulerSide(SchedulerSide):
         num_external = num_tokens - num_computed_tokens
         return num_external, self.config.load_async and num_external > 0
 
-    def _keys(self, state: _RequestState, first: int, end: int) -> Iterator[tuple[int, bytes]]:
+    def _keys(self, state: _RecoveredRequest, first: int, end: int) -> Iterator[tuple[int, bytes]]:
         """(index, key) of the blocks that tokens [first, end) complete, as far as their tokens are known."""
         if state.chain.num_media != len(state.view.multimodal_items):
             return  # media came later: the chain does not know them
@@ -166,9 +166,9 @@ class LoadRecoverySchedulerSide(SchedulerSide):
             first = state.num_local_tokens
             self._loads[request.request_id] = list(self._moves(state, first, first + num_external_tokens, block_ids[0]))
 
-    def _moves(self, state: _RequestState, first: int, end: int, table: list[int]) -> Iterator[BlockMove]:
+    def _moves(self, state: _RecoveredRequest, first: int, end: int, table: list[int]) -> Iterator[RecoveryMove]:
         for index, key in self._keys(state, first, end):
-            yield BlockMove(index, table[index], key)
+            yield RecoveryMove(index, table[index], key)
 
     def build_connector_meta(self, step: StepView) -> LoadRecoveryMetadata:
         """The planned loads, and a store of each block that this step completes and nobody has stored."""
@@ -235,7 +235,7 @@ class LoadRecoveryWorkerSide(WorkerSide):
             if self.config.load_async:
                 self._results.finished_recving.add(request_id)
 
-    def _load(self, request_id: str, move: BlockMove, is_dropped: bool) -> None:
+    def _load(self, request_id: str, move: RecoveryMove, is_dropped: bool) -> None:
         if not is_dropped and move.key in self._blocks:
             for layer, content in zip(self._layers, self._blocks[move.key], strict=True):
                 layer[move.block_id].copy_(content)

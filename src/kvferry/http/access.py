@@ -78,7 +78,7 @@ def _texts(given: str | None, option: str, form: re.Pattern[str], example: str) 
     return tuple(value.lower() for value in values)
 
 
-class Guard:
+class AccessGuard:
     """An ASGI application before another one: refuses those that may not ask."""
 
     def __init__(self, app: ASGIApp, rules: AccessRules) -> None:

@@ -80,15 +80,15 @@ class Connections:
         self.clock = clock or SystemClock()
         self._max_connections = limits.num_connections()
         self._max_unfinished_bytes = _BODIES * limits.max_body_bytes
-        self._open: set[Connection] = set()
-        self._waiting: dict[Connection, None] = {}  # the one that has waited longest first
+        self._open: set[HTTPConnection] = set()
+        self._waiting: dict[HTTPConnection, None] = {}  # the one that has waited longest first
         self._num_unfinished_bytes = 0
 
-    def protocol(self, *arguments: Any, **settings: Any) -> Connection:
+    def protocol(self, *arguments: Any, **settings: Any) -> HTTPConnection:
         """For uvicorn, in place of a class."""
-        return Connection(self, *arguments, **settings)
+        return HTTPConnection(self, *arguments, **settings)
 
-    def enter(self, connection: Connection) -> None:
+    def enter(self, connection: HTTPConnection) -> None:
         """A connection has been made. It, or the one that has waited longest, is closed where there are too many."""
         if len(self._open) >= self._max_connections:
             victim = next(iter(self._waiting), connection)
@@ -102,18 +102,18 @@ class Connections:
         self._open.add(connection)
         self.wait(connection)
 
-    def wait(self, connection: Connection) -> None:
+    def wait(self, connection: HTTPConnection) -> None:
         """From now on it waits for a request."""
         self.served(connection)
         self._waiting[connection] = None
 
-    def served(self, connection: Connection) -> None:
+    def served(self, connection: HTTPConnection) -> None:
         """Its request has come whole."""
         self._waiting.pop(connection, None)
         self._num_unfinished_bytes -= connection.num_body_bytes
         connection.num_body_bytes = 0
 
-    def received(self, connection: Connection, num_bytes: int) -> None:
+    def received(self, connection: HTTPConnection, num_bytes: int) -> None:
         """A piece of its body, which is not whole yet."""
         connection.num_body_bytes += num_bytes
         self._num_unfinished_bytes += num_bytes
@@ -125,7 +125,7 @@ class Connections:
             )
             victim.end(ApiError(503, "the server has too many unfinished bodies; send it again", code="overloaded"))
 
-    def leave(self, connection: Connection) -> None:
+    def leave(self, connection: HTTPConnection) -> None:
         """It is closed, or about to be."""
         self._open.discard(connection)
         self.served(connection)
@@ -155,7 +155,7 @@ class _Parser(h11.Connection):
         return event
 
 
-class Connection(H11Protocol):
+class HTTPConnection(H11Protocol):
     """uvicorn's, with the limits of `Connections`."""
 
     def __init__(self, all_of_them: Connections, *arguments: Any, **settings: Any) -> None:

@@ -16,7 +16,7 @@ import uvicorn
 
 from kvferry.clock import SystemClock
 from kvferry.errors import ConfigError
-from kvferry.http.access import AccessRules, Guard
+from kvferry.http.access import AccessGuard, AccessRules
 from kvferry.http.connections import ConnectionLimits, Connections
 
 logger = logging.getLogger(__name__)
@@ -64,7 +64,7 @@ class Server(uvicorn.Server):
     ) -> None:
         """`refuse_new` is called with the reason at the first signal, `on_listening` when requests can come."""
         self._connections = Connections(limits)
-        self._guard = Guard(app, access)
+        self._guard = AccessGuard(app, access)
         config = uvicorn.Config(
             access.with_cors(self._guard),
             log_level="warning",

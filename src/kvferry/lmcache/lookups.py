@@ -30,7 +30,7 @@ class _Question:
     is_abandoned: bool = False
 
 
-class _Order(NamedTuple):
+class _LookupOrder(NamedTuple):
     operation: str
     key: ServerKey
     question: _Question | None = None
@@ -48,14 +48,14 @@ class Lookups:
         self._config = config
         self._chunk_tokens = chunk_tokens
         self._connection = ServerConnection(config.url)
-        self._orders: queue.SimpleQueue[_Order | None] = queue.SimpleQueue()
+        self._orders: queue.SimpleQueue[_LookupOrder | None] = queue.SimpleQueue()
         self._num_put = self._num_done = 0
         self._is_closing = False
         self._asked: dict[str, _Question] = {}
         """By request id, until the answer is told. The caller's; all else but `is_down` is the thread's."""
         self._lock = threading.Lock()
         self._pending: list[_Question] = []
-        self._unsent: deque[_Order] = deque(maxlen=_MAX_UNSENT)
+        self._unsent: deque[_LookupOrder] = deque(maxlen=_MAX_UNSENT)
         """Releases and ends from the time when the server was gone."""
         self._next_try_s = 0.0
         self._next_beat_s = 0.0
@@ -67,7 +67,7 @@ class Lookups:
         """Ask for the longest prefix of the key's range that the server has, and lock it for all workers."""
         question = self._asked[key.request_id] = _Question(key, 0 if self.is_down else None)
         if question.found is None:
-            self._put(_Order("lookup", key, question))
+            self._put(_LookupOrder("lookup", key, question))
 
     def result(self, request_id: str) -> int | None:
         """Chunks that were found, told once: from now on they are the caller's to release. None: not known yet."""
@@ -79,7 +79,7 @@ class Lookups:
     def release(self, key: ServerKey) -> None:
         """Unlock the key's range of what a lookup found."""
         if key.start < key.end:
-            self._put(_Order("free_lookup_locks", key))
+            self._put(_LookupOrder("free_lookup_locks", key))
 
     def end(self, key: ServerKey) -> None:
         """Nobody will ask again; what a lookup has found, or finds, without having told it is released."""
@@ -88,9 +88,9 @@ class Lookups:
             with self._lock:
                 question.is_abandoned = True
             self.release(key.part(0, (question.found or 0) * self._chunk_tokens, None))
-        self._put(_Order("end_session", key))
+        self._put(_LookupOrder("end_session", key))
 
-    def _put(self, order: _Order) -> None:
+    def _put(self, order: _LookupOrder) -> None:
         self._num_put += 1
         self._orders.put(order)
 
@@ -119,7 +119,7 @@ class Lookups:
             self._connection.close()
 
     def _turn(self) -> bool:
-        order: _Order | None = None
+        order: _LookupOrder | None = None
         try:
             wait_s = _POLL_S if self._pending else min(RETRY_S, self._config.heartbeat_interval)
             if (order := self._orders.get(timeout=wait_s)) is None:
@@ -144,7 +144,7 @@ class Lookups:
             self._answer(order.question, 0)
         return True
 
-    def _run(self, order: _Order) -> None:
+    def _run(self, order: _LookupOrder) -> None:
         operation, key, question = order
         timeout_s = self._config.mq_timeout if question is None else self._config.lookup_timeout_s
         timeout_s = min(timeout_s, RETRY_TIMEOUT_S) if self._is_closing else timeout_s
@@ -166,8 +166,8 @@ class Lookups:
             if not self._answer(question, found):
                 if found:
                     key = question.key.part(0, found * self._chunk_tokens, None)
-                    self._run(_Order("free_lookup_locks", key))
-                self._run(_Order("end_session", question.key))
+                    self._run(_LookupOrder("free_lookup_locks", key))
+                self._run(_LookupOrder("end_session", question.key))
 
     def _answer(self, question: _Question, found: int) -> bool:
         """False when nobody wants to know."""

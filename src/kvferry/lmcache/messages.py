@@ -20,7 +20,7 @@ class ChunkMove:
 
 
 @dataclass(frozen=True, slots=True)
-class TransferJob:
+class ServerTransfer:
     """Chunks that follow one another, to or from the server. Every worker reports each job once."""
 
     job_id: int
@@ -35,8 +35,8 @@ class LMCacheMetadata(KVConnectorMetadata):
 
     step: int | None
     """Number of a step whose blocks are to be stored once its outcome is known; workers report it back."""
-    loads: list[TransferJob] = field(default_factory=list)
-    stores: list[TransferJob] = field(default_factory=list)
+    loads: list[ServerTransfer] = field(default_factory=list)
+    stores: list[ServerTransfer] = field(default_factory=list)
 
 
 @dataclass(frozen=True, slots=True)

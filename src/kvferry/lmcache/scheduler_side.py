@@ -32,10 +32,10 @@ from kvferry.lmcache.messages import (
     LMCacheHandshake,
     LMCacheMetadata,
     LMCacheReport,
-    TransferJob,
+    ServerTransfer,
     TransferReport,
 )
-from kvferry.lmcache.session import ChunkGeometry
+from kvferry.lmcache.session import ServerChunks
 from kvferry.lmcache.wire import ServerConnection, ServerKey
 from kvferry.lmcache.worker_side import only_group
 from kvferry.offloading.requests import LoadState
@@ -70,10 +70,10 @@ class _Request:
 
 
 @dataclass(slots=True)
-class _Job:
+class _JobRecord:
     """A job on its way. `step` is that of the blocks to be stored; `ranks` have reported."""
 
-    job: TransferJob
+    job: ServerTransfer
     is_load: bool
     deadline_s: float
     pinned: list[Any] = field(default_factory=list)
@@ -98,7 +98,7 @@ class LMCacheSchedulerSide(SchedulerSide):
         try:
             chunk_tokens = connection.probe(http_port=config.http_port)
             block_bytes = sum(host.page_bytes[name] for name in group.layer_names)
-            ChunkGeometry.of(chunk_tokens, group.block_tokens, block_bytes, config.staging_bytes).check_room()
+            ServerChunks.of(chunk_tokens, group.block_tokens, block_bytes, config.staging_bytes).check_room()
         except (ConfigError, HostError) as err:
             return [str(err)]
         finally:
@@ -115,13 +115,13 @@ class LMCacheSchedulerSide(SchedulerSide):
         self._epoch = ""
         self._numbers = count(1)
         self._requests: dict[str, _Request] = {}
-        self._jobs: dict[int, _Job] = {}
-        self._computed: deque[_Job] = deque()
+        self._jobs: dict[int, _JobRecord] = {}
+        self._computed: deque[_JobRecord] = deque()
         """Stores that wait for the outcome of their step."""
         self._known_step = 0
         self._bad: set[bytes] = set()
         """Chunks the server has other bytes of than were stored. It cannot be told so, hence they are not asked for."""
-        self._new_loads: list[TransferJob] = []
+        self._new_loads: list[ServerTransfer] = []
         self._num_pinned = 0
         self._pool: Any = None
         self._server: LMCacheHandshake | None = None
@@ -310,7 +310,7 @@ class LMCacheSchedulerSide(SchedulerSide):
         assert state.chain is not None
         return ChunkMove(chunk, state.chain.value_at((chunk + 1) * self.server.chunk_tokens), first_block, block_ids)
 
-    def _new_job(self, state: _Request, moves: tuple[ChunkMove, ...], *, is_load: bool) -> _Job:
+    def _new_job(self, state: _Request, moves: tuple[ChunkMove, ...], *, is_load: bool) -> _JobRecord:
         end = (moves[-1].chunk + 1) * self.server.chunk_tokens
         if state.key is None:
             state.key = self._key(state, end)
@@ -319,7 +319,7 @@ class LMCacheSchedulerSide(SchedulerSide):
             key = key.grown(tuple(state.view.token_ids[:end]))
         state.num_jobs += 1
         deadline_s = self._clock.now() + 3 * self.config.mq_timeout
-        return _Job(TransferJob(next(self._numbers), state.view.request_id, key, moves), is_load, deadline_s)
+        return _JobRecord(ServerTransfer(next(self._numbers), state.view.request_id, key, moves), is_load, deadline_s)
 
     def build_connector_meta(self, step: StepView) -> LMCacheMetadata:
         """This step's loads, the stores of steps that have turned out well, and plans for what this one computes."""
@@ -340,7 +340,7 @@ class LMCacheSchedulerSide(SchedulerSide):
                 self._computed.append(record_or_none)
         return metadata
 
-    def _plan_store(self, state: _Request, scheduled: ScheduledRequest) -> _Job | None:
+    def _plan_store(self, state: _Request, scheduled: ScheduledRequest) -> _JobRecord | None:
         """Pin the blocks of the chunks that the step completes, as many as may be; None when there are none."""
         if not self._extend(state):
             return None
@@ -389,11 +389,11 @@ class LMCacheSchedulerSide(SchedulerSide):
             del self._jobs[item.job_id]
             self._end(record)
 
-    def _see_again(self, record: _Job) -> None:
+    def _see_again(self, record: _JobRecord) -> None:
         if (state := self._requests.get(record.job.request_id)) is not None:
             state.num_chunks_seen = min(state.num_chunks_seen, record.job.moves[0].chunk)
 
-    def _end(self, record: _Job) -> None:
+    def _end(self, record: _JobRecord) -> None:
         """A job is over: its blocks may be reused. A request whose load has failed claims nothing any more."""
         self._num_pinned -= len(record.pinned)
         if record.pinned:
@@ -440,7 +440,7 @@ class LMCacheSchedulerSide(SchedulerSide):
 
     # ---- figures ----------------------------------------------------------------------------------------------
 
-    def _count(self, record: _Job, item: TransferReport) -> None:
+    def _count(self, record: _JobRecord, item: TransferReport) -> None:
         moved, num_chunks = self._moved, len(record.job.moves)
         if item.error is not None:
             reason = f"{'load' if record.is_load else 'store'} {item.error.partition(':')[0]}"

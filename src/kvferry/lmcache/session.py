@@ -28,7 +28,7 @@ from kvferry.kv.layout import GroupLayout
 from kvferry.kv.segment import PAGE_BYTES, SHM_DIRECTORY
 from kvferry.kv.space import space_at
 from kvferry.lmcache.config import EXTRA_CONFIG
-from kvferry.lmcache.messages import ChunkMove, TransferJob
+from kvferry.lmcache.messages import ChunkMove, ServerTransfer
 from kvferry.lmcache.wire import PROBE_TIMEOUT_S, ServerConnection, ServerKey, shared_tensor
 from kvferry.offloading.copier import Copier
 
@@ -49,7 +49,7 @@ class ChunkCorrupt(TierCorrupt):
 
 
 @dataclass(frozen=True, slots=True)
-class ChunkGeometry:
+class ServerChunks:
     """Sizes of the server's chunks for one worker; as a tensor, a slot is [chunk_tokens, row_bytes] of bytes."""
 
     chunk_tokens: int
@@ -59,7 +59,7 @@ class ChunkGeometry:
     num_slots: int
 
     @classmethod
-    def of(cls, chunk_tokens: int, block_tokens: int, block_bytes: int, staging_bytes: int) -> ChunkGeometry:
+    def of(cls, chunk_tokens: int, block_tokens: int, block_bytes: int, staging_bytes: int) -> ServerChunks:
         """Derive them. ConfigError when blocks do not fill a chunk, or the staging does not hold one."""
         if chunk_tokens % math.lcm(block_tokens, UNIT_TOKENS):
             raise ConfigError(
@@ -98,7 +98,7 @@ class ServerSession:
     def __init__(
         self,
         connection: ServerConnection,
-        geometry: ChunkGeometry,
+        geometry: ServerChunks,
         group: GroupLayout,
         copier: Copier,
         rank: int,
@@ -142,7 +142,7 @@ class ServerSession:
         """Tell the server that we live."""
         self._call("ping", self._instance_id, returns=bool, timeout_s=timeout_s)
 
-    def store(self, job: TransferJob, mark: Any, timeout_s: float) -> None:
+    def store(self, job: ServerTransfer, mark: Any, timeout_s: float) -> None:
         """Send a job's chunks. Blocks; TransferError at the first that was not taken, or must not be stored."""
         for moves in self._batches(job.moves):
             num_good = 0
@@ -157,7 +157,7 @@ class ServerSession:
                 # Another request's NaN may have spoilt this prompt's KV: stored, it would for ever.
                 raise TransferRefused(f"the KV in blocks {list(moves[num_good].block_ids)} has a NaN or an infinity")
 
-    def retrieve(self, job: TransferJob, mark: Any, timeout_s: float) -> None:
+    def retrieve(self, job: ServerTransfer, mark: Any, timeout_s: float) -> None:
         """Fetch a job's chunks into the engine's blocks, once they are proved. Blocks; TransferError or ChunkCorrupt
         at the first that is not right, and the rest is unlocked."""
         for moves in self._batches(job.moves):
@@ -176,7 +176,7 @@ class ServerSession:
         for first in range(0, len(moves), size):
             yield moves[first : first + size]
 
-    def _transfer(self, operation: str, job: TransferJob, moves: Sequence[ChunkMove], timeout_s: float) -> None:
+    def _transfer(self, operation: str, job: ServerTransfer, moves: Sequence[ChunkMove], timeout_s: float) -> None:
         key = self._key(job, moves[0].chunk, moves[-1].chunk + 1)
         slots = [list(range(1, len(moves) + 1))]
         more = (0,) if operation == "retrieve" else ()
@@ -187,7 +187,7 @@ class ServerSession:
         if not is_done:
             raise TransferRefused(f"the LMCache server refused to {operation} tokens {key.start} to {key.end}")
 
-    def _key(self, job: TransferJob, first_chunk: int, end_chunk: int) -> ServerKey:
+    def _key(self, job: ServerTransfer, first_chunk: int, end_chunk: int) -> ServerKey:
         size = self._geometry.chunk_tokens
         return job.key.part(first_chunk * size, end_chunk * size, self._rank)
 

@@ -25,10 +25,10 @@ from kvferry.lmcache.messages import (
     LMCacheHandshake,
     LMCacheMetadata,
     LMCacheReport,
-    TransferJob,
+    ServerTransfer,
     TransferReport,
 )
-from kvferry.lmcache.session import ChunkCorrupt, ChunkGeometry, ServerSession, TransferRefused
+from kvferry.lmcache.session import ChunkCorrupt, ServerChunks, ServerSession, TransferRefused
 from kvferry.lmcache.wire import ServerConnection
 from kvferry.offloading.copier import Copier, make_copier
 from kvferry.types import AttentionKind, GroupInfo
@@ -42,8 +42,8 @@ _FORMAT = "kvferry-lmcache-1"
 _DRAIN_S = 5.0
 
 
-class _Order(NamedTuple):
-    job: TransferJob
+class _TransferOrder(NamedTuple):
+    job: ServerTransfer
     is_load: bool
     mark: Any
 
@@ -62,9 +62,9 @@ class LMCacheWorkerSide(WorkerSide):
         self._copier: Copier | None = None
         self._next_try_s = 0.0
         self._wake = threading.Condition()
-        self._loads: deque[_Order] = deque()
-        self._stores: deque[_Order] = deque()
-        self._done: deque[tuple[_Order, TransferReport]] = deque()
+        self._loads: deque[_TransferOrder] = deque()
+        self._stores: deque[_TransferOrder] = deque()
+        self._done: deque[tuple[_TransferOrder, TransferReport]] = deque()
         self._reports: list[TransferReport] = []
         self._step: int | None = None
         self._closes_at_s: float | None = None
@@ -78,7 +78,7 @@ class LMCacheWorkerSide(WorkerSide):
         layout, anchors = KVLayout.from_tensors(kv_caches, (self._group,), self.host.num_blocks, self.host.page_form)
         group = layout.groups[0]
         chunk_tokens = self._connection.probe(http_port=self.config.http_port)
-        geometry = ChunkGeometry.of(chunk_tokens, group.block_tokens, group.block_bytes, self.config.staging_bytes)
+        geometry = ServerChunks.of(chunk_tokens, group.block_tokens, group.block_bytes, self.config.staging_bytes)
         model_name = _model_name(self.host, self.config, geometry, layout)
         self._copier = copier = make_copier(anchors)
         self._handshake = LMCacheHandshake(chunk_tokens, model_name)
@@ -103,8 +103,8 @@ class LMCacheWorkerSide(WorkerSide):
         assert self._copier is not None
         mark = self._copier.mark()
         with self._wake:
-            self._loads.extend(_Order(job, True, mark) for job in metadata.loads)
-            self._stores.extend(_Order(job, False, mark) for job in metadata.stores)
+            self._loads.extend(_TransferOrder(job, True, mark) for job in metadata.loads)
+            self._stores.extend(_TransferOrder(job, False, mark) for job in metadata.stores)
             self._wake.notify()
 
     def start_load_kv(self, metadata: KVConnectorMetadata) -> None:
@@ -162,7 +162,7 @@ class LMCacheWorkerSide(WorkerSide):
         is_idle = not self._loads and not self._stores
         return is_idle or self._session is None or time.monotonic() > self._closes_at_s
 
-    def _next(self) -> _Order | None:
+    def _next(self) -> _TransferOrder | None:
         """The next order; None when it is time for a sign of life, or to look for the server."""
         wait_s = RETRY_S if self._session is None else self.config.heartbeat_interval
         with self._wake:
@@ -170,7 +170,7 @@ class LMCacheWorkerSide(WorkerSide):
             queue = self._loads or self._stores
             return queue.popleft() if queue else None
 
-    def _run(self, order: _Order) -> TransferReport:
+    def _run(self, order: _TransferOrder) -> TransferReport:
         started_s, job, was_there = time.perf_counter(), order.job, self._session is not None
         error = self._guarded(lambda session: self._transfer(session, order))
         if error is not None and was_there:
@@ -179,7 +179,7 @@ class LMCacheWorkerSide(WorkerSide):
         bad = error.chain_value if isinstance(error, ChunkCorrupt) else None
         return TransferReport(job.job_id, self.host.rank, text, time.perf_counter() - started_s, bad)
 
-    def _transfer(self, session: ServerSession, order: _Order) -> None:
+    def _transfer(self, session: ServerSession, order: _TransferOrder) -> None:
         transfer = session.retrieve if order.is_load else session.store
         transfer(order.job, order.mark, self.config.mq_timeout)
 
@@ -235,7 +235,7 @@ def only_group(host: HostInfo) -> GroupInfo:
     return group
 
 
-def _model_name(host: HostInfo, config: LMCacheConfig, geometry: ChunkGeometry, layout: KVLayout) -> str:
+def _model_name(host: HostInfo, config: LMCacheConfig, geometry: ServerChunks, layout: KVLayout) -> str:
     """What all bytes under one name agree on, so that neither LMCache's own clients nor other engines are misled."""
     identity = [
         _FORMAT,

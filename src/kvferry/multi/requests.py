@@ -16,7 +16,7 @@ Match = tuple[int | None, bool]
 
 
 @dataclass(frozen=True, slots=True)
-class Claim:
+class ChildClaim:
     """The claim that was handed to the host."""
 
     child: int
@@ -26,7 +26,7 @@ class Claim:
 
 @dataclass(slots=True)
 class _Lookup:
-    claim: Claim | None = None
+    claim: ChildClaim | None = None
     waits_since_s: float | None = None
     """Since when one child has had a hit while another was looking."""
     tails: set[int] = field(default_factory=set)
@@ -56,7 +56,7 @@ class Claims:
             return (None, False) if is_waiting else (0, False)
         if is_waiting and not self._waited_enough(lookup):
             return None, False
-        lookup.claim = Claim(best, answers[best][1], num_local_tokens)
+        lookup.claim = ChildClaim(best, answers[best][1], num_local_tokens)
         return answers[best]
 
     def _best(self, answers: Sequence[Match]) -> tuple[int | None, bool]:
@@ -75,7 +75,7 @@ class Claims:
             lookup.waits_since_s = now_s
         return now_s - lookup.waits_since_s >= self._wait_s
 
-    def of(self, request_id: str) -> Claim | None:
+    def of(self, request_id: str) -> ChildClaim | None:
         """The claim that holds."""
         lookup = self._lookups.get(request_id)
         return None if lookup is None else lookup.claim
@@ -100,7 +100,7 @@ class Claims:
 
 
 @dataclass(slots=True)
-class _Load:
+class _ChildLoad:
     child: int
     has_failed: bool = False
 
@@ -116,7 +116,7 @@ class Completions:
         self._live: set[str] = set()
         self._early: dict[str, set[int]] = {}
         self._sends: dict[str, set[int]] = {}
-        self._loads: dict[str, _Load] = {}
+        self._loads: dict[str, _ChildLoad] = {}
         self._due = KVConnectorTransferResults()
         self._accepted = [ChildReport() for _ in range(num_children)]
 
@@ -134,7 +134,7 @@ class Completions:
             for child in early.intersection(children):
                 self._sent(child, request_id)
         for request_id, child in metadata.async_loads.items():
-            self._loads[request_id] = _Load(child)
+            self._loads[request_id] = _ChildLoad(child)
             if child in switched_off:
                 self._received(child, request_id, has_failed=True)
         for child in closed:

@@ -31,7 +31,7 @@ from kvferry.multi.messages import (
     source_path,
     with_source,
 )
-from kvferry.multi.requests import Claim, Claims, Match, RankCounts
+from kvferry.multi.requests import ChildClaim, Claims, Match, RankCounts
 from kvferry.types import NULL_BLOCK_ID
 
 logger = logging.getLogger(__name__)
@@ -60,7 +60,7 @@ class MultiSchedulerHooks(MultiBase):
         self._claims = Claims(policy, self.settings.lookup_wait_s, clock or SystemClock())
         self._next = MultiMetadata()
         self._new_req_ids: list[str] = []
-        self._open_loads: dict[str, Claim] = {}
+        self._open_loads: dict[str, ChildClaim] = {}
         """Asynchronous loads that have not been reported yet."""
         self._ledgers: dict[int, PinLedger] = {}
         self._num_closed_ranks: Counter[int] = Counter()
@@ -172,7 +172,7 @@ class MultiSchedulerHooks(MultiBase):
         if claim is not None and self.children[claim.child].is_off:
             raise ContractError(f"{request_id}: {self.children[claim.child].label} is switched off and cannot load")
 
-    def _note_load(self, request_id: str, claim: Claim, blocks: Any, num_external_tokens: int) -> None:
+    def _note_load(self, request_id: str, claim: ChildClaim, blocks: Any, num_external_tokens: int) -> None:
         if claim.is_async:
             self._next.async_loads[request_id] = claim.child
             self._open_loads[request_id] = claim

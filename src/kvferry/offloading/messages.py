@@ -41,7 +41,7 @@ class CopyJob:
 
 
 @dataclass(slots=True)
-class StepMetadata(KVConnectorMetadata):
+class OffloadingStepMetadata(KVConnectorMetadata):
     """One step's orders to every worker."""
 
     arena: ArenaInfo
@@ -50,7 +50,7 @@ class StepMetadata(KVConnectorMetadata):
 
 
 @dataclass(frozen=True, slots=True)
-class JobReport:
+class CopyReport:
     """How one worker fared with one job: per part the digest of its slot (stores), b"" (loads), or None (failed)."""
 
     job_id: int
@@ -63,19 +63,19 @@ class JobReport:
 
 
 @dataclass(slots=True)
-class WorkerReport(KVConnectorWorkerMetadata):
+class OffloadingWorkerReport(KVConnectorWorkerMetadata):
     """Jobs that ended on one or more workers since the last step."""
 
-    reports: list[JobReport] = field(default_factory=list)
+    reports: list[CopyReport] = field(default_factory=list)
 
-    def aggregate(self, other: KVConnectorWorkerMetadata) -> WorkerReport:
+    def aggregate(self, other: KVConnectorWorkerMetadata) -> OffloadingWorkerReport:
         """Both workers' reports."""
-        assert isinstance(other, WorkerReport)
-        return WorkerReport(self.reports + other.reports)
+        assert isinstance(other, OffloadingWorkerReport)
+        return OffloadingWorkerReport(self.reports + other.reports)
 
 
 @dataclass(frozen=True, slots=True)
-class WorkerHandshake(KVConnectorHandshakeMetadata):
+class OffloadingHandshake(KVConnectorHandshakeMetadata):
     """A worker's normalised layout, as far as the scheduler side needs it."""
 
     rank: int

@@ -10,7 +10,7 @@ from typing import Any
 from kvferry.contract.views import RequestView
 from kvferry.kv.keys import KeyChain
 from kvferry.offloading.config import ChunkGeometry
-from kvferry.offloading.messages import ChunkPart, CopyJob, JobReport
+from kvferry.offloading.messages import ChunkPart, CopyJob, CopyReport
 from kvferry.types import NULL_BLOCK_ID, AttentionKind, GroupInfo, SlotRef, StoreKey
 
 
@@ -46,7 +46,7 @@ class RequestState:
 
 
 @dataclass(slots=True)
-class Job:
+class JobRecord:
     """A copy job that workers have not all reported yet. Failures are remembered per (part, rank)."""
 
     job: CopyJob
@@ -54,7 +54,7 @@ class Job:
     pinned_blocks: list[Any]
     keys: tuple[tuple[StoreKey, ...], ...]
     """Per part, the key of each rank's shard."""
-    reports: dict[int, JobReport]
+    reports: dict[int, CopyReport]
     is_load: bool
     chunk: int | None = None
     """Stores: which chunk of its request."""

@@ -35,9 +35,15 @@ from kvferry.offloading.config import EXTRA_CONFIG, ChunkGeometry, OffloadingCon
 from kvferry.offloading.events import ChunkEvents
 from kvferry.offloading.explain import explain_prefix
 from kvferry.offloading.identity import store_namespace
-from kvferry.offloading.messages import ChunkPart, CopyJob, StepMetadata, WorkerHandshake, WorkerReport
+from kvferry.offloading.messages import (
+    ChunkPart,
+    CopyJob,
+    OffloadingHandshake,
+    OffloadingStepMetadata,
+    OffloadingWorkerReport,
+)
 from kvferry.offloading.requests import (
-    Job,
+    JobRecord,
     LoadState,
     RequestState,
     groups_needed,
@@ -75,7 +81,7 @@ class OffloadingSchedulerSide(SchedulerSide):
         self._may_claim_all = self._is_async and not any(map(starts_with_a_block, host.groups))
         self._keys = KeyMaker.of(host, self.config.weights_version)
         self._requests: dict[str, RequestState] = {}
-        self._jobs: dict[int, Job] = {}
+        self._jobs: dict[int, JobRecord] = {}
         self._next_job_id = 0
         self._new_loads: list[CopyJob] = []
         self._num_pinned_blocks = 0
@@ -136,8 +142,8 @@ class OffloadingSchedulerSide(SchedulerSide):
             geometry.num_slots, geometry.slot_bytes, geometry.chunk_tokens, ", ".join((HOST, *(t.name for t in tiers))),
         )  # fmt: skip
 
-    def _agreed_layout(self, metadata: dict[int, KVConnectorHandshakeMetadata]) -> WorkerHandshake:
-        shakes = [shake for _, shake in sorted(metadata.items()) if isinstance(shake, WorkerHandshake)]
+    def _agreed_layout(self, metadata: dict[int, KVConnectorHandshakeMetadata]) -> OffloadingHandshake:
+        shakes = [shake for _, shake in sorted(metadata.items()) if isinstance(shake, OffloadingHandshake)]
         if len(shakes) != self.host.world_size:
             raise ConfigError(
                 f"{len(shakes)} of {self.host.world_size} workers sent their KV layout; "
@@ -376,7 +382,7 @@ class OffloadingSchedulerSide(SchedulerSide):
 
     # ---- store ------------------------------------------------------------------------------------------------
 
-    def build_connector_meta(self, step: StepView) -> StepMetadata:
+    def build_connector_meta(self, step: StepView) -> OffloadingStepMetadata:
         """This step's loads, and stores of the chunks that this step completes."""
         assert self._arena is not None, "set_xfer_handshake_metadata comes first"
         self.store.poll()
@@ -386,7 +392,7 @@ class OffloadingSchedulerSide(SchedulerSide):
             else:
                 self.store.scrub(_SCRUB_SLOTS)
         loads, self._new_loads = self._new_loads, []
-        metadata = StepMetadata(self._arena.info, loads)
+        metadata = OffloadingStepMetadata(self._arena.info, loads)
         for scheduled in step.scheduled:
             state = self._requests.get(scheduled.request_id)
             if state is not None and state.chain is not None and self._keys.is_certain(state.view.lora_path):
@@ -461,18 +467,18 @@ class OffloadingSchedulerSide(SchedulerSide):
         *,
         is_load: bool,
         pinned: list[Any] | None = None,
-    ) -> Job:
+    ) -> JobRecord:
         self._next_job_id += 1
         job = CopyJob(self._next_job_id, state.view.request_id, parts, self._loads_async(state))
         deadline_s = self._clock.now() + _JOB_DEADLINE_S
-        record = Job(job, deadline_s, pinned or [], keys, {}, is_load)
+        record = JobRecord(job, deadline_s, pinned or [], keys, {}, is_load)
         self._jobs[job.job_id] = record
         return record
 
     def update_connector_output(self, connector_output: KVConnectorOutput) -> None:
         """Take in the workers' reports; a job ends when every worker has reported it."""
         report = connector_output.kv_connector_worker_meta
-        ended = self._ended_jobs(report) if isinstance(report, WorkerReport) else []
+        ended = self._ended_jobs(report) if isinstance(report, OffloadingWorkerReport) else []
         loads = [record for record in ended if record.is_load]
         for record in loads:
             self._end_load(record, ended)
@@ -483,8 +489,8 @@ class OffloadingSchedulerSide(SchedulerSide):
             if not record.is_load:
                 self._end_store(record)
 
-    def _ended_jobs(self, report: WorkerReport) -> list[Job]:
-        ended: list[Job] = []
+    def _ended_jobs(self, report: OffloadingWorkerReport) -> list[JobRecord]:
+        ended: list[JobRecord] = []
         for item in report.reports:
             record = self._jobs.get(item.job_id)
             if record is None or item.rank in record.reports:
@@ -495,12 +501,12 @@ class OffloadingSchedulerSide(SchedulerSide):
                 ended.append(self._jobs.pop(item.job_id))
         return ended
 
-    def _taint(self, ended: list[Job], after_job_id: int) -> None:
+    def _taint(self, ended: list[JobRecord], after_job_id: int) -> None:
         for record in (*ended, *self._jobs.values()):
             if not record.is_load and record.job.job_id > after_job_id:
                 record.is_tainted = True
 
-    def _end_store(self, record: Job) -> None:
+    def _end_store(self, record: JobRecord) -> None:
         for i, (part, keys) in enumerate(zip(record.job.parts, record.keys, strict=True)):
             payload = self.geometry.payload_bytes[part.group_id]
             digests = [record.reports[rank].digests[i] for rank in range(len(keys))]
@@ -518,13 +524,13 @@ class OffloadingSchedulerSide(SchedulerSide):
         self._num_pinned_blocks -= len(record.pinned_blocks)
         self._pool.free_blocks(reversed(record.pinned_blocks))
 
-    def _see_again(self, record: Job) -> None:
+    def _see_again(self, record: JobRecord) -> None:
         """The chunk is considered anew when its request computes it again."""
         state = self._requests.get(record.job.request_id)
         if state is not None and record.chunk is not None:
             state.num_chunks_seen = min(state.num_chunks_seen, record.chunk)
 
-    def _end_load(self, record: Job, ended: list[Job]) -> None:
+    def _end_load(self, record: JobRecord, ended: list[JobRecord]) -> None:
         """Release what the load held. A failed one makes its request claim nothing more; of what it was to load,
         chunks whose bytes are no longer those of their digest are dropped from host memory, and the others stay.
         """

@@ -6,7 +6,7 @@ from collections import Counter
 from dataclasses import dataclass, field, replace
 
 from kvferry.contract.stats import ConnectorStats, MediumStats
-from kvferry.offloading.messages import CopyJob, JobReport
+from kvferry.offloading.messages import CopyJob, CopyReport
 from kvferry.offloading.store.tier import TierStats
 from kvferry.offloading.store.tiered import HOST, StoreStats, TierTraffic
 
@@ -26,7 +26,7 @@ class OffloadingCounters:
     copies: MediumStats = field(default_factory=MediumStats)
     """Copies between the engine's blocks and host memory, as the workers report them; of one worker each."""
 
-    def add_copies(self, job: CopyJob, report: JobReport, block_bytes: tuple[int, ...], *, is_load: bool) -> None:
+    def add_copies(self, job: CopyJob, report: CopyReport, block_bytes: tuple[int, ...], *, is_load: bool) -> None:
         """Take one worker's report in; `block_bytes` are the bytes of one block of each group."""
         copies = self.copies
         num_bytes = num_copies = 0

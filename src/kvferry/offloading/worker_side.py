@@ -20,10 +20,10 @@ from kvferry.offloading.copier import Copier, make_copier
 from kvferry.offloading.messages import (
     ChunkPart,
     CopyJob,
-    JobReport,
-    StepMetadata,
-    WorkerHandshake,
-    WorkerReport,
+    CopyReport,
+    OffloadingHandshake,
+    OffloadingStepMetadata,
+    OffloadingWorkerReport,
 )
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ _JOIN_TIMEOUT_S = 10.0
 
 
 @dataclass(frozen=True, slots=True)
-class _Order:
+class _CopyOrder:
     job: CopyJob
     is_load: bool
     arena: ArenaInfo
@@ -51,13 +51,13 @@ class OffloadingWorkerSide(WorkerSide):
         self._copier: Copier | None = None
         self._arena: Arena | None = None
         self._arena_lock = threading.Lock()
-        self._loads_started: StepMetadata | None = None
-        self._unsaved: StepMetadata | None = None
+        self._loads_started: OffloadingStepMetadata | None = None
+        self._unsaved: OffloadingStepMetadata | None = None
         self._wake = threading.Condition()
-        self._loads: deque[_Order] = deque()
-        self._stores: deque[_Order] = deque()
-        self._done: deque[tuple[_Order, JobReport]] = deque()
-        self._reports: list[JobReport] = []
+        self._loads: deque[_CopyOrder] = deque()
+        self._stores: deque[_CopyOrder] = deque()
+        self._done: deque[tuple[_CopyOrder, CopyReport]] = deque()
+        self._reports: list[CopyReport] = []
         self._bad_blocks: set[int] = set()
         self._closing = False
         self._thread = threading.Thread(target=self._main, name="kvferry-copy", daemon=True)
@@ -69,10 +69,10 @@ class OffloadingWorkerSide(WorkerSide):
         self._copier = make_copier(anchors)
         self._thread.start()
 
-    def get_handshake_metadata(self) -> WorkerHandshake:
+    def get_handshake_metadata(self) -> OffloadingHandshake:
         """The layout as the scheduler side needs it."""
         assert self._layout is not None, "register_kv_caches comes first"
-        return WorkerHandshake(
+        return OffloadingHandshake(
             self.host.rank,
             self._layout.payload_description(),
             tuple(group.block_bytes for group in self._layout.groups),
@@ -83,39 +83,39 @@ class OffloadingWorkerSide(WorkerSide):
 
         When the step before ended in an exception (Ctrl-C), its stores are reported as failed.
         """
-        assert isinstance(metadata, StepMetadata)
+        assert isinstance(metadata, OffloadingStepMetadata)
         if self._unsaved is not None:
             for job in self._unsaved.stores:
-                report = JobReport(job.job_id, self.host.rank, (None,) * len(job.parts), "HostError: the step failed")
+                report = CopyReport(job.job_id, self.host.rank, (None,) * len(job.parts), "HostError: the step failed")
                 self._reports.append(report)
         self._loads_started = self._unsaved = metadata
         self._enqueue(metadata, [job for job in metadata.loads if job.is_async], is_load=True)
 
     def start_load_kv(self, metadata: KVConnectorMetadata) -> None:
         """Run synchronous loads to their end."""
-        assert isinstance(metadata, StepMetadata)
+        assert isinstance(metadata, OffloadingStepMetadata)
         if self._loads_started is not metadata:
             self.handle_preemptions(metadata)
         assert self._copier is not None
         for job in metadata.loads:
             if not job.is_async:
-                order = _Order(job, True, metadata.arena, self._copier.mark())
+                order = _CopyOrder(job, True, metadata.arena, self._copier.mark())
                 self._done.append((order, self._run(order)))
 
     def wait_for_save(self, metadata: KVConnectorMetadata) -> None:
         """Queue the stores; the scheduler side has pinned their blocks."""
-        assert isinstance(metadata, StepMetadata)
+        assert isinstance(metadata, OffloadingStepMetadata)
         self._unsaved = None
         self._enqueue(metadata, metadata.stores, is_load=False)
 
-    def _enqueue(self, metadata: StepMetadata, jobs: list[CopyJob], *, is_load: bool) -> None:
+    def _enqueue(self, metadata: OffloadingStepMetadata, jobs: list[CopyJob], *, is_load: bool) -> None:
         if not jobs:
             return
         assert self._copier is not None
         mark = self._copier.mark()
         with self._wake:
             queue = self._loads if is_load else self._stores
-            queue.extend(_Order(job, is_load, metadata.arena, mark) for job in jobs)
+            queue.extend(_CopyOrder(job, is_load, metadata.arena, mark) for job in jobs)
             self._wake.notify()
 
     def get_transfer_results(self, finished_req_ids: set[str]) -> KVConnectorTransferResults:
@@ -147,10 +147,10 @@ class OffloadingWorkerSide(WorkerSide):
         bad, self._bad_blocks = self._bad_blocks, set()
         return bad
 
-    def build_connector_worker_meta(self) -> WorkerReport | None:
+    def build_connector_worker_meta(self) -> OffloadingWorkerReport | None:
         """Reports of all jobs that ended since the last step."""
         reports, self._reports = self._reports, []
-        return WorkerReport(reports) if reports else None
+        return OffloadingWorkerReport(reports) if reports else None
 
     def shutdown(self) -> None:
         """Finish the copy that is running, drop the rest, release the arena. HostError when the copy does not end."""
@@ -171,14 +171,14 @@ class OffloadingWorkerSide(WorkerSide):
         while (order := self._next()) is not None:
             self._done.append((order, self._run(order)))
 
-    def _next(self) -> _Order | None:
+    def _next(self) -> _CopyOrder | None:
         with self._wake:
             self._wake.wait_for(lambda: self._closing or self._loads or self._stores)
             if self._closing:
                 return None
             return self._loads.popleft() if self._loads else self._stores.popleft()
 
-    def _run(self, order: _Order) -> JobReport:
+    def _run(self, order: _CopyOrder) -> CopyReport:
         digests: list[bytes | None] = []
         error = None
         started_s = time.perf_counter()
@@ -189,9 +189,9 @@ class OffloadingWorkerSide(WorkerSide):
                 logger.warning("%s of job %d failed: %s", "load" if order.is_load else "store", order.job.job_id, err)
                 digests.append(None)
                 error = f"{type(err).__name__}: {err}"
-        return JobReport(order.job.job_id, self.host.rank, tuple(digests), error, time.perf_counter() - started_s)
+        return CopyReport(order.job.job_id, self.host.rank, tuple(digests), error, time.perf_counter() - started_s)
 
-    def _store(self, order: _Order, part: ChunkPart) -> bytes:
+    def _store(self, order: _CopyOrder, part: ChunkPart) -> bytes:
         arena, layout, copier = self._resources(order.arena)
         slot = part.slots[self.host.rank]
         group = layout.groups[part.group_id]
@@ -203,7 +203,7 @@ class OffloadingWorkerSide(WorkerSide):
             raise HostError(f"the KV in blocks {list(part.block_ids)} has a NaN or an infinity")
         return proof.digest()
 
-    def _load(self, order: _Order, part: ChunkPart) -> bytes:
+    def _load(self, order: _CopyOrder, part: ChunkPart) -> bytes:
         arena, layout, copier = self._resources(order.arena)
         slot = part.slots[self.host.rank]
         group = layout.groups[part.group_id]

@@ -40,7 +40,7 @@ from kvferry.p2p.transports.transport import TransferOp, TransferStatus
 _CALLS = ("claim", "register", "confirm")
 
 
-class LoadState(Enum):
+class LoadPhase(Enum):
     """Where a load is; `done` and `failed` without quarantine are gone from the books."""
 
     ANNOUNCED = "announced"
@@ -51,7 +51,7 @@ class LoadState(Enum):
 
 
 @dataclass(slots=True)
-class Load:
+class RemoteLoad:
     """One announced request."""
 
     request_id: str
@@ -60,7 +60,7 @@ class Load:
     claim_id: str
     deadline_s: float
     connect_s: float  # until then it must be bound
-    state: LoadState = LoadState.ANNOUNCED
+    state: LoadPhase = LoadPhase.ANNOUNCED
     blocks: m.GroupBlocks = ()
     token_range: tuple[int, int] = (0, 0)
     connection: int | None = None
@@ -85,20 +85,20 @@ class Consumer(Role):
 
     def __init__(self, *surroundings: Any) -> None:
         super().__init__(*surroundings)
-        self._loads: dict[str, Load] = {}  # by claim
-        self._by_request: dict[str, Load] = {}
-        self._by_job: dict[str, Load] = {}
-        self._by_digest_job: dict[str, Load] = {}
+        self._loads: dict[str, RemoteLoad] = {}  # by claim
+        self._by_request: dict[str, RemoteLoad] = {}
+        self._by_job: dict[str, RemoteLoad] = {}
+        self._by_digest_job: dict[str, RemoteLoad] = {}
         self._patient_until_s = 0.0
 
     def announce(self, request_id: str, handover: m.Handover, tokens: m.TokenProof, now: float) -> None:
         """A request that may load from a peer; known already: nothing. TransferError: it is still quarantined."""
         if (known := self._by_request.get(request_id)) is not None:
-            if known.state is LoadState.FAILED:
+            if known.state is LoadPhase.FAILED:
                 raise TransferError(f"request {request_id!r} still has quarantined blocks; use another request id")
             return
         deadline_s, connect_s = self._deadline(now, self._settings.announce_s), now + self._settings.handshake_s
-        load = Load(request_id, handover, tokens, self._new_id(), deadline_s, connect_s)
+        load = RemoteLoad(request_id, handover, tokens, self._new_id(), deadline_s, connect_s)
         self._loads[load.claim_id] = self._by_request[request_id] = load
         if refusal := self._peers.refusal(handover.peer, now):
             self._fail(load, refusal, now)
@@ -109,10 +109,10 @@ class Consumer(Role):
     def park(self, request_id: str, blocks: m.GroupBlocks, token_range: tuple[int, int], now: float) -> bool:
         """The host's blocks for tokens [first, end), per group. False: the load is over already, they are not used."""
         load = self._by_request.get(request_id)
-        if load is None or load.state is not LoadState.ANNOUNCED:
-            return load is not None and load.state is not LoadState.FAILED
+        if load is None or load.state is not LoadPhase.ANNOUNCED:
+            return load is not None and load.state is not LoadPhase.FAILED
         assert token_range[1] <= load.tokens.num_tokens, f"{token_range} wanted, {load.tokens.num_tokens} proved"
-        load.state, load.blocks, load.token_range = LoadState.PARKED, blocks, token_range
+        load.state, load.blocks, load.token_range = LoadPhase.PARKED, blocks, token_range
         self._patient_until_s = now + self._settings.load_s
         load.deadline_s = self._deadline(now, self._settings.load_s)
         load.connect_s = now + self._settings.handshake_s
@@ -146,7 +146,7 @@ class Consumer(Role):
             case m.Renewed():
                 self._calls.answered("register", load.claim_id)
                 load.renew_s = now + self._renew_in_s(message.remaining_ms)
-            case m.Verdict() if load.state is LoadState.VERIFYING and message.is_valid and load.granted:
+            case m.Verdict() if load.state is LoadPhase.VERIFYING and message.is_valid and load.granted:
                 self._done(load, load.granted.num_tokens, now, is_proved=message.is_proved)
             case m.Pushed() if self._is_of_our_tokens(load, message):
                 load.may_be_written = False
@@ -174,7 +174,7 @@ class Consumer(Role):
             self._fail(load, f"read failed on rank {rank}: {status.value}: {reason}", now)
             if status is not TransferStatus.REJECTED:
                 self._peers.close_connection(load.handover.peer, load.connection, f"a read failed: {reason}", now)
-        elif load.state is LoadState.TRANSFERRING:
+        elif load.state is LoadPhase.TRANSFERRING:
             load.digests[rank] = digests
             if not load.ranks:
                 self._verify(load, now)
@@ -186,7 +186,7 @@ class Consumer(Role):
         if (load := self._by_digest_job.get(job_id)) is None or load.pushed is None or load.pushed.proof is None:
             return
         load.digests[rank] = digests
-        if load.state is not LoadState.VERIFYING or len(load.digests) < self._local.num_ranks:
+        if load.state is not LoadPhase.VERIFYING or len(load.digests) < self._local.num_ranks:
             return
         told = load.pushed.proof
         made = self._proof(load, told.first_blocks)
@@ -223,11 +223,11 @@ class Consumer(Role):
             peer = load.handover.peer
             if now < self._due_s(load):
                 continue
-            if load.state is LoadState.FAILED:
+            if load.state is LoadPhase.FAILED:
                 load.deadline_s = inf
                 self._peers.close_connection(peer, load.connection, "a transfer that was given up does not end", now)
             elif now >= load.deadline_s:
-                key = "announce_s" if load.state is LoadState.ANNOUNCED else "load_s"
+                key = "announce_s" if load.state is LoadPhase.ANNOUNCED else "load_s"
                 limit = f"kv_connector_extra_config.{key}={getattr(self._settings, key)} s"
                 self._fail(load, f"deadline passed while {load.state.value}: it may take {limit}", now)
             elif load.connection is None:
@@ -267,7 +267,7 @@ class Consumer(Role):
     def wanted_peers(self) -> set[str]:
         """Peers that loads wait for."""
         loads = self._loads.values()
-        return {x.handover.peer for x in loads if x.connection is None and x.state is not LoadState.FAILED}
+        return {x.handover.peer for x in loads if x.connection is None and x.state is not LoadPhase.FAILED}
 
     def busy_peers(self) -> set[str]:
         """Peers that owe us answers."""
@@ -288,23 +288,23 @@ class Consumer(Role):
             assert load.claim_id == claim_id
             assert self._by_request[load.request_id] is load
             assert not load.ranks or self._by_job.get(load.job_id) is load, f"{load.request_id} reads without a job"
-            assert load.state is not LoadState.FAILED or self._is_in_danger(load), (
+            assert load.state is not LoadPhase.FAILED or self._is_in_danger(load), (
                 f"{load.request_id} is kept for nothing"
             )
-            assert load.state is not LoadState.VERIFYING or not load.ranks
+            assert load.state is not LoadPhase.VERIFYING or not load.ranks
         assert all(load.claim_id in self._loads for load in self._by_job.values()), "a job without a load"
 
-    def _holding_while_waiting(self) -> list[Load]:
-        return [x for x in self._loads.values() if x.state is LoadState.ANNOUNCED and x.granted is not None]
+    def _holding_while_waiting(self) -> list[RemoteLoad]:
+        return [x for x in self._loads.values() if x.state is LoadPhase.ANNOUNCED and x.granted is not None]
 
-    def _announced_s(self, load: Load) -> float:
+    def _announced_s(self, load: RemoteLoad) -> float:
         return load.deadline_s - self._settings.announce_s
 
     def _deadline(self, now: float, seconds: float) -> float:
         return now + seconds
 
-    def _due_s(self, load: Load) -> float:
-        if load.state in (LoadState.FAILED, LoadState.VERIFYING):
+    def _due_s(self, load: RemoteLoad) -> float:
+        if load.state in (LoadPhase.FAILED, LoadPhase.VERIFYING):
             return load.deadline_s
         if load.connection is not None:
             return min(load.deadline_s, load.renew_s)
@@ -313,25 +313,25 @@ class Consumer(Role):
     def _renew_in_s(self, remaining_ms: int) -> float:
         return min(self._settings.renew_s, remaining_ms / 3000 or inf)
 
-    def _needs_connection(self, load: Load) -> bool:
-        return not load.is_push or load.state is LoadState.PARKED
+    def _needs_connection(self, load: RemoteLoad) -> bool:
+        return not load.is_push or load.state is LoadPhase.PARKED
 
-    def _call(self, kind: str, load: Load, message: m.ClaimMessage, now: float, deadline_s: float) -> None:
+    def _call(self, kind: str, load: RemoteLoad, message: m.ClaimMessage, now: float, deadline_s: float) -> None:
         self._calls.start(kind, load.claim_id, load.handover.peer, load.generation, message, now, deadline_s)
 
-    def _is_of_our_tokens(self, load: Load, pushed: m.Pushed) -> bool:
-        is_awaited = load.state is LoadState.TRANSFERRING and load.is_push
+    def _is_of_our_tokens(self, load: RemoteLoad, pushed: m.Pushed) -> bool:
+        is_awaited = load.state is LoadPhase.TRANSFERRING and load.is_push
         return is_awaited and pushed.ok and same_tokens(pushed.tokens_digest, load.tokens.digest)
 
-    def _bind(self, load: Load, now: float) -> None:
+    def _bind(self, load: RemoteLoad, now: float) -> None:
         peer = self._peers.get(load.handover.peer)
-        is_waiting = load.connection is None and load.state is not LoadState.FAILED and self._needs_connection(load)
+        is_waiting = load.connection is None and load.state is not LoadPhase.FAILED and self._needs_connection(load)
         if not is_waiting or peer is None or peer.connection is None:
             return
         load.connection, load.generation = peer.connection, peer.generation
         ids, handover = self._ids(load.claim_id, load.generation), load.handover
         if load.is_push:
-            load.state, load.may_be_written = LoadState.TRANSFERRING, True
+            load.state, load.may_be_written = LoadPhase.TRANSFERRING, True
             told_by = handover.remote_generation
             what = load.blocks, *load.token_range, peer.epoch, load.tokens, told_by, self._local.makes_digests
             register = m.Register(handover.transfer_id or "", *what, **ids)
@@ -340,22 +340,26 @@ class Consumer(Role):
             claim = m.Claim(handover.remote_lease_id or "", handover.remote_generation or "", tokens=load.tokens, **ids)
             self._call("claim", load, claim, now, load.deadline_s)
 
-    def _on_granted(self, load: Load, granted: m.Granted, now: float) -> None:
+    def _on_granted(self, load: RemoteLoad, granted: m.Granted, now: float) -> None:
         self._calls.answered("claim", load.claim_id)
-        if not load.is_push and load.granted is None and load.state in (LoadState.ANNOUNCED, LoadState.PARKED):
+        if not load.is_push and load.granted is None and load.state in (LoadPhase.ANNOUNCED, LoadPhase.PARKED):
             if not same_tokens(granted.tokens_digest, load.tokens.digest):
                 self._fail(load, f"the producer cannot hand over: {m.OTHER_TOKENS}", now)
                 return
             load.granted, load.renew_s = granted, now + self._renew_in_s(granted.remaining_ms)
             self._read(load, now)
 
-    def _read(self, load: Load, now: float) -> None:
-        if load.state is not LoadState.PARKED or load.granted is None or load.connection is None:
+    def _read(self, load: RemoteLoad, now: float) -> None:
+        if load.state is not LoadPhase.PARKED or load.granted is None or load.connection is None:
             return
         if load.token_range[1] > load.granted.num_tokens:
             self._fail(load, f"tokens {load.token_range} wanted, the lease holds {load.granted.num_tokens}", now)
             return
-        load.state, load.job_id, load.ranks = LoadState.TRANSFERRING, self._new_id(), set(range(self._local.num_ranks))
+        load.state, load.job_id, load.ranks = (
+            LoadPhase.TRANSFERRING,
+            self._new_id(),
+            set(range(self._local.num_ranks)),
+        )
         self._by_job[load.job_id] = load
         peer, source = load.handover.peer, load.granted.blocks
         is_proved = load.granted.is_proved and self._local.makes_digests
@@ -364,38 +368,38 @@ class Consumer(Role):
         )
         self._emit(StartTransfer(job))
 
-    def _on_pushed(self, load: Load, pushed: m.Pushed, now: float) -> None:
+    def _on_pushed(self, load: RemoteLoad, pushed: m.Pushed, now: float) -> None:
         if pushed.proof is None or not self._local.makes_digests:
             self._done(load, pushed.num_tokens, now)
             return
-        load.state, load.pushed, load.digest_job_id = LoadState.VERIFYING, pushed, self._new_id()
+        load.state, load.pushed, load.digest_job_id = LoadPhase.VERIFYING, pushed, self._new_id()
         self._by_digest_job[load.digest_job_id] = load
         self._emit(StartDigests(DigestJob(load.digest_job_id, load.connection, load.blocks, load.token_range)))
 
-    def _proof(self, load: Load, firsts: tuple[int, ...] | None) -> m.BytesProof | None:
+    def _proof(self, load: RemoteLoad, firsts: tuple[int, ...] | None) -> m.BytesProof | None:
         ranks = [load.digests.get(rank) for rank in range(self._local.num_ranks)]
         return make_proof(ranks, self._local.groups, firsts, load.token_range[1])
 
-    def _verify(self, load: Load, now: float) -> None:
-        load.state = LoadState.VERIFYING
+    def _verify(self, load: RemoteLoad, now: float) -> None:
+        load.state = LoadPhase.VERIFYING
         theirs = load.granted.blocks if load.granted else ()
         proof = self._proof(load, first_blocks(load.blocks, theirs, self._local.groups, load.token_range))
         confirm = m.Confirm(proof, **self._ids(load.claim_id, load.generation))
         self._call("confirm", load, confirm, now, load.deadline_s)
 
-    def _is_in_danger(self, load: Load) -> bool:
+    def _is_in_danger(self, load: RemoteLoad) -> bool:
         return bool(load.ranks) or load.may_be_written
 
-    def _done(self, load: Load, num_tokens: int, now: float, *, is_proved: bool = False) -> None:
-        if load.state is LoadState.PARKED:
+    def _done(self, load: RemoteLoad, num_tokens: int, now: float, *, is_proved: bool = False) -> None:
+        if load.state is LoadPhase.PARKED:
             self._withdraw(load, now)
         self._forget(load)
         self._emit(LoadEnded(load.request_id, True, "", False, num_tokens, is_proved))
 
-    def _fail(self, load: Load, reason: str, now: float, *, is_proved: bool = False) -> None:
-        if load.state is LoadState.FAILED or load.claim_id not in self._loads:
+    def _fail(self, load: RemoteLoad, reason: str, now: float, *, is_proved: bool = False) -> None:
+        if load.state is LoadPhase.FAILED or load.claim_id not in self._loads:
             return
-        load.state = LoadState.FAILED
+        load.state = LoadPhase.FAILED
         self._withdraw(load, now)
         is_in_danger = self._is_in_danger(load)
         if is_in_danger:
@@ -406,19 +410,19 @@ class Consumer(Role):
             self._forget(load)
         self._emit(LoadEnded(load.request_id, False, reason, is_in_danger, 0, is_proved))
 
-    def _withdraw(self, load: Load, now: float) -> None:
+    def _withdraw(self, load: RemoteLoad, now: float) -> None:
         if load.connection is not None:
             deadline_s = inf if load.may_be_written else now + self._settings.load_s
             self._call("withdraw", load, m.Withdraw(**self._ids(load.claim_id, load.generation)), now, deadline_s)
 
-    def _free_if_safe(self, load: Load) -> None:
-        if load.state is LoadState.FAILED and load.claim_id in self._loads and not self._is_in_danger(load):
+    def _free_if_safe(self, load: RemoteLoad) -> None:
+        if load.state is LoadPhase.FAILED and load.claim_id in self._loads and not self._is_in_danger(load):
             if load.is_push:
                 self._calls.answered("withdraw", load.claim_id)
             self._forget(load)
             self._emit(BlocksSafe(load.request_id))
 
-    def _forget(self, load: Load) -> None:
+    def _forget(self, load: RemoteLoad) -> None:
         for kind in _CALLS:
             self._calls.answered(kind, load.claim_id)
         del self._loads[load.claim_id]

@@ -20,7 +20,7 @@ from kvferry.p2p.digester import Digester
 from kvferry.p2p.geometry import EngineGeometry, decode_geometry
 from kvferry.p2p.plan import RankTransfer, plan_transfer, unfilled_blocks
 from kvferry.p2p.proof import RankDigests, proof_form
-from kvferry.p2p.step_messages import DigestReport, JobReport, OpenOrder, WorkerReport
+from kvferry.p2p.step_messages import DigestReport, OpenOrder, P2PWorkerReport, RankReport
 from kvferry.p2p.transports.choice import choose
 from kvferry.p2p.transports.transport import PeerHandle, TransferOp, TransferStatus, Transport
 
@@ -82,7 +82,7 @@ class Links:
         self._unfenced: dict[int, _Link] = {}
         self._tickets: dict[_Ticket, _Running] = {}
         self._digesting: dict[str, _Running] = {}
-        self._report = WorkerReport()
+        self._report = P2PWorkerReport()
         self.digester: Digester | None = None
 
     def open(self, order: OpenOrder) -> None:
@@ -157,7 +157,7 @@ class Links:
             self._add(running, transport, transport.close_peer(peer), peer_rank)
         self._end_if_over(running)
 
-    def poll(self) -> WorkerReport:
+    def poll(self) -> P2PWorkerReport:
         """What ended since the last call."""
         for connection in list(self._fenced):
             link = self._links[connection]
@@ -182,7 +182,7 @@ class Links:
             else:
                 reading.digests, reading.awaits_digests = digests, False
                 self._end_if_over(reading)
-        report, self._report = self._report, WorkerReport()
+        report, self._report = self._report, P2PWorkerReport()
         return report
 
     def _add(self, running: _Running, transport: Transport, ticket: int, peer_rank: int) -> None:
@@ -198,7 +198,7 @@ class Links:
             self._digesting.pop(running.name, None)
             seconds = max(0.0, running.ended_s - running.started_s)
             self._report.jobs.append(
-                JobReport(
+                RankReport(
                     running.name, self._rank, running.status, running.reason, dict(running.num_bytes), seconds,
                     running.digests,
                 )

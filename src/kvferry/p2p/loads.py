@@ -9,7 +9,7 @@ from typing import Any
 from kvferry.contract.views import BlockIds
 
 
-class LoadState(Enum):
+class HostLoadState(Enum):
     """A request whose KV a peer has, as the host sees it."""
 
     ANNOUNCED = "announced"
@@ -19,7 +19,7 @@ class LoadState(Enum):
 
 
 @dataclass(slots=True)
-class Load:
+class HostLoad:
     """One such request. Token positions count from its first token."""
 
     peer: str = "no peer"
@@ -27,7 +27,7 @@ class Load:
     num_remote_tokens: int | None = None
     """Tokens whose KV the peer has; None: all of the prompt."""
     lora_path: str | None = None
-    state: LoadState = LoadState.ANNOUNCED
+    state: HostLoadState = HostLoadState.ANNOUNCED
     reason: str = ""
     blames_params: bool = False
     """The reason is that the request's `kv_transfer_params` cannot be used."""

@@ -53,10 +53,10 @@ from kvferry.p2p.config import P2PConfig
 from kvferry.p2p.core import P2PCore, random_id
 from kvferry.p2p.digests import DigestBooks
 from kvferry.p2p.geometry import EngineGeometry, check_geometries, decode_geometry, encode_geometry
-from kvferry.p2p.loads import Load, LoadState
+from kvferry.p2p.loads import HostLoad, HostLoadState
 from kvferry.p2p.messages import CODEC, PROTOCOL, Handover, Hello, TokenProof
 from kvferry.p2p.stats import P2PCounters
-from kvferry.p2p.step_messages import OpenOrder, StepMetadata, WorkerHandshake, WorkerReport
+from kvferry.p2p.step_messages import OpenOrder, P2PHandshake, P2PStepMetadata, P2PWorkerReport
 from kvferry.p2p.transports.transport import TransferOp
 from kvferry.p2p.windows import LastTables, begins_with_block
 from kvferry.p2p.wire import Address, check_peer
@@ -97,7 +97,7 @@ class P2PSchedulerSide(SchedulerSide):
         self._key = self.config.key()
         self._geometry = b""
         self._pool: Any = None
-        self._loads: dict[str, Load] = {}
+        self._loads: dict[str, HostLoad] = {}
         # Peers compare their weights when they meet; from then on they must stay as they are.
         has_folder = host.has_named_weights and any(Path(host.model).glob("*.safetensors"))
         weights = Path(host.model) if has_folder and self.config.weights_version is None else None
@@ -110,7 +110,7 @@ class P2PSchedulerSide(SchedulerSide):
         self._kept: dict[str, list[Any]] = {}  # blocks of held requests that the host has dropped already
         self._written: dict[str, str] = {}  # request -> the peer that may write to its blocks
         self._fenced: dict[int, str] = {}  # connection that is closed when nobody writes to us through it -> its peer
-        self._orders = StepMetadata()
+        self._orders = P2PStepMetadata()
         self._unopened: dict[int, OpenPeer] = {}
         self._closing: dict[int, tuple[str, set[int], float]] = {}  # peer, ranks that have closed, deadline
         self._jobs: dict[str, tuple[set[int], TransferOp, float]] = {}  # ranks that have ended, and its deadline
@@ -129,7 +129,7 @@ class P2PSchedulerSide(SchedulerSide):
 
     def set_xfer_handshake_metadata(self, metadata: dict[int, KVConnectorHandshakeMetadata]) -> None:
         """Listen for peers, now that every worker's KV cache is known. ConfigError when a worker is missing."""
-        shakes = [shake for _, shake in sorted(metadata.items()) if isinstance(shake, WorkerHandshake)]
+        shakes = [shake for _, shake in sorted(metadata.items()) if isinstance(shake, P2PHandshake)]
         if [shake.rank for shake in shakes] != list(range(self.host.world_size)):
             raise ConfigError(
                 f"workers {[shake.rank for shake in shakes]} of {self.host.world_size} described their KV cache: "
@@ -223,7 +223,7 @@ class P2PSchedulerSide(SchedulerSide):
         request_id = request.request_id
         try:
             handover = self._handover(params)
-            load = Load(handover.peer, handover.transfer_mode == "push", handover.remote_num_tokens)
+            load = HostLoad(handover.peer, handover.transfer_mode == "push", handover.remote_num_tokens)
             load.lora_path = request.lora_path
             if (chain := self._keys.chain(request)) is None or not self._keys.is_certain(load.lora_path):
                 self._refuse(request_id, _UNKNOWN)
@@ -254,11 +254,11 @@ class P2PSchedulerSide(SchedulerSide):
         return handover
 
     def _refuse(self, request_id: str, reason: str, *, blames_params: bool = False) -> None:
-        self._loads[request_id] = load = Load(blames_params=blames_params)
+        self._loads[request_id] = load = HostLoad(blames_params=blames_params)
         self._fail(request_id, load, reason)
 
-    def _fail(self, request_id: str, load: Load, reason: str, kind: str = "TransferError") -> None:
-        load.state, load.reason = LoadState.FAILED, reason
+    def _fail(self, request_id: str, load: HostLoad, reason: str, kind: str = "TransferError") -> None:
+        load.state, load.reason = HostLoadState.FAILED, reason
         self.counters.failures[f"load {kind}"] += 1
         what = "computing it here" if self.host.load_failure_policy == "recompute" else "the request fails"
         logger.warning("%s: no KV from %s: %s; %s (kv_load_failure_policy)", request_id, load.peer, reason, what)
@@ -266,10 +266,10 @@ class P2PSchedulerSide(SchedulerSide):
     def get_num_new_matched_tokens(self, request: RequestView, num_computed_tokens: int) -> tuple[int | None, bool]:
         """Claim what the peer has. One that failed is claimed as well if the request is to fail with it."""
         load = self._loads.get(request.request_id)
-        if load is None or load.state not in (LoadState.ANNOUNCED, LoadState.FAILED):
+        if load is None or load.state not in (HostLoadState.ANNOUNCED, HostLoadState.FAILED):
             return 0, False
         load.num_local_tokens = num_computed_tokens
-        if load.state is LoadState.FAILED and self.host.load_failure_policy == "recompute":
+        if load.state is HostLoadState.FAILED and self.host.load_failure_policy == "recompute":
             return 0, False
         end = self._num_wanted_tokens(request, load)
         is_whole = end == request.num_tokens
@@ -278,7 +278,7 @@ class P2PSchedulerSide(SchedulerSide):
         load.end_token = end
         return (end - num_computed_tokens, True) if end > num_computed_tokens else (0, False)
 
-    def _num_wanted_tokens(self, request: RequestView, load: Load) -> int:
+    def _num_wanted_tokens(self, request: RequestView, load: HostLoad) -> int:
         """All of the prompt, or the whole blocks of it that the peer has."""
         num_remote = load.num_remote_tokens
         if num_remote is None or num_remote >= request.num_tokens:
@@ -289,16 +289,16 @@ class P2PSchedulerSide(SchedulerSide):
         """The load is on, or the host does without."""
         request_id = request.request_id
         load = self._loads.get(request_id)
-        if load is None or load.state not in (LoadState.ANNOUNCED, LoadState.FAILED):
+        if load is None or load.state not in (HostLoadState.ANNOUNCED, HostLoadState.FAILED):
             return
         if not num_external_tokens:
-            load.state = LoadState.OVER
+            load.state = HostLoadState.OVER
             self.agent.use(lambda core, now: core.abort(request_id, now))
-        elif load.state is LoadState.FAILED:
-            load.state = LoadState.OVER
+        elif load.state is HostLoadState.FAILED:
+            load.state = HostLoadState.OVER
             self._order_end(request_id, ok=False)
         else:
-            load.state, load.blocks = LoadState.LOADING, block_ids
+            load.state, load.blocks = HostLoadState.LOADING, block_ids
             if load.is_push:
                 self._written[request_id] = load.peer
             tokens = load.num_local_tokens, load.num_local_tokens + num_external_tokens
@@ -313,9 +313,9 @@ class P2PSchedulerSide(SchedulerSide):
         load = self._loads.get(request_id)
         if load is not None:
             load.is_gone = True
-            if load.state in (LoadState.ANNOUNCED, LoadState.LOADING):
+            if load.state in (HostLoadState.ANNOUNCED, HostLoadState.LOADING):
                 self.agent.use(lambda core, now: core.abort(request_id, now))
-            if load.state is not LoadState.LOADING:
+            if load.state is not HostLoadState.LOADING:
                 del self._loads[request_id]
         told = load.told(request.num_prompt_tokens) if load is not None and load.reason else {}
         params = None
@@ -377,7 +377,7 @@ class P2PSchedulerSide(SchedulerSide):
 
     # ---- each step --------------------------------------------------------------------------------------------
 
-    def build_connector_meta(self, step: StepView) -> StepMetadata:
+    def build_connector_meta(self, step: StepView) -> P2PStepMetadata:
         """All orders that have come up since the last step."""
         self._take_events()
         self._tables.note(step, self._senders)
@@ -385,7 +385,7 @@ class P2PSchedulerSide(SchedulerSide):
         for opened in list(self._unopened.values()):
             if opened.peer in self._written.values():
                 self._open(opened.connection)
-        orders, self._orders = self._orders, StepMetadata()
+        orders, self._orders = self._orders, P2PStepMetadata()
         return orders
 
     def _order_prompt_digests(self, step: StepView) -> None:
@@ -397,7 +397,7 @@ class P2PSchedulerSide(SchedulerSide):
     def update_connector_output(self, connector_output: KVConnectorOutput) -> None:
         """Tell the core how the workers fared."""
         report = connector_output.kv_connector_worker_meta
-        if not isinstance(report, WorkerReport):
+        if not isinstance(report, P2PWorkerReport):
             return
         for ended in report.jobs:
             ranks, op, _ = self._jobs[ended.job_id]
@@ -506,9 +506,9 @@ class P2PSchedulerSide(SchedulerSide):
         if not event.blocks_quarantined:
             self._not_written(request_id)
         load = self._loads.get(request_id)
-        if load is None or load.state is LoadState.OVER:
+        if load is None or load.state is HostLoadState.OVER:
             return
-        was_loading = load.state is LoadState.LOADING
+        was_loading = load.state is HostLoadState.LOADING
         ok, reason = event.ok, event.reason
         if ok and not self._keys.is_certain(load.lora_path):
             ok, reason = False, _UNKNOWN  # what is behind the loaded tokens is computed with other weights
@@ -520,7 +520,7 @@ class P2PSchedulerSide(SchedulerSide):
             return
         if ok:
             self._digests.note_load(request_id, load.peer, is_proved=event.is_proved)
-        load.state = LoadState.OVER
+        load.state = HostLoadState.OVER
         self.counters.hit_tokens += load.end_token - load.num_local_tokens if ok else 0
         if load.is_gone and event.blocks_quarantined:
             return  # the host keeps the blocks until `BlocksSafe`
@@ -537,7 +537,7 @@ class P2PSchedulerSide(SchedulerSide):
         if load.is_gone:
             del self._loads[request_id]
 
-    def _pin(self, request_id: str, load: Load) -> None:
+    def _pin(self, request_id: str, load: HostLoad) -> None:
         """Keep what the load may still write to, so that the host may give it back."""
         ids = {block for group in load.blocks for block in group} - {NULL_BLOCK_ID}
         blocks = self._pins[request_id] = [self._pool.blocks[block] for block in sorted(ids)]
@@ -567,8 +567,8 @@ class P2PSchedulerSide(SchedulerSide):
             return []
         has_failed = bool(load.reason)
         reason = load.reason or {
-            LoadState.ANNOUNCED: "a prefill engine has it",
-            LoadState.LOADING: "on its way from a prefill engine",
+            HostLoadState.ANNOUNCED: "a prefill engine has it",
+            HostLoadState.LOADING: "on its way from a prefill engine",
         }.get(load.state, "came from a prefill engine")
         place = "nowhere" if has_failed else load.peer
         return [PrefixRange(num_computed_tokens, end, place, reason, is_claimed=not has_failed)]
@@ -586,5 +586,5 @@ class P2PSchedulerSide(SchedulerSide):
         assert not self._senders & self._held.keys(), "a request is running and leased"
         assert self._kept.keys() <= self._held.keys(), "blocks are kept for nobody"
         assert all(
-            load.state is LoadState.LOADING or not load.blocks for load in self._loads.values() if not load.is_gone
+            load.state is HostLoadState.LOADING or not load.blocks for load in self._loads.values() if not load.is_gone
         )

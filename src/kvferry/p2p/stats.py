@@ -6,7 +6,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 
 from kvferry.contract.stats import ConnectorStats, MediumStats
-from kvferry.p2p.step_messages import JobReport
+from kvferry.p2p.step_messages import RankReport
 from kvferry.p2p.transports.transport import TransferOp, TransferStatus
 
 MEDIUM = "p2p"
@@ -20,7 +20,7 @@ class P2PCounters:
     hit_tokens: int = 0
     failures: Counter[str] = field(default_factory=Counter)
 
-    def count(self, job: JobReport, op: TransferOp) -> None:
+    def count(self, job: RankReport, op: TransferOp) -> None:
         """A job ended on one worker."""
         if op is TransferOp.WRITE and job.status is not TransferStatus.OK:
             self.failures["store TransferError"] += 1

@@ -11,7 +11,7 @@ from kvferry.p2p.transports.transport import TransferStatus
 
 
 @dataclass(frozen=True, slots=True)
-class WorkerHandshake(KVConnectorHandshakeMetadata):
+class P2PHandshake(KVConnectorHandshakeMetadata):
     """One worker's KV cache, and per transport what peers need to reach it."""
 
     rank: int
@@ -36,7 +36,7 @@ class OpenOrder:
 
 
 @dataclass(slots=True)
-class StepMetadata(KVConnectorMetadata):
+class P2PStepMetadata(KVConnectorMetadata):
     """One step's orders to every worker, in the order in which they are carried out."""
 
     opens: list[OpenOrder] = field(default_factory=list)
@@ -64,7 +64,7 @@ class StepMetadata(KVConnectorMetadata):
 
 
 @dataclass(frozen=True, slots=True)
-class JobReport:
+class RankReport:
     """How one worker's part of a job ended."""
 
     job_id: str
@@ -89,10 +89,10 @@ class DigestReport:
 
 
 @dataclass(slots=True)
-class WorkerReport(KVConnectorWorkerMetadata):
+class P2PWorkerReport(KVConnectorWorkerMetadata):
     """What ended on one or more workers since the last step."""
 
-    jobs: list[JobReport] = field(default_factory=list)
+    jobs: list[RankReport] = field(default_factory=list)
     closed: list[tuple[int, int]] = field(default_factory=list)
     """(connection, rank): nothing of it can land on this rank, or from it, any more."""
     digests: list[DigestReport] = field(default_factory=list)
@@ -101,7 +101,7 @@ class WorkerReport(KVConnectorWorkerMetadata):
         """True when nothing ended."""
         return not (self.jobs or self.closed or self.digests)
 
-    def aggregate(self, other: KVConnectorWorkerMetadata) -> WorkerReport:
+    def aggregate(self, other: KVConnectorWorkerMetadata) -> P2PWorkerReport:
         """Both workers' reports."""
-        assert isinstance(other, WorkerReport)
-        return WorkerReport(self.jobs + other.jobs, self.closed + other.closed, self.digests + other.digests)
+        assert isinstance(other, P2PWorkerReport)
+        return P2PWorkerReport(self.jobs + other.jobs, self.closed + other.closed, self.digests + other.digests)

@@ -18,7 +18,7 @@ from kvferry.p2p.config import P2PConfig
 from kvferry.p2p.digester import Digester
 from kvferry.p2p.geometry import EngineGeometry, encode_geometry, rank_geometry
 from kvferry.p2p.links import Links
-from kvferry.p2p.step_messages import StepMetadata, WorkerHandshake, WorkerReport
+from kvferry.p2p.step_messages import P2PHandshake, P2PStepMetadata, P2PWorkerReport
 from kvferry.p2p.transports.choice import AUTO, create_transports
 from kvferry.p2p.transports.shm import SharedPool
 from kvferry.p2p.transports.transport import Region, Transport
@@ -45,7 +45,7 @@ class P2PWorkerSide(WorkerSide):
         self._links = Links(host.rank, self.config.transport, self.transports)
         self._geometry = b""
         self._anchors: list[torch.Tensor] = []
-        self._done: StepMetadata | None = None
+        self._done: P2PStepMetadata | None = None
         self._results = KVConnectorTransferResults()
 
     def get_mem_pool_context(self) -> AbstractContextManager[Any] | None:
@@ -73,14 +73,14 @@ class P2PWorkerSide(WorkerSide):
         )
         self.transports.update(made)
 
-    def get_handshake_metadata(self) -> WorkerHandshake:
+    def get_handshake_metadata(self) -> P2PHandshake:
         """What the scheduler side, and through it peers, must know of this worker."""
         blobs = {name: transport.local_blob() for name, transport in self.transports.items()}
-        return WorkerHandshake(self.host.rank, self._geometry, blobs, self._digester is not None)
+        return P2PHandshake(self.host.rank, self._geometry, blobs, self._digester is not None)
 
     def handle_preemptions(self, metadata: KVConnectorMetadata) -> None:
         """Carry out the step's orders, first thing in it, so that transfers overlap the forward."""
-        assert isinstance(metadata, StepMetadata)
+        assert isinstance(metadata, P2PStepMetadata)
         self._done = metadata
         self._results.finished_recving.update(metadata.received)
         self._results.failed_recving.update(metadata.failed)
@@ -107,7 +107,7 @@ class P2PWorkerSide(WorkerSide):
         That is computing, a small part of what the forward took; later it would cost the hand-over a step of this
         engine, which may be long, or never come.
         """
-        assert isinstance(metadata, StepMetadata)
+        assert isinstance(metadata, P2PStepMetadata)
         for job in metadata.prompt_digests:
             self._links.digest_now(job)
 
@@ -116,7 +116,7 @@ class P2PWorkerSide(WorkerSide):
         results, self._results = self._results, KVConnectorTransferResults()
         return results
 
-    def build_connector_worker_meta(self) -> WorkerReport | None:
+    def build_connector_worker_meta(self) -> P2PWorkerReport | None:
         """Jobs that ended and connections that are gone."""
         report = self._links.poll()
         return None if report.is_empty() else report

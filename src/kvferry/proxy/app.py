@@ -28,10 +28,10 @@ from kvferry.http import (
     read_body,
     unless_gone,
 )
-from kvferry.proxy.bodies import Call, SignPeer
+from kvferry.proxy.bodies import BodyReading, SignPeer
 from kvferry.proxy.config import ProxyConfig
 from kvferry.proxy.fleet import Fleet
-from kvferry.proxy.legs import EngineFull, Reply
+from kvferry.proxy.legs import EngineFull, LegReply
 from kvferry.proxy.metrics import ProxyMetrics
 from kvferry.proxy.probes import probe_for_ever
 from kvferry.proxy.relay import Relay
@@ -117,7 +117,7 @@ class Proxy:
             self._check_room(len(data))
             num_bytes = len(data)
             self._num_held_bytes += num_bytes
-            call = Call.parse(request.scope["path"], data, headers, self.config.max_stops)
+            call = BodyReading.parse(request.scope["path"], data, headers, self.config.max_stops)
             reply = await unless_gone(request, self.relay.open(call))
         except BaseException as err:
             self._ended(_outcome(err), num_bytes)
@@ -137,7 +137,7 @@ class Proxy:
                 code="overloaded", headers={"Retry-After": "1"},
             )  # fmt: skip
 
-    async def _close(self, reply: Reply, num_bytes: int) -> None:
+    async def _close(self, reply: LegReply, num_bytes: int) -> None:
         await reply.aclose()
         self._ended(reply.outcome, num_bytes)
 
@@ -170,7 +170,7 @@ class Proxy:
         path = "/v1/models"
         if "name" in request.path_params:
             path += f"/{_one_segment(request.path_params['name'])}"
-        reply = await self.relay.ask(Call(path, {}, self._headers(request)))
+        reply = await self.relay.ask(BodyReading(path, {}, self._headers(request)))
         return Response(reply.content, reply.status, media_type=reply.content_type)
 
     async def health(self, request: Request) -> Response:

@@ -15,7 +15,7 @@ class State(enum.Enum):
     TRIAL = "on trial"  # one does, to find out
 
 
-class Breaker:
+class EngineBreaker:
     """A circuit breaker with exponential backoff. One thread.
 
     `begin` before using what it guards; then `succeeded` or `failed` when that is known, `abandoned` at the end.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator
 
-from kvferry.proxy.replies import Verdict, judge_event
+from kvferry.proxy.replies import ReplyVerdict, judge_event
 
 DONE = b"data: [DONE]\n\n"
 _MARKS = (b"\n\n", b"\r\n\r\n")  # what ends an event
@@ -32,7 +32,7 @@ async def whole_events(pieces: AsyncIterator[bytes], hold: Callable[[int], None]
             hold(len(rest))
 
 
-def verdicts(events: bytes) -> Iterator[Verdict]:
+def verdicts(events: bytes) -> Iterator[ReplyVerdict]:
     """What each of these events says; ValueError when one is of a wrong shape."""
     for line in events.splitlines():
         name, _, data = line.partition(b":")

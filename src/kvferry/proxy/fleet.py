@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from kvferry.clock import Clock
-from kvferry.proxy.breaker import Breaker, State
+from kvferry.proxy.breaker import EngineBreaker, State
 from kvferry.proxy.config import ProxyConfig
 from kvferry.proxy.metrics import ProxyMetrics
 from kvferry.proxy.prefixes import PrefixMemory
@@ -25,7 +25,7 @@ class Engine:
 
     url: str
     role: str
-    breaker: Breaker
+    breaker: EngineBreaker
     memory: PrefixMemory
     load: int = 0
     """Of prefill engines, pieces of prompts to be computed; of decode engines, requests."""
@@ -49,7 +49,7 @@ class Pair:
     """A prefill and a decode engine, between which KV moves."""
 
     name: str
-    breaker: Breaker
+    breaker: EngineBreaker
     transfers: bool | None = None
     """Whether the last transfer worked; None: there was none."""
     last_failure: str = "not tried yet"
@@ -82,9 +82,9 @@ class Fleet:
     def _engine(self, url: str, role: str) -> Engine:
         return Engine(url, role, self._breaker(), PrefixMemory(self.config.prefix_memory_chunks))
 
-    def _breaker(self) -> Breaker:
+    def _breaker(self) -> EngineBreaker:
         config = self.config
-        return Breaker(self.clock, config.failure_threshold, config.min_backoff_s, config.max_backoff_s)
+        return EngineBreaker(self.clock, config.failure_threshold, config.min_backoff_s, config.max_backoff_s)
 
     # ---- who takes the next leg -------------------------------------------------------------------------------
 

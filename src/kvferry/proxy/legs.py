@@ -8,13 +8,13 @@ from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
 
 from kvferry.http import ApiError
-from kvferry.proxy.bodies import Call, Params
+from kvferry.proxy.bodies import BodyReading, Params
 from kvferry.proxy.fleet import Engine
 from kvferry.proxy.replies import error_of
 
 
 @dataclass(slots=True)
-class Reply:
+class LegReply:
     """What the client gets. `aclose` it in any case; then nothing is under way for it any more."""
 
     status: int
@@ -72,10 +72,10 @@ class EngineFull(LegFailed):
         )  # fmt: skip
 
 
-class Refused(Exception):
+class LegRefused(Exception):
     """An engine says that the request is wrong: the client's to know."""
 
-    def __init__(self, engine: Engine, reply: Reply) -> None:
+    def __init__(self, engine: Engine, reply: LegReply) -> None:
         super().__init__(f"{engine.role} engine {engine.url}: {reply.status} {error_of(reply.content).message}")
         self.reply = reply
 
@@ -94,7 +94,7 @@ def ended_engines(deaths: list[LegFailed]) -> ApiError:
 class HandOver:
     """A prefill leg's outcome."""
 
-    call: Call
+    call: BodyReading
     engine: Engine
     transfer_id: str
     params: Params | None

@@ -9,10 +9,10 @@ from collections.abc import Mapping
 from contextlib import suppress
 
 from kvferry.http import ApiError
-from kvferry.proxy.bodies import Call
+from kvferry.proxy.bodies import BodyReading
 from kvferry.proxy.config import ProxyConfig
 from kvferry.proxy.fleet import Engine, Fleet
-from kvferry.proxy.legs import LegFailed, Refused
+from kvferry.proxy.legs import LegFailed, LegRefused
 from kvferry.proxy.relay import Relay
 
 logger = logging.getLogger(__name__)
@@ -38,7 +38,7 @@ async def probe_for_ever(config: ProxyConfig, fleet: Fleet, relay: Relay, header
 async def probe(fleet: Fleet, relay: Relay, prefill: Engine, decode: Engine, headers: Mapping[str, str]) -> None:
     """One request through one pair, in rotation or not; what comes of it is noted where all requests' outcomes are."""
     prompt = random.choices(_TOKENS, k=_NUM_TOKENS)
-    call = Call("/v1/completions", {"prompt": prompt, "max_tokens": 2, "temperature": 0}, headers)
+    call = BodyReading("/v1/completions", {"prompt": prompt, "max_tokens": 2, "temperature": 0}, headers)
     hand_over = None
     try:
         hand_over = await relay.prefill(call, prefill, [], "probe_timeout_s")
@@ -46,7 +46,7 @@ async def probe(fleet: Fleet, relay: Relay, prefill: Engine, decode: Engine, hea
     except (ApiError, LegFailed) as err:
         relay.give_back(hand_over)
         logger.debug("probe of %s and %s: %s", prefill.url, decode.url, err)
-    except Refused as refused:
+    except LegRefused as refused:
         relay.give_back(hand_over)
         is_for_key = refused.reply.status in (401, 403)
         remedy = (

@@ -27,15 +27,24 @@ import httpx2
 
 from kvferry.clock import Clock
 from kvferry.http import ApiError
-from kvferry.proxy.bodies import Call, Params, SignPeer, decode_body, prefill_body, release_body
+from kvferry.proxy.bodies import BodyReading, Params, SignPeer, decode_body, prefill_body, release_body
 from kvferry.proxy.breaker import State
 from kvferry.proxy.config import ProxyConfig
 from kvferry.proxy.events import DONE, end_of, verdicts, whole_events
 from kvferry.proxy.fleet import Engine, Fleet, Pair
-from kvferry.proxy.legs import EngineFull, HandOver, LegFailed, Refused, Reply, ended_engines
+from kvferry.proxy.legs import EngineFull, HandOver, LegFailed, LegRefused, LegReply, ended_engines
 from kvferry.proxy.metrics import ProxyMetrics
 from kvferry.proxy.prefixes import piece_hashes
-from kvferry.proxy.replies import NO_TOKEN, EngineError, Verdict, error_of, holding, is_object, judge_reply, one_line
+from kvferry.proxy.replies import (
+    NO_TOKEN,
+    EngineError,
+    ReplyVerdict,
+    error_of,
+    holding,
+    is_object,
+    judge_reply,
+    one_line,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -113,7 +122,7 @@ class Relay:
                 release.cancel()
         await self._client.aclose()
 
-    async def open(self, call: Call) -> Reply:
+    async def open(self, call: BodyReading) -> LegReply:
         """A reply whose first token, or whole content, is there. Raises ApiError."""
         why_whole = call.whole_because
         if why_whole is not None:
@@ -126,14 +135,14 @@ class Relay:
         attempts = _Attempts(piece_hashes(call.body), why_whole is None, self._clock.now())
         try:
             return await self._try_until_answered(call, attempts)
-        except Refused as refused:
+        except LegRefused as refused:
             self.give_back(attempts.hand_over)
             return refused.reply
         except BaseException:  # also when the client has left
             self.give_back(attempts.hand_over)
             raise
 
-    async def _try_until_answered(self, call: Call, attempts: _Attempts) -> Reply:
+    async def _try_until_answered(self, call: BodyReading, attempts: _Attempts) -> LegReply:
         number = 1
         while True:
             try:
@@ -191,7 +200,7 @@ class Relay:
             attempts.is_split = False
             self._recomputed("no_prefill_engine")
 
-    async def _attempt(self, call: Call, attempts: _Attempts) -> Reply:
+    async def _attempt(self, call: BodyReading, attempts: _Attempts) -> LegReply:
         if attempts.is_split and attempts.hand_over is None:
             prefill = self._fleet.pick_prefill(attempts.hashes, attempts.tried)
             if prefill is not None:
@@ -216,7 +225,7 @@ class Relay:
 
     # ---- legs -------------------------------------------------------------------------------------------------
 
-    async def prefill(self, call: Call, engine: Engine, hashes: list[int], timeout: Timeout) -> HandOver:
+    async def prefill(self, call: BodyReading, engine: Engine, hashes: list[int], timeout: Timeout) -> HandOver:
         """Let one engine prefill. Raises LegFailed, strict also when it hands nothing over; Refused."""
         hand_over = HandOver(call, engine, uuid.uuid4().hex, None)
         try:
@@ -228,7 +237,7 @@ class Relay:
         return hand_over
 
     async def _prefilled(
-        self, call: Call, engine: Engine, hashes: list[int], timeout: Timeout, hand_over: HandOver
+        self, call: BodyReading, engine: Engine, hashes: list[int], timeout: Timeout, hand_over: HandOver
     ) -> Params | None:
         async with AsyncExitStack() as stack:
             stack.enter_context(self._fleet.using(engine, engine.cost(hashes)))
@@ -260,7 +269,7 @@ class Relay:
         self._fleet.worked(engine)
         return verdict.hand_over
 
-    async def decode(self, call: Call, engine: Engine, hand_over: HandOver | None, timeout: Timeout) -> Reply:
+    async def decode(self, call: BodyReading, engine: Engine, hand_over: HandOver | None, timeout: Timeout) -> LegReply:
         """Let one engine decode, up to a stream's first token. Raises LegFailed, Refused; ApiError for a recompute."""
         params = hand_over.params if hand_over else None
         pair = self._fleet.pairs[hand_over.engine, engine] if hand_over is not None and params else None
@@ -279,7 +288,7 @@ class Relay:
                     self._check(leg, self._judge(engine, data))
                     if call.is_stream:
                         raise self._failed(engine, "it answered a request for a stream with something else")
-                    reply = Reply(200, "application/json", data, outcome="ok")
+                    reply = LegReply(200, "application/json", data, outcome="ok")
             self._fleet.worked(engine)
             if pair is not None and not leg.has_recomputed:
                 self._fleet.transferred(pair)
@@ -287,7 +296,7 @@ class Relay:
             reply.stack = stack.pop_all()
         return reply
 
-    async def _begin_stream(self, leg: _DecodeLeg, response: httpx2.Response, stack: AsyncExitStack) -> Reply:
+    async def _begin_stream(self, leg: _DecodeLeg, response: httpx2.Response, stack: AsyncExitStack) -> LegReply:
         events = await stack.enter_async_context(aclosing(self._judged(leg, response)))
         held = b""
         try:
@@ -299,7 +308,7 @@ class Relay:
                         break
         except ValueError as err:
             raise self._failed(leg.engine, f"its stream does not come to an answer: {err}") from err
-        reply = Reply(200, "text/event-stream")
+        reply = LegReply(200, "text/event-stream")
         reply.events = await stack.enter_async_context(aclosing(self._pass_on(leg, reply, held, events)))
         return reply
 
@@ -342,7 +351,7 @@ class Relay:
                         break
 
     async def _pass_on(
-        self, leg: _DecodeLeg, reply: Reply, held: bytes, events: AsyncIterator[bytes]
+        self, leg: _DecodeLeg, reply: LegReply, held: bytes, events: AsyncIterator[bytes]
     ) -> AsyncGenerator[bytes]:
         """All events; where they break off, an error as the last one."""
         num_bytes, num_events = len(held), _num_events(held)
@@ -383,7 +392,7 @@ class Relay:
     async def _send(
         self,
         engine: Engine,
-        call: Call,
+        call: BodyReading,
         content: bytes,
         stack: AsyncExitStack,
         pair: Pair | None = None,
@@ -423,7 +432,7 @@ class Relay:
             if not is_object(data):
                 told = ApiError(response.status_code, f"{engine.role} engine {engine.url}: {error.message}")
                 data = json.dumps(told.body()).encode()
-            raise Refused(engine, Reply(response.status_code, "application/json", data, outcome="refused"))
+            raise LegRefused(engine, LegReply(response.status_code, "application/json", data, outcome="refused"))
         why = f"status {response.status_code}: {error.message}"
         if pair is not None and is_hand_overs and not error.is_death:
             self._not_transferred(pair, why, is_told=error.blames_hand_over)
@@ -452,13 +461,13 @@ class Relay:
             raise self._failed(engine, f"its reply is too large: {err}") from err
         return bytes(data)
 
-    def _judge(self, engine: Engine, data: bytes) -> Verdict:
+    def _judge(self, engine: Engine, data: bytes) -> ReplyVerdict:
         try:
             return judge_reply(data)
         except ValueError as err:
             raise self._failed(engine, f"its reply is not OpenAI's: {err}") from err
 
-    def _check(self, leg: _DecodeLeg, verdict: Verdict) -> None:
+    def _check(self, leg: _DecodeLeg, verdict: ReplyVerdict) -> None:
         """Raise what a decode engine's word means."""
         if verdict.error is not None:
             if verdict.is_requests_own:
@@ -558,7 +567,7 @@ class Relay:
 
     # ---- the rest ---------------------------------------------------------------------------------------------
 
-    async def ask(self, call: Call) -> Reply:
+    async def ask(self, call: BodyReading) -> LegReply:
         """GET `call.path` from some engine."""
         tried: set[Engine] = set()
         while True:
@@ -568,7 +577,7 @@ class Relay:
             tried.add(engine)
             try:
                 return await self._ask(call, engine)
-            except Refused as refused:
+            except LegRefused as refused:
                 return refused.reply
             except EngineFull as full:
                 raise full.for_client() from full
@@ -576,13 +585,13 @@ class Relay:
                 if len(tried) >= min(self._config.max_attempts, len(self._fleet.decode)):
                     raise failure.for_client(len(tried)) from failure
 
-    async def _ask(self, call: Call, engine: Engine) -> Reply:
+    async def _ask(self, call: BodyReading, engine: Engine) -> LegReply:
         async with AsyncExitStack() as stack, self._deadline(engine, "probe_timeout_s"):
             response = await self._send(engine, call, b"", stack)
             data = await self._content(engine, response)
             if not is_object(data):
                 raise self._failed(engine, "its reply is no JSON object")
-            return Reply(200, "application/json", data, outcome="ok")
+            return LegReply(200, "application/json", data, outcome="ok")
 
 
 def _num_events(events: bytes) -> int:

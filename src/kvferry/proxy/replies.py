@@ -92,7 +92,7 @@ class _Params(Struct, gc=False):
 
 
 @dataclass(frozen=True, slots=True)
-class Verdict:
+class ReplyVerdict:
     """What a reply, or an event of a stream, says about the work behind it."""
 
     error: str | None = None
@@ -134,7 +134,7 @@ def one_line(text: str) -> str:
     return " ".join(printable.split())[:_MAX_LINE_CHARS]
 
 
-def judge_reply(data: bytes) -> Verdict:
+def judge_reply(data: bytes) -> ReplyVerdict:
     """Read a whole reply; ValueError unless it answers, or says why not."""
     reply = parse(data, _Reply)
     verdict = _verdict(reply)
@@ -146,7 +146,7 @@ def judge_reply(data: bytes) -> Verdict:
     return verdict
 
 
-def judge_event(data: bytes) -> Verdict:
+def judge_event(data: bytes) -> ReplyVerdict:
     """Read the JSON of a stream's event; ValueError where that is of a wrong shape."""
     return _verdict(parse(data, _Reply))
 
@@ -213,7 +213,7 @@ def parse(data: bytes | Raw, kind: type[T]) -> T:
         raise ValueError("it is nested too deeply") from None
 
 
-def _verdict(reply: _Reply) -> Verdict:
+def _verdict(reply: _Reply) -> ReplyVerdict:
     params, raw_params = _params(reply.kv_transfer_params)
     load_error = one_line(params.load_error or "")
     message, is_death, is_requests_own = None, False, False
@@ -225,7 +225,7 @@ def _verdict(reply: _Reply) -> Verdict:
     if any(choice.finish_reason == "error" for choice in choices):
         message = message or load_error or _ENDED_BY_ERROR
     says = [_says_something(choice) for choice in choices]  # each is checked
-    return Verdict(
+    return ReplyVerdict(
         error=message,
         num_recomputed_tokens=params.num_recomputed_tokens or 0,
         has_content=not choices or any(says),

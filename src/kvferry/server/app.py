@@ -30,8 +30,8 @@ from kvferry.server.protocol import (
     TokenIds,
     parse_body,
 )
-from kvferry.server.replies import ChatDialect, Choice, CompletionDialect, Dialect, Reply
-from kvferry.server.service import EngineFailed, EngineService, EngineStopped, Generation, Job, Overloaded
+from kvferry.server.replies import ChatDialect, Choice, CompletionDialect, CompletionReply, Dialect
+from kvferry.server.service import EngineFailed, EngineJob, EngineService, EngineStopped, Generation, Overloaded
 
 if TYPE_CHECKING:
     from starlette.requests import Request
@@ -102,10 +102,10 @@ class Routes:
         for prompt in prompts:
             limits.check_length(len(prompt), dialect.prompt_field)
         params = body.sampling_params(limits.max_model_len)
-        jobs = [Job(prompt, choice, body.cache_salt) for prompt in prompts for choice in params]
+        jobs = [EngineJob(prompt, choice, body.cache_salt) for prompt in prompts for choice in params]
         self._metrics.observe("vllm:request_params_n", body.num_choices)
         self._metrics.observe("vllm:request_params_max_tokens", params[0].max_tokens)
-        reply = Reply(
+        reply = CompletionReply(
             f"{dialect.id_prefix}-{secrets.token_hex(12)}",
             self._model.names[0],
             dialect,
@@ -124,7 +124,7 @@ class Routes:
             return EventStream(_events(generation, reply, body.wants_stream_usage), self._closer(generation))
         return await self._whole(request, generation, reply)
 
-    async def _whole(self, request: Request, generation: Generation, reply: Reply) -> Response:
+    async def _whole(self, request: Request, generation: Generation, reply: CompletionReply) -> Response:
         try:
             await unless_gone(request, _collect(generation, reply))
             return JSONResponse(reply.whole())
@@ -239,7 +239,7 @@ class Routes:
 # ---- replies that take a while ------------------------------------------------------------------------------------
 
 
-async def _collect(generation: Generation, reply: Reply) -> None:
+async def _collect(generation: Generation, reply: CompletionReply) -> None:
     async for index, output in generation:
         _check(output)
         reply.choices[index].add(output)
@@ -252,7 +252,7 @@ def _check(output: RequestOutput) -> None:
     raise ApiError(400 if output.error_param else 500, output.error, param=output.error_param, code=code)
 
 
-async def _events(generation: Generation, reply: Reply, with_usage: bool) -> AsyncIterator[bytes]:
+async def _events(generation: Generation, reply: CompletionReply, with_usage: bool) -> AsyncIterator[bytes]:
     """Server-sent events of a stream; an error after its start is an event too."""
     try:
         for chunk in reply.opening_chunks():

@@ -225,7 +225,7 @@ class TextPart(_Strict):
     text: str
 
 
-class Message(_Strict):
+class ChatMessage(_Strict):
     """One turn of a chat."""
 
     role: str
@@ -247,7 +247,7 @@ class ResponseFormat(_Strict):
 class ChatBody(GenerationBody):
     """POST /v1/chat/completions."""
 
-    messages: Annotated[list[Message], Field(fail_fast=True, min_length=1)]
+    messages: Annotated[list[ChatMessage], Field(fail_fast=True, min_length=1)]
     max_completion_tokens: Annotated[int, Field(ge=1, lt=1 << 63)] | None = None
     logprobs: bool | None = None
     top_logprobs: int | None = None

@@ -125,7 +125,7 @@ def _chat_token(token: int, entry: dict[int, Logprob]) -> dict[str, Any]:
 
 
 @dataclass(slots=True)
-class Reply:
+class CompletionReply:
     """One client's reply while it comes together."""
 
     reply_id: str

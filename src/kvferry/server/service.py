@@ -45,7 +45,7 @@ class EngineFailed(EngineStopped):
 
 
 @dataclass(frozen=True, slots=True)
-class Job:
+class EngineJob:
     """One prompt to complete. `params.output_kind` must be DELTA."""
 
     prompt_token_ids: list[int]
@@ -145,7 +145,7 @@ class EngineService:
         """Tiers below the engine that could not be written to at its last step."""
         return self._observer.degraded_tiers
 
-    async def submit(self, jobs: Sequence[Job], name: str | None = None) -> Generation:
+    async def submit(self, jobs: Sequence[EngineJob], name: str | None = None) -> Generation:
         """Queue all jobs or none; returns when the engine has taken them, after the step under way.
 
         `name` is what the client will know them by; it must be new.
@@ -261,7 +261,7 @@ class EngineService:
         if outputs:
             self._tell(lambda: self._deliver(outputs))
 
-    def _add(self, request_ids: Sequence[str], jobs: Sequence[Job]) -> None:
+    def _add(self, request_ids: Sequence[str], jobs: Sequence[EngineJob]) -> None:
         added: list[str] = []
         try:
             for request_id, job in zip(request_ids, jobs, strict=True):

@@ -52,7 +52,7 @@ class LoadFault(Enum):
 
 
 @dataclass(slots=True)
-class Faults:
+class ConnectorFaults:
     """What the next operations do. Queues are used up front to back; empty means: do it right."""
 
     answers: deque[Any] = field(default_factory=deque)
@@ -71,7 +71,7 @@ class Medium:
 
     def __init__(self) -> None:
         self.pages: dict[PageKey, list[torch.Tensor]] = {}
-        self.faults = Faults()
+        self.faults = ConnectorFaults()
         self.transfer_steps = 1
         self.num_done: Counter[str] = Counter()
         self.proved: set[PageKey] = set()
@@ -113,7 +113,7 @@ def forget_media() -> None:
 
 
 @dataclass(slots=True)
-class _Job:
+class _FaultyJob:
     """One load, save or send under way on the worker."""
 
     job_id: int
@@ -132,8 +132,8 @@ class _Job:
 
 @dataclass(slots=True)
 class _Orders(KVConnectorMetadata):
-    sync_loads: list[_Job] = field(default_factory=list)
-    jobs: list[_Job] = field(default_factory=list)
+    sync_loads: list[_FaultyJob] = field(default_factory=list)
+    jobs: list[_FaultyJob] = field(default_factory=list)
 
 
 @dataclass(slots=True)
@@ -160,7 +160,7 @@ class FaultyConnector(KVConnectorBase_V1, SupportsHMA):
         self._sends = bool(extra.get("send_on_finish", False))
         self._block_size = kv_cache_config.kv_cache_groups[0].kv_cache_spec.block_size
         self._groups = groups_of(kv_cache_config)
-        self.jobs: list[_Job] = []
+        self.jobs: list[_FaultyJob] = []
         """Worker: under way. Scheduler: saves whose blocks are pinned."""
         (self.medium.workers if role is KVConnectorRole.WORKER else self.medium.schedulers).append(self)
         self._requests: dict[str, Any] = {}
@@ -237,9 +237,9 @@ class FaultyConnector(KVConnectorBase_V1, SupportsHMA):
 
     def _job(
         self, request_id: str, pages: list[tuple[PageKey, int, int]], *, is_load: bool = False, is_send: bool = False
-    ) -> _Job:
+    ) -> _FaultyJob:
         self._num_jobs += 1
-        return _Job(self._num_jobs, request_id, pages, is_load, is_send, steps_left=self.medium.transfer_steps)
+        return _FaultyJob(self._num_jobs, request_id, pages, is_load, is_send, steps_left=self.medium.transfer_steps)
 
     # ---- scheduler: save and send -----------------------------------------------------------------------------
 
@@ -362,7 +362,7 @@ class FaultyConnector(KVConnectorBase_V1, SupportsHMA):
         results.finished_recving |= ghosts | (repeat - {job.request_id for job in self.jobs if job.is_load})
         return results
 
-    def _is_due(self, job: _Job) -> bool:
+    def _is_due(self, job: _FaultyJob) -> bool:
         is_held = job.fault is LoadFault.LATE if job.is_load else self.medium.faults.hold_saves
         return job.steps_left <= 0 and not is_held
 
@@ -372,7 +372,7 @@ class FaultyConnector(KVConnectorBase_V1, SupportsHMA):
             if job.fault is LoadFault.LATE:
                 job.fault = LoadFault.NONE
 
-    def _load(self, job: _Job) -> None:
+    def _load(self, job: _FaultyJob) -> None:
         self.medium.num_done[f"load {job.fault.value}"] += 1
         bad_index = len(job.pages) // 2
         for i, (key, index, block_id) in enumerate(job.pages):
@@ -388,7 +388,7 @@ class FaultyConnector(KVConnectorBase_V1, SupportsHMA):
         if job.fault is LoadFault.RAISE and not self._is_async:
             raise RuntimeError("told to fail while loading")
 
-    def _report_bad(self, job: _Job, group: int, index: int, block_id: int) -> None:
+    def _report_bad(self, job: _FaultyJob, group: int, index: int, block_id: int) -> None:
         if job.fault is LoadFault.BAD_POSITION:
             self._results.failed_blocks.add(LoadFailure(job.request_id, group, index))
         elif self._is_async and job.fault in (LoadFault.FAILED, LoadFault.RAISE):
@@ -396,7 +396,7 @@ class FaultyConnector(KVConnectorBase_V1, SupportsHMA):
         elif job.fault is not LoadFault.RAISE:
             self._bad_blocks.add(block_id)
 
-    def _save(self, job: _Job) -> None:
+    def _save(self, job: _FaultyJob) -> None:
         pages = [(key, [layer[block_id].clone() for layer in self._layers[key[0]]]) for key, _, block_id in job.pages]
         if job.is_send:
             self.medium.num_done["sends"] += 1

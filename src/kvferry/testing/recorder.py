@@ -38,7 +38,7 @@ class Script:
 
 
 @dataclass(frozen=True, slots=True)
-class Call:
+class HookCall:
     """One call of a hook. `text` is what matters of it, written at the time of the call, the same for every host."""
 
     role: str
@@ -59,7 +59,7 @@ class Record:
     """The calls of one engine, and the state the connector's two instances share with the test."""
 
     script: Script
-    calls: list[Call] = field(default_factory=list)
+    calls: list[HookCall] = field(default_factory=list)
     keys: dict[str, str] = field(default_factory=dict)
     """Request id -> r1, r2, ... in the order in which the host told of them."""
     worker: Any = None
@@ -118,7 +118,7 @@ class _Answers:
 
     def __init__(self, vllm_config: Any, role: Any, kv_cache_config: Any) -> None:
         self.record = RECORDS[-1]
-        self.record.calls.append(Call(role.name.lower(), "__init__", (), ""))
+        self.record.calls.append(HookCall(role.name.lower(), "__init__", (), ""))
         if role.name == "WORKER":
             self.record.worker = self
         super().__init__(vllm_config, role, kv_cache_config)  # type: ignore[call-arg]  # the host's base is next
@@ -245,7 +245,7 @@ def _recording_class(name: str, answers: type[Any]) -> type[Any]:
 def _recording(hook: Hook, made: type[Any]) -> Any:
     def note(record: Record, role: str, *args: Any, **kwargs: Any) -> None:
         text = _TEXTS[hook.name](record, *args) if hook.name in _TEXTS else ""
-        record.calls.append(Call(role, hook.name, args, text, kwargs))
+        record.calls.append(HookCall(role, hook.name, args, text, kwargs))
 
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
         method = getattr(super(made, self), hook.name)

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from kvferry.engine.attention import LayerHooks, PackedBatch
-from kvferry.engine.kv_groups import KVBuffer, LayerGeometry, LayerKV, layer_name
+from kvferry.engine.kv_groups import KVBuffer, LayerKV, LayerShape, layer_name
 
 
 class StubModel:
@@ -49,8 +49,8 @@ class StubModel:
         """`windows`: one per layer, at least 2 tokens; None sees everything. They take the place of `num_layers`."""
         self.path = path
         self.dtype = torch.float32
-        self.layers: Sequence[LayerGeometry] = [
-            LayerGeometry(num_kv_heads, head_size, head_size, window) for window in windows or [None] * num_layers
+        self.layers: Sequence[LayerShape] = [
+            LayerShape(num_kv_heads, head_size, head_size, window) for window in windows or [None] * num_layers
         ]
         self.vocab_size = vocab_size
         self.max_model_len = max_model_len

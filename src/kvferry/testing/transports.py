@@ -18,23 +18,23 @@ import numpy as np
 from kvferry.clock import Clock, SystemClock
 from kvferry.errors import ConfigError, TransferError
 from kvferry.p2p.transports.transport import (
-    Capabilities,
     Completion,
     PeerHandle,
     Pieces,
     Region,
     TransferOp,
     TransferStatus,
+    TransportCapabilities,
     check_pieces,
 )
 
-__all__ = ["FakeNetwork", "FakeTransport", "Faults"]
+__all__ = ["FakeNetwork", "FakeTransport", "TransportFaults"]
 
 _PREFIX = b"fake transport "
 
 
 @dataclass(slots=True)
-class Faults:
+class TransportFaults:
     """What goes wrong with transfers submitted, or peers closed, from now on."""
 
     delay_s: float = 0.0
@@ -71,7 +71,7 @@ class _Transfer:
     copies: list[tuple[int, int, int]]
     """(from, to, bytes)."""
     due_s: float
-    faults: Faults
+    faults: TransportFaults
     then: Callable[[], None] | None
 
 
@@ -79,9 +79,9 @@ class FakeTransport:
     """See `kvferry.p2p.transports.transport`. `kill` ends it as if its process had died."""
 
     def __init__(self, network: FakeNetwork, name: str = "fake") -> None:
-        self.capabilities = Capabilities(name, devices=("cpu",))
+        self.capabilities = TransportCapabilities(name, devices=("cpu",))
         self.bytes_moved = dict.fromkeys(TransferOp, 0)
-        self.faults = Faults()
+        self.faults = TransportFaults()
         self.regions: tuple[Region, ...] = ()
         self.name = f"{name}-{len(network.ends)}"
         self.is_dead = False
@@ -122,7 +122,7 @@ class FakeTransport:
         check_pieces(pieces, *(np.array([region.num_bytes for region in end.regions]) for end in (from_, to)))
         sources = [from_.regions[r].address + o for r, o in _pairs(pieces.source_region, pieces.source_offset)]
         places = [to.regions[r].address + o for r, o in _pairs(pieces.destination_region, pieces.destination_offset)]
-        faults = Faults(**{name: getattr(self.faults, name) for name in Faults.__slots__})
+        faults = TransportFaults(**{name: getattr(self.faults, name) for name in TransportFaults.__slots__})
         copies = list(zip(sources, places, pieces.length.tolist(), strict=True))
         due_s = self._network.clock.now() + faults.delay_s
         self._open.append(_Transfer(self._ticket(), peer, op, copies, due_s, faults, then))

@@ -62,7 +62,7 @@ class Envelope(MultiMetadata):
 
 
 @dataclass(slots=True)
-class Report(KVConnectorWorkerMetadata):
+class GuardedReport(KVConnectorWorkerMetadata):
     """One step's report: the connector's own, and what its guard has seen, on one or more ranks."""
 
     inner: Any = None
@@ -78,12 +78,12 @@ class Report(KVConnectorWorkerMetadata):
     settled: Counter[str] = field(default_factory=Counter)
     """Such loads that have ended after all -> ranks."""
 
-    def aggregate(self, other: KVConnectorWorkerMetadata) -> Report:
+    def aggregate(self, other: KVConnectorWorkerMetadata) -> GuardedReport:
         """Both ranks' reports."""
-        if not isinstance(other, Report):
+        if not isinstance(other, GuardedReport):
             raise ContractError("all ranks must run the same connector")
         inners = [inner for inner in (self.inner, other.inner) if inner is not None]
-        return Report(
+        return GuardedReport(
             inners[0].aggregate(inners[1]) if len(inners) == 2 else next(iter(inners), None),
             self.num_errors + other.num_errors,
             self.is_off or other.is_off,
@@ -94,7 +94,7 @@ class Report(KVConnectorWorkerMetadata):
         )
 
 
-class Guard:
+class HookGuard:
     """Calls the hooks of one instance; what they raise stays here. Once it is off, none but `shutdown` is called."""
 
     def __init__(self, name: str, shut_down: Callable[[], None]) -> None:
@@ -172,7 +172,7 @@ class Guard:
             logger.exception("%s.shutdown failed", self._name)
 
 
-class SchedulerGuard(Guard):
+class SchedulerGuard(HookGuard):
     """The scheduler's instance: knows which loads were promised, and holds the blocks of those that may still run."""
 
     def __init__(self, name: str, shut_down: Callable[[], None], kv_cache_config: Any, num_ranks: int) -> None:
@@ -286,7 +286,7 @@ class SchedulerGuard(Guard):
     def reported(self, ask: Callable[..., Any], output: Any) -> None:
         """`update_connector_output`. One that was not told of failed loads is switched off: it might keep their KV."""
         envelope = output.kv_connector_worker_meta
-        report = envelope if isinstance(envelope, Report) else Report()
+        report = envelope if isinstance(envelope, GuardedReport) else GuardedReport()
         self.num_errors += report.num_errors
         for request_id, num_ranks in report.given_up.items():
             self._given_up[request_id] += num_ranks
@@ -310,7 +310,7 @@ class SchedulerGuard(Guard):
                 block_ids = self._aside.pop(request_id, [])
                 self._aside_pins.free_blocks([self._aside_pins.blocks[block_id] for block_id in block_ids])
 
-    def _close(self, report: Report) -> None:
+    def _close(self, report: GuardedReport) -> None:
         """Once the workers are shut down, this side is, and all pins are taken back unless something may still run."""
         self.may_still_run |= report.may_still_run
         self._num_shut_down += report.num_shut_down
@@ -346,7 +346,7 @@ _LOADING = (*_PREPARING, "has_connector_metadata", "wait_for_layer_load", "wait_
 """After whose failure a step's synchronous loads are not proved."""
 
 
-class WorkerGuard(Guard):
+class WorkerGuard(HookGuard):
     """A worker's instance: knows which loads and sends are under way, and tells vLLM how each has ended."""
 
     def __init__(self, name: str, shut_down: Callable[[], None], kv_cache_config: Any) -> None:
@@ -359,7 +359,7 @@ class WorkerGuard(Guard):
         """Loads of this step that may or may not have begun."""
         self._given_up: set[str] = set()
         self._bad_blocks: set[int] = set()
-        self._news = Report()
+        self._news = GuardedReport()
         self._was_off = False
 
     def prepare(self, hook: str, ask: Callable[..., Any], metadata: Any) -> None:
@@ -455,12 +455,12 @@ class WorkerGuard(Guard):
             )
         return bad
 
-    def report(self, ask: Callable[[], Any]) -> Report | None:
+    def report(self, ask: Callable[[], Any]) -> GuardedReport | None:
         """`build_connector_worker_meta`, the last report of a step."""
         self._completions.take_accepted()
-        news, self._news = self._news, Report()
+        news, self._news = self._news, GuardedReport()
         news.inner = self.call("build_connector_worker_meta", None, ask)
         self.end_step()
         news.is_off, self._was_off = self.is_off and not self._was_off, self.is_off
         news.num_errors, self.num_errors = self.num_errors, 0
-        return None if news == Report() else news
+        return None if news == GuardedReport() else news

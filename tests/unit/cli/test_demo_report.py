@@ -10,18 +10,18 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from kvferry.cli.demo_report import Act, Handover, Proof, Report
+from kvferry.cli.demo_report import Act, DemoReport, HandoverResult, Proof
 
 COLD = Act("cold", 8.0, 7.5, 3000, 0, 0, 3000, kv_bytes_equal=True, tokens_equal=True)
 HOST = Act("host", 0.5, 0.4, 3000, 2880, 0, 120, kv_bytes_equal=True, tokens_equal=True)
-HANDED = Handover(0.8, 0.2, 4.0, 3.9, 1000, 1000, 46080, kv_bytes_equal=True, tokens_equal=True)
+HANDED = HandoverResult(0.8, 0.2, 4.0, 3.9, 1000, 1000, 46080, kv_bytes_equal=True, tokens_equal=True)
 
 
-def report(*proofs: Proof, acts: tuple[Act, ...] = (COLD, HOST)) -> Report:
-    return Report(list(acts), HANDED, list(proofs), {"model": "stub"})
+def report(*proofs: Proof, acts: tuple[Act, ...] = (COLD, HOST)) -> DemoReport:
+    return DemoReport(list(acts), HANDED, list(proofs), {"model": "stub"})
 
 
-def printed(subject: Report) -> str:
+def printed(subject: DemoReport) -> str:
     out = io.StringIO()
     subject.print(Console(file=out, width=80))
     return out.getvalue()

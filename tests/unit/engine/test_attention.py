@@ -15,7 +15,7 @@ from kvferry.engine.attention import (
     causal_attention,
     pack_batch,
 )
-from kvferry.engine.kv_groups import KVBuffer, LayerGeometry, full_attention_specs, kv_cache_config_for, layer_name
+from kvferry.engine.kv_groups import KVBuffer, LayerShape, full_attention_specs, kv_cache_config_for, layer_name
 from kvferry.engine.layout_choice import LAYOUTS
 from kvferry.engine.model_loader import NoHooks
 from kvferry.errors import ConfigError
@@ -70,7 +70,7 @@ def test_causal_attention_equals_the_slow_form(num_tokens, kv_tokens, options):
 def test_a_mixed_batch_equals_the_slow_form_and_never_reads_past_an_end(lengths, options):
     """Decodes in padded buckets beside a prefill, every byte outside the sequences NaN."""
     torch.manual_seed(len(lengths))
-    specs = full_attention_specs([LayerGeometry(2, 8, 5)], 4, torch.float32)
+    specs = full_attention_specs([LayerShape(2, 8, 5)], 4, torch.float32)
     kv = KVBuffer(kv_cache_config_for(90, [specs]), "cpu")
     view = kv.views()[layer_name(0)]
     view.fill_(float("nan"))
@@ -92,7 +92,7 @@ def test_a_mixed_batch_equals_the_slow_form_and_never_reads_past_an_end(lengths,
 def test_blocks_behind_the_window_are_not_read(window):
     """They may belong to others by then: here they are NaN, and their place in the table is the null block's."""
     torch.manual_seed(window)
-    kv = KVBuffer(kv_cache_config_for(40, [full_attention_specs([LayerGeometry(2, 8, 5)], 4, torch.float32)]), "cpu")
+    kv = KVBuffer(kv_cache_config_for(40, [full_attention_specs([LayerShape(2, 8, 5)], 4, torch.float32)]), "cpu")
     view, options = kv.views()[layer_name(0)], AttentionOptions(1.0, window_tokens=window)
     view.fill_(float("nan"))
     free = torch.randperm(39).add(1).tolist()
@@ -121,7 +121,7 @@ def test_buckets_hold_like_lengths_and_are_bounded():
 def buffer(
     num_blocks=5, block_size=4, layers=3, dtype=torch.float16, layout="BLNHC", kernel_block_tokens=None
 ) -> KVBuffer:
-    specs = full_attention_specs([LayerGeometry(2, 8, 6)] * layers, block_size, dtype)
+    specs = full_attention_specs([LayerShape(2, 8, 6)] * layers, block_size, dtype)
     return KVBuffer(kv_cache_config_for(num_blocks, [specs], layout), "cpu", None, kernel_block_tokens)
 
 
@@ -185,7 +185,7 @@ def test_overlaid_groups_share_memory(layout, kernel_tokens):
 
 def test_layers_of_different_shapes_are_refused():
     with pytest.raises(ConfigError, match="different shapes"):
-        full_attention_specs([LayerGeometry(2, 8, 8), LayerGeometry(1, 8, 8)], 4, torch.float32)
+        full_attention_specs([LayerShape(2, 8, 8), LayerShape(1, 8, 8)], 4, torch.float32)
 
 
 def test_packing():

@@ -13,7 +13,7 @@ from uvicorn.server import ServerState
 from kvferry.clock import FakeClock
 from kvferry.errors import ConfigError
 from kvferry.http import AccessRules, ConnectionLimits
-from kvferry.http.access import Guard
+from kvferry.http.access import AccessGuard
 from kvferry.http.connections import Connections
 
 KEYS = ("first-key", "second-key")
@@ -37,7 +37,7 @@ def ask(rules: AccessRules, path: str = "/v1/models", *, is_local: bool = False,
     async def send(message: Any) -> None:
         sent.append(message)
 
-    guard = Guard(app, rules)
+    guard = AccessGuard(app, rules)
     guard.is_local = is_local
     raw = [(name.lower().encode(), value.encode("latin-1")) for name, value in headers.items()]
     scope = {"type": "http", "method": "GET", "path": path, "headers": raw}
@@ -167,7 +167,7 @@ def test_a_client_that_takes_nothing_is_cut_off(is_closed: bool, patience_s: flo
     connections = Connections(ConnectionLimits(header_timeout_s=1e6), clock)
     loop = asyncio.new_event_loop()
     connection = connections.protocol(
-        config=uvicorn.Config(Guard(None, AccessRules())),
+        config=uvicorn.Config(AccessGuard(None, AccessRules())),
         server_state=ServerState(),
         app_state={},
         _loop=loop,  # type: ignore[arg-type]

@@ -19,7 +19,7 @@ from kvferry.contract.views import RequestView, ScheduledRequest, StepView
 from kvferry.errors import ConfigError
 from kvferry.lmcache.connector import LMCacheSchedulerSide, LMCacheWorkerSide
 from kvferry.lmcache.messages import LMCacheHandshake
-from kvferry.lmcache.session import ChunkGeometry
+from kvferry.lmcache.session import ServerChunks
 
 TOKENS = [(i * 37) % 1000 for i in range(3 * CHUNK_TOKENS + 9)]
 NUM_WHOLE = 3 * CHUNK_TOKENS // BLOCK
@@ -217,7 +217,7 @@ def test_workers_must_agree(server: FakeServer, host: Host) -> None:
 
 @pytest.mark.parametrize(("chunk_tokens", "block_bytes"), [(64, 16), (256, 90_000), (48, 1000), (256, 256)])
 def test_slots_hold_payload_and_proof_in_whole_pages_and_rows(chunk_tokens: int, block_bytes: int) -> None:
-    geometry = ChunkGeometry.of(chunk_tokens, 16, block_bytes, 1 << 28)
+    geometry = ServerChunks.of(chunk_tokens, 16, block_bytes, 1 << 28)
     assert geometry.slot_bytes % 4096 == 0
     assert geometry.slot_bytes == chunk_tokens * geometry.row_bytes
     need = chunk_tokens // 16 * block_bytes + 16 + 32 + 2

@@ -23,7 +23,7 @@ from kvferry.contract.views import RequestView, StepView
 from kvferry.errors import ConfigError
 from kvferry.p2p import scheduler_side as scheduler_module
 from kvferry.p2p.scheduler_side import P2PSchedulerSide
-from kvferry.p2p.step_messages import WorkerHandshake
+from kvferry.p2p.step_messages import P2PHandshake
 from kvferry.p2p.transports import choice, shm
 from kvferry.p2p.worker_side import P2PWorkerSide
 from kvferry.testing.transports import FakeNetwork, FakeTransport
@@ -255,7 +255,7 @@ def report_of(engine: Engine, rank: int) -> Any:
 def test_a_worker_that_says_nothing_is_a_config_error(engine: Callable[..., Engine]) -> None:
     scheduler = P2PSchedulerSide(host_of(0, 2, 4))
     with pytest.raises(ConfigError, match=r"workers \[1\] of 2 described their KV cache"):
-        scheduler.set_xfer_handshake_metadata({1: WorkerHandshake(1, b"", {})})
+        scheduler.set_xfer_handshake_metadata({1: P2PHandshake(1, b"", {})})
     scheduler.shutdown()
 
 
@@ -279,7 +279,7 @@ def test_a_geometry_that_is_seen_again_is_not_checked_again(
 def test_what_peers_would_refuse_for_its_size_is_a_config_error(engine: Callable[..., Engine]) -> None:
     geometry = engine(1, 4).scheduler._geometry
     scheduler = P2PSchedulerSide(host_of(0, 1, 4))
-    shakes = [WorkerHandshake(0, geometry, {"shm": bytes(num_bytes)}) for num_bytes in (65537, 65536)]
+    shakes = [P2PHandshake(0, geometry, {"shm": bytes(num_bytes)}) for num_bytes in (65537, 65536)]
     with pytest.raises(ConfigError, match=r"`bytes` of length <= 65536.*'shm': 65537.*kv_connector_extra_config"):
         scheduler.set_xfer_handshake_metadata({0: shakes[0]})
     scheduler.set_xfer_handshake_metadata({0: shakes[1]})

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from kvferry.clock import FakeClock
-from kvferry.proxy.breaker import Breaker, State
+from kvferry.proxy.breaker import EngineBreaker, State
 
 
-def make(threshold: int = 3) -> tuple[Breaker, FakeClock]:
+def make(threshold: int = 3) -> tuple[EngineBreaker, FakeClock]:
     clock = FakeClock()
-    return Breaker(clock, threshold, 1.0, 4.0), clock
+    return EngineBreaker(clock, threshold, 1.0, 4.0), clock
 
 
-def open_it(breaker: Breaker) -> None:
+def open_it(breaker: EngineBreaker) -> None:
     while breaker.state is not State.OPEN:
         breaker.failed()
 

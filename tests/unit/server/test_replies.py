@@ -8,7 +8,7 @@ import pytest
 
 from kvferry.engine.outputs import CompletionOutput, RequestMetrics, RequestOutput
 from kvferry.server.protocol import CompletionBody
-from kvferry.server.replies import Choice, CompletionDialect, Reply
+from kvferry.server.replies import Choice, CompletionDialect, CompletionReply
 
 
 def delta(text: str, token: int, num_cached_tokens: int) -> RequestOutput:
@@ -21,7 +21,7 @@ def delta(text: str, token: int, num_cached_tokens: int) -> RequestOutput:
 @pytest.mark.parametrize("first_text", ["a", ""], ids=["text", "no text yet"])
 def test_prompt_computed_again_is_told_before_anything_else(first_text: str) -> None:
     """Also where the first token completes no character."""
-    reply = Reply("id", "m", CompletionDialect(), 1, num_promised_tokens=40, choices=[Choice(0)])
+    reply = CompletionReply("id", "m", CompletionDialect(), 1, num_promised_tokens=40, choices=[Choice(0)])
     first = reply.chunk(reply.choices[0], delta(first_text, 5, num_cached_tokens=16))
     assert first is not None
     assert first["kv_transfer_params"] == {"num_recomputed_tokens": 23}, "39 could have been there, 16 were"
@@ -32,7 +32,7 @@ def test_prompt_computed_again_is_told_before_anything_else(first_text: str) -> 
 
 
 def test_nothing_is_told_of_a_token_without_text() -> None:
-    reply = Reply("id", "m", CompletionDialect(), 1, choices=[Choice(0)])
+    reply = CompletionReply("id", "m", CompletionDialect(), 1, choices=[Choice(0)])
     assert reply.chunk(reply.choices[0], delta("", 5, num_cached_tokens=16)) is None
 
 
@@ -51,7 +51,7 @@ def test_nothing_is_told_of_a_token_without_text() -> None:
 )
 def test_cached_tokens_of_a_handed_over_prompt_are_the_prefill_engines(params: Any, cached: int) -> None:
     body = CompletionBody(prompt=[1], kv_transfer_params=params)
-    reply = Reply(
+    reply = CompletionReply(
         "id", "m", CompletionDialect(), 1, num_remote_cached_tokens=body.num_remote_cached_tokens, choices=[Choice(0)]
     )
     reply.choices[0].add(delta("a", 5, num_cached_tokens=39))

@@ -14,7 +14,7 @@ from kvferry.clock import FakeClock
 from kvferry.engine import RequestOutputKind
 from kvferry.errors import ConfigError
 from kvferry.metrics import Metrics
-from kvferry.server.service import EngineService, EngineStopped, Job, Overloaded
+from kvferry.server.service import EngineJob, EngineService, EngineStopped, Overloaded
 from kvferry.testing.stub_model import StubModel
 
 PROMPT = [1, 2, 3, 4, 5]
@@ -36,7 +36,9 @@ class GatedModel(StubModel):
 
 
 def job(max_tokens=4, prompt=PROMPT):
-    return Job(list(prompt), SamplingParams(max_tokens=max_tokens, temperature=0, output_kind=RequestOutputKind.DELTA))
+    return EngineJob(
+        list(prompt), SamplingParams(max_tokens=max_tokens, temperature=0, output_kind=RequestOutputKind.DELTA)
+    )
 
 
 async def tokens_of(generation):

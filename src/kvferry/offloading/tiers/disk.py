@@ -68,7 +68,7 @@ class _Store:
 
 
 @dataclass(slots=True)
-class _Load:
+class _LoadOrder:
     job: TierJob
     entry: Entry
     quarantined: str | None = None
@@ -89,7 +89,7 @@ class _Probe:
     num_bytes: int
 
 
-_Work = _Store | _Load | _Chore | _Probe
+_Work = _Store | _LoadOrder | _Chore | _Probe
 
 
 def _check_quota(name: str, max_bytes: int | None, payload_bytes: int) -> None:
@@ -278,7 +278,7 @@ class DiskTier:
         if entry not in self._index.entries:
             raise TierUnavailable(f"chunk {job.key.hex()} is not on the disk")
         self._loading[entry] += 1
-        self._threads.submit(Urgency.LOAD, _Load(job, entry))
+        self._threads.submit(Urgency.LOAD, _LoadOrder(job, entry))
 
     def poll(self) -> list[TierResult]:
         """Enter what the threads did into the books; see now and then whether a tier that is down is back."""
@@ -292,7 +292,7 @@ class DiskTier:
             elif isinstance(done.work, _Store):
                 if not self._try_again(done.work, done.error):
                     results.append(self._finish_store(done.work, done))
-            elif isinstance(done.work, _Load):
+            elif isinstance(done.work, _LoadOrder):
                 results.append(self._finish_load(done.work, done))
             else:
                 self._is_noting = False
@@ -357,7 +357,7 @@ class DiskTier:
         match work:
             case _Store():
                 self._store(work)
-            case _Load():
+            case _LoadOrder():
                 self._load(work)
             case _Chore():
                 self._do_chore(work)
@@ -373,7 +373,7 @@ class DiskTier:
         self._folder.write(job.key, job.buffer, job.digest)
         self._write_notes([(Use.USED, self._chunk_id(work.room.entry))])
 
-    def _load(self, work: _Load) -> None:
+    def _load(self, work: _LoadOrder) -> None:
         try:
             work.job.digest = self._folder.read(work.job.key, work.job.buffer)
         except TierCorrupt:
@@ -470,7 +470,7 @@ class DiskTier:
         self._threads.submit(Urgency.CHORE, _Chore([], is_new_folder=True))
         logger.warning("tier %s: %s was gone with all its chunks and was made anew", self.name, self._folder.path)
 
-    def _finish_load(self, work: _Load, done: Done[_Work]) -> TierResult:
+    def _finish_load(self, work: _LoadOrder, done: Done[_Work]) -> TierResult:
         entry = work.entry
         self._loading[entry] -= 1
         if not self._loading[entry]:

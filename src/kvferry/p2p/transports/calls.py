@@ -23,7 +23,7 @@ _SLOWEST = 8  # times the first interval
 
 
 @dataclass(slots=True)
-class Call:
+class NativeCall:
     """One request under way to one life (generation) of a peer; None: to whoever answers there."""
 
     peer: str
@@ -39,13 +39,13 @@ class Calls:
 
     def __init__(self, retry_s: float) -> None:
         self._retry_s = retry_s
-        self._calls: dict[tuple[str, str], Call] = {}
+        self._calls: dict[tuple[str, str], NativeCall] = {}
 
     def start(
         self, kind: str, key: str, peer: str, generation: str | None, message: Message, now: float, deadline_s: float
     ) -> None:
         """Send at the next `due`, and again until `answered` or the deadline. Takes the place of an equal one."""
-        self._calls[kind, key] = Call(peer, generation, message, self._retry_s, now, deadline_s)
+        self._calls[kind, key] = NativeCall(peer, generation, message, self._retry_s, now, deadline_s)
 
     def answered(self, kind: str, key: str, by: str | None = None) -> bool:
         """End a request, or one to this peer alone; False when none was open."""
@@ -60,7 +60,7 @@ class Calls:
         call = self._calls.get((kind, key))
         return call is not None and now < call.deadline_s
 
-    def due(self, now: float, reaches: Callable[[str, str | None], bool]) -> list[Call]:
+    def due(self, now: float, reaches: Callable[[str, str | None], bool]) -> list[NativeCall]:
         """Requests to send now; those past their deadline are dropped. `reaches(peer, generation)`: worth sending."""
         due = []
         for key, call in list(self._calls.items()):

@@ -38,7 +38,7 @@ import numpy as np
 from kvferry.errors import ConfigError, HostError, TransferError, install_hint
 from kvferry.kv.segment import PAGE_BYTES, SHM_DIRECTORY, Segment, is_segment_path
 from kvferry.p2p.transports.threaded import Step, ThreadedTransport, Transfer, decode_blob
-from kvferry.p2p.transports.transport import Capabilities, Ints, PeerHandle, TransferOp
+from kvferry.p2p.transports.transport import Ints, PeerHandle, TransferOp, TransportCapabilities
 
 _POST_BYTES = 64 << 20
 _DRAIN_S = 1.0
@@ -52,7 +52,7 @@ class _Region(msgspec.Struct, frozen=True):
     device_id: _Number
 
 
-class _Blob(msgspec.Struct, frozen=True, tag_field="transport", tag="nixl 1"):
+class _NixlBlob(msgspec.Struct, frozen=True, tag_field="transport", tag="nixl 1"):
     memory: Literal["DRAM", "VRAM"]
     regions: tuple[_Region, ...]
     metadata: bytes
@@ -62,7 +62,7 @@ class _Blob(msgspec.Struct, frozen=True, tag_field="transport", tag="nixl 1"):
 
 
 class _NixlPeer(PeerHandle):
-    def __init__(self, blob: _Blob) -> None:
+    def __init__(self, blob: _NixlBlob) -> None:
         super().__init__("nixl", [region.num_bytes for region in blob.regions])
         self.blob = blob
         self.agent_name: str | None = None  # as known to the initiator; None: not connected to it
@@ -97,7 +97,7 @@ def load_nixl() -> Any:
 class NixlTransport(ThreadedTransport):
     """Memory of one kind (all CPU, or all CUDA). `ucx_params` go to the UCX backend as they are."""
 
-    capabilities = Capabilities("nixl", devices=("cpu", "cuda"))
+    capabilities = TransportCapabilities("nixl", devices=("cpu", "cuda"))
     serve_interval_s = 0.001
     drain_s = 10.0
 
@@ -157,7 +157,7 @@ class NixlTransport(ThreadedTransport):
                 engine_id=self._engine_id, num_bytes=PAGE_BYTES, header=nonce, folder=SHM_DIRECTORY
             )
             path = self._life.path
-        return msgspec.msgpack.encode(_Blob(self._memory, places, metadata, path, nonce))
+        return msgspec.msgpack.encode(_NixlBlob(self._memory, places, metadata, path, nonce))
 
     def _make_agent(self) -> Any:
         name = f"{self._engine_id}-{secrets.token_hex(8)}"
@@ -168,7 +168,7 @@ class NixlTransport(ThreadedTransport):
         return agent
 
     def _parse(self, blob: bytes) -> PeerHandle:
-        return _NixlPeer(decode_blob(blob, _Blob))
+        return _NixlPeer(decode_blob(blob, _NixlBlob))
 
     def _open_peer(self, peer: PeerHandle) -> None:
         assert isinstance(peer, _NixlPeer)

@@ -37,7 +37,7 @@ from kvferry.kv.segment import (
 from kvferry.kv.space import space_at
 from kvferry.p2p.transports.copying import copy_pieces
 from kvferry.p2p.transports.threaded import Step, ThreadedTransport, Transfer, decode_blob
-from kvferry.p2p.transports.transport import Capabilities, Ints, PeerHandle, TransferOp
+from kvferry.p2p.transports.transport import Ints, PeerHandle, TransferOp, TransportCapabilities
 
 if TYPE_CHECKING:
     import torch
@@ -191,7 +191,7 @@ class _Part(msgspec.Struct, frozen=True):
     inode: tuple[_Inode, _Inode] = (0, 0)
 
 
-class _Blob(msgspec.Struct, frozen=True, tag_field="transport", tag="shm 1"):
+class _ShmBlob(msgspec.Struct, frozen=True, tag_field="transport", tag="shm 1"):
     boot_id: str
     parts: tuple[_Part, ...]
     regions: tuple[tuple[_Bytes, _Bytes, _Bytes], ...]
@@ -201,7 +201,7 @@ class _Blob(msgspec.Struct, frozen=True, tag_field="transport", tag="shm 1"):
 
 
 class _ShmPeer(PeerHandle):
-    def __init__(self, blob: _Blob) -> None:
+    def __init__(self, blob: _ShmBlob) -> None:
         super().__init__(f"shm:{blob.parts[0].path}", [num_bytes for _, _, num_bytes in blob.regions])
         self.blob = blob
         self.segments: list[Segment] = []
@@ -231,7 +231,7 @@ class _ShmPeer(PeerHandle):
 class ShmTransport(ThreadedTransport):
     """Same host only, CPU memory of a `SharedPool`."""
 
-    capabilities = Capabilities("shm", devices=("cpu",))
+    capabilities = TransportCapabilities("shm", devices=("cpu",))
 
     def __init__(self, pool: SharedPool) -> None:
         super().__init__()
@@ -252,7 +252,7 @@ class ShmTransport(ThreadedTransport):
         except TransferError:
             return False
 
-    def _has_gone(self, blob: _Blob) -> bool:
+    def _has_gone(self, blob: _ShmBlob) -> bool:
         """Only of processes that both know by the same ids."""
         is_here = blob.boot_id == self._boot_id and blob.process_ids == self._process_ids != ""
         return is_here and any(has_let_go(part.descriptor, part.inode) for part in blob.parts)
@@ -272,7 +272,7 @@ class ShmTransport(ThreadedTransport):
                 parts.append(part)
             places.append((parts.index(part), offset, region.num_bytes))
         self._bases = np.array([region.address for region in self.regions], dtype=np.int64)
-        return msgspec.msgpack.encode(_Blob(self._boot_id, tuple(parts), tuple(places), self._process_ids))
+        return msgspec.msgpack.encode(_ShmBlob(self._boot_id, tuple(parts), tuple(places), self._process_ids))
 
     def _parse(self, blob: bytes) -> PeerHandle:
         peer = _ShmPeer(_decode(blob))
@@ -357,9 +357,9 @@ def _attach(part: _Part) -> Segment:
         raise TransferError(str(error)) from error
 
 
-def _decode(blob: bytes) -> _Blob:
+def _decode(blob: bytes) -> _ShmBlob:
     """TransferError unless it is a blob of ours whose regions lie in its parts."""
-    decoded = decode_blob(blob, _Blob)
+    decoded = decode_blob(blob, _ShmBlob)
     if not decoded.parts:
         raise TransferError("the peer's shm blob names no KV pool")
     for part, offset, num_bytes in decoded.regions:

@@ -23,13 +23,13 @@ import numpy as np
 
 from kvferry.errors import ConfigError, TransferError
 from kvferry.p2p.transports.transport import (
-    Capabilities,
     Completion,
     PeerHandle,
     Pieces,
     Region,
     TransferOp,
     TransferStatus,
+    TransportCapabilities,
     check_pieces,
 )
 
@@ -77,7 +77,7 @@ class Transfer:
 class ThreadedTransport(ABC):
     """See `kvferry.p2p.transports.transport` for what the public methods mean."""
 
-    capabilities: Capabilities
+    capabilities: TransportCapabilities
     serve_interval_s: float | None = None
     """How often `_serve` must be called while nothing of our own is under way; None: not at all."""
     drain_s: float = 0.0

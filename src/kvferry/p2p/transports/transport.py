@@ -100,7 +100,7 @@ class Completion:
 
 
 @dataclass(frozen=True, slots=True)
-class Capabilities:
+class TransportCapabilities:
     """What a transport can do."""
 
     name: str
@@ -124,7 +124,7 @@ class PeerHandle:
 class Transport(Protocol):
     """See the module's text."""
 
-    capabilities: Capabilities
+    capabilities: TransportCapabilities
     bytes_moved: dict[TransferOp, int]
 
     def register(self, regions: Sequence[Region]) -> None:

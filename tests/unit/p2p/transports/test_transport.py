@@ -15,7 +15,14 @@ from kvferry.p2p.transports import choice
 from kvferry.p2p.transports.choice import choose, create_transports
 from kvferry.p2p.transports.shm import SharedPool
 from kvferry.p2p.transports.threaded import Step, ThreadedTransport, Transfer
-from kvferry.p2p.transports.transport import Capabilities, PeerHandle, Region, TransferOp, TransferStatus, Transport
+from kvferry.p2p.transports.transport import (
+    PeerHandle,
+    Region,
+    TransferOp,
+    TransferStatus,
+    Transport,
+    TransportCapabilities,
+)
 from kvferry.testing.transport_checks import End, TransportChecks, copies, wait_for
 from kvferry.testing.transports import FakeNetwork, FakeTransport
 
@@ -114,7 +121,7 @@ def test_a_killed_peer_and_wrong_counters(pair) -> None:
 class Broken(ThreadedTransport):
     """A leaf whose library raises what nobody knows."""
 
-    capabilities = Capabilities("broken", devices=("cpu",))
+    capabilities = TransportCapabilities("broken", devices=("cpu",))
 
     def _register(self) -> bytes:
         return b""
