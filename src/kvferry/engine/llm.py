@@ -28,7 +28,7 @@ from kvferry.engine.outputs import RequestOutput, merged, report
 from kvferry.engine.plan import plan_engine
 from kvferry.engine.prompts import Prompt, PromptInput, is_conversation, read_prompt, read_prompts, render_messages
 from kvferry.engine.request import Request
-from kvferry.engine.runner import make_runner
+from kvferry.engine.runner import ModelRunner
 from kvferry.engine.scheduler import Scheduler
 from kvferry.errors import ConfigError, HostError
 from kvferry.kv_events import AllBlocksCleared, EventPublisher, KVCacheEvent, KVEventsConfig
@@ -138,7 +138,7 @@ class LLM:
         self._hosted = start_connectors(self.config, self.kv_cache_config, options.device, self._clock)
         if self._publisher is not None:
             self._collect_events(events)
-        self.runner = make_runner(model, self._hosted, self.config, options.device)
+        self.runner = ModelRunner(model, self._hosted, self.config, options.device)
         configured = self.config.kv_transfer_config
         self.scheduler = Scheduler(
             self.config.scheduler_config,
@@ -377,9 +377,8 @@ class LLM:
             self.check_integrity()
 
     def check_integrity(self) -> None:
-        """Assert all invariants of scheduler, tables, pool and runner; between steps."""
+        """Assert all invariants of scheduler, tables and pool; between steps."""
         self.scheduler.check_integrity()
-        self.runner.check_integrity(self.scheduler.running, self.scheduler.manager)
 
     # ---- the engine's state -----------------------------------------------------------------------------------
 
