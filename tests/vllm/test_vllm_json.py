@@ -19,7 +19,7 @@ from kvferry.contract.factory import KVConnectorFactory
 from kvferry.contract.host import host_info
 from kvferry.engine.config import EngineOptions
 from kvferry.engine.plan import plan_engine
-from kvferry.proxy.bodies import BodyReading, prefill_body
+from kvferry.proxy.bodies import ClientCall, prefill_body
 from kvferry.testing.stub_model import StubModel
 
 V1 = Path(vllms.__file__).parent
@@ -143,7 +143,7 @@ def test_proxys_prefill_leg_is_one_that_vllm_takes(protocol: Any, body: dict[str
         "min_tokens": 3, "max_tokens": 9,
     }  # fmt: skip
     protocol.model_validate(body | answer)
-    leg = json.loads(prefill_body(BodyReading("/v1/completions", body | answer), "t"))
+    leg = json.loads(prefill_body(ClientCall("/v1/completions", body | answer), "t"))
     protocol.model_validate(leg)
     assert leg["max_tokens"] == 1
 

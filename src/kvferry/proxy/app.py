@@ -28,7 +28,7 @@ from kvferry.http import (
     read_body,
     unless_gone,
 )
-from kvferry.proxy.bodies import BodyReading, SignPeer
+from kvferry.proxy.bodies import ClientCall, SignPeer
 from kvferry.proxy.config import ProxyConfig
 from kvferry.proxy.fleet import Fleet
 from kvferry.proxy.legs import EngineFull, LegReply
@@ -117,7 +117,7 @@ class Proxy:
             self._check_room(len(data))
             num_bytes = len(data)
             self._num_held_bytes += num_bytes
-            call = BodyReading.parse(request.scope["path"], data, headers, self.config.max_stops)
+            call = ClientCall.parse(request.scope["path"], data, headers, self.config.max_stops)
             reply = await unless_gone(request, self.relay.open(call))
         except BaseException as err:
             self._ended(_outcome(err), num_bytes)
@@ -170,7 +170,7 @@ class Proxy:
         path = "/v1/models"
         if "name" in request.path_params:
             path += f"/{_one_segment(request.path_params['name'])}"
-        reply = await self.relay.ask(BodyReading(path, {}, self._headers(request)))
+        reply = await self.relay.ask(ClientCall(path, {}, self._headers(request)))
         return Response(reply.content, reply.status, media_type=reply.content_type)
 
     async def health(self, request: Request) -> Response:

@@ -39,7 +39,7 @@ _ANSWER_FIELDS = (
 
 
 @dataclass(frozen=True, slots=True)
-class BodyReading:
+class ClientCall:
     """One client's request."""
 
     path: str
@@ -75,7 +75,7 @@ class BodyReading:
         return "use_beam_search" if body.get("use_beam_search") else None
 
     @classmethod
-    def parse(cls, path: str, data: bytes, headers: Mapping[str, str], max_stops: int) -> BodyReading:
+    def parse(cls, path: str, data: bytes, headers: Mapping[str, str], max_stops: int) -> ClientCall:
         """ApiError (400) unless it is a JSON object that leaves `kv_transfer_params` to the proxy, with lists of what
         belongs into them, few enough stops, and fields of their own type where engines and the proxy must read alike:
         what every engine refuses is not passed on to two of them."""
@@ -99,7 +99,7 @@ class BodyReading:
         return cls(path, {name: value for name, value in body.items() if name != "kv_transfer_params"}, headers)
 
 
-def prefill_body(call: BodyReading, transfer_id: str) -> bytes:
+def prefill_body(call: ClientCall, transfer_id: str) -> bytes:
     """One token, no stream, and the KV kept for another engine."""
     body = {name: value for name, value in call.body.items() if name not in _ANSWER_FIELDS}
     body |= {"max_tokens": 1, "stream": False}
@@ -114,7 +114,7 @@ def prefill_body(call: BodyReading, transfer_id: str) -> bytes:
 
 
 def decode_body(
-    call: BodyReading, params: Params | None, transfer_id: str, sign_peer: SignPeer | None, hosts: Collection[str] = ()
+    call: ClientCall, params: Params | None, transfer_id: str, sign_peer: SignPeer | None, hosts: Collection[str] = ()
 ) -> bytes:
     """The client's own body, with what the prefill engine answered that is reached at `hosts`."""
     if params is None:
@@ -129,7 +129,7 @@ def decode_body(
     return _json({**call.body, "kv_transfer_params": params})
 
 
-def release_body(call: BodyReading, params: Params | None, transfer_id: str) -> bytes:
+def release_body(call: ClientCall, params: Params | None, transfer_id: str) -> bytes:
     """For the prefill engine's connector: the KV may go. Any host passes `kv_transfer_params` of a request on to it."""
     ids = {"transfer_id": transfer_id, "remote_lease_id": (params or {}).get("remote_lease_id")}
     model = {"model": call.body["model"]} if "model" in call.body else {}

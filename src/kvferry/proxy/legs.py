@@ -8,7 +8,7 @@ from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
 
 from kvferry.http import ApiError
-from kvferry.proxy.bodies import BodyReading, Params
+from kvferry.proxy.bodies import ClientCall, Params
 from kvferry.proxy.fleet import Engine
 from kvferry.proxy.replies import error_of
 
@@ -94,7 +94,7 @@ def ended_engines(deaths: list[LegFailed]) -> ApiError:
 class HandOver:
     """A prefill leg's outcome."""
 
-    call: BodyReading
+    call: ClientCall
     engine: Engine
     transfer_id: str
     params: Params | None

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from contextlib import suppress
 
 from kvferry.http import ApiError
-from kvferry.proxy.bodies import BodyReading
+from kvferry.proxy.bodies import ClientCall
 from kvferry.proxy.config import ProxyConfig
 from kvferry.proxy.fleet import Engine, Fleet
 from kvferry.proxy.legs import LegFailed, LegRefused
@@ -38,7 +38,7 @@ async def probe_for_ever(config: ProxyConfig, fleet: Fleet, relay: Relay, header
 async def probe(fleet: Fleet, relay: Relay, prefill: Engine, decode: Engine, headers: Mapping[str, str]) -> None:
     """One request through one pair, in rotation or not; what comes of it is noted where all requests' outcomes are."""
     prompt = random.choices(_TOKENS, k=_NUM_TOKENS)
-    call = BodyReading("/v1/completions", {"prompt": prompt, "max_tokens": 2, "temperature": 0}, headers)
+    call = ClientCall("/v1/completions", {"prompt": prompt, "max_tokens": 2, "temperature": 0}, headers)
     hand_over = None
     try:
         hand_over = await relay.prefill(call, prefill, [], "probe_timeout_s")

@@ -27,7 +27,7 @@ import httpx2
 
 from kvferry.clock import Clock
 from kvferry.http import ApiError
-from kvferry.proxy.bodies import BodyReading, Params, SignPeer, decode_body, prefill_body, release_body
+from kvferry.proxy.bodies import ClientCall, Params, SignPeer, decode_body, prefill_body, release_body
 from kvferry.proxy.breaker import State
 from kvferry.proxy.config import ProxyConfig
 from kvferry.proxy.events import DONE, end_of, verdicts, whole_events
@@ -122,7 +122,7 @@ class Relay:
                 release.cancel()
         await self._client.aclose()
 
-    async def open(self, call: BodyReading) -> LegReply:
+    async def open(self, call: ClientCall) -> LegReply:
         """A reply whose first token, or whole content, is there. Raises ApiError."""
         why_whole = call.whole_because
         if why_whole is not None:
@@ -142,7 +142,7 @@ class Relay:
             self.give_back(attempts.hand_over)
             raise
 
-    async def _try_until_answered(self, call: BodyReading, attempts: _Attempts) -> LegReply:
+    async def _try_until_answered(self, call: ClientCall, attempts: _Attempts) -> LegReply:
         number = 1
         while True:
             try:
@@ -200,7 +200,7 @@ class Relay:
             attempts.is_split = False
             self._recomputed("no_prefill_engine")
 
-    async def _attempt(self, call: BodyReading, attempts: _Attempts) -> LegReply:
+    async def _attempt(self, call: ClientCall, attempts: _Attempts) -> LegReply:
         if attempts.is_split and attempts.hand_over is None:
             prefill = self._fleet.pick_prefill(attempts.hashes, attempts.tried)
             if prefill is not None:
@@ -225,7 +225,7 @@ class Relay:
 
     # ---- legs -------------------------------------------------------------------------------------------------
 
-    async def prefill(self, call: BodyReading, engine: Engine, hashes: list[int], timeout: Timeout) -> HandOver:
+    async def prefill(self, call: ClientCall, engine: Engine, hashes: list[int], timeout: Timeout) -> HandOver:
         """Let one engine prefill. Raises LegFailed, strict also when it hands nothing over; Refused."""
         hand_over = HandOver(call, engine, uuid.uuid4().hex, None)
         try:
@@ -237,7 +237,7 @@ class Relay:
         return hand_over
 
     async def _prefilled(
-        self, call: BodyReading, engine: Engine, hashes: list[int], timeout: Timeout, hand_over: HandOver
+        self, call: ClientCall, engine: Engine, hashes: list[int], timeout: Timeout, hand_over: HandOver
     ) -> Params | None:
         async with AsyncExitStack() as stack:
             stack.enter_context(self._fleet.using(engine, engine.cost(hashes)))
@@ -269,7 +269,7 @@ class Relay:
         self._fleet.worked(engine)
         return verdict.hand_over
 
-    async def decode(self, call: BodyReading, engine: Engine, hand_over: HandOver | None, timeout: Timeout) -> LegReply:
+    async def decode(self, call: ClientCall, engine: Engine, hand_over: HandOver | None, timeout: Timeout) -> LegReply:
         """Let one engine decode, up to a stream's first token. Raises LegFailed, Refused; ApiError for a recompute."""
         params = hand_over.params if hand_over else None
         pair = self._fleet.pairs[hand_over.engine, engine] if hand_over is not None and params else None
@@ -392,7 +392,7 @@ class Relay:
     async def _send(
         self,
         engine: Engine,
-        call: BodyReading,
+        call: ClientCall,
         content: bytes,
         stack: AsyncExitStack,
         pair: Pair | None = None,
@@ -567,7 +567,7 @@ class Relay:
 
     # ---- the rest ---------------------------------------------------------------------------------------------
 
-    async def ask(self, call: BodyReading) -> LegReply:
+    async def ask(self, call: ClientCall) -> LegReply:
         """GET `call.path` from some engine."""
         tried: set[Engine] = set()
         while True:
@@ -585,7 +585,7 @@ class Relay:
                 if len(tried) >= min(self._config.max_attempts, len(self._fleet.decode)):
                     raise failure.for_client(len(tried)) from failure
 
-    async def _ask(self, call: BodyReading, engine: Engine) -> LegReply:
+    async def _ask(self, call: ClientCall, engine: Engine) -> LegReply:
         async with AsyncExitStack() as stack, self._deadline(engine, "probe_timeout_s"):
             response = await self._send(engine, call, b"", stack)
             data = await self._content(engine, response)

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from kvferry.http import ApiError
-from kvferry.proxy.bodies import BodyReading, decode_body, prefill_body
+from kvferry.proxy.bodies import ClientCall, decode_body, prefill_body
 from kvferry.proxy.replies import ReplyVerdict, error_of, judge_event
 
 PATH = "/v1/completions"
@@ -18,13 +18,13 @@ HANDED = {"do_remote_prefill": True, "remote_host": "h", "remote_port": 5, "remo
 
 def prefill(body: dict[str, Any]) -> dict[str, Any]:
     before = copy.deepcopy(body)
-    sent: dict[str, Any] = json.loads(prefill_body(BodyReading(PATH, body), "t1"))
+    sent: dict[str, Any] = json.loads(prefill_body(ClientCall(PATH, body), "t1"))
     assert body == before
     return sent
 
 
 def decode(body: dict[str, Any], params: dict[str, Any] | None = HANDED, **more: Any) -> dict[str, Any]:
-    sent: dict[str, Any] = json.loads(decode_body(BodyReading(PATH, body), params, "t1", more.get("sign")))
+    sent: dict[str, Any] = json.loads(decode_body(ClientCall(PATH, body), params, "t1", more.get("sign")))
     return sent
 
 
@@ -74,7 +74,7 @@ def test_first_token_is_sampled_again_where_its_logprobs_are_wanted(logprobs: An
 @pytest.mark.parametrize("body", ['{"prompt":"\u96ea\u0436\u00e9"}', '{"prompt":[1,2,3],"user":null}'])
 def test_an_engine_gets_no_more_bytes_than_the_proxy_took(body: str) -> None:
     """Both have the same limit."""
-    call = BodyReading.parse(PATH, body.encode(), {}, 64)
+    call = ClientCall.parse(PATH, body.encode(), {}, 64)
     assert decode_body(call, None, "t1", None) == body.encode()
 
 
@@ -114,23 +114,23 @@ def test_peers_are_signed_as_the_decode_engine_sees_them() -> None:
 )
 def test_what_cannot_be_split(body: dict[str, Any], why: str | None) -> None:
     path = "/v1/chat/completions" if "messages" in body else PATH
-    assert BodyReading(path, body).whole_because == why
+    assert ClientCall(path, body).whole_because == why
 
 
 @pytest.mark.parametrize("data", [b"", b"{", b"[]", b"7", b"\xff", b"[" * 100_000], ids=lambda d: d[:8])
 def test_bodies_that_are_no_object(data: bytes) -> None:
     with pytest.raises(ApiError) as caught:
-        BodyReading.parse(PATH, data, {}, 64)
+        ClientCall.parse(PATH, data, {}, 64)
     assert caught.value.status == 400
 
 
 def test_clients_do_not_name_peers() -> None:
     with pytest.raises(ApiError, match="proxy's to set") as caught:
-        BodyReading.parse(PATH, b'{"prompt": "a", "kv_transfer_params": {"remote_host": "10.0.0.1"}}', {}, 64)
+        ClientCall.parse(PATH, b'{"prompt": "a", "kv_transfer_params": {"remote_host": "10.0.0.1"}}', {}, 64)
     assert caught.value.param == "kv_transfer_params"
     with pytest.raises(ApiError, match="vllm_xargs"):  # vLLM would read them there, and fail
-        BodyReading.parse(PATH, b'{"prompt": "a", "vllm_xargs": {"kv_transfer_params": "x"}}', {}, 64)
-    assert BodyReading.parse(PATH, b'{"prompt": "a", "kv_transfer_params": null}', {}, 64).body == {"prompt": "a"}
+        ClientCall.parse(PATH, b'{"prompt": "a", "vllm_xargs": {"kv_transfer_params": "x"}}', {}, 64)
+    assert ClientCall.parse(PATH, b'{"prompt": "a", "kv_transfer_params": null}', {}, 64).body == {"prompt": "a"}
 
 
 @pytest.mark.parametrize(
@@ -144,9 +144,9 @@ def test_what_the_proxy_reads_is_of_one_type(name: str, value: Any) -> None:
     """vLLM takes 1 for true and "2" for 2. Had the proxy read it otherwise, the engine would have answered a stream
     where a whole reply was awaited, which counts as its failure; or two completions for one hand-over."""
     with pytest.raises(ApiError, match=f"{name} is of type {type(value).__name__}, not ") as caught:
-        BodyReading.parse(PATH, json.dumps({"prompt": "a", name: value}).encode(), {}, 64)
+        ClientCall.parse(PATH, json.dumps({"prompt": "a", name: value}).encode(), {}, 64)
     assert (caught.value.status, caught.value.param) == (400, name)
-    BodyReading.parse(PATH, json.dumps({"prompt": "a", name: None}).encode(), {}, 64)
+    ClientCall.parse(PATH, json.dumps({"prompt": "a", name: None}).encode(), {}, 64)
 
 
 def judge(content: Any) -> ReplyVerdict:
