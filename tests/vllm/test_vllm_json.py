@@ -168,9 +168,9 @@ def test_proxy_does_not_split_what_asks_for_log_probabilities_of_the_prompt(
     if is_chat:
         chat = {**body, "messages": [{"role": "user", "content": "a"}]}
         asked = ChatCompletionRequest.model_validate(chat).to_sampling_params(5, {}).prompt_logprobs
-        why = Call("/v1/chat/completions", chat).whole_because
+        why = ClientCall("/v1/chat/completions", chat).whole_because
     else:
         completion = {**body, "prompt": [1]}
         asked = CompletionRequest.model_validate(completion).to_sampling_params(5, {}).prompt_logprobs
-        why = Call("/v1/completions", completion).whole_because
+        why = ClientCall("/v1/completions", completion).whole_because
     assert (why is not None) is (asked is not None)
