@@ -224,12 +224,12 @@ def p2p_plan(content: dict[str, Any]) -> Figure:
 
 def demo(content: dict[str, Any]) -> Figure:
     """The demo's own picture, of the run that README shows."""
-    from kvferry.cli.demo_report import Act, DemoReport, HandoverFigures
+    from kvferry.cli.demo_report import Act, DemoReport, HandoverResult
 
     runs = sorted(content["runs"], key=lambda run: float(run["acts"][0]["ttft_s"]))
     shown = runs[len(runs) // 2]
     acts = [Act(**act) for act in shown["acts"]]
-    figure: Figure = DemoReport(acts, HandoverFigures(**shown["handover"]), [], shown["context"]).figure()
+    figure: Figure = DemoReport(acts, HandoverResult(**shown["handover"]), [], shown["context"]).figure()
     return figure
 
 
