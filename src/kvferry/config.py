@@ -119,26 +119,28 @@ class KVTransferConfig:
     """
 
     kv_connector: str | None = None
-    """Class name of the connector, or "module:Class"; None means no connector."""
+    """Class name of the connector, or "module:Class"; None: no connector."""
     engine_id: str | None = None
-    """Name of this engine towards peers and in file names; a random UUID unless given."""
+    """Name of this engine for peers and in file names; by default a random UUID."""
     kv_buffer_device: str = field(default_factory=_default_buffer_device)
     """Device on which a connector buffers KV."""
     kv_role: KVRole | None = None
-    """Required with `kv_connector`: does this engine produce KV for others, consume it, or both?"""
+    """Role of this engine, required with `kv_connector`: it produces KV, consumes KV, or both."""
     kv_port: int = field(default=14579, metadata={"minimum": 0, "maximum": 65535})
     """Base port for connectors that listen."""
     kv_connector_extra_config: dict[str, Any] = field(default_factory=dict)
     """Settings of the connector itself; each connector checks its own keys."""
     kv_connector_module_path: str | None = None
-    """Module to import the connector from. Wins over a built-in of the same name; must not be empty."""
+    """Module from which the connector is imported; has priority over a built-in of the same name; must not be
+    empty."""
     enable_permute_local_kv: bool = False
     """Kept for compatibility with vLLM's field of that name; no kvferry connector reads it."""
     kv_load_failure_policy: Literal["recompute", "fail"] = "fail"
-    """What becomes of a request whose KV failed to load: computed again, or finished with an error."""
+    """Fate of a request whose KV failed to load: its tokens are computed ("recompute"), or the request ends with an
+    error ("fail")."""
     on_shadow: Literal["warn", "error"] = "warn"
-    """When another connector has the same name as the one used: one warning, or a ConfigError (kvferry's own key:
-    vLLM does not know it)."""
+    """Reaction to another connector of the same name: one warning ("warn"), or a ConfigError ("error"). The key is
+    kvferry's own: vLLM does not know it."""
 
     def __post_init__(self) -> None:
         if self.engine_id is None:

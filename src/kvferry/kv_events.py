@@ -114,22 +114,23 @@ class KVEventsConfig:
 
     enable_kv_cache_events: bool = False
     publisher: str | None = None
-    """"zmq" or "null" (none); "zmq" unless given."""
+    """Publisher: "zmq" (the default) or "null" (none)."""
     endpoint: str = "tcp://127.0.0.1:5557"
-    """Where subscribers connect: it is always bound. Port 0 or *: any free one."""
+    """Address that kvferry binds and subscribers connect to. Port 0 or * selects a free port."""
+
     replay_endpoint: str | None = None
     buffer_steps: int = field(default=10_000, metadata={"minimum": 1})
-    """Messages kept for replay, and at most 256 MiB of them."""
+    """Largest number of messages kept for replay; together at most 256 MiB."""
     hwm: int = field(default=100_000, metadata={"minimum": 1})
-    """Messages kept for subscribers that are slow, and at most 64 MiB of them. Who is further behind misses the oldest,
-    sees the gap in the numbers, and asks for a replay."""
+    """Largest number of messages kept for a slow subscriber; together at most 64 MiB. A subscriber that is further
+    behind misses the oldest messages, sees the gap in the numbers, and asks for a replay."""
     max_queue_size: int = field(default=100_000, metadata={"minimum": 1})
-    """Messages that wait for the publisher's thread; further ones are dropped and counted."""
+    """Largest number of messages that wait for the publisher's thread; further messages are dropped and counted."""
     topic: str = ""
     include_token_ids: bool = False
-    """Tell the tokens of the engine's own blocks, that is: prompts, to every subscriber."""
+    """Publish the tokens of the engine's own blocks, that is, prompts, to every subscriber."""
     allow_remote: bool = False
-    """Let other machines connect. There is no authentication."""
+    """Permit an address that other machines reach. Subscribers are not authenticated."""
 
     def __post_init__(self) -> None:
         if self.publisher not in (None, *_PUBLISHERS):

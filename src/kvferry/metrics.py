@@ -67,110 +67,152 @@ _CONNECTOR = (("connector",), ((),))
 METRICS = (
     # ---- now
     Metric("vllm:num_requests_running", Kind.GAUGE, "Requests in the running batch."),
-    Metric("vllm:num_requests_waiting", Kind.GAUGE, "Requests that wait, for whatever reason."),
+    Metric("vllm:num_requests_waiting", Kind.GAUGE, "Requests that wait, for any reason."),
     Metric(
         "vllm:num_requests_waiting_by_reason", Kind.GAUGE,
-        "Of those, for a place or blocks (capacity), or for KV that the connector loads (deferred).",
+        "Requests that wait for a place or for blocks (capacity), or for KV that the connector loads (deferred).",
         ("reason",), (("capacity", "deferred"),),
     ),
-    Metric("vllm:kv_cache_usage_perc", Kind.GAUGE, "Part of the KV blocks in use; 1 means all."),
+    Metric("vllm:kv_cache_usage_perc", Kind.GAUGE, "Share of the KV blocks in use, from 0 to 1."),
     # ---- tokens
     Metric("vllm:prompt_tokens", Kind.COUNTER, "Prompt tokens of requests that got their first token."),
     Metric(
-        "vllm:prompt_tokens_by_source", Kind.COUNTER, "Prompt tokens by where their KV came from.",
+        "vllm:prompt_tokens_by_source", Kind.COUNTER, "Prompt tokens, by the origin of their KV.",
         ("source",), (_TOKEN_SOURCES,),
     ),
     Metric("vllm:prompt_tokens_cached", Kind.COUNTER, "Prompt tokens whose KV was not computed."),
     Metric(
-        "vllm:prompt_tokens_cached_by_source", Kind.COUNTER, "Of those, by the place the KV was found in.",
+        "vllm:prompt_tokens_cached_by_source", Kind.COUNTER,
+        "Prompt tokens whose KV was not computed, by the place of the KV.",
         ("source",), (HIT_SOURCES,),
     ),
     Metric("vllm:prefix_cache_queries", Kind.COUNTER, "Tokens looked up in the engine's own prefix cache."),
-    Metric("vllm:prefix_cache_hits", Kind.COUNTER, "Of those, tokens found."),
-    Metric("vllm:external_prefix_cache_queries", Kind.COUNTER, "Tokens the connector was asked for."),
-    Metric("vllm:external_prefix_cache_hits", Kind.COUNTER, "Of those, tokens it loaded."),
+    Metric("vllm:prefix_cache_hits", Kind.COUNTER, "Tokens found in the engine's own prefix cache."),
+    Metric("vllm:external_prefix_cache_queries", Kind.COUNTER, "Tokens looked up in the connector."),
+    Metric("vllm:external_prefix_cache_hits", Kind.COUNTER, "Tokens loaded by the connector."),
     Metric("vllm:generation_tokens", Kind.COUNTER, "Generated tokens."),
     Metric(
         "vllm:iteration_tokens_total", Kind.HISTOGRAM,
-        "Tokens of a step: generated ones, and computed prompt tokens of requests that got their first.",
+        "Tokens of a step: generated tokens, and computed prompt tokens of requests that got their first token.",
         buckets=_STEP_TOKENS,
     ),
     # ---- requests
     Metric("vllm:num_preemptions", Kind.COUNTER, "Requests that lost their blocks and were computed again."),
     Metric("vllm:request_success", Kind.COUNTER, "Requests that ended.", ("finished_reason",), (_FINISH_REASONS,)),
     Metric(
-        "vllm:admission_rejections", Kind.COUNTER, "Requests refused, for the server was full or stopping.",
+        "vllm:admission_rejections", Kind.COUNTER, "Requests refused because the server was full or stopping.",
         ("reason",), (("queue_full", "stopping"),),
     ),
     Metric("vllm:request_prompt_tokens", Kind.HISTOGRAM, "Prompt tokens of a request.", buckets=_TOKENS),
     Metric("vllm:request_generation_tokens", Kind.HISTOGRAM, "Generated tokens of a request.", buckets=_TOKENS),
-    Metric("vllm:request_params_max_tokens", Kind.HISTOGRAM, "max_tokens of a request.", buckets=_TOKENS),
-    Metric("vllm:request_params_n", Kind.HISTOGRAM, "n of a request.", buckets=_FEW),
+    Metric("vllm:request_params_max_tokens", Kind.HISTOGRAM, "Value of max_tokens of a request.", buckets=_TOKENS),
+    Metric("vllm:request_params_n", Kind.HISTOGRAM, "Value of n of a request.", buckets=_FEW),
     # ---- times
-    Metric("vllm:time_to_first_token_seconds", Kind.HISTOGRAM, "From arrival to the first token.", buckets=_TTFT_S),
     Metric(
-        "vllm:inter_token_latency_seconds", Kind.HISTOGRAM, "Between a request's tokens.", buckets=_BETWEEN_TOKENS_S
+        "vllm:time_to_first_token_seconds", Kind.HISTOGRAM, "Seconds from a request's arrival to its first token.",
+        buckets=_TTFT_S,
     ),
     Metric(
-        "vllm:request_time_per_output_token_seconds", Kind.HISTOGRAM, "Mean time per token after the first.",
+        "vllm:inter_token_latency_seconds", Kind.HISTOGRAM,
+        "Seconds between two tokens of a request.",
         buckets=_BETWEEN_TOKENS_S,
     ),
-    Metric("vllm:e2e_request_latency_seconds", Kind.HISTOGRAM, "From arrival to the end.", buckets=_REQUEST_S),
-    Metric("vllm:request_queue_time_seconds", Kind.HISTOGRAM, "From arrival to the first blocks.", buckets=_REQUEST_S),
     Metric(
-        "vllm:request_prefill_time_seconds", Kind.HISTOGRAM, "From the first blocks to the first token.",
+        "vllm:request_time_per_output_token_seconds", Kind.HISTOGRAM,
+        "Mean seconds per token of a request, its first token left out.",
+        buckets=_BETWEEN_TOKENS_S,
+    ),
+    Metric(
+        "vllm:e2e_request_latency_seconds", Kind.HISTOGRAM, "Seconds from a request's arrival to its end.",
         buckets=_REQUEST_S,
     ),
     Metric(
-        "vllm:request_decode_time_seconds", Kind.HISTOGRAM, "From the first token to the end.", buckets=_REQUEST_S
+        "vllm:request_queue_time_seconds", Kind.HISTOGRAM, "Seconds from a request's arrival to its first blocks.",
+        buckets=_REQUEST_S,
     ),
     Metric(
-        "vllm:request_inference_time_seconds", Kind.HISTOGRAM, "From the first blocks to the end.", buckets=_REQUEST_S
+        "vllm:request_prefill_time_seconds", Kind.HISTOGRAM,
+        "Seconds from a request's first blocks to its first token.",
+        buckets=_REQUEST_S,
+    ),
+    Metric(
+        "vllm:request_decode_time_seconds", Kind.HISTOGRAM,
+        "Seconds from a request's first token to its end.",
+        buckets=_REQUEST_S,
+    ),
+    Metric(
+        "vllm:request_inference_time_seconds", Kind.HISTOGRAM,
+        "Seconds from a request's first blocks to its end.",
+        buckets=_REQUEST_S,
     ),
     # ---- kvferry's own
     Metric("kvferry:engine_up", Kind.GAUGE, "1 while the engine's thread runs."),
-    Metric("kvferry:engine_steps", Kind.COUNTER, "Engine steps, empty ones included."),
-    Metric("kvferry:client_disconnects", Kind.COUNTER, "Requests ended because their client went away."),
-    Metric("kvferry:connector_hook_errors", Kind.COUNTER, "Connector hooks that raised."),
+    Metric("kvferry:engine_steps", Kind.COUNTER, "Engine steps, including empty steps."),
+    Metric("kvferry:client_disconnects", Kind.COUNTER, "Requests that ended because their client disconnected."),
+    Metric("kvferry:connector_hook_errors", Kind.COUNTER, "Calls of connector hooks that raised an exception."),
     Metric("kvferry:connector_contract_errors", Kind.COUNTER, "Connector answers that broke the contract."),
-    Metric("kvferry:connector_load_failures", Kind.COUNTER, "KV loads that failed or ran out of time."),
-    Metric("kvferry:connector_unknown_completions", Kind.COUNTER, "Completions nobody waited for."),
-    Metric("kvferry:kv_events_messages", Kind.COUNTER, "Messages with KV events, dropped ones included."),
-    Metric("kvferry:kv_events_dropped", Kind.COUNTER, "Of those, dropped because the publisher's queue was full."),
-    Metric("kvferry:connector_switched_off", Kind.GAUGE, "1 when the connector was switched off for its faults."),
+    Metric("kvferry:connector_load_failures", Kind.COUNTER, "KV loads that failed or timed out."),
     Metric(
-        "kvferry:held_blocks", Kind.GAUGE, "KV blocks of requests that are gone, by what still uses them.",
+        "kvferry:connector_unknown_completions", Kind.COUNTER,
+        "Completions reported by the connector for transfers that no request waited for.",
+    ),
+    Metric("kvferry:kv_events_messages", Kind.COUNTER, "Messages with KV events, including dropped messages."),
+    Metric(
+        "kvferry:kv_events_dropped", Kind.COUNTER,
+        "Messages with KV events dropped because the publisher's queue was full.",
+    ),
+    Metric(
+        "kvferry:connector_switched_off", Kind.GAUGE,
+        "1 when the connector is switched off because of its faults, else 0.",
+    ),
+    Metric(
+        "kvferry:held_blocks", Kind.GAUGE, "KV blocks of ended requests, by what still uses the blocks.",
         ("reason",), (HELD_REASONS,),
     ),
-    Metric("kvferry:oldest_held_seconds", Kind.GAUGE, "Since when the oldest of them is held."),
+    Metric(
+        "kvferry:oldest_held_seconds", Kind.GAUGE,
+        "Age of the longest hold on a block of an ended request, in seconds.",
+    ),
     # ---- what each connector says of itself (`ConnectorStats`)
     Metric(
-        "kvferry:connector_hit_tokens", Kind.COUNTER, "Tokens loaded for requests, by where they were found.", *_MEDIUM
+        "kvferry:connector_hit_tokens", Kind.COUNTER, "Tokens loaded for requests, by medium.", *_MEDIUM
     ),
     Metric("kvferry:connector_loads", Kind.COUNTER, "Chunks or blocks read from a medium.", *_MEDIUM),
     Metric("kvferry:connector_loaded_bytes", Kind.COUNTER, "Bytes read from a medium.", *_MEDIUM),
-    Metric("kvferry:connector_load_seconds", Kind.COUNTER, "What reading took, over all readers.", *_MEDIUM),
+    Metric("kvferry:connector_load_seconds", Kind.COUNTER, "Seconds spent reading, summed over all readers.", *_MEDIUM),
     Metric("kvferry:connector_stores", Kind.COUNTER, "Chunks or blocks written to a medium.", *_MEDIUM),
     Metric("kvferry:connector_stored_bytes", Kind.COUNTER, "Bytes written to a medium.", *_MEDIUM),
-    Metric("kvferry:connector_store_seconds", Kind.COUNTER, "What writing took, over all writers.", *_MEDIUM),
+    Metric(
+        "kvferry:connector_store_seconds", Kind.COUNTER, "Seconds spent writing, summed over all writers.",
+        *_MEDIUM,
+    ),
     Metric(
         "kvferry:connector_failures", Kind.COUNTER, "Reads and writes that failed.",
         ("connector", "medium", "reason"), ((), (), FAILURE_REASONS),
     ),
-    Metric("kvferry:connector_evictions", Kind.COUNTER, "Chunks that made room for others.", *_MEDIUM),
-    Metric("kvferry:connector_dropped_stores", Kind.COUNTER, "Writes given up for lack of room or time.", *_MEDIUM),
+    Metric("kvferry:connector_evictions", Kind.COUNTER, "Chunks evicted to make room for others.", *_MEDIUM),
+    Metric("kvferry:connector_dropped_stores", Kind.COUNTER, "Writes dropped for lack of room or time.", *_MEDIUM),
     Metric("kvferry:connector_used_bytes", Kind.GAUGE, "Bytes in use in a medium.", *_MEDIUM),
-    Metric("kvferry:connector_capacity_bytes", Kind.GAUGE, "Of so many; +Inf: no limit, or none known.", *_MEDIUM),
     Metric(
-        "kvferry:tier_up", Kind.GAUGE, "1 while it can be written to; 0 from a refused write on, until it is back.",
+        "kvferry:connector_capacity_bytes", Kind.GAUGE, "Capacity of a medium in bytes; +Inf without a known limit.",
         *_MEDIUM,
     ),
     Metric(
-        "kvferry:connector_fallbacks", Kind.COUNTER, "Times it gave up on something it could have had.",
+        "kvferry:tier_up", Kind.GAUGE,
+        "1 while the tier accepts writes; 0 from a refused write until the tier is back.",
+        *_MEDIUM,
+    ),
+    Metric(
+        "kvferry:connector_fallbacks", Kind.COUNTER,
+        "Times the connector went without a hit or a store, by reason.",
         ("connector", "reason"), ((), FALLBACK_REASONS),
     ),
-    Metric("kvferry:connector_held_blocks", Kind.GAUGE, "KV blocks it keeps from being reused.", *_CONNECTOR),
-    Metric("kvferry:connector_oldest_held_seconds", Kind.GAUGE, "Since when the oldest of them is.", *_CONNECTOR),
+    Metric("kvferry:connector_held_blocks", Kind.GAUGE, "KV blocks that the connector keeps from reuse.", *_CONNECTOR),
+    Metric(
+        "kvferry:connector_oldest_held_seconds", Kind.GAUGE,
+        "Age of the connector's longest hold on a block, in seconds.",
+        *_CONNECTOR,
+    ),
 )  # fmt: skip
 
 

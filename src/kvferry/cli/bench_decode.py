@@ -62,14 +62,18 @@ def decode(
     context: typer.Context,
     model: opt.Model = "smollm2",
     prompt_tokens: Annotated[
-        int, typer.Option(min=1, help="Tokens of context of each request; made up, not computed.")
+        int, typer.Option(min=1, help="Length of each request's context, in tokens; its KV is noise, not computed.")
     ] = 1024,
-    output_tokens: Annotated[int, typer.Option(min=2, help="Tokens that each request decodes.")] = 32,
+    output_tokens: Annotated[int, typer.Option(min=2, help="Number of tokens that each request decodes.")] = 32,
     batch_size: Annotated[
         list[int] | None,
-        typer.Option(min=1, help="Requests that decode at once; may be repeated. 1, 4 and 16 by default."),
+        typer.Option(
+            min=1, help="Number of requests that decode at the same time; may be repeated. 1, 4 and 16 by default."
+        ),
     ] = None,
-    runs: Annotated[int, typer.Option(min=1, help="Runs of each batch size, after one to warm up.")] = 3,
+    runs: Annotated[
+        int, typer.Option(min=1, help="Number of measured runs of each batch size, after one run to warm up.")
+    ] = 3,
     block_size: opt.BlockSize = 16,
     dtype: opt.Dtype = "auto",
     device: opt.Device = "cpu",
@@ -77,16 +81,16 @@ def decode(
     seed: Annotated[int, typer.Option(help="Seed of prompts and noise.")] = 0,
     json_path: Annotated[
         Path | None,
-        typer.Option("--json", metavar="FILE", help="Also write every sample to this file. None by default."),
+        typer.Option("--json", metavar="FILE", help="File for every sample. No file by default."),
     ] = None,
     plot: Annotated[
-        Path | None, typer.Option(metavar="FILE.png", help="Also draw the figures into this file. None by default.")
+        Path | None, typer.Option(metavar="FILE.png", help="File for a picture of the figures. No file by default.")
     ] = None,
 ) -> None:
     """Measure decoding alone, without any prefill.
 
-    The DecodeBenchConnector fills the KV of prompts with noise. The step that completes the prompts is not counted. The
-    exit status is 2 when nothing could be measured.
+    The DecodeBenchConnector fills the KV of prompts with noise. The figures leave out the step that completes the
+    prompts. The exit status is 2 when nothing could be measured.
     """
     try:
         import torch

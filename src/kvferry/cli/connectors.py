@@ -16,11 +16,11 @@ from kvferry.contract.factory import KVConnectorFactory
 from kvferry.contract.resolver import KnownConnector
 
 
-def connectors(as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead.")] = False) -> None:
+def connectors(as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")] = False) -> None:
     """List the connectors that kv_connector may name.
 
-    They are built-in, registered, or entry points of installed packages. One that cannot be used is listed with
-    the reason and the remedy; the exit status is 0 all the same.
+    Connectors are built in, registered, or entry points of installed packages. The list names a connector that cannot
+    be used with the reason and the remedy; the exit status is 0 then too.
     """
     with contextlib.redirect_stdout(sys.stderr):  # what modules print while they are imported is no part of the list
         known = KVConnectorFactory.known_connectors()

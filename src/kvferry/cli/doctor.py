@@ -40,16 +40,19 @@ def doctor(
     kernel_block_size: opt.KernelBlockSize = None,
     hidden_state_layers: opt.HiddenStateLayers = None,
     host: Annotated[
-        opt.Host, typer.Option(help="Whose start is judged: kvferry's own engine, or vLLM's with kvferry's connectors.")
+        opt.Host,
+        typer.Option(
+            help="Host whose start the command judges: kvferry's embedded engine, or vLLM with kvferry's connectors."
+        ),
     ] = opt.Host.EMBEDDED,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")] = False,
 ) -> None:
-    """Say what an engine with these settings would decide and hold.
+    """Show what an engine with these settings would decide, and why.
 
-    Each with its reason. Loads and opens nothing.
+    The command loads no weights and opens no store.
 
-    The exit status is 0 when all is well, 1 when this machine lacks something (the remedy is printed), 2 when the
-    settings are wrong wherever they are used.
+    The exit status is 0 when no problem was found, 1 when this machine lacks something (the output names the remedy), 2
+    when the settings are wrong on every machine.
     """
     transfer = transfer_config(kv_transfer_config, kv_offloading_size, kv_offloading_backend)
     try:

@@ -21,21 +21,24 @@ _TIMEOUT_S = 30.0
 
 def explain(
     request_id: Annotated[
-        str, typer.Argument(metavar="ID", help="The `id` of a reply (cmpl-..., chatcmpl-...) or of one of its choices.")
+        str, typer.Argument(metavar="ID", help="`id` of a reply (cmpl-..., chatcmpl-...) or of one of its choices.")
     ],
-    url: Annotated[str, typer.Option(help="Address of the `kvferry serve` to ask.")] = "http://127.0.0.1:8000",
-    as_json: Annotated[bool, typer.Option("--json", help="Print the server's JSON instead.")] = False,
+    url: Annotated[
+        str, typer.Option(help="URL of the `kvferry serve` that answered the request.")
+    ] = "http://127.0.0.1:8000",
+    as_json: Annotated[bool, typer.Option("--json", help="Print the server's JSON instead of a table.")] = False,
     api_key: Annotated[
         str | None,
         typer.Option(
-            metavar="KEY", help="The server's API key. By default the environment's KVFERRY_API_KEY or VLLM_API_KEY."
+            metavar="KEY",
+            help="API key of the server. By default the environment variable KVFERRY_API_KEY or VLLM_API_KEY.",
         ),
     ] = None,
 ) -> None:
-    """Say why the prefix of a request was a hit or not.
+    """Show why the prefix of a request was a hit or not.
 
-    Tier by tier; and what the request waits for, if it does. Known are requests that run, and the last 256 that
-    ended. The exit status is 2 when the request is unknown.
+    The answer goes tier by tier, and names what a waiting request waits for. The server knows the requests that run,
+    and the last 256 that ended. The exit status is 2 when the server does not know the request.
     """
     answer = ask(url, request_id, api_key or api_key_environment())
     if as_json:

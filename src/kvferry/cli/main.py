@@ -40,36 +40,37 @@ def _kvferry(
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
     ] = False,
 ) -> None:
-    """Moves KV caches between an LLM engine, memory, disks and other engines."""
+    """Move KV caches between an LLM engine, memory, disks and other engines."""
 
 
 @app.command()
 def demo(
     model: opt.Model = "smollm2",
     document: Annotated[
-        Path | None, typer.Option(help="Text file to ask about; by default a text kvferry ships.")
+        Path | None,
+        typer.Option(help="Text file that the questions are about. By default a text that comes with kvferry."),
     ] = None,
     question: Annotated[
         list[str] | None,
         typer.Option(
-            help="What to ask about the document; up to three times, for the cold, host and disk acts. By default "
-            "three questions about the shipped text."
+            help="Question about the document; may be repeated, up to three times, for the cold, host and disk acts. "
+            "By default three questions about the text that comes with kvferry."
         ),
     ] = None,
     json_path: Annotated[
         Path | None,
-        typer.Option("--json", metavar="FILE", help="Also write the figures to this file. Not written by default."),
+        typer.Option("--json", metavar="FILE", help="File for the figures. No file by default."),
     ] = None,
     plot: Annotated[
         Path | None,
-        typer.Option(metavar="FILE.png", help="Also draw the figures into this file. Not drawn by default."),
+        typer.Option(metavar="FILE.png", help="File for a picture of the figures. No file by default."),
     ] = None,
     host_bytes: Annotated[int, opt.size_option("Host memory for KV.", default="1GiB")] = 1 << 30,
 ) -> None:
-    """Show what a KV cache that outlives its engine is worth.
+    """Show how much time stored KV saves.
 
-    Prefill once; find the KV again in host memory, on disk after a SIGKILL, and with one byte of it flipped.
-    Then prefill in one engine process and decode in another.
+    One engine computes a prompt. Later requests load its KV from host memory, from disk after a SIGKILL, and with one
+    byte flipped. Last, one engine process computes a prompt and another decodes.
 
     The exit status is 0 when every proof held, 1 when one failed, 2 when the demo could not run.
     """

@@ -15,70 +15,84 @@ from kvferry.config import read_secret
 from kvferry.errors import ConfigError, install_hint
 from kvferry.proxy.config import ProxyConfig
 
-_Prefill = Annotated[list[str], typer.Option(metavar="URL", help="An engine that prefills; may be repeated.")]
-_Decode = Annotated[list[str], typer.Option(metavar="URL", help="An engine that decodes; may be repeated.")]
-_Strict = Annotated[bool, typer.Option(help="Answer an error rather than let a decode engine compute a prompt again.")]
-_ConnectTimeout = Annotated[float, typer.Option(help="Seconds to reach an engine, at most.")]
-_PrefillTimeout = Annotated[float, typer.Option(help="Seconds for a prefill, at most.")]
-_DecodeTimeout = Annotated[float, typer.Option(help="Seconds of silence in a stream, at most.")]
-_AnswerTimeout = Annotated[float, typer.Option(help="Seconds for an answer that is not streamed, at most.")]
-_MaxAttempts = Annotated[int, typer.Option(help="Tries of a request, the first included.")]
-_RetryDeadline = Annotated[float, typer.Option(help="Seconds after which a request is not tried again.")]
+_Prefill = Annotated[list[str], typer.Option(metavar="URL", help="URL of an engine that prefills; may be repeated.")]
+_Decode = Annotated[list[str], typer.Option(metavar="URL", help="URL of an engine that decodes; may be repeated.")]
+_Strict = Annotated[bool, typer.Option(help="Error reply where a decode engine would have to compute a prompt again.")]
+_ConnectTimeout = Annotated[float, typer.Option(help="Longest time, in seconds, to connect to an engine.")]
+_PrefillTimeout = Annotated[float, typer.Option(help="Longest time, in seconds, for a prefill.")]
+_DecodeTimeout = Annotated[float, typer.Option(help="Longest time, in seconds, between two events of a stream.")]
+_AnswerTimeout = Annotated[float, typer.Option(help="Longest time, in seconds, for a reply that is not streamed.")]
+_MaxAttempts = Annotated[int, typer.Option(help="Largest number of tries of one request, the first included.")]
+_RetryDeadline = Annotated[
+    float, typer.Option(help="Age of a request, in seconds, after which the proxy does not try again.")
+]
 _HandOver = Annotated[
     float,
     typer.Option(
-        help="While all decode engines are full, a prefill is kept for so many seconds; below the engines' lease_s."
+        help="Longest time, in seconds, that the proxy keeps a finished prefill while all decode engines are full; "
+        "must be below the engines' lease_s."
     ),
 ]
 _ProbeInterval = Annotated[
-    float, typer.Option(help="Seconds between two probes (tiny requests) of each pair of engines; 0 for none.")
+    float,
+    typer.Option(help="Time, in seconds, between two probes (tiny requests) of each pair of engines; 0 sends none."),
 ]
-_ProbeTimeout = Annotated[float, typer.Option(help="Seconds for each leg of a probe, at most.")]
+_ProbeTimeout = Annotated[float, typer.Option(help="Longest time, in seconds, for each leg of a probe.")]
 _ProbeKeyFile = Annotated[
     Path | None,
-    typer.Option(help="File with the API key for probes; clients' own keys are passed on. No key by default."),
+    typer.Option(
+        help="File with the API key that probes carry; requests of clients carry the clients' keys. No key by default."
+    ),
 ]
 _EngineKeyFile = Annotated[
     Path | None,
     typer.Option(
-        help="File with the API key that the engines want; it is sent to them instead of clients' keys, with probes "
-        "too. No key by default: clients' own keys are passed on, unless --api-key has the proxy check them.",
+        help="File with the API key that the engines expect; requests and probes carry this key instead of the "
+        "clients' keys. No key by default: the proxy passes on the clients' keys, unless --api-key makes the proxy "
+        "check them.",
     ),
 ]
 _SharedKeyFile = Annotated[
     Path | None,
     typer.Option(
-        help="File with the key of the engines' key_file: decode engines then trust whom the proxy names. No key "
-        "by default.",
+        help="File with the key of the engines' key_file; decode engines then accept the prefill engines that the "
+        "proxy names. No key by default.",
     ),
 ]
 _AllowedPeers = Annotated[
     list[str] | None,
     typer.Option(
         metavar="HOST",
-        help="With --shared-key-file, a network (10.0.0.0/8) or name (*.cluster.local) under which prefill engines "
-        "may be dialled for KV, besides the hosts of their URLs; may be repeated. None by default.",
+        help="With --shared-key-file: network (10.0.0.0/8) or name (*.cluster.local) of prefill engines' control "
+        "channels, besides the hosts of their URLs; may be repeated. No network by default.",
     ),
 ]
-_FailureThreshold = Annotated[int, typer.Option(help="Failures in a row that take an engine out.")]
-_MinBackoff = Annotated[
-    float, typer.Option(help="Seconds for which such an engine is out the first time; doubled each time.")
+_FailureThreshold = Annotated[
+    int, typer.Option(help="Number of failures in a row after which the proxy takes an engine out of use.")
 ]
-_MaxBackoff = Annotated[float, typer.Option(help="Seconds for which such an engine is out, at most.")]
-_PrefixMemoryChunks = Annotated[int, typer.Option(help="Pieces of prompts (512 bytes) remembered per prefill engine.")]
+_MinBackoff = Annotated[
+    float,
+    typer.Option(help="First time, in seconds, for which such an engine stays out of use; doubled each further time."),
+]
+_MaxBackoff = Annotated[
+    float, typer.Option(help="Longest time, in seconds, for which such an engine stays out of use.")
+]
+_PrefixMemoryChunks = Annotated[
+    int, typer.Option(help="Number of pieces of prompts (512 bytes each) that the proxy remembers per prefill engine.")
+]
 _MaxHeldBodyBytes = Annotated[
     int,
     opt.size_option(
-        "Largest total of the request bodies that the proxy keeps until their requests end; beyond it, new requests "
-        "are answered with 503.",
+        "Largest total size of the request bodies that the proxy keeps until their requests end; beyond it, the proxy "
+        "refuses new requests with status 503.",
         default="512MiB",
     ),
 ]
 _MaxReplyBytes = Annotated[
     int,
     opt.size_option(
-        "Largest reply of an engine; a larger one, or an event of a stream above 16 MiB, counts as the engine's "
-        "failure.",
+        "Largest reply of an engine; a larger reply, or a stream's event above 16 MiB, counts as a failure of the "
+        "engine.",
         default="32MiB",
     ),
 ]
@@ -124,7 +138,7 @@ def proxy(
 
     Clients see OpenAI's /v1/completions and /v1/chat/completions, also /v1/models, /health, /ready (transfers work)
     and /metrics (Prometheus). The exit status is 0 after SIGTERM or Ctrl-C, 2 when the proxy could not start. Clients'
-    API keys are passed on to the engines, which check them, unless the proxy has keys of its own (--api-key).
+    API keys go to the engines, which check them, unless the proxy has keys of its own (--api-key).
     """
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     logging.getLogger("httpx2").setLevel(logging.WARNING)

@@ -29,26 +29,38 @@ _ENGINE_OPTIONS = ("enable_prefix_caching", "explain_requests", "seed")  # besid
 
 _ServedModelName = Annotated[
     list[str] | None,
-    typer.Option(help="What clients may call the model; may be repeated. By default the model's path."),
+    typer.Option(help="Name of the model in requests; may be repeated. By default the model's path."),
 ]
 _KVEvents = Annotated[
     str | None,
-    typer.Option(metavar="JSON", help="Publish which KV lies where, on a ZMQ socket. Not published by default."),
+    typer.Option(
+        metavar="JSON", help="Settings of the ZMQ socket that publishes which KV is stored where. No events by default."
+    ),
 ]
 _ExplainRequests = Annotated[
-    bool, typer.Option(help="Remember why prefixes were hits or not, for `kvferry explain` and /debug/requests.")
+    bool,
+    typer.Option(
+        help="Record of the reasons why prefixes were hits or not, for `kvferry explain` and /debug/requests."
+    ),
 ]
 _MaxQueuedRequests = Annotated[
-    int, typer.Option(help="Requests that may wait beyond --max-num-seqs; more are refused with 503.")
+    int,
+    typer.Option(
+        help="Largest number of requests that wait, beyond --max-num-seqs; the server refuses more with status 503."
+    ),
 ]
 _LogInterval = Annotated[
-    float, typer.Option(help="Seconds between log lines of what the engine did, if anything; 0: none.")
+    float,
+    typer.Option(
+        help="Time, in seconds, between log lines about the engine's work; an idle engine writes none. 0 writes no "
+        "such lines."
+    ),
 ]
 
 
 def serve(
     context: typer.Context,
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="A model folder, a .gguf file, or smollm2.")],
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="Model: a folder, a .gguf file, or smollm2.")],
     host: opt.ListenHost = "127.0.0.1",
     port: opt.ListenPort = 8000,
     served_model_name: _ServedModelName = None,
@@ -83,15 +95,15 @@ def serve(
     max_connections: opt.MaxConnections = None,
     header_timeout_s: opt.HeaderTimeout = 10.0,
     body_timeout_s: opt.BodyTimeout = 60.0,
-    access_log: Annotated[bool, typer.Option(help="Write a line to stdout for each HTTP request.")] = False,
+    access_log: Annotated[bool, typer.Option(help="Write one line to stdout for each HTTP request.")] = False,
     log_interval_s: _LogInterval = 10.0,
     drain_timeout_s: opt.DrainTimeout = 30.0,
 ) -> None:
-    """Serve a model over HTTP as OpenAI does.
+    """Serve a model over HTTP with OpenAI's API.
 
     The routes are /v1/completions, /v1/chat/completions and /v1/models, also /health, /ready, /metrics (Prometheus),
     /debug/requests and /reset_prefix_cache. The exit status is 0 after SIGTERM or Ctrl-C, 2 when the server could not
-    start or its engine failed. Without --api-key, whoever reaches the port may use the model.
+    start or its engine failed. Without --api-key, everyone who can reach the port can use the model.
     """
     transfer = transfer_config(kv_transfer_config, kv_offloading_size, kv_offloading_backend)
     events = KVEventsConfig.parse(kv_events_config)

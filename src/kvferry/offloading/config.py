@@ -40,31 +40,34 @@ _VLLMS_OWN: VllmsOwn = {
 
 @dataclass(frozen=True)
 class OffloadingConfig:
-    """What the user may set; every key is checked, unknown keys are errors that name the nearest known one."""
+    """Settings of the user. `parse` checks every key; the error for an unknown key names the nearest known key."""
 
     cpu_bytes_to_use: int = field(metadata={"minimum": 1})
-    """Host memory for KV, in bytes, in all (not per worker)."""
+    """Host memory for KV, in bytes, for all workers together."""
     load_async: bool = True
-    """Load while other requests compute (one more engine step), or within the step that needs the KV."""
+    """True: load while other requests compute, which takes one more engine step. False: load within the step that
+    needs the KV."""
     chunk_tokens: int | None = field(default=None, metadata={"minimum": UNIT_TOKENS})
-    """Tokens per stored chunk: a multiple of 16 and of every block size; by default the smallest from 64 on."""
+    """Size of a stored chunk, in tokens: a multiple of 16 and of every block size; by default the smallest such
+    multiple that is at least 64."""
     block_size: int | None = field(default=None, metadata={"minimum": UNIT_TOKENS})
     """vLLM's name for `chunk_tokens`."""
     blocks_per_chunk: int | None = field(default=None, metadata={"minimum": 1})
-    """The same in blocks of the engine, as vLLM has it; where block sizes differ, of their least common multiple."""
+    """vLLM's setting for the size of a chunk, in blocks of the engine; where block sizes differ, in units of their
+    least common multiple."""
     secondary_tiers: tuple[Mapping[str, Any], ...] = ()
     """Tiers below host memory, nearest first, e.g. {"type": "fs", "path": ..., "max_bytes": ...}."""
     verify_host_loads: bool = True
-    """Prove each chunk against its digest whenever it is loaded from host memory, not only when it comes from a tier
-    below. Without it, a bit that flips in host memory is found by the scrubbing of idle steps alone."""
+    """Prove each chunk against its digest at every load from host memory, not only when the chunk comes from a tier
+    below. When false, only the scrubbing of idle steps finds a bit that flips in host memory."""
     weights_version: str | None = None
-    """Names the weights in keys instead of a fingerprint of the files; required for random weights."""
+    """Name of the weights in keys, instead of a fingerprint of their files; required for random weights."""
     arena_dir: str | None = None
-    """Folder for the host tier's mapping when shared memory is too small."""
+    """Folder for the host memory's mapping where /dev/shm is too small."""
     stall_timeout_s: float = field(default=2.0, metadata={"minimum": 0})
-    """A request waits for tiers below host memory at most this long without progress."""
+    """Longest time, in seconds, that a request waits for a tier below host memory that makes no progress."""
     shutdown_timeout_s: float = field(default=30.0, metadata={"minimum": 0})
-    """At shutdown, how long pending writes to the tiers may take."""
+    """Longest time, in seconds, for pending writes to the tiers at shutdown."""
 
     @property
     def arena_folder(self) -> Path | None:

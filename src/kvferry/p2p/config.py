@@ -36,46 +36,48 @@ _VLLMS_OWN: VllmsOwn = {
 
 @dataclass(frozen=True)
 class P2PConfig:
-    """What the user may set; every key is checked, unknown keys are errors that name the nearest known one."""
+    """Settings of the user. `parse` checks every key; the error for an unknown key names the nearest known key."""
 
     transport: Literal["auto", "shm", "nixl"] = "auto"
-    """What moves the bytes. `auto`: per peer the fastest that reaches it; a named one is never replaced by another."""
+    """Transport that moves the bytes. `auto`: for each peer the fastest transport that reaches the peer. No other
+    transport ever replaces a named one."""
     mode: Literal["pull", "push"] = "pull"
-    """Who moves them: the decode engine reads (pull), or the prefill engine writes (push)."""
+    """Engine that moves the bytes: the decode engine reads (pull), or the prefill engine writes (push)."""
     host: str = "127.0.0.1"
-    """Where the control channel listens; other machines reach it only with a key."""
+    """Address on which the control channel listens; an address that other machines reach needs `key_file`."""
     port: int = field(default=0, metadata={"minimum": 0, "maximum": 65535})
-    """0: any free port; `kv_transfer_params` say which."""
+    """Port on which the control channel listens; 0 selects a free port, which `kv_transfer_params` carry to peers."""
     advertised_host: str | None = None
-    """The host that peers are told to dial, where it is another than `host`."""
+    """Host that peers dial, where it differs from `host`."""
     key_file: str | None = None
-    """File with a secret that all engines and the proxy share; with it, connections are authenticated and encrypted."""
+    """File with the secret that all engines and the proxy share; a key authenticates and encrypts connections."""
     allowed_peers: list[Any] | None = None
-    """Networks (10.0.0.0/8) and host names (*.cluster.local) that requests may name; by default this machine only."""
+    """Networks (10.0.0.0/8) and host names (*.cluster.local) of peers that requests may name; by default this machine
+    only."""
     weights_version: str | None = None
-    """Names the weights towards peers instead of a fingerprint of the files."""
+    """Name of the weights that peers compare, instead of a fingerprint of the weights' files."""
     shm_dir: str | None = None
-    """Folder for the KV pool when shared memory is too small."""
+    """Folder for the KV pool where /dev/shm is too small."""
     ucx: dict[str, Any] | None = None
-    """Settings of NIXL's UCX backend, texts or whole numbers, e.g. `num_threads`; it ignores keys it does not know."""
+    """Settings of NIXL's UCX backend, texts or whole numbers, e.g. `num_threads`; UCX ignores keys it does not know."""
     verify_loads: bool = True
-    """KV that another engine hands over is proved by digests of its blocks, where both engines are set to."""
+    """Prove KV from another engine by digests of its blocks; both engines must have this setting on."""
     lease_s: float = _WAITS.lease_s
-    """Blocks of a finished prefill are kept for a decode engine that has not come."""
+    """Longest time, in seconds, that the prefill engine keeps blocks for a decode engine that has not asked yet."""
     claim_s: float = _WAITS.claim_s
-    """They are kept for one that has come, and is silent."""
+    """Longest time, in seconds, that the prefill engine keeps blocks for a decode engine that asked and is silent."""
     announce_s: float = _WAITS.announce_s
-    """A load may wait for blocks of its own engine."""
+    """Longest time, in seconds, that a load waits for free blocks of its own engine."""
     load_s: float = _WAITS.load_s
-    """A load with blocks may take, all in all."""
+    """Longest time, in seconds, for a load that has its blocks."""
     handshake_s: float = _WAITS.handshake_s
-    """Two engines may take to get to know each other."""
+    """Longest time, in seconds, for two engines' handshake."""
     retry_s: float = _WAITS.retry_s
-    """A control message is repeated after this, then less and less often."""
+    """Time, in seconds, until an unanswered control message is sent again; the interval grows with each repetition."""
     liveness_s: float = _WAITS.liveness_s
-    """A peer that owes an answer may be silent."""
+    """Longest time, in seconds, that a peer that owes an answer may be silent."""
     quarantine_s: float = _WAITS.quarantine_s
-    """A transfer that was given up may go on before its connection is destroyed."""
+    """Longest time, in seconds, that an abandoned transfer may run on before kvferry destroys its connection."""
 
     @classmethod
     def parse(cls, extra_config: Mapping[str, Any], variant: Mapping[str, Any]) -> P2PConfig:

@@ -1,4 +1,4 @@
-"""What the proxy is told: which engines, how long to wait, what to do when a transfer does not work."""
+"""Settings of the proxy: its engines, its deadlines, and its policy for transfers that fail."""
 
 from __future__ import annotations
 
@@ -17,54 +17,64 @@ def _at_least(minimum: float, default: Any) -> Any:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ProxyConfig:
-    """Engines and policy. `parse` checks everything."""
+    """Engines and policy. `parse` checks every setting."""
 
     prefill: tuple[str, ...]
     """URLs of engines that prefill."""
     decode: tuple[str, ...]
     """URLs of engines that decode."""
     strict: bool = True
-    """Answer an error rather than let the decode engine prefill a second time."""
+    """True: reply with an error where the decode engine would have to compute the prompt a second time."""
     connect_timeout_s: float = _at_least(0.01, 2.0)
+    """Longest time, in seconds, to connect to an engine."""
     prefill_timeout_s: float = _at_least(0.01, 120.0)
-    """Longest time for one prefill leg."""
+    """Longest time, in seconds, for one prefill leg."""
     decode_timeout_s: float = _at_least(0.01, 120.0)
-    """Longest silence of a stream, its first token included."""
+    """Longest time, in seconds, between two events of a stream; also the longest wait for the first event."""
     answer_timeout_s: float = _at_least(0.01, 600.0)
-    """Longest time for a decode leg that is not a stream."""
+    """Longest time, in seconds, for a decode leg that is not a stream."""
     max_attempts: int = _at_least(1, 3)
-    """Tries of a request, the first included."""
+    """Largest number of tries of one request, the first included."""
     retry_deadline_s: float = _at_least(0, 60.0)
-    """Nothing is tried again when so long has passed since the request came."""
+    """Age of a request, in seconds, after which the proxy does not try again."""
     hand_over_s: float = _at_least(0, 25.0)
-    """How long a hand-over is kept while all decode engines are full; below the prefill engines' `lease_s`."""
+    """Longest time, in seconds, for which the proxy keeps a finished prefill while all decode engines are full; must be
+    below the prefill engines' `lease_s`."""
     probe_interval_s: float = _at_least(0, 10.0)
-    """Between tiny requests through each pair of engines; 0: none, for engines that cost by the token."""
+    """Time, in seconds, between two probes (tiny requests) of each pair of engines; 0 sends none, for engines that cost
+    by the token."""
     probe_timeout_s: float = _at_least(0.01, 10.0)
+    """Longest time, in seconds, for each leg of a probe."""
     failure_threshold: int = _at_least(1, 3)
-    """Failures in a row that take an engine, or a pair of them, out of rotation."""
+    """Number of failures in a row after which an engine, or a pair of engines, goes out of use."""
     min_backoff_s: float = _at_least(0.01, 0.5)
+    """First time, in seconds, for which such an engine or pair stays out of use; doubled each further time."""
     max_backoff_s: float = _at_least(0.01, 30.0)
+    """Longest time, in seconds, for which such an engine or pair stays out of use."""
     prefix_memory_chunks: int = _at_least(1, 100_000)
-    """Pieces of prompts remembered per prefill engine."""
+    """Number of pieces of prompts that the proxy remembers per prefill engine."""
     max_body_bytes: int = _at_least(1, 8 << 20)
+    """Largest request body, in bytes."""
     max_held_body_bytes: int = _at_least(1, 512 << 20)
-    """Of all requests under way together, which the proxy keeps to ask another engine; beyond that new ones get 503.
-    Parsed, a hostile body takes up to about twelve times its size."""
+    """Largest total size, in bytes, of the bodies of running requests, which the proxy keeps to ask another engine;
+    beyond it, new requests get 503. Parsed, a hostile body takes up to about twelve times its size."""
     max_reply_bytes: int = _at_least(1, 32 << 20)
-    """Of an engine's reply, and of an event of its streams up to 16 MiB; a larger one is a failure of the engine."""
+    """Largest reply of an engine, in bytes; an event of a stream may have at most 16 MiB. A larger reply or event is a
+    failure of the engine."""
     max_stops: int = _at_least(0, 64)
-    """Stop strings of a request, and stop token ids; more are refused with 400."""
+    """Largest number of stop strings, and of stop token ids, in one request; more are refused with 400."""
     max_connections: int | None = _at_least(1, None)
-    """None: as many as there are file descriptors for."""
+    """Largest number of connections; None: the room within the limit of file descriptors."""
     header_timeout_s: float = _at_least(0.01, 10.0)
+    """Longest time, in seconds, for the headers of a request to arrive."""
     body_timeout_s: float = _at_least(0.01, 60.0)
-    """How long a request's headers, and then its body, may take to come."""
+    """Longest time, in seconds, for the body of a request to arrive."""
     host: str = "127.0.0.1"
+    """Address on which the proxy listens."""
     port: int = field(default=8100, metadata={"minimum": 0, "maximum": 65535})
-    """0: any free one."""
+    """Port on which the proxy listens; 0 selects a free port."""
     drain_timeout_s: float = _at_least(0, 30.0)
-    """At SIGTERM, how long requests under way may take to end."""
+    """Longest time, in seconds, for running requests to end after SIGTERM."""
 
     @classmethod
     def parse(cls, values: Mapping[str, Any]) -> ProxyConfig:
