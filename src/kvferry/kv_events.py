@@ -167,7 +167,7 @@ def _check_endpoint(endpoint: str, where: str, allow_remote: bool) -> None:
         raise ConfigError(f"{where}={endpoint!r} must be tcp://HOST:PORT or ipc://PATH")
     if not allow_remote and not _is_loopback(host):
         raise ConfigError(
-            f"{where}={endpoint!r} can be reached from other machines, and whoever connects learns what is cached: "
+            f"{where}={endpoint!r} can be reached from other machines, and every subscriber learns what is cached: "
             'use 127.0.0.1, or set "allow_remote": true on a network you trust'
         )
 
@@ -393,7 +393,7 @@ class EventPublisher:
             with asyncio.Runner(loop_factory=lambda: self._loop) as runner:
                 runner.run(self._serve())
         except Exception:  # thread main: the engine goes on without events
-            logger.exception("KV events are published no more")
+            logger.exception("the publisher of KV events has ended")
         finally:
             self._close()
 
@@ -436,7 +436,7 @@ class EventPublisher:
             payload = encode(events, time_s)
         except (TypeError, ValueError, OverflowError) as err:  # a connector's event holds what msgpack does not know
             self.num_dropped += 1
-            logger.warning("KV events of message %d cannot be sent and are left out: %s", number, err)
+            logger.warning("KV events of message %d cannot be sent and are dropped: %s", number, err)
             return
         self._log.append(number, encode_message(self._topic, number.to_bytes(8, "big"), payload))
 

@@ -267,7 +267,7 @@ def test_a_lookup_without_answer_delays_a_request_for_a_bounded_time(
     assert time.monotonic() - started < 30
     started = time.monotonic()
     run(llm, prompt(CHUNK_TOKENS + 5, seed=1), max_tokens=1)
-    assert "LMCache is not asked until it answers again" in caplog.text
+    assert "no lookups go to the LMCache server until it answers again" in caplog.text
 
 
 def test_a_lookup_that_is_pending_for_ever_is_given_up_and_released(server: FakeServer, make_llm: MakeLlm) -> None:
@@ -363,7 +363,7 @@ def test_nothing_of_the_staging_is_left_in_shared_memory(make_llm: MakeLlm) -> N
         ({}, {"block_size": 48}, "chunks of 64 tokens, not a multiple of 16 and of this engine's block_size=48"),
         ({"staging_bytes": 100}, {}, "staging_bytes=100 is too little for chunks of .* raise it to at least"),
         ({"staging_bytes": 1 << 50}, {}, "staging_bytes: .* bytes are needed in /dev/shm, .* are free: lower it"),
-        ({"http_port": 9}, {}, "http_port: the LMCache server's .* does not tell its version"),
+        ({"http_port": 9}, {}, "http_port: the LMCache server's .* does not report its version"),
         ({"implementation": "package"}, {}, "implementation='package'.* runs in vLLM only"),
         ({"implementation": "buildin"}, {}, "implementation='buildin' is not one of.*did you mean 'builtin'"),
         ({"lmcache.mp.prot": 1}, {}, "lmcache.mp.prot is unknown.*did you mean 'lmcache.mp.port'"),

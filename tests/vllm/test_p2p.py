@@ -176,7 +176,7 @@ def check_other_tokens(p: EngineChild, d: EngineChild, reference: dict[str, Any]
     for wrong, right in zip(prompts, references, strict=True):
         failed = d.ask(generate=wrong, max_tokens=MAX_TOKENS, transfer=prefill(p, long))
         assert failed["finish_reason"] == "error"
-        assert "the producer refused the claim: it holds the KV of other tokens" in d.log.read_text()
+        assert "the KV of other tokens" in d.log.read_text()
         alone = d.ask(generate=wrong, max_tokens=MAX_TOKENS)
         assert alone["local_hits"] == 0
         assert_same_tokens(alone, right)

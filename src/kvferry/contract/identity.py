@@ -165,7 +165,7 @@ def peer_facts(host: HostInfo, weights_version: str | None) -> tuple[tuple[str, 
     else:
         if not Path(host.model).exists() and not host.weights_are_random:
             facts["model"] = host.model  # a hub's or an object store's: of two finetunings all else may be equal
-        logger.warning("P2P: what %s holds does not say which weights are loaded: peers cannot check", host.model)
+        logger.warning("P2P: %s does not identify the loaded weights, so peers cannot compare the weights", host.model)
     return tuple(sorted(facts.items()))
 
 

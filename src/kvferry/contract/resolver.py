@@ -291,7 +291,7 @@ class ConnectorResolver:
             return self._named(name)
         target = Target(name, path, name, Origin.MODULE)
         if name == "LMCacheMPConnector" and lmcache_upstream_environment():
-            logger.warning("LMCACHE_USE_UPSTREAM_MP is set, but kv_connector_module_path=%r is what counts", path)
+            logger.warning("LMCACHE_USE_UPSTREAM_MP is set, but kv_connector_module_path=%r has priority", path)
         return target
 
     def _named(self, name: str) -> Target:

@@ -140,7 +140,9 @@ class SchedulerConnector:
         waited_s = now_s - self._first_asked_s.setdefault(request.request_id, now_s)
         if waited_s < self._lookup_timeout_s:
             return False
-        logger.warning("%s: the connector answered None for %.0f s; computing it", request.request_id, waited_s)
+        logger.warning(
+            "%s: the connector answered None for %.0f s; the engine computes it", request.request_id, waited_s
+        )
         return True
 
     def allocating(self, request: Request, match: ExternalMatch) -> None:
@@ -211,7 +213,7 @@ class SchedulerConnector:
             self._guard.call("update_connector_output", None, output)
             failures = output.invalid_block_ids or output.failed_recving or output.failed_blocks
             if self._guard.failed_hooks and failures:
-                self._breaker.condemn("it could not be told of failed loads, whose KV it might store")
+                self._breaker.condemn("the connector did not learn of failed loads and might store their KV")
 
     def breach(self, hook: str, what: str) -> None:
         """Note that what a hook reported breaks the contract."""

@@ -70,7 +70,7 @@ class ConnectorBreaker:
         self._reason = reason or self._reason
         name = self.guards[0].name
         self.counters.switched_off[name] = self._reason
-        logger.error("%s is switched off, serving goes on without it: %s", name, self._reason)
+        logger.error("%s is switched off; the engine continues without the connector: %s", name, self._reason)
         worker_stopped, _ = [guard.shutdown() for guard in self.guards]
         return worker_stopped
 
@@ -106,7 +106,7 @@ class EngineGuard:
             answer = getattr(self.connector, hook)(*args, **kwargs)
         except Exception as err:  # a host hook: a plugin's fault must not end the engine
             self._count(self.counters.hook_errors, hook, f"{type(err).__name__}: {err}")
-            logger.exception("%s.%s failed; going on without it", self.name, hook)
+            logger.exception("%s.%s failed; the engine continues without it", self.name, hook)
             return default
         clause = check(answer) if check is not None else None
         if clause is None:
@@ -117,7 +117,7 @@ class EngineGuard:
     def breach(self, hook: str, what: str) -> None:
         """Note that a hook broke the contract: a ContractError in the log, counted."""
         self._count(self.counters.contract_errors, hook, what)
-        logger.error("%s; going on without it", ContractError(f"{self.name}.{hook} {what}"))
+        logger.error("%s; the engine continues without it", ContractError(f"{self.name}.{hook} {what}"))
 
     def shutdown(self) -> bool:
         """Shut the instance down, once; also when it is off. False when that raised."""

@@ -528,7 +528,7 @@ class Scheduler:
 
     def _give_up_late_loads(self) -> None:
         for request in self.transfers.take_late_loads():
-            logger.warning("%s: its KV did not arrive in time", request.request_id)
+            logger.warning("%s: the KV of this request did not arrive in time", request.request_id)
             self._give_up_load(request, "its KV cache did not arrive in time")
 
     def _give_up_load(self, request: Request, error: str) -> None:

@@ -175,7 +175,8 @@ class Transfers:
         for held in self.held.values():
             held.is_quarantined = True
         self._counters.quarantined_blocks = sum(len(held.blocks) for held in self.held.values())
-        logger.error("%d blocks may still be written or read: lost for good", self._counters.quarantined_blocks)
+        num_blocks = self._counters.quarantined_blocks
+        logger.error("%d blocks stay out of use for good: a transfer may still write or read them", num_blocks)
 
     # ---- what is known ----------------------------------------------------------------------------------------
 

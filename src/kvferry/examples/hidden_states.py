@@ -412,7 +412,7 @@ def _metadata(data: bytes) -> dict[str, str]:
     header = json.loads(data[8 : _header_end(data)])
     found = header.get("__metadata__", {}) if isinstance(header, dict) else None
     if not isinstance(found, dict) or not all(isinstance(value, str) for value in found.values()):
-        raise ValueError("its header is none of a safetensors file")
+        raise ValueError("the header is not that of a safetensors file")
     return found
 
 

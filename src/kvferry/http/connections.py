@@ -93,10 +93,10 @@ class Connections:
         if len(self._open) >= self._max_connections:
             victim = next(iter(self._waiting), connection)
             logger.warning(
-                "as many connections as there may be (%d, --max-connections): %s", self._max_connections,
+                "the largest number of connections is reached (%d, --max-connections): %s", self._max_connections,
                 "a new one is refused" if victim is connection else "the one that waited longest is closed",
             )  # fmt: skip
-            victim.end(ApiError(503, "the server has as many connections as it may have", code="overloaded"))
+            victim.end(ApiError(503, "the server has reached its largest number of connections", code="overloaded"))
             if victim is connection:  # all others are being answered
                 return
         self._open.add(connection)
@@ -120,7 +120,7 @@ class Connections:
         while self._num_unfinished_bytes > self._max_unfinished_bytes:
             victim = next(one for one in self._waiting if one.num_body_bytes)
             logger.warning(
-                "unfinished bodies have more than %d bytes: the one that came longest is given up",
+                "unfinished bodies have more than %d bytes: the server drops the oldest one",
                 self._max_unfinished_bytes,
             )
             victim.end(ApiError(503, "the server has too many unfinished bodies; send it again", code="overloaded"))
@@ -211,8 +211,9 @@ class HTTPConnection(H11Protocol):
         self.end(
             ApiError(
                 400,
-                f"{msg.rstrip('.')}: it is no HTTP/1.1, its headers have more than {_MAX_HEADER_BYTES >> 10} KiB, it "
-                "has both Content-Length and Transfer-Encoding, or its body comes in many pieces below "
+                f"{msg.rstrip('.')}: the request is not HTTP/1.1, has more than "
+                f"{_MAX_HEADER_BYTES >> 10} KiB of headers, has both Content-Length and Transfer-Encoding, or sends "
+                "its body in many pieces below "
                 f"{_MIN_PIECE_BYTES} bytes",
             )
         )
@@ -248,7 +249,7 @@ class HTTPConnection(H11Protocol):
             limits, is_body = self._all.limits, self.conn.their_state is h11.SEND_BODY
             name, late_s = ("body", limits.body_timeout_s) if is_body else ("headers", limits.header_timeout_s)
             option = "--body-timeout-s" if is_body else "--header-timeout-s"
-            self.end(ApiError(408, f"the request's {name} did not come whole within {late_s:g} s ({option})"))
+            self.end(ApiError(408, f"the request's {name} did not arrive completely within {late_s:g} s ({option})"))
 
     def _wait_for(self, timeout_s: float) -> None:
         self._late_s = self._all.clock.now() + timeout_s

@@ -159,7 +159,7 @@ def run_until_signal(server: Server, bound: socket.socket) -> None:
     """Serve until SIGTERM or SIGINT, drain, return. Blocks; main thread only."""
     if not (_is_loopback(bound) or server.has_keys):
         logger.warning(
-            "host=%s: whoever reaches this port may use the model: there is no authentication without --api-key",
+            "host=%s: everyone who reaches this port can use the model: there is no authentication without --api-key",
             bound.getsockname()[0],
         )
     # uvicorn raises the signal again at its end, which is to be an ordinary end.

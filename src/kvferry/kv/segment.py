@@ -83,7 +83,7 @@ class Segment:
         has_name = _has_name(path)
         try:
             if not has_name and not stat.S_ISREG(os.stat(path).st_mode):
-                raise HostError(f"{path} is no {what}, nor any other file")
+                raise HostError(f"{path} is no {what}: it is not a regular file")
             fd = os.open(path, os.O_RDWR | os.O_CLOEXEC | (os.O_NOFOLLOW if has_name else 0))
         except OSError as error:
             why = "its owner has ended, or runs on another machine or in a container that does not share this folder"
@@ -93,7 +93,7 @@ class Segment:
                     "container, another user, or rules against looking into other processes (SELinux, AppArmor)"
                 )
             elif isinstance(error, PermissionError):
-                why = "its owner runs as another user, and the file is for that one alone: run both as one user"
+                why = "its owner runs as another user, who alone can open the file: run both processes as one user"
             raise HostError(f"cannot map the {what} {path}: {error.strerror}; {why}") from error
         try:
             _check_is(fd, path, num_bytes, header, what)
@@ -218,11 +218,11 @@ def _check_is(fd: int, path: str, num_bytes: int, header: bytes, what: str) -> N
     is_named_once = about.st_nlink == (1 if _has_name(path) else 0)
     if not stat.S_ISREG(about.st_mode) or about.st_uid != os.geteuid() or about.st_mode & 0o077 or not is_named_once:
         raise HostError(
-            f"{path} is not mapped as {what}: whoever else can open the file could end this process by truncating it. "
-            "It must be a file of this user, with mode 0600 and a single name: run both engines as one user"
+            f"{path} is not mapped as {what}: another user who can open it could end this process by truncating the "
+            "file. It must be a file of this user, with mode 0600 and a single name: run both engines as one user"
         )
     if about.st_size != num_bytes or os.pread(fd, len(header), 0) != header:
-        raise HostError(f"{path} is not the {what} it is said to be: nonce, version or size differ")
+        raise HostError(f"{path} is not the announced {what}: nonce, version or size differ")
 
 
 def _is_locked(fd: int) -> bool:

@@ -113,7 +113,7 @@ class Lookups:
             while self._turn():
                 pass
         except Exception:  # thread main: the cache is lost, the engine lives
-            logger.exception("LMCache lookups have ended: nothing is found any more")
+            logger.exception("LMCache lookups have ended: no further lookup finds KV")
             self._lose("the thread has ended")
         finally:
             self._connection.close()
@@ -182,7 +182,7 @@ class Lookups:
 
     def _lose(self, why: str) -> None:
         if not self.is_down:
-            logger.warning("LMCache is not asked until it answers again: %s", why)
+            logger.warning("no lookups go to the LMCache server until it answers again: %s", why)
         self.is_down = True
         self._next_try_s = time.monotonic() + RETRY_S
         for question in self._pending:
@@ -198,7 +198,7 @@ class Lookups:
         except HostError:
             return
         if chunk_tokens != self._chunk_tokens:
-            logger.error("LMCache is back with chunks of %d tokens, not %d", chunk_tokens, self._chunk_tokens)
+            logger.error("the LMCache server now has chunks of %d tokens, not %d", chunk_tokens, self._chunk_tokens)
             return
         logger.info("LMCache answers again")
         self.is_down = False

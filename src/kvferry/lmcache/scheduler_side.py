@@ -224,7 +224,7 @@ class LMCacheSchedulerSide(SchedulerSide):
         state.is_looking = False
         if found is None:
             self._stalled_waits += 1
-            logger.warning("request %s stops waiting for LMCache", state.view.request_id)
+            logger.warning("request %s no longer waits for LMCache", state.view.request_id)
             self._let_go(state)
         state.num_hit_chunks = found or 0
         state.is_locked = bool(found)

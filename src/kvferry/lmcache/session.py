@@ -132,9 +132,9 @@ class ServerSession:
             self._call("register_kv_cache", *instance, "vllm", {}, [], returns=None, timeout_s=PROBE_TIMEOUT_S)
         except TransferError as err:
             raise HostError(
-                f"the LMCache server answers, but does not take kvferry's shared memory ({err}): it must run on this "
-                f"machine, as this user and with the same {SHM_DIRECTORY}, and let itself drive transfers "
-                "(--supported-transfer-mode lmcache_driven, the default, or auto); its log says more"
+                f"the LMCache server answers, but does not take kvferry's shared memory ({err}): the server must run "
+                f"on this machine, as this user and with the same {SHM_DIRECTORY}, and must drive transfers "
+                "(--supported-transfer-mode lmcache_driven, the default, or auto); the server's log says more"
             ) from err
         os.unlink(info.path)  # both have it mapped: nothing is left behind if we are killed
 

@@ -161,7 +161,7 @@ class ServerConnection:
             with opener.open(address, timeout=timeout_s) as reply:
                 version = str(json.loads(reply.read(1000)))
         except (OSError, ValueError, HTTPException, RecursionError) as err:
-            raise HostError(f"http_port: the LMCache server's {address} does not tell its version: {err}") from err
+            raise HostError(f"http_port: the LMCache server's {address} does not report its version: {err}") from err
         numbers = version_numbers(version)
         if numbers < OLDEST_SERVER:
             raise HostError(

@@ -86,7 +86,7 @@ class Child:
         contract_error = ContractError(
             f"{self.label} ({type(self.connector).__name__}).{hook} answered {answer!r}: {broken}"
         )
-        logger.error("%s; going on without it", contract_error)
+        logger.error("%s; the engine continues without it", contract_error)
         return default, contract_error
 
     def _attempt(

@@ -88,7 +88,9 @@ class MultiSchedulerHooks(MultiBase):
         for view, count in zip(self._views, counts.values(), strict=True):
             view.set_num_ranks(count)
         if len(set(counts.values())) > 1:
-            raise ConfigError(f"connectors differ in how many workers report a finished transfer: {counts}")
+            raise ConfigError(
+                f"the connectors expect end-of-transfer reports from different numbers of workers: {counts}"
+            )
         return next((answer for answer in answers.values() if answer), None)
 
     def _num_ranks(self) -> int:
@@ -248,7 +250,7 @@ class MultiSchedulerHooks(MultiBase):
             )
             error = child.tell("update_connector_output", output)
             if error is not None and (bad_block_ids or output.failed_recving):
-                child.switch_off("it could not be told of failed loads, and might store what was computed over them")
+                child.switch_off("the connector did not learn of failed loads and might store KV computed over them")
             self._close(child, report.num_closed_ranks)
 
     def _close(self, child: Child, num_newly_closed_ranks: int) -> None:

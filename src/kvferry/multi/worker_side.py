@@ -150,7 +150,7 @@ class MultiWorkerHooks(MultiBase):
         for index in self._begun.sync_loads:
             child = self.children[index]
             if child not in errors:
-                errors[child] = ContractError(f"{child.label} has no orders for the loads that it claimed")
+                errors[child] = ContractError(f"{child.label} built no orders for the loads that it claimed")
         self._raise_if_loading(errors)
 
     def wait_for_layer_load(self, layer_name: str) -> None:

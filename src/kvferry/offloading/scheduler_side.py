@@ -219,7 +219,7 @@ class OffloadingSchedulerSide(SchedulerSide):
     def _extend(self, state: RequestState) -> bool:
         """Hash the tokens known by now. False when the request must not be cached (any more)."""
         if state.chain is not None and state.chain.num_media != len(state.view.multimodal_items):
-            logger.warning("request %s was given further media: its KV is not cached", state.view.request_id)
+            logger.warning("request %s got further media: the KV of this request is not cached", state.view.request_id)
             self._release_pins(state)
             state.chain = None
         if state.chain is None:
@@ -319,7 +319,7 @@ class OffloadingSchedulerSide(SchedulerSide):
         if now < state.wait_until_s:
             return True
         self.counters.stalled_waits += 1
-        logger.warning("request %s stops waiting for tiers below host memory", state.view.request_id)
+        logger.warning("request %s no longer waits for tiers below host memory", state.view.request_id)
         return False
 
     def _release_pins(self, state: RequestState) -> None:

@@ -232,7 +232,9 @@ class Consumer(Role):
                 self._fail(load, f"deadline passed while {load.state.value}: it may take {limit}", now)
             elif load.connection is None:
                 limit = f"{self._settings.handshake_s} s (kv_connector_extra_config.handshake_s)"
-                why = "it drops our packets (is its port open?), is overloaded, or runs another version of kvferry"
+                why = (
+                    "the peer drops our packets (is its port open?), is overloaded, or runs another version of kvferry"
+                )
                 self._fail(load, f"no connection to {peer} within {limit}: {why}", now)
             else:
                 load.renew_s = now + self._settings.renew_s

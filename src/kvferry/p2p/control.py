@@ -90,7 +90,7 @@ class Connected:
 
 
 _UNREACHABLE = Lost(
-    "it cannot be reached",
+    "the peer cannot be reached",
     "does that engine run, do its host, advertised_host and port (kv_connector_extra_config) name an address that "
     "this machine reaches, and does no firewall stand between?",
 )
@@ -329,7 +329,7 @@ class ControlChannel(Generic[M]):
         if peer.startswith("@"):
             if (link := self._named.get(peer)) is None:
                 self.num_dropped += 1
-                self._put_inbox(peer, Lost("its connection has ended"))
+                self._put_inbox(peer, Lost("the peer's connection has ended"))
                 return
         else:
             dialled = self._dialled.get(peer)
@@ -385,8 +385,9 @@ class ControlChannel(Generic[M]):
         self.num_cut += 1
         if self.num_cut == 1:
             logger.warning(
-                "p2p control channel: the first connection was cut, for it leaves too much unfinished, or there are "
-                "more than %d (an eighth of the process's descriptors: raise ulimit -n if your engines are more)",
+                "p2p control channel: a connection was cut for the first time, because it leaves too much unfinished "
+                "or there are more than %d connections (an eighth of the process's descriptors: raise ulimit -n for "
+                "more engines)",
                 self._max_accepted,
             )
         link.cut()
@@ -489,7 +490,7 @@ class ControlChannel(Generic[M]):
             await self._shake_hands(link, over, self._tls[1], server_hostname="kvferry" if self._tls[1] else None)
             return await link.lost
         except TimeoutError:
-            return Lost(f"its handshake took more than {self._handshake_s:g} s", _SLOW_REMEDY)
+            return Lost(f"the peer's handshake took longer than {self._handshake_s:g} s", _SLOW_REMEDY)
         except OSError as error:
             return lost_by(error)
         finally:

@@ -57,6 +57,7 @@ class DigestBooks:
         if self.is_on and not is_proved and peer not in self._unproved:
             self._unproved.add(peer)
             logger.warning(
-                "%s: KV from %s is not proved (verify_loads): it makes no digests, none in time, or others, because "
-                "its blocks or tensor parallel ranks are cut in another way; said once for each peer", request_id, peer,
+                "%s: KV from %s is not proved (verify_loads): that engine sends no digests, sends them "
+                "late, or cuts its blocks or ranks in another way; this warning appears once for each peer",
+                request_id, peer,
             )  # fmt: skip

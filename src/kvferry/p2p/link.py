@@ -43,10 +43,10 @@ class Lost:
 
 _SAME_KEY = "kv_connector_extra_config.key_file must name the same key in all engines, or be set in none"
 BROKE = Lost("the connection broke")
-REFUSED = Lost("it closed during the handshake, or has another key in its key_file", _SAME_KEY)
-OTHER_KEY = Lost("it has another key in its key_file", _SAME_KEY)
+REFUSED = Lost("the peer closed the connection during the handshake, or has another key in its key_file", _SAME_KEY)
+OTHER_KEY = Lost("the peer has another key in its key_file", _SAME_KEY)
 NO_ENGINE = Lost(
-    "one side has a key_file and the other has none, or it is no kvferry engine of this version",
+    "one side has a key_file and the other has none, or the peer is no kvferry engine of this version",
     f"{_SAME_KEY}, and all engines must run the same version of kvferry",
 )
 
@@ -152,7 +152,9 @@ class Link(asyncio.Protocol):
                 return
             end = _LENGTH_BYTES + int.from_bytes(self._unread[:_LENGTH_BYTES], "big")
             if not _LENGTH_BYTES < end <= _LENGTH_BYTES + self._max_bytes:
-                self.cut(Lost(f"it announced a message of {end - _LENGTH_BYTES} bytes, {self._max_bytes} are allowed"))
+                self.cut(
+                    Lost(f"the peer announced {end - _LENGTH_BYTES} bytes in a message, {self._max_bytes} are allowed")
+                )
                 return
             if len(self._unread) < end:
                 return

@@ -103,7 +103,7 @@ class Links:
             if any(self._transports[name].maker_has_ended(blobs[name]) for name in self._transports.keys() & blobs):
                 self._links[order.connection].num_gone += 1
                 return
-            logger.warning("%s writes to this engine, which cannot see whether it lives: %s", order.peer, error)
+            logger.warning("%s writes to this engine, which cannot see whether that peer lives: %s", order.peer, error)
 
     def start(self, job: TransferJob) -> None:
         """Plan and submit this rank's part; a part without bytes ends at once, an impossible one is rejected."""

@@ -71,8 +71,8 @@ class Why(Enum):
 
 
 OTHER_TOKENS = (
-    "it holds the KV of other tokens: the two engines' prompts, or their cache_salt, LoRA adapter or media, differ "
-    "(chat templates that differ, or kv_transfer_params of another request)"
+    "the prefill engine holds the KV of other tokens: the two engines' prompts, or their cache_salt, LoRA adapter or "
+    "media, differ (chat templates that differ, or kv_transfer_params of another request)"
 )
 
 OTHER_BYTES = (

@@ -212,7 +212,9 @@ class P2PSchedulerSide(SchedulerSide):
         if not isinstance(transfer_id, str) or not 0 < len(transfer_id) <= 512 or not transfer_id.isprintable():
             if transfer_id is not None:
                 logger.warning(
-                    "%s: transfer_id=%r is no text of 1 to 512 printable characters; made up", request_id, transfer_id
+                    "%s: transfer_id=%r is no text of 1 to 512 printable characters; it is ignored",
+                    request_id,
+                    transfer_id,
                 )
             transfer_id = secrets.token_hex(16) if self.config.mode == "push" else None
         self._senders[request_id] = chain

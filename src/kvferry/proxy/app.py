@@ -191,7 +191,7 @@ class Proxy:
 def _one_segment(name: str) -> str:
     """A model's name for an engine's path. ApiError for one that could lead out of /v1/models there or on the way."""
     if name in ("", ".") or ".." in name.split("/") or len(name) > _MAX_NAME:
-        raise ApiError(404, f"no model can have the name {shown(name)}: GET /v1/models lists all")
+        raise ApiError(404, f"no model has the name {shown(name)}: GET /v1/models lists all")
     return quote(name, safe="")
 
 

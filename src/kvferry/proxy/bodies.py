@@ -93,7 +93,7 @@ class ClientCall:
         more = body.get("vllm_xargs")
         if body.get("kv_transfer_params") is not None or (isinstance(more, dict) and "kv_transfer_params" in more):
             raise ApiError(
-                400, "kv_transfer_params are the proxy's to set, also in vllm_xargs: leave them out, or ask an engine "
+                400, "only the proxy sets kv_transfer_params, also in vllm_xargs: leave them out, or ask an engine "
                 "directly", param="kv_transfer_params",
             )  # fmt: skip
         return cls(path, {name: value for name, value in body.items() if name != "kv_transfer_params"}, headers)

@@ -91,7 +91,9 @@ class ProxyConfig:
                 raise ConfigError(f"proxy.{name} is empty: name at least one engine's URL")
             for url in named:
                 if url in seen:
-                    raise ConfigError(f"proxy.{name}={url!r} is named twice (in {seen[url]}): one role each, once")
+                    raise ConfigError(
+                        f"proxy.{name}={url!r} is named twice (in {seen[url]}): give each engine one role"
+                    )
                 seen[url] = name
         return replace(config, prefill=urls["prefill"], decode=urls["decode"])
 

@@ -29,7 +29,7 @@ async def probe_for_ever(config: ProxyConfig, fleet: Fleet, relay: Relay, header
         fleet.doubted.clear()
         fleet.doubts_came.clear()
         for error in filter(None, await asyncio.gather(*probes, return_exceptions=True)):
-            logger.error("a probe failed in a way it should not", exc_info=error)
+            logger.error("a probe raised an unexpected error", exc_info=error)
         await asyncio.sleep(pause_s)
         with suppress(TimeoutError):
             await asyncio.wait_for(fleet.doubts_came.wait(), config.probe_interval_s - pause_s)

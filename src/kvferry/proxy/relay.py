@@ -218,8 +218,8 @@ class Relay:
     def _none_available(self, role: str) -> ApiError:
         problems = "; ".join(self._fleet.problems())
         return ApiError(
-            503, f"no {role} engine is in rotation that works with one of the other role ({problems}). They are tried "
-            "again by themselves; /ready shows the state of all",
+            503, f"no {role} engine is in rotation that works with one of the other role ({problems}). The "
+            "proxy tries these engines again; /ready shows the state of all",
             code="no_engine", headers={"Retry-After": str(self._fleet.wait_s)},
         )  # fmt: skip
 
@@ -256,7 +256,7 @@ class Relay:
             if self._config.strict and verdict.not_handed_over:
                 self._fleet.worked(engine)
                 raise ApiError(
-                    400, f"prefill engine {engine.url} hands over nothing for this request: {verdict.not_handed_over}; "
+                    400, f"prefill engine {engine.url} hands over no KV for this request: {verdict.not_handed_over}; "
                     "start the proxy with --no-strict, which lets the decode engine compute the prompt",
                     code="not_handed_over",
                 )  # fmt: skip

@@ -40,9 +40,10 @@ def peer_signer(key: str, allowed: Sequence[str] = (), now: Callable[[], float] 
         if host not in warned and len(warned) < _MAX_WARNED:
             warned.add(host)
             logger.warning(
-                "a prefill engine that is reached at %s names %s as its address for KV, which is not signed: where "
-                "that is right, name the address or its network with --allowed-peers; until then decode engines take "
-                "KV from there only if their own allowed_peers have it", " or ".join(sorted(own_hosts)), shown(host),
+                "a prefill engine that is reached at %s names %s as its address for KV; the proxy does not "
+                "sign that address. If the address is right, name it or its network with --allowed-peers; until then "
+                "decode engines take KV from there only if their own allowed_peers contain it",
+                " or ".join(sorted(own_hosts)), shown(host),
             )  # fmt: skip
         return None
 

@@ -219,7 +219,7 @@ class Routes:
         found = await self._service.explain(name)
         if not found:
             raise ApiError(
-                404, f"no request {name!r}: it is known while it runs, and the last 256 that ended are remembered",
+                404, f"no request {name!r}: the server knows requests that run, and the last 256 that ended",
                 param="id", code="request_not_found",
             )  # fmt: skip
         return JSONResponse({"id": name, "requests": found})

@@ -178,7 +178,7 @@ class FaultyConnector(KVConnectorBase_V1, SupportsHMA):
     def _enter(self, hook: str) -> None:
         if self.medium.faults.raise_in[hook] > 0:
             self.medium.faults.raise_in[hook] -= 1
-            raise RuntimeError(f"told to fail in {hook}")
+            raise RuntimeError(f"set to fail in {hook}")
 
     # ---- scheduler: lookup and load ---------------------------------------------------------------------------
 
@@ -386,7 +386,7 @@ class FaultyConnector(KVConnectorBase_V1, SupportsHMA):
         if job.fault is LoadFault.TWICE:
             self._repeat.add(job.request_id)
         if job.fault is LoadFault.RAISE and not self._is_async:
-            raise RuntimeError("told to fail while loading")
+            raise RuntimeError("set to fail while loading")
 
     def _report_bad(self, job: _FaultyJob, group: int, index: int, block_id: int) -> None:
         if job.fault is LoadFault.BAD_POSITION:

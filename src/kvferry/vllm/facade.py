@@ -118,8 +118,8 @@ class VllmAnswers:
         failed = set(results.failed_recving) | {failure.request_id for failure in results.failed_blocks}
         if self.has_guard and not failed <= received:
             raise HostError(
-                f"the load of {', '.join(sorted(failed - received))} failed, and vLLM can be told of failures of "
-                "synchronous loads by block ids only: load asynchronously, or report block ids"
+                f"the load of {', '.join(sorted(failed - received))} failed, and vLLM accepts reports of "
+                "failed synchronous loads by block ids only: load asynchronously, or report block ids"
             )
         return vllm_base.KVConnectorTransferResults(set(results.finished_sending), received, failed)
 

@@ -137,7 +137,7 @@ class HookGuard:
         self._streaks.note_failure(hook, f"{type(error).__name__}: {error}")
         trace = None if (hook, type(error)) in self._traced else error
         self._traced.add((hook, type(error)))
-        logger.error("%s.%s failed; going on without it: %r", self._name, hook, error, exc_info=trace)
+        logger.error("%s.%s failed; the engine continues without it: %r", self._name, hook, error, exc_info=trace)
 
     def stats(self, ask: Callable[[], Any]) -> Any:
         """`get_kv_connector_stats`, of one of kvferry's connectors."""
@@ -153,8 +153,8 @@ class HookGuard:
         if not self.is_off:
             self.is_off = True
             logger.error(
-                "%s is switched off, and serving goes on without it: %s. It comes back when the engine is started "
-                "again; mend the cause first, whose traceback is above",
+                "%s is switched off; the engine continues without the connector: %s. Fix the cause, whose traceback is "
+                "above, and start the engine again: a new engine uses the connector again",
                 self._name,
                 reason,
             )
@@ -295,7 +295,7 @@ class SchedulerGuard(HookGuard):
         own = replace(output, kv_connector_worker_meta=report.inner)
         _, ok = self.attempt("update_connector_output", None, ask, own)
         if not ok and (output.invalid_block_ids or output.failed_recving):
-            self.switch_off("it could not be told of failed loads, and might store what was computed over them")
+            self.switch_off("the connector did not learn of failed loads and might store KV computed over them")
         if report.is_off:
             self.switch_off("its worker is")
         for request_id in output.finished_recving or ():
@@ -450,8 +450,8 @@ class WorkerGuard(HookGuard):
         bad, self._bad_blocks = self._bad_blocks - {NULL_BLOCK_ID}, set()
         if bad and self._num_groups > 1:
             raise HostError(
-                "a synchronous load failed, and with hybrid KV caches vLLM cannot be told of that: load asynchronously "
-                "(load_async), or start vLLM with --disable-hybrid-kv-cache-manager"
+                "a synchronous load failed, and with hybrid KV caches vLLM accepts no report of that failure: load "
+                "asynchronously (load_async), or start vLLM with --disable-hybrid-kv-cache-manager"
             )
         return bad
 

@@ -97,9 +97,9 @@ def test_attaching_survives_the_owner_closing(make_arena) -> None:
 
 def test_attach_refuses_what_is_gone_or_another(make_arena) -> None:
     info = make_arena().info
-    with pytest.raises(HostError, match="not the arena"):
+    with pytest.raises(HostError, match="not the announced arena"):
         Arena.attach(dataclasses.replace(info, nonce=b"x" * 16))
-    with pytest.raises(HostError, match="not the arena"):
+    with pytest.raises(HostError, match="not the announced arena"):
         Arena.attach(dataclasses.replace(info, num_slots=info.num_slots + 1000))
     with pytest.raises(HostError, match="another machine"):
         Arena.attach(dataclasses.replace(info, path=info.path + "x"))

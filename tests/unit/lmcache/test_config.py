@@ -87,7 +87,7 @@ def test_a_module_path_beside_the_variable_is_warned_of(
     transfer = KVTransferConfig("LMCacheMPConnector", kv_role="kv_both", kv_connector_module_path=path)
     with caplog.at_level(logging.WARNING):
         KVConnectorFactory.resolve(transfer)
-    assert f"{VARIABLE} is set, but kv_connector_module_path='{path}' is what counts" in caplog.text
+    assert f"{VARIABLE} is set, but kv_connector_module_path='{path}' has priority" in caplog.text
 
 
 def test_the_offloading_backend_means_this_connector() -> None:

@@ -161,5 +161,5 @@ def test_an_old_version_is_refused_by_name(version_server: Any, connection: Serv
 
 
 def test_a_wrong_http_port_is_told(connection: ServerConnection) -> None:
-    with pytest.raises(HostError, match=r"http_port: .* does not tell its version"):
+    with pytest.raises(HostError, match=r"http_port: .* does not report its version"):
         connection.probe(http_port=9, timeout_s=0.5)

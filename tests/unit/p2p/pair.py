@@ -77,7 +77,7 @@ class Pair:
                     self.cores[action.peer].message(name, m.CODEC.decode(m.CODEC.encode(action.message)), self.now)
             case a.Connect() if action.peer in self.unreachable:
                 self.num_dials += 1
-                self.cores[name].peer_lost(action.peer, "it cannot be reached", self.now)
+                self.cores[name].peer_lost(action.peer, "the peer cannot be reached", self.now)
             case a.Connect():
                 self.num_dials += 1
                 self.cores[name].peer_connected(action.peer, self.now)

@@ -161,7 +161,7 @@ def test_who_was_lost_is_dialled_at_once_when_asked(channel, monkeypatch: pytest
     server.close()
     assert isinstance(wait_for(client, bool)[0][1], Lost)
     client.connect(peer)
-    assert wait_for(client, bool) == [(peer, Lost("it cannot be reached"))]
+    assert wait_for(client, bool) == [(peer, Lost("the peer cannot be reached"))]
     successor = channel(port=server.address.port)
     client.connect(peer)
     assert wait_for(client, bool) == [(peer, Connected())]
@@ -177,7 +177,7 @@ def test_nobody_there_is_told_once(channel) -> None:
         unused.bind(("127.0.0.1", 0))
         peer = f"127.0.0.1:{unused.getsockname()[1]}"
         client.connect(peer)
-        assert wait_for(client, bool) == [(peer, Lost("it cannot be reached"))]
+        assert wait_for(client, bool) == [(peer, Lost("the peer cannot be reached"))]
         time.sleep(1)
         assert client.poll() == []
         client.disconnect(peer)

@@ -418,7 +418,7 @@ def test_where_nobody_listens_loads_fail_at_once_and_the_next_one_dials_again() 
     for number, request_id in enumerate("xyz", start=1):
         pair.load(D, params, request_id)
         (ended,) = pair.take(D, a.LoadEnded)
-        assert (ended.reason, ended.blocks_quarantined) == ("p:1: it cannot be reached", False)
+        assert (ended.reason, ended.blocks_quarantined) == ("p:1: the peer cannot be reached", False)
         assert pair.take(D, a.Disconnect) == [a.Disconnect(P)]
         assert pair.num_dials == number, "one try per request"
     pair.advance(100)
@@ -585,7 +585,7 @@ def test_kv_of_other_tokens_is_not_handed_over_even_if_one_side_does_not_check(
     assert not jobs, "no byte moves"
     (ended,) = pair.take(D, a.LoadEnded)
     assert (ended.ok, ended.blocks_quarantined) == (False, False)
-    assert "it holds the KV of other tokens: the two engines' prompts, or their cache_salt" in ended.reason
+    assert "the KV of other tokens" in ended.reason
     if liar is not producer:  # the lease is there for the request it was made for
         assert not pair.take(P, a.Release)
         pair.load(D, params, "right")

@@ -248,7 +248,7 @@ class DiskTier:
         entry = OWN + job.key
         self._check_open()
         if entry in self._index.unknown:
-            raise TierUnavailable(f"chunk {job.key.hex()}: a file that must not be replaced is in its place")
+            raise TierUnavailable(f"chunk {job.key.hex()}: a file that kvferry must not replace is in its place")
         if entry in self._writing or entry in self._loading or self._index.is_leaving(entry):
             raise TierBusy(f"chunk {job.key.hex()} is being written, read or deleted")
         if self._threads.num_queued(Urgency.STORE) >= MAX_QUEUED_STORES:
@@ -442,7 +442,7 @@ class DiskTier:
         """A write, or the probe of one, ended so: the tier is up or down now; one line in the log when that changes."""
         if error is None:
             if not self._is_up:
-                logger.warning("tier %s: back: %s can be written to again", self.name, self._folder.path)
+                logger.warning("tier %s is back: %s can be written to again", self.name, self._folder.path)
             self._is_up, self._pause_s, self._paused_until_s = True, PAUSE_S, float("-inf")
             return
         is_refused = isinstance(error, OSError) and error.errno in _REFUSALS
@@ -450,7 +450,7 @@ class DiskTier:
             return
         if self._is_up:
             logger.warning(
-                "tier %s: down, nothing can be written to %s: %s; it is tried again in %.0f s, and less often later",
+                "tier %s is down, %s cannot be written to: %s; the next try is in %.0f s, later ones less often",
                 self.name, self._folder.path, error, self._pause_s,
             )  # fmt: skip
             self._is_up = False
@@ -468,7 +468,11 @@ class DiskTier:
         for entry in self._index.forget_files():
             self._note_lost(entry, "its file is gone")
         self._threads.submit(Urgency.CHORE, _Chore([], is_new_folder=True))
-        logger.warning("tier %s: %s was gone with all its chunks and was made anew", self.name, self._folder.path)
+        logger.warning(
+            "tier %s: the folder %s was missing with all its chunks; kvferry created the folder again",
+            self.name,
+            self._folder.path,
+        )
 
     def _finish_load(self, work: _LoadOrder, done: Done[_Work]) -> TierResult:
         entry = work.entry

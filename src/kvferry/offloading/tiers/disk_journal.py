@@ -51,7 +51,7 @@ class Journal:
         try:
             self._rewrite([chunk_id for chunk_id in read_order(path) if chunk_id in known])
         except OSError as error:
-            logger.warning("no order of use is kept in %s: %s", path, error)
+            logger.warning("the order of use cannot be kept in %s: %s", path, error)
 
     def append(self, notes: Sequence[Note]) -> None:
         """Write these. Of several about one chunk the last counts."""
@@ -80,7 +80,7 @@ class Journal:
             try:
                 self._rewrite([])
             except OSError as error:
-                logger.warning("no order of use is kept in %s: %s", self._path, error)
+                logger.warning("the order of use cannot be kept in %s: %s", self._path, error)
 
     def close(self) -> None:
         """Idempotent."""

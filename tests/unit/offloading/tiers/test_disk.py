@@ -194,7 +194,7 @@ def test_a_file_of_an_unknown_version_is_left_untouched(make_disk, kit) -> None:
     assert "version 7" in str(result.error)
     assert tier.contains([kit.key(1)]) == [False]
     assert tier.stats().num_unknown_format == 1
-    with pytest.raises(TierUnavailable, match="must not be replaced"):
+    with pytest.raises(TierUnavailable, match="must not replace"):
         kit.store(tier, 1)
     for i in range(2, 6):
         assert kit.store(tier, i).ok  # evicts among themselves
