@@ -38,13 +38,13 @@ class DecodeBenchConfig:
     """Settings, in `kv_connector_extra_config`."""
 
     fill_mean: float = 0.015
-    """Mean of the noise; its default, as that of `fill_std`, is vLLM's."""
+    """Mean of the noise; the defaults of `fill_mean` and `fill_std` are vLLM's."""
     fill_std: float = field(default=0.0, metadata={"minimum": 0})
-    """Its standard deviation; 0 fills with the mean."""
+    """Standard deviation of the noise; 0 fills with the mean."""
     startup_fill: Literal[False] = False
-    """vLLM's setting; only blocks of requests are filled here."""
+    """vLLM's setting, False only: kvferry fills only blocks of requests."""
     seed: int = field(default=0, metadata={"minimum": 0, "maximum": (1 << 63) - 1})
-    """The noise of one engine's life follows from it, and from the rank of the worker."""
+    """Seed of the noise of one engine's life, together with the rank of the worker."""
 
     @classmethod
     def parse(cls, host: HostInfo) -> DecodeBenchConfig:

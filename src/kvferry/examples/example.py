@@ -59,9 +59,9 @@ class ExampleConfig:
     """Settings of the example, in `kv_connector_extra_config`."""
 
     shared_storage_path: str
-    """The folder; made where missing. Nothing is ever evicted from it."""
+    """Folder of the files, made where missing. The connector never evicts a file."""
     weights_version: str | None = None
-    """Names the weights in keys instead of a fingerprint of the files; required for random weights."""
+    """Name of the weights in keys, instead of a fingerprint of their files; required for random weights."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -70,11 +70,11 @@ class HiddenStatesConfig:
     """Settings, in `kv_connector_extra_config`."""
 
     shared_storage_path: str
-    """The folder; made where missing."""
+    """Folder of the files, made where missing."""
     ttl_s: float | None = field(default=86400.0, metadata={"minimum": 1})
-    """Files older than this are deleted, those of other engines in the folder too; null: none ever."""
+    """Age, in seconds, after which a file is deleted, also a file of another engine in the folder; null: never."""
     max_pending_files: int = field(default=64, metadata={"minimum": 1})
-    """How many may wait to be written. What comes on top is dropped, which its `.error` file tells."""
+    """Largest number of files that wait to be written. Further files are dropped, and their `.error` files say so."""
 
     @classmethod
     def parse(cls, host: HostInfo) -> HiddenStatesConfig:

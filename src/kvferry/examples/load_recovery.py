@@ -46,17 +46,17 @@ class LoadRecoveryConfig:
     """Settings of the example, in `kv_connector_extra_config`."""
 
     fail_block_indexes: tuple[int, ...] = field(default=(), metadata={"minimum": 0})
-    """Blocks to drop, by position in the request's block table; only those that are loaded count."""
+    """Positions, in the request's block table, of the blocks to drop; positions that are not loaded do not count."""
     fail_every_nth_load: int = field(default=1, metadata={"minimum": 1})
-    """Drop them in every n-th load of a request; 1 is each."""
+    """Number of loads of a request of which one drops blocks; 1 drops in every load."""
     report_by: str = "block_ids"
-    """How a drop is reported: `block_ids` (get_block_ids_with_load_errors), `positions` (failed_blocks: only the
+    """Report of a drop: `block_ids` (get_block_ids_with_load_errors), `positions` (failed_blocks: only the
     blocks dropped and what follows are computed again; kvferry's engine alone reads it) or `request`
     (failed_recving: nothing of the load is used; vLLM reads it with `load_async` only)."""
     load_async: bool = False
-    """Load while other requests run, instead of right before the forward."""
+    """True: load while other requests run. False: load right before the forward."""
     capacity_blocks: int = field(default=4096, metadata={"minimum": 1})
-    """Blocks to keep; when full, nothing more is stored."""
+    """Largest number of stored blocks; beyond it, no block is stored."""
 
     @classmethod
     def parse(cls, host: HostInfo) -> LoadRecoveryConfig:

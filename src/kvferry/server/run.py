@@ -37,16 +37,17 @@ class ServerOptions:
     access: AccessRules = AccessRules()  # noqa: RUF009 - frozen
     """Who may ask."""
     max_connections: int | None = None
-    """None: as many as there are file descriptors for."""
+    """Largest number of connections; None: the room within the limit of file descriptors."""
     header_timeout_s: float = 10.0
+    """Longest time, in seconds, for the headers of a request to arrive."""
     body_timeout_s: float = 60.0
-    """How long a request's headers, and then its body, may take to come."""
+    """Longest time, in seconds, for the body of a request to arrive."""
     access_log: bool = False
-    """A line on stdout for each HTTP request."""
+    """Write one line to stdout for each HTTP request."""
     log_interval_s: float = 10.0
-    """Between lines of what the engine did, where it did something; 0: none."""
+    """Time, in seconds, between log lines about the engine's work; an idle engine writes none. 0: no such lines."""
     drain_timeout_s: float = 30.0
-    """At SIGTERM, how long requests under way may take to end; then they are aborted."""
+    """Longest time, in seconds, for running requests to end after SIGTERM; then they are aborted."""
 
     def __post_init__(self) -> None:
         for name, minimum in (
