@@ -166,7 +166,7 @@ class LocalEngine:
 
 @dataclass(frozen=True, slots=True)
 class P2PSettings:
-    """Every wait of the core, and every bound."""
+    """Deadlines (seconds) and bounds of the core."""
 
     lease_s: float = 30.0  # blocks are kept for consumers that have not claimed them
     claim_s: float = 15.0  # blocks are kept for a claim that is not renewed

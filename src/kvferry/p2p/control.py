@@ -52,27 +52,29 @@ _STRANGER_SHARE = 0.5
 
 @dataclass(frozen=True, slots=True)
 class ControlSettings:
-    """Where to listen, and all bounds. Port 0: any free one; peers learn it from requests (`kv_transfer_params`)."""
+    """Address and bounds of the control channel. Port 0 selects a free port; `kv_transfer_params` carry it to peers."""
 
     host: str = "127.0.0.1"
     port: int = 0
     advertised_host: str | None = None
-    """What peers dial; the bound host, or for a wildcard this machine's name, unless given."""
+    """Host that peers dial; by default the bound host, or, where that is a wildcard, the name of this machine."""
     key: str | None = None
     silence_s: float = 6.0
-    """A peer whose machine acknowledges nothing for so long is lost, also when nobody has anything to say."""
+    """Longest time, in seconds, without an acknowledgement of a peer's machine, also on an idle connection; then the
+    peer is lost."""
     handshake_s: float = 5.0
-    """A connection whose handshake takes longer is closed, by either side."""
+    """Longest time, in seconds, for a handshake; then either side closes the connection."""
     max_connections: int = 1024
-    """And an eighth of this process's descriptors."""
+    """Largest number of accepted connections; also at most an eighth of this process's descriptors."""
     max_dialled: int = 1024
-    """And a sixteenth of this process's descriptors."""
+    """Largest number of dialled peers; also at most a sixteenth of this process's descriptors."""
     max_backlog_bytes: int = 64 << 20
-    """Over all connections: received of messages that are not whole or have no room, and waiting to be sent."""
+    """Largest number of bytes over all connections: received parts of messages that are incomplete or have no room, and
+    bytes that wait to be sent."""
     max_stranger_unsent_bytes: int = 256 << 10
-    """Waiting to be sent to one that is not kept, beside one message."""
+    """Largest number of bytes that wait to be sent to a stranger, beside one message."""
     max_peer_unsent_bytes: int = 8 << 20
-    """... to one that is."""
+    """Largest number of bytes that wait to be sent to a known peer."""
     max_inbox_bytes: int = 32 << 20
     max_peer_inbox_bytes: int = 4 << 20
     max_outbox: int = 4096

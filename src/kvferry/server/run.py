@@ -22,20 +22,22 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class ServerOptions:
-    """How the server meets its clients."""
+    """Settings of the HTTP server."""
 
     host: str = "127.0.0.1"
+    """Address on which the server listens."""
     port: int = 8000
-    """0: any free one."""
+    """Port on which the server listens; 0 selects a free port."""
     model_names: tuple[str, ...] = ()
-    """What clients may call the model."""
+    """Names of the model in requests."""
     max_queued_requests: int = 64
-    """Unfinished requests beyond those that can run at once; more are refused with 503."""
+    """Largest number of unfinished requests beyond those that can run at once; more are refused with 503."""
     max_body_bytes: int = 8 << 20
+    """Largest request body, in bytes."""
     max_stops: int = 64
-    """Stop strings of a request, and stop token ids; more are refused with 400."""
+    """Largest number of stop strings, and of stop token ids, in one request; more are refused with 400."""
     access: AccessRules = AccessRules()  # noqa: RUF009 - frozen
-    """Who may ask."""
+    """API keys, and the origins and host names of requests that the server accepts."""
     max_connections: int | None = None
     """Largest number of connections; None: the room within the limit of file descriptors."""
     header_timeout_s: float = 10.0

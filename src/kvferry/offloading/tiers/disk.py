@@ -50,13 +50,18 @@ _REFUSALS = frozenset(
 
 @dataclass(frozen=True, slots=True)
 class DiskSettings:
-    """`{"type": "fs", ...}`"""
+    """Settings of a tier `{"type": "fs", ...}`."""
 
-    path: str  # the folder; made if missing
-    max_bytes: int | None = None  # quota of all files in it, of all namespaces; None: as much as the disk gives
+    path: str
+    """Folder of the chunks, made where missing."""
+    max_bytes: int | None = None
+    """Largest size, in bytes, of all files in the folder, of all namespaces; None: as much as the disk gives."""
     num_threads: int = field(default=2, metadata={"minimum": 1, "maximum": 256})
-    fsync: bool = False  # True: chunks survive power loss too (several ms each); False: the death of the process
+    """Number of threads that read and write."""
+    fsync: bool = False
+    """True: chunks survive a power loss too (several ms for each chunk). False: chunks survive the process only."""
     name: str = "fs"
+    """Name of the tier in metrics and logs; unique in one store."""
 
 
 @dataclass(slots=True)
