@@ -36,7 +36,7 @@ import torch
 
 from kvferry.p2p.transports.choice import create_transports
 from kvferry.p2p.transports.shm import SharedPool
-from kvferry.p2p.transports.transport import Pieces, Region, TransferOp, TransferStatus, Transport
+from kvferry.p2p.transports.transport import Pieces, Region, TransferOp, TransferStatus, Transport, TransportSetup
 
 ROOT = Path(__file__).parent.parent
 PIECE_BYTES = (16 << 10, 64 << 10, 256 << 10, 2 << 20)
@@ -89,7 +89,7 @@ class End:
         region = Region(self.memory.data_ptr(), 2 * num_bytes)
         self.transports: dict[str, Transport] = {}
         for each in ("shm", "nixl"):
-            self.transports |= create_transports(each, [region], engine_id=name, pool=self.pool)
+            self.transports |= create_transports(each, [region], TransportSetup(name, pool=self.pool), {})
 
     def blobs(self) -> dict[str, str]:
         """For the other process."""

@@ -23,7 +23,7 @@ import torch
 
 from kvferry import LLM, SamplingParams
 from kvferry.p2p.scheduler_side import P2PSchedulerSide
-from kvferry.p2p.transports import choice, shm
+from kvferry.p2p.transports import shm
 from kvferry.p2p.transports.threaded import Step, ThreadedTransport, Transfer
 from kvferry.p2p.transports.transport import PeerHandle, Pieces, TransferOp
 from kvferry.testing.stub_model import StubModel
@@ -89,7 +89,7 @@ def install_gate(transport: str) -> None:
         nixl.NixlTransport = gated(nixl.NixlTransport)  # type: ignore[misc]
     else:
         shm._SHORT_STEP_BYTES = shm._LONG_STEP_BYTES = PART_BYTES
-        choice.ShmTransport = gated(shm.ShmTransport)  # type: ignore[misc,attr-defined]
+        shm.ShmTransport = gated(shm.ShmTransport)  # type: ignore[misc]
 
 
 class Child:

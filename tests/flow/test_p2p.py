@@ -29,7 +29,7 @@ from kvferry.engine.request import Request
 from kvferry.errors import ConfigError, TransferError
 from kvferry.p2p import links
 from kvferry.p2p.scheduler_side import P2PSchedulerSide
-from kvferry.p2p.transports import choice, threaded
+from kvferry.p2p.transports import nixl, shm, threaded
 from kvferry.p2p.transports.shm import ShmTransport
 from kvferry.p2p.transports.threaded import Step, Transfer
 from kvferry.p2p.transports.transport import Completion, TransferOp
@@ -193,7 +193,7 @@ def cluster() -> Iterator[Cluster]:
 
 @pytest.fixture
 def faulty(monkeypatch: pytest.MonkeyPatch) -> Iterator[type[FaultyShm]]:
-    monkeypatch.setattr(choice, "ShmTransport", FaultyShm)
+    monkeypatch.setattr(shm, "ShmTransport", FaultyShm)
     monkeypatch.setattr(FaultyShm, "is_held", threading.Event())
     yield FaultyShm
     FaultyShm.is_held.clear()
@@ -978,7 +978,9 @@ def test_where_closing_is_no_fence_blocks_are_lost_rather_than_handed_out(
     cluster: Cluster, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     network = FakeNetwork()
-    monkeypatch.setattr(choice, "ShmTransport", lambda pool: FenceLess(network))
+    monkeypatch.setattr(
+        shm, "ShmTransport", SimpleNamespace(from_config=lambda setup: FenceLess(network), uses_pool=True)
+    )
     prefill, decode = (cluster.start(load_s=2.0, quarantine_s=0.1) for _ in range(2))
     cluster.add(decode, "d", cluster.prefill(prefill, "p"))
     (output,) = cluster.finish("d")
@@ -996,7 +998,9 @@ def test_where_closing_is_no_fence_the_end_of_the_peer_is(
     cluster: Cluster, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     network = FakeNetwork()
-    monkeypatch.setattr(choice, "ShmTransport", lambda pool: FenceLess(network))
+    monkeypatch.setattr(
+        shm, "ShmTransport", SimpleNamespace(from_config=lambda setup: FenceLess(network), uses_pool=True)
+    )
     waits: dict[str, Any] = {"mode": "push", "load_s": 2.0, "quarantine_s": 0.1, "claim_s": 2.0, "liveness_s": 2.0}
     prefill, decode = cluster.start(**waits), cluster.start(**waits)
     cluster.add(decode, "d", cluster.prefill(prefill, "p"))
@@ -1183,11 +1187,11 @@ def test_names_say_the_mode(cluster: Cluster) -> None:
 
 
 def test_ucx_settings_reach_nixl_as_texts(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
-    def nixl(engine_id: str, ucx_params: dict[str, str]) -> None:
+    def init(self: object, engine_id: str, ucx_params: dict[str, str]) -> None:
         raise ConfigError(f"NIXL with {ucx_params}")
 
-    monkeypatch.setattr(choice, "_nixl", nixl)
-    monkeypatch.setattr("kvferry.p2p.transports.nixl.load_nixl", lambda: None)  # as where it is installed
+    monkeypatch.setattr(nixl.NixlTransport, "__init__", init)
+    monkeypatch.setattr(nixl, "load_nixl", lambda: None)  # as where it is installed
     with pytest.raises(ConfigError, match=r"NIXL with \{'num_threads': '4', 'ucx_devices': 'lo'\}"):
         cluster.start("NixlConnector", transport="nixl", ucx={"num_threads": 4, "ucx_devices": "lo"})
 

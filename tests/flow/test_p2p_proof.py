@@ -14,7 +14,7 @@ from tests.flow.test_p2p import MODES, PROMPT, Cluster, cluster, expected, sched
 
 from kvferry import LLM
 from kvferry.engine.kv_groups import layer_name
-from kvferry.p2p.transports import choice
+from kvferry.p2p.transports import shm
 from kvferry.p2p.transports.shm import ShmTransport
 from kvferry.p2p.transports.threaded import Step, Transfer
 from kvferry.p2p.transports.transport import TransferOp
@@ -110,7 +110,7 @@ class Spoiling(ShmTransport):
 def test_a_transport_that_spoils_a_byte_and_reports_success_is_found_out(
     cluster: Cluster, mode: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(choice, "ShmTransport", Spoiling)
+    monkeypatch.setattr(shm, "ShmTransport", Spoiling)
     prefill, decode = cluster.start(mode=mode), cluster.start(mode=mode)
     cluster.add(decode, "d", cluster.prefill(prefill, "p"))
     (output,) = cluster.finish("d")

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import sys
+from collections.abc import Sequence
 from typing import Annotated, Any
 
 import typer
@@ -13,6 +15,7 @@ from rich.padding import Padding
 from rich.text import Text
 
 from kvferry.contract.factory import KVConnectorFactory
+from kvferry.contract.plugins import KnownName, Registry
 from kvferry.contract.resolver import KnownConnector
 
 
@@ -32,7 +35,7 @@ def connectors(as_json: Annotated[bool, typer.Option("--json", help="Print JSON 
 
 def _as_dict(connector: KnownConnector) -> dict[str, Any]:
     target, resolved = connector.target, connector.resolved
-    row = {
+    row: dict[str, Any] = {
         "name": target.name,
         "origin": target.origin.value,
         "available": resolved is not None,
@@ -48,7 +51,10 @@ def _as_dict(connector: KnownConnector) -> dict[str, Any]:
         "supports_v2_model_runner": resolved.capabilities.supports_v2_model_runner,
         "connector_api": list(resolved.capabilities.connector_api),
     }
-    return {**row, "version": resolved.version, "file": resolved.file, "capabilities": capabilities}
+    row |= {"version": resolved.version, "file": resolved.file, "capabilities": capabilities}
+    for registry in _registries(connector):
+        row[f"{registry.kind}s"] = [dataclasses.asdict(part) for part in registry.known()]
+    return row
 
 
 def _print_list(known: list[KnownConnector], console: Console) -> None:
@@ -62,7 +68,21 @@ def _print_list(known: list[KnownConnector], console: Console) -> None:
             able = resolved.capabilities
             hybrid, runner = _yes_no(able.supports_hma), _yes_no(able.supports_v2_model_runner)
             what = f"{connector.description}\nhybrid KV caches: {hybrid}; second model runner: {runner}"
+            for registry in _registries(connector):
+                what += f"\n{registry.kind}s: {', '.join(map(_part, registry.known()))}"
         console.print(Padding(Text(what), (0, 0, 1, 4)))
+
+
+def _registries(connector: KnownConnector) -> Sequence[Registry]:
+    """Of the parts that its settings may name; none for one that cannot be used."""
+    sides = getattr(connector.resolved and connector.resolved.connector_class, "sides", None)
+    return sides[0].registries if sides is not None else ()
+
+
+def _part(part: KnownName) -> str:
+    if part.problem is not None:
+        return f"{part.name} (unavailable: {part.problem})"
+    return part.name if part.origin == "built-in" else f"{part.name} ({part.origin})"
 
 
 def _yes_no(value: bool | None) -> str:

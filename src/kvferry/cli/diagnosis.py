@@ -30,7 +30,7 @@ from kvferry.multi.connector import MultiConnector
 from kvferry.offloading.capacity import offloading_capacity
 from kvferry.offloading.connector import OffloadingConnector
 from kvferry.p2p.config import P2PConfig
-from kvferry.p2p.transports.choice import AUTO, check_transport
+from kvferry.p2p.transports.choice import AUTO, check_without_shared_memory
 from kvferry.p2p.transports.shm import SharedPool
 from kvferry.p2p.worker_side import P2PWorkerSide
 from kvferry.vllm.compat import installed_vllm, is_supported, supported_versions
@@ -175,9 +175,9 @@ def _pool_folder(config: P2PConfig, num_bytes: int) -> Path | None:
         if config.transport != AUTO:
             raise
         try:
-            check_transport("nixl")
-        except ConfigError as no_nixl:
-            raise ConfigError(f"no p2p transport works here: shm: {no_room}; nixl: {no_nixl}") from no_nixl
+            check_without_shared_memory(config.transport_configs)
+        except ConfigError as no_other:
+            raise ConfigError(f"no p2p transport works here: shm: {no_room}; {no_other}") from no_other
         return None
 
 

@@ -28,6 +28,7 @@ from typing import Any, cast
 from kvferry.config import KVTransferConfig, lmcache_upstream_environment
 from kvferry.contract.base import CONNECTOR_API, KVConnectorBase_V1
 from kvferry.contract.class_hooks import ask_class
+from kvferry.contract.plugins import read_offers
 from kvferry.errors import (
     ConfigError,
     ConnectorAttributeNotFound,
@@ -359,21 +360,14 @@ def _row(target: Target, offers: list[Target]) -> KnownConnector:
 
 
 def _entry_points() -> Iterator[Target]:
-    try:
-        found = metadata.entry_points(group=ENTRY_POINT_GROUP)
-    except Exception:  # one package's broken metadata; connectors that need no entry point must still be found
-        logger.exception("cannot read the entry points of installed packages; none is used")
-        return
-    for point in found:
-        module, _, class_name = point.value.partition("[")[0].strip().partition(":")
-        dist = point.dist
+    for offer in read_offers(ENTRY_POINT_GROUP):
         yield Target(
-            point.name,
-            module.strip(),
-            class_name.strip(),
+            offer.name,
+            offer.module,
+            offer.attribute,
             Origin.ENTRY_POINT,
-            version=dist.version if dist else None,
-            package=dist.name if dist else None,
+            version=offer.version,
+            package=offer.package,
         )
 
 

@@ -8,9 +8,9 @@ need not use them: it subclasses `KVConnectorBase_V1`.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from kvferry.contract.base import (
     CacheHitSource,
@@ -21,6 +21,7 @@ from kvferry.contract.base import (
 )
 from kvferry.contract.explain import PrefixRange
 from kvferry.contract.host import HostInfo
+from kvferry.contract.plugins import Registry
 from kvferry.contract.views import BlockIds, RequestView, StepView
 from kvferry.errors import ConfigError
 
@@ -36,6 +37,8 @@ class SchedulerSide(ABC):
     cache_hit_source: CacheHitSource = CacheHitSource.EXTERNAL_UNSPECIFIED
     requires_kv_delivery: bool = False
     supports_divergent_local_hybrid_hits: bool = False
+    registries: ClassVar[Sequence[Registry]] = ()
+    """Of the parts that its settings may name, and installed packages may add (`kvferry connectors` lists them)."""
 
     def __init__(self, host: HostInfo) -> None:
         self.host = host

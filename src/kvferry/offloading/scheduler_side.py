@@ -51,7 +51,7 @@ from kvferry.offloading.requests import (
     starts_with_a_block,
 )
 from kvferry.offloading.stats import OffloadingCounters
-from kvferry.offloading.store.registry import create_tier
+from kvferry.offloading.store.registry import TIER_TYPES, create_tier
 from kvferry.offloading.store.tiered import HOST, OnDurable, TieredStore
 from kvferry.types import NULL_BLOCK_ID, GroupInfo, Presence, SlotRef, StoreKey
 
@@ -67,6 +67,7 @@ class OffloadingSchedulerSide(SchedulerSide):
     """Index, policy and tier I/O; one instance per engine, in the scheduler's thread."""
 
     cache_hit_source = CacheHitSource.HOST
+    registries = (TIER_TYPES,)
 
     def __init__(self, host: HostInfo, clock: Clock | None = None) -> None:
         super().__init__(host)

@@ -7,12 +7,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from kvferry.config import VllmsOwn, parse_settings, read_secret, without_vllms_own
+from kvferry.config import VllmsOwn, parse_settings, read_secret, shown, without_vllms_own
 from kvferry.errors import ConfigError
 from kvferry.p2p.actions import P2PSettings
 from kvferry.p2p.control import ControlSettings, check_listening
 from kvferry.p2p.link import tls_contexts
-from kvferry.p2p.transports.choice import check_transport
+from kvferry.p2p.transports.choice import AUTO, TRANSPORTS, check_transport, uses_pool
 from kvferry.p2p.wire import LOOPBACK, parse_network
 
 EXTRA_CONFIG = "kv_connector_extra_config"
@@ -38,9 +38,11 @@ _VLLMS_OWN: VllmsOwn = {
 class P2PConfig:
     """Settings of the user. `parse` checks every key; the error for an unknown key names the nearest known key."""
 
-    transport: Literal["auto", "shm", "nixl"] = "auto"
-    """Transport that moves the bytes. `auto`: for each peer the fastest transport that reaches the peer. No other
-    transport ever replaces a named one."""
+    transport: str = AUTO
+    """Transport that moves the bytes: `shm`, `nixl`, or the name of an installed package's transport. `auto`: for each
+    peer the fastest transport that reaches the peer. No other transport ever replaces a named one."""
+    transport_config: dict[str, dict[str, Any]] | None = None
+    """Settings of installed packages' transports, by the name of the transport; NIXL's settings are in `ucx`."""
     mode: Literal["pull", "push"] = "pull"
     """Engine that moves the bytes: the decode engine reads (pull), or the prefill engine writes (push)."""
     host: str = "127.0.0.1"
@@ -94,16 +96,35 @@ class P2PConfig:
         for pattern in config.peers:
             if "/" in pattern:
                 parse_network(pattern)  # now, and not with the first request
+        config.check_transport_names()
         for key, value in (config.ucx or {}).items():
             if type(value) not in (str, int):
                 raise ConfigError(f"{EXTRA_CONFIG}.ucx.{key}={value!r} must be a text or a whole number")
         config.waits()
         return config
 
+    def check_transport_names(self) -> None:
+        """ConfigError for names that no transport has, and for own settings of one that is not used."""
+        TRANSPORTS.check_name(self.transport, f"{EXTRA_CONFIG}.transport", also=[AUTO])
+        for name, settings in (self.transport_config or {}).items():
+            where = f"{EXTRA_CONFIG}.transport_config.{name}"
+            if name in TRANSPORTS.built_ins:
+                raise ConfigError(f"{where}: {name!r} is kvferry's own; its settings are shm_dir (shm) and ucx (nixl)")
+            TRANSPORTS.check_name(name, f"{EXTRA_CONFIG}.transport_config, name")
+            if not isinstance(settings, Mapping):
+                raise ConfigError(f"{where}={shown(settings)} must be an object")
+            if self.transport not in (AUTO, name):
+                raise ConfigError(f"{where} is given, but transport is {self.transport!r}: leave one of them out")
+
+    @property
+    def transport_configs(self) -> dict[str, Mapping[str, Any]]:
+        """Own settings of transports, by name."""
+        return {**(self.transport_config or {}), "nixl": self.ucx or {}}
+
     @property
     def uses_pool(self) -> bool:
         """Whether the KV memory is to lie where peers on this machine can map it."""
-        return self.transport in ("auto", "shm")
+        return uses_pool(self.transport)
 
     @property
     def peers(self) -> tuple[str, ...]:
@@ -124,7 +145,7 @@ class P2PConfig:
         key = "unreadable" if self.key_file is not None else None
         for check in (
             self.key,
-            lambda: check_transport(self.transport),
+            lambda: check_transport(self.transport, self.transport_configs),
             lambda: check_listening(self.control(key)),
         ):
             try:

@@ -85,6 +85,11 @@ class ControlSettings:
         """How many peers may be dialled in this process."""
         return descriptor_share(self.max_dialled, 16)
 
+    @property
+    def dialled_host(self) -> str:
+        """The host that peers dial."""
+        return self.advertised_host or (socket.gethostname() if self.host in _WILDCARDS else self.host)
+
 
 @dataclass(frozen=True, slots=True)
 class Connected:
@@ -184,8 +189,7 @@ class ControlChannel(Generic[M]):
         self._listener = _bind(settings)
         self._listener.setblocking(False)
         watch(self._listener, min(settings.silence_s, _LONGEST_S))
-        bound = socket.gethostname() if settings.host in _WILDCARDS else settings.host
-        self.address = Address(settings.advertised_host or bound, self._listener.getsockname()[1])
+        self.address = Address(settings.dialled_host, self._listener.getsockname()[1])
         self._loop = asyncio.SelectorEventLoop()  # whatever policy the host has set
         self._thread = threading.Thread(target=self._main, name="kvferry-p2p-control", daemon=True)
         self._thread.start()

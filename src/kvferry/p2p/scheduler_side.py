@@ -57,6 +57,7 @@ from kvferry.p2p.loads import HostLoad, HostLoadState
 from kvferry.p2p.messages import CODEC, PROTOCOL, Handover, Hello, TokenProof
 from kvferry.p2p.stats import P2PCounters
 from kvferry.p2p.step_messages import OpenOrder, P2PHandshake, P2PStepMetadata, P2PWorkerReport
+from kvferry.p2p.transports.choice import TRANSPORTS
 from kvferry.p2p.transports.transport import TransferOp
 from kvferry.p2p.windows import LastTables, begins_with_block
 from kvferry.p2p.wire import Address, check_peer
@@ -83,6 +84,7 @@ class P2PSchedulerSide(SchedulerSide):
     """One per engine, in the scheduler's thread. No hook waits for a peer."""
 
     cache_hit_source = CacheHitSource.P2P
+    registries = (TRANSPORTS,)
     variant: Mapping[str, Any] = {}
 
     def __init__(self, host: HostInfo, clock: Clock | None = None) -> None:

@@ -21,7 +21,7 @@ from kvferry.p2p.links import Links
 from kvferry.p2p.step_messages import P2PHandshake, P2PStepMetadata, P2PWorkerReport
 from kvferry.p2p.transports.choice import AUTO, create_transports
 from kvferry.p2p.transports.shm import SharedPool
-from kvferry.p2p.transports.transport import Region, Transport
+from kvferry.p2p.transports.transport import Region, Transport, TransportSetup
 
 if TYPE_CHECKING:
     import torch
@@ -67,10 +67,11 @@ class P2PWorkerSide(WorkerSide):
         if self.config.verify_loads and all(device.type == "cpu" for _, device in storages):
             self._digester = Digester(layout, rank, [region.address for region in regions])
             self._links.digester = self._digester
-        ucx = {key: str(value) for key, value in (self.config.ucx or {}).items()}
-        made = create_transports(
-            self.config.transport, regions, engine_id=host.engine_id, pool=self._pool, ucx_params=ucx
-        )
+        address = self.config.control(None)
+        setup = TransportSetup(
+            host.engine_id, host=address.host, advertised_host=address.dialled_host, pool=self._pool
+        )  # fmt: skip
+        made = create_transports(self.config.transport, regions, setup, self.config.transport_configs)
         self.transports.update(made)
 
     def get_handshake_metadata(self) -> P2PHandshake:

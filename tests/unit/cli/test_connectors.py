@@ -38,7 +38,11 @@ def packages(tmp_path: Path) -> Path:
     info = tmp_path / "theirs-4.2.dist-info"
     info.mkdir()
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: theirs\nVersion: 4.2\n")
-    (info / "entry_points.txt").write_text("[kvferry.connectors]\nGood = their_good:Good\nBad = their_broken:Bad\n")
+    (info / "entry_points.txt").write_text(
+        "[kvferry.connectors]\nGood = their_good:Good\nBad = their_broken:Bad\n"
+        "[kvferry.tiers]\nram = kvferry.testing.tiers:MemoryTier\nrom = their_broken:Rom\n"
+        "[kvferry.transports]\nshm = their_broken:Shm\n"
+    )
     return tmp_path
 
 
@@ -62,6 +66,11 @@ def test_json_lists_good_and_broken_ones(packages: Path) -> None:
     assert (built_in["origin"], built_in["version"]) == ("built-in", kvferry.__version__)
     assert built_in["available"]
     assert built_in["capabilities"]["supports_hma"] is True
+    tiers = {tier["name"]: tier for tier in built_in["tiers"]}
+    assert tiers["fs"] == {"name": "fs", "origin": "built-in", "problem": None}
+    assert tiers["ram"]["origin"] == "entry point kvferry.testing.tiers:MemoryTier of package theirs"
+    assert "a_package_nobody_has" in tiers["rom"]["problem"]
+    assert [row["name"] for row in rows["P2PConnector"]["transports"]] == ["shm", "nixl", "shm"]
     assert rows["Good"] == {
         "name": "Good",
         "origin": "entry point",
@@ -86,6 +95,8 @@ def test_list_says_what_is_wrong_and_what_to_do(packages: Path) -> None:
         "Moves [bold]nothing[/bold].",
         "hybrid KV caches: no; second model runner: yes",
     ]
+    tiers = next(line for line in lines if line.startswith("tiers: fs, ram (entry point "))
+    assert "of package theirs), rom (unavailable: " in " ".join(lines[lines.index(tiers) :][:2])
     bad = lines.index("Bad  (entry point 4.2)")
     assert lines[bad + 1].startswith("unavailable: ")
     assert "install the package that has 'a_package_nobody_has'" in " ".join(lines[bad + 1 : bad + 4])

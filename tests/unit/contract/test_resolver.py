@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.packages import install
 
 import kvferry
 from kvferry.config import KVTransferConfig
@@ -131,17 +132,6 @@ def resolver() -> ConnectorResolver:
 
 def config(name: str | None, path: str | None = None, **more: Any) -> KVTransferConfig:
     return KVTransferConfig(name, kv_role="kv_both", kv_connector_module_path=path, **more)
-
-
-def install(folder: Path, package: str, points: dict[str, str], version: str = "2.5") -> None:
-    """What an installer leaves of a package: its dist-info folder."""
-    info = folder / f"{package}-{version}.dist-info"
-    info.mkdir()
-    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {package}\nVersion: {version}\n")
-    (info / "top_level.txt").write_text(f"{package}\n")
-    lines = [f"{name} = {value}\n" for name, value in points.items()]
-    (info / "entry_points.txt").write_text("".join(["[kvferry.connectors]\n", *lines]))
-    importlib.invalidate_caches()
 
 
 def warnings_of(caplog: pytest.LogCaptureFixture) -> list[str]:

@@ -1,33 +1,26 @@
-"""Tier types by name, imported when first used."""
+"""Tier types by name: kvferry's own, and those that installed packages offer as entry points of `kvferry.tiers`."""
 
 from __future__ import annotations
 
-import importlib
-import types
 from collections.abc import Mapping
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 from kvferry.clock import Clock, SystemClock
+from kvferry.contract.plugins import Registry, load_factory
 from kvferry.errors import ConfigError, did_you_mean
 from kvferry.offloading.store.tier import Tier, TierFactory, TierRoom
 from kvferry.types import Namespace
 
-
-class TierType(NamedTuple):
-    """Where the class of a tier is, and what to tell when its module cannot be imported."""
-
-    target: str  # "module:Class"
-    install_hint: str = ""
-
-
-TIER_TYPES: Mapping[str, TierType] = types.MappingProxyType({"fs": TierType("kvferry.offloading.tiers.disk:DiskTier")})
+TIER_TYPES = Registry("kvferry.tiers", "tier", {"fs": "kvferry.offloading.tiers.disk:DiskTier"})
 
 
 def create_tier(
     config: Mapping[str, Any], namespace: Namespace, clock: Clock | None = None, *, where: str = "secondary_tiers[0]"
 ) -> Tier:
-    """Build the tier that `config` describes: `{"type": "fs", ...}`, or of somebody else's module
-    `{"type": "MyTier", "tier_module_path": "my.module", ...}` (the module wins over a built-in of that name).
+    """Build the tier that `config` describes.
+
+    `{"type": NAME, ...}` is a built-in tier or one of an installed package, `{"type": "MyTier", "tier_module_path":
+    "my.module", ...}` that class of that module, whatever else has its name.
 
     May block (opens, scans). `where` is the place of `config` in the user's configuration, for messages.
     ConfigError: unknown type or key (with the nearest known name), wrong value, module missing, medium unusable.
@@ -63,32 +56,14 @@ def _find(config: Mapping[str, Any], where: str) -> tuple[TierFactory, dict[str,
     type_name = settings.pop("type", None)
     module_path = settings.pop("tier_module_path", None)
     if type_name is not None and not isinstance(type_name, str):
-        raise ConfigError(f"{where}.type={type_name!r} must be text{did_you_mean('', TIER_TYPES)}")
+        raise ConfigError(f"{where}.type={type_name!r} must be text{did_you_mean('', TIER_TYPES.names())}")
     if not type_name:
-        raise ConfigError(f"{where}.type is missing{did_you_mean('', TIER_TYPES)}")
-    for key in sorted(_VLLMS_KEYS.keys() & settings.keys()) if module_path is None else ():
+        raise ConfigError(f"{where}.type is missing{did_you_mean('', TIER_TYPES.names())}")
+    is_built_in = module_path is None and (type_name in TIER_TYPES.built_ins or type_name not in TIER_TYPES.names())
+    for key in sorted(_VLLMS_KEYS.keys() & settings.keys()) if is_built_in else ():
         raise ConfigError(f"{where}.{key}={settings[key]!r} is a setting of vLLM's tiers: {_VLLMS_KEYS[key]}")
     if module_path is not None:
         if not isinstance(module_path, str) or not module_path:
             raise ConfigError(f"{where}.tier_module_path must name a module, not {module_path!r}")
-        tier_type = TierType(f"{module_path}:{type_name}")
-    elif type_name in TIER_TYPES:
-        tier_type = TIER_TYPES[type_name]
-    else:
-        raise ConfigError(f"{where}.type {type_name!r} is unknown{did_you_mean(type_name, TIER_TYPES)}")
-    return _resolve(tier_type, where), settings
-
-
-def _resolve(tier_type: TierType, where: str) -> TierFactory:
-    module_name, _, class_name = tier_type.target.partition(":")
-    try:
-        module = importlib.import_module(module_name)
-    except ImportError as error:
-        hint = f"; {tier_type.install_hint}" if tier_type.install_hint else ""
-        raise ConfigError(f"{where}: cannot import {module_name}: {error}{hint}") from error
-    found = getattr(module, class_name, None)
-    if found is None or not hasattr(found, "from_config"):
-        known = [name for name, value in vars(module).items() if hasattr(value, "from_config")]
-        near = did_you_mean(class_name, known)
-        raise ConfigError(f"{where}.type: {module_name} has no tier class {class_name!r}{near}")
-    return cast("TierFactory", found)
+        return cast("TierFactory", load_factory(module_path, type_name, f"{where}.type", "tier")), settings
+    return cast("TierFactory", TIER_TYPES.find(type_name, f"{where}.type")), settings

@@ -1,58 +1,56 @@
-"""Which transport: those a worker can offer, and the one for each pair of workers.
+"""Which transport: the names there are, those a worker can offer, and the one for each pair of workers.
 
-`auto` offers all that work here and takes, per peer, the first of `PREFERENCE` that both sides have and that reaches.
+`auto` offers all that work here and takes, per peer, the first that both sides have and that reaches: kvferry's own in
+the order of `TRANSPORTS`, then those of installed packages in alphabetical order, as far as their class says
+`is_for_auto`. Others of these serve only by name: what an engine does must not change because a package was installed.
 A transport that is named is that one or an error: nothing is substituted.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
+from typing import Any
 
-from kvferry.errors import ConfigError, TransferError, did_you_mean
-from kvferry.p2p.transports.shm import SharedPool, ShmTransport
-from kvferry.p2p.transports.transport import Region, Transport
+from kvferry.contract.plugins import Registry
+from kvferry.errors import ConfigError, TransferError
+from kvferry.p2p.transports.transport import Region, Transport, TransportSetup
 
 logger = logging.getLogger(__name__)
 
 AUTO = "auto"
-PREFERENCE = ("shm", "nixl")
-"""The fastest first."""
+TRANSPORTS = Registry(
+    "kvferry.transports",
+    "transport",
+    {"shm": "kvferry.p2p.transports.shm:ShmTransport", "nixl": "kvferry.p2p.transports.nixl:NixlTransport"},
+)
+"""kvferry's own: the fastest first."""
+SETTING = "kv_connector_extra_config.transport"
 
 
 def create_transports(
-    requested: str,
-    regions: Sequence[Region],
-    *,
-    engine_id: str,
-    pool: SharedPool | None = None,
-    ucx_params: Mapping[str, str] | None = None,
+    requested: str, regions: Sequence[Region], setup: TransportSetup, configs: Mapping[str, Mapping[str, Any]]
 ) -> dict[str, Transport]:
-    """The worker's registered transports by name; close them all. `pool` is what KV memory was allocated in, if it was.
+    """The worker's registered transports by name; close them all. `configs`: own settings of transports, by name.
 
     ConfigError when the name is unknown, a named transport cannot be had, or `auto` finds none; it says why.
     """
-    makers: dict[str, Callable[[], Transport]] = {
-        "shm": lambda: ShmTransport(pool or SharedPool(engine_id)),
-        "nixl": lambda: _nixl(engine_id, ucx_params),
-    }
-    if requested not in (AUTO, *makers):
-        raise ConfigError(f"p2p transport {requested!r} is unknown{did_you_mean(requested, [AUTO, *makers])}")
+    reasons: list[str] = []
+    names = _names_for_auto(reasons) if requested == AUTO else [requested]
     transports: dict[str, Transport] = {}
-    reasons = []
     with ExitStack() as made:
-        for name in PREFERENCE if requested == AUTO else (requested,):
+        for name in names:
+            own = replace(setup, config=configs.get(name, {}), where=where_of(name))
             try:
-                transport = makers[name]()
-                transport.register(regions)
+                transports[name] = _make(name, own, regions)
             except ConfigError as error:
                 if requested != AUTO:
                     raise
                 reasons.append(f"{name}: {error}")
             else:
-                transports[name] = transport
-                made.callback(transport.close)
+                made.callback(transports[name].close)
         made.pop_all()  # nothing was raised: they are the caller's
     if not transports:
         raise ConfigError(f"no p2p transport works here: {'; '.join(reasons)}")
@@ -63,7 +61,8 @@ def create_transports(
 def choose(requested: str, transports: Mapping[str, Transport], blobs: Mapping[str, bytes]) -> Transport:
     """Ours for one peer, given the blobs it offers by name. TransferError says why each is out."""
     reasons = []
-    for name in PREFERENCE if requested == AUTO else (requested,):
+    installed = sorted(transports.keys() - TRANSPORTS.built_ins.keys())
+    for name in [*TRANSPORTS.built_ins, *installed] if requested == AUTO else (requested,):
         if name not in transports:
             reasons.append(f"{name}: not available in this engine")
         elif name not in blobs:
@@ -76,15 +75,86 @@ def choose(requested: str, transports: Mapping[str, Transport], blobs: Mapping[s
     raise TransferError(f"no transport ({requested}) reaches the peer: {'; '.join(reasons)}")
 
 
-def check_transport(requested: str) -> None:
-    """ConfigError when a transport that is named cannot be had here. Opens nothing."""
-    if requested == "nixl":
-        from kvferry.p2p.transports.nixl import load_nixl
-
-        load_nixl()
+def where_of(name: str) -> str:
+    """Where a transport's own settings stand in the user's configuration."""
+    return "kv_connector_extra_config." + ("ucx" if name == "nixl" else f"transport_config.{name}")
 
 
-def _nixl(engine_id: str, ucx_params: Mapping[str, str] | None) -> Transport:
-    from kvferry.p2p.transports.nixl import NixlTransport
+def check_transport(requested: str, configs: Mapping[str, Mapping[str, Any]]) -> None:
+    """ConfigError when a transport that is named cannot be had here, or `auto` never uses one with settings.
 
-    return NixlTransport(engine_id, ucx_params)
+    Opens nothing.
+    """
+    if requested != AUTO:
+        _check(requested, configs.get(requested, {}))
+        return
+    for name in sorted(configs.keys() - TRANSPORTS.built_ins.keys()):
+        if not _is_for_auto(name):
+            raise ConfigError(
+                f"{where_of(name)} is given, but transport 'auto' does not use {name!r}: set {SETTING} to {name!r}"
+            )
+        _check(name, configs[name])
+
+
+def check_without_shared_memory(configs: Mapping[str, Mapping[str, Any]]) -> None:
+    """ConfigError, with the reason for each, unless `auto` finds a transport beside shared memory. Opens nothing."""
+    reasons: list[str] = []
+    for name in _names_for_auto(reasons):
+        if name != "shm":
+            try:
+                return _check(name, configs.get(name, {}))
+            except ConfigError as error:
+                reasons.append(f"{name}: {error}")
+    raise ConfigError("; ".join(reasons))
+
+
+def uses_pool(requested: str) -> bool:
+    """Whether KV memory is to lie in a `SharedPool`. ConfigError when there is no such transport."""
+    return requested == AUTO or bool(getattr(TRANSPORTS.find(requested, SETTING), "uses_pool", False))
+
+
+def _check(name: str, config: Mapping[str, Any]) -> None:
+    factory = TRANSPORTS.find(name, SETTING)
+    if hasattr(factory, "check"):
+        factory.check(config, where_of(name))
+
+
+def _is_for_auto(name: str) -> bool:
+    return bool(getattr(TRANSPORTS.find(name, SETTING), "is_for_auto", False))
+
+
+def _names_for_auto(reasons: list[str]) -> list[str]:
+    """In the order in which they are tried; of those that cannot be imported, `reasons` says why."""
+    names = list(TRANSPORTS.built_ins)
+    for name in TRANSPORTS.names()[len(names) :]:
+        try:
+            if _is_for_auto(name):
+                names.append(name)
+        except ConfigError as error:
+            reasons.append(f"{name}: {error}")
+    return names
+
+
+def _make(name: str, setup: TransportSetup, regions: Sequence[Region]) -> Transport:
+    """ConfigError also for whatever else a package's transport raises: it must not take `auto` down with it."""
+    factory = TRANSPORTS.find(name, SETTING)
+    with ExitStack() as undo:
+        try:
+            transport = factory.from_config(setup)
+            _check_made(name, transport)
+            undo.callback(transport.close)
+            transport.register(regions)
+        except Exception as error:  # plugin code: what it raises is not known
+            if name in TRANSPORTS.built_ins or isinstance(error, ConfigError):
+                raise
+            raise ConfigError(f"transport {name!r} cannot be had: {type(error).__name__}: {error}") from error
+        undo.pop_all()
+    assert isinstance(transport, Transport)
+    return transport
+
+
+def _check_made(name: str, made: object) -> None:
+    if not isinstance(made, Transport):
+        raise ConfigError(f"the factory of transport {name!r} made {made!r}, which lacks methods of a transport")
+    if made.capabilities.name != name:
+        raise ConfigError(f"the transport registered as {name!r} calls itself {made.capabilities.name!r}")

@@ -38,7 +38,7 @@ import numpy as np
 from kvferry.errors import ConfigError, HostError, TransferError, install_hint
 from kvferry.kv.segment import PAGE_BYTES, SHM_DIRECTORY, Segment, is_segment_path
 from kvferry.p2p.transports.threaded import Step, ThreadedTransport, Transfer, decode_blob
-from kvferry.p2p.transports.transport import Ints, PeerHandle, TransferOp, TransportCapabilities
+from kvferry.p2p.transports.transport import Ints, PeerHandle, TransferOp, TransportCapabilities, TransportSetup
 
 _POST_BYTES = 64 << 20
 _DRAIN_S = 1.0
@@ -100,6 +100,16 @@ class NixlTransport(ThreadedTransport):
     capabilities = TransportCapabilities("nixl", devices=("cpu", "cuda"))
     serve_interval_s = 0.001
     drain_s = 10.0
+
+    @classmethod
+    def from_config(cls, setup: TransportSetup) -> NixlTransport:
+        """Its settings (the user's `ucx`) go to the UCX backend as texts."""
+        return cls(setup.engine_id, {key: str(value) for key, value in setup.config.items()})
+
+    @classmethod
+    def check(cls, config: Mapping[str, Any], where: str) -> None:
+        """ConfigError when NIXL is not installed."""
+        load_nixl()
 
     def __init__(self, engine_id: str, ucx_params: Mapping[str, str] | None = None) -> None:
         super().__init__()

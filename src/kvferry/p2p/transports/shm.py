@@ -37,7 +37,7 @@ from kvferry.kv.segment import (
 from kvferry.kv.space import space_at
 from kvferry.p2p.transports.copying import copy_pieces
 from kvferry.p2p.transports.threaded import Step, ThreadedTransport, Transfer, decode_blob
-from kvferry.p2p.transports.transport import Ints, PeerHandle, TransferOp, TransportCapabilities
+from kvferry.p2p.transports.transport import Ints, PeerHandle, TransferOp, TransportCapabilities, TransportSetup
 
 if TYPE_CHECKING:
     import torch
@@ -232,6 +232,12 @@ class ShmTransport(ThreadedTransport):
     """Same host only, CPU memory of a `SharedPool`."""
 
     capabilities = TransportCapabilities("shm", devices=("cpu",))
+    uses_pool = True
+
+    @classmethod
+    def from_config(cls, setup: TransportSetup) -> ShmTransport:
+        """Over the engine's pool. It has no settings of its own."""
+        return cls(setup.pool or SharedPool(setup.engine_id))
 
     def __init__(self, pool: SharedPool) -> None:
         super().__init__()

@@ -30,22 +30,26 @@ a real abort (docs: a "successful" release was seen followed by 979 of 1,074 MB)
 
 `bytes_moved` counts what the transport itself has seen land, per operation; pieces of failed tickets included.
 
-To write a transport: subclass `ThreadedTransport` (`kvferry.p2p.transports.threaded`) and pass the checks in
-`kvferry.testing.transport_checks`.
+To write a transport: subclass `ThreadedTransport` (`kvferry.p2p.transports.threaded`), give it a `from_config`, pass
+`kvferry.testing.TransportChecks`, and name it in an entry point of the group `kvferry.transports`
+(docs/guides/extending.md).
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import NamedTuple, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
 
 from kvferry.errors import TransferError
+
+if TYPE_CHECKING:
+    from kvferry.p2p.transports.shm import SharedPool
 
 Ints = npt.NDArray[np.int64]
 
@@ -171,6 +175,41 @@ class Transport(Protocol):
 
     def close(self) -> None:
         """Close all peers, stop the thread, give the memory back. Open tickets get no completion. Idempotent."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class TransportSetup:
+    """What a worker's transport may need to know before it is given memory."""
+
+    engine_id: str
+    config: Mapping[str, Any] = field(default_factory=dict)
+    """The transport's own settings, as the user wrote them: unknown keys and wrong values are the transport's to name
+    (`kvferry.config.parse_settings` does)."""
+    where: str = ""
+    """The place of `config` in the user's configuration, for messages."""
+    host: str = "127.0.0.1"
+    """The address on which the engine listens for peers: listen on the same one."""
+    advertised_host: str = "127.0.0.1"
+    """The address or name under which peers reach this machine."""
+    pool: SharedPool | None = None
+    """What KV memory is allocated in, so that processes of this machine can map it; None unless the factory's
+    `uses_pool` is true, or the setting `transport` is `auto`."""
+
+
+class TransportFactory(Protocol):
+    """What a class named in an entry point of `kvferry.transports` must offer: `from_config`. The rest is optional.
+
+    The entry point's name, the transport's `capabilities.name` and the setting `transport` are one word.
+
+    uses_pool     class attribute; True: KV memory is allocated in a `SharedPool`, as for shared memory
+    is_for_auto   class attribute; True: `transport: "auto"` tries it too, after kvferry's own
+    check(config, where)   classmethod; ConfigError when such a transport cannot be had on this machine or `config` is
+                           wrong. Opens nothing; asked before every start and by `kvferry doctor`
+    """
+
+    def from_config(self, setup: TransportSetup) -> Transport:
+        """Make the transport (classmethod); `register` follows. ConfigError: settings, or what is missing here."""
         ...
 
 

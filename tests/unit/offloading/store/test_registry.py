@@ -3,9 +3,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from tests.packages import install
 
 from kvferry.errors import ConfigError
-from kvferry.offloading.store.registry import create_tier
+from kvferry.offloading.store.registry import create_tier, tier_room
 from kvferry.testing.tiers import BlockingTier
 
 
@@ -80,3 +81,23 @@ def test_a_module_path_wins_over_a_built_in_name(kit, tmp_path: Path, monkeypatc
 def test_shipped_test_tiers_by_name(kit) -> None:
     config = {"type": "BlockingTier", "tier_module_path": "kvferry.testing.tiers", "block_s": 5.0}
     assert isinstance(create_tier(config, kit.namespace), BlockingTier)
+
+
+def test_a_tier_of_an_installed_package(kit, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.syspath_prepend(str(tmp_path))
+    points = {"ram": "kvferry.testing.tiers:MemoryTier", "fs": "kvferry.testing.tiers:MemoryTier"}
+    install(tmp_path, "theirs", points, group="kvferry.tiers")
+    tier = create_tier({"type": "ram", "name": "mine"}, kit.namespace)
+    assert (type(tier).__name__, tier.name) == ("MemoryTier", "mine")
+    with pytest.raises(ConfigError, match="root_dir"):  # the tier's own error, not what vLLM calls a setting of `fs`
+        create_tier({"type": "ram", "root_dir": "x"}, kit.namespace)
+    assert create_tier({"type": "fs", "path": str(tmp_path / "kv")}, kit.namespace).close() is None
+    with pytest.raises(ConfigError, match=r"secondary_tiers\[0\].type='rom' is unknown .*known: fs, ram"):
+        create_tier({"type": "rom"}, kit.namespace)
+
+
+def test_a_tier_need_not_tell_its_room(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.syspath_prepend(str(tmp_path))
+    install(tmp_path, "theirs", {"ram": "kvferry.testing.tiers:MemoryTier"}, group="kvferry.tiers")
+    room = tier_room({"type": "ram"}, 100, where="x")
+    assert (room.name, room.num_chunks, room.problem) == ("ram", None, None)

@@ -20,10 +20,9 @@ import torch
 from kvferry.contract import FullAttentionSpec, make_kv_cache_config
 from kvferry.engine.kv_groups import KVBuffer
 from kvferry.errors import ConfigError, TransferError
-from kvferry.p2p.transports import choice
 from kvferry.p2p.transports.choice import create_transports
 from kvferry.p2p.transports.shm import SharedPool, ShmTransport
-from kvferry.p2p.transports.transport import Region, TransferOp, TransferStatus
+from kvferry.p2p.transports.transport import Region, TransferOp, TransferStatus, TransportSetup
 from kvferry.testing.transport_checks import End, TransportChecks, copies, wait_for
 from kvferry.testing.transports import FakeNetwork, FakeTransport
 
@@ -254,8 +253,8 @@ def test_auto_does_without_shared_memory_that_is_too_small(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     shrink_shm(tmp_path, monkeypatch)
-    nixl = FakeTransport(FakeNetwork())
-    monkeypatch.setattr(choice, "_nixl", lambda *_: nixl)
+    nixl = FakeTransport(FakeNetwork(), "nixl")
+    monkeypatch.setattr("kvferry.p2p.transports.nixl.NixlTransport.from_config", lambda setup: nixl)
     pools = {name: SharedPool("test", is_optional=name == "auto") for name in ("auto", "shm")}
     with pools["shm"].context(), pytest.raises(ConfigError, match="no room"):
         torch.zeros(100_000, dtype=torch.int8)
@@ -265,9 +264,9 @@ def test_auto_does_without_shared_memory_that_is_too_small(
     assert not kv.any()
     assert f"{tmp_path / 'shm'}: 4096 bytes are free" in caplog.text
     regions = [Region(kv.data_ptr(), 100_000)]
-    assert create_transports("auto", regions, engine_id="test", pool=pools["auto"]) == {"nixl": nixl}
+    assert create_transports("auto", regions, TransportSetup("test", pool=pools["auto"]), {}) == {"nixl": nixl}
     with pytest.raises(ConfigError, match=r"shm: .*4096 bytes are free.*; nixl: .*registered once"):
-        create_transports("auto", regions, engine_id="test", pool=pools["auto"])
+        create_transports("auto", regions, TransportSetup("test", pool=pools["auto"]), {})
 
 
 def test_too_small_shared_memory_falls_to_a_folder_or_says_what_to_do(

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from tests.packages import install
 
 from kvferry.clock import FakeClock
 from kvferry.errors import ConfigError, TransferError
-from kvferry.p2p.transports import choice
+from kvferry.p2p.config import P2PConfig
 from kvferry.p2p.transports.choice import choose, create_transports
 from kvferry.p2p.transports.shm import SharedPool
 from kvferry.p2p.transports.threaded import Step, ThreadedTransport, Transfer
@@ -22,6 +25,7 @@ from kvferry.p2p.transports.transport import (
     TransferStatus,
     Transport,
     TransportCapabilities,
+    TransportSetup,
 )
 from kvferry.testing.transport_checks import End, TransportChecks, copies, wait_for
 from kvferry.testing.transports import FakeNetwork, FakeTransport
@@ -233,31 +237,149 @@ def test_what_a_worker_offers(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "nixl._api", None)
     pool = SharedPool("test")
     shared, private = pool.zeros(100), torch.zeros(100, dtype=torch.int8)
-    offered = create_transports("auto", [Region(shared.data_ptr(), 100)], engine_id="test", pool=pool)
+    offered = create_transports("auto", [Region(shared.data_ptr(), 100)], TransportSetup("test", pool=pool), {})
     assert list(offered) == ["shm"]
     offered["shm"].close()
     pool.close()
     regions = [Region(private.data_ptr(), 100)]
     with pytest.raises(ConfigError, match=r"shm: .*get_mem_pool_context.*; nixl: .*pip install"):
-        create_transports("auto", regions, engine_id="test")
+        create_transports("auto", regions, TransportSetup("test"), {})
     with pytest.raises(ConfigError, match="pip install"):
-        create_transports("nixl", regions, engine_id="test")
+        create_transports("nixl", regions, TransportSetup("test"), {})
     with pytest.raises(ConfigError, match="did you mean 'nixl'"):
-        create_transports("nixle", regions, engine_id="test")
+        create_transports("nixle", regions, TransportSetup("test"), {})
 
 
 def test_transports_made_are_closed_when_the_next_one_breaks(monkeypatch: pytest.MonkeyPatch) -> None:
-    shm = fake_end(FakeNetwork(), [100]).transport
+    shm = fake_end(FakeNetwork(), [100], name="shm").transport
     shm.regions = ()
 
     def breaks(*_: object) -> Transport:
         raise ZeroDivisionError
 
-    monkeypatch.setattr(choice, "ShmTransport", lambda pool: shm)
-    monkeypatch.setattr(choice, "_nixl", breaks)
+    monkeypatch.setattr("kvferry.p2p.transports.shm.ShmTransport.from_config", lambda setup: shm)
+    monkeypatch.setattr("kvferry.p2p.transports.nixl.NixlTransport.from_config", breaks)
     with pytest.raises(ZeroDivisionError):
-        create_transports("auto", [Region(4096, 100)], engine_id="test")
+        create_transports("auto", [Region(4096, 100)], TransportSetup("test"), {})
     assert shm.is_dead
+
+
+# ---- transports of installed packages --------------------------------------------------------------------------
+
+THEIRS = """
+from kvferry.errors import ConfigError
+from kvferry.testing.transports import FakeNetwork, FakeTransport
+
+network = FakeNetwork()
+
+class Quiet(FakeTransport):
+    seen = []
+    @classmethod
+    def from_config(cls, setup):
+        cls.seen.append(setup)
+        return cls(network, "quiet")
+    @classmethod
+    def check(cls, config, where):
+        if "wrong" in config:
+            raise ConfigError(f"{where}.wrong")
+
+class Eager(Quiet):
+    is_for_auto = uses_pool = True
+    @classmethod
+    def from_config(cls, setup):
+        if "breaks" in setup.config:
+            raise OSError("no card")
+        return cls(network, "eager")
+
+class Misnamed(Quiet): pass
+class NoTransport:
+    @classmethod
+    def from_config(cls, setup):
+        return 7
+"""
+
+
+@pytest.fixture
+def theirs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    (tmp_path / "their_transports.py").write_text(THEIRS)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setitem(sys.modules, "nixl._api", None)
+    classes = {"quiet": "Quiet", "eager": "Eager", "misnamed": "Misnamed", "none": "NoTransport", "gone": "Gone"}
+    points = {name: f"their_transports:{attribute}" for name, attribute in classes.items()}
+    install(tmp_path, "theirs", points, group="kvferry.transports")
+    yield
+    sys.modules.pop("their_transports", None)
+
+
+@pytest.mark.usefixtures("theirs")
+def test_a_transport_of_a_package_serves_by_name_with_its_settings() -> None:
+    regions = [Region(4096, 100)]
+    setup = TransportSetup("test", host="10.0.0.1")
+    (made,) = create_transports("quiet", regions, setup, {"quiet": {"port": 1}, "other": {}}).items()
+    assert made[0] == "quiet"
+    (seen,) = made[1].seen  # type: ignore[attr-defined]
+    assert (seen.engine_id, seen.config, seen.host) == ("test", {"port": 1}, "10.0.0.1")
+    assert seen.where == "kv_connector_extra_config.transport_config.quiet"
+
+
+@pytest.mark.usefixtures("theirs")
+def test_auto_takes_those_that_say_so_after_its_own(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
+    regions = [Region(4096, 100)]
+    made = create_transports("auto", regions, TransportSetup("test"), {})
+    assert list(made) == ["eager"]
+    assert "gone: " in caplog.text, "one that cannot be imported is no reason to fail"
+    with pytest.raises(ConfigError, match=r"shm: .*; nixl: .*; eager: .*OSError: no card"):
+        create_transports("auto", regions, TransportSetup("test"), {"eager": {"breaks": 1}})
+    ours = {name: fake_end(FakeNetwork(), [100], name=name).transport for name in ("eager", "quiet", "shm")}
+    assert choose("auto", ours, blobs(ours)) is ours["shm"]
+    assert choose("auto", ours, {"eager": ours["eager"].local_blob()}) is ours["eager"]
+
+
+@pytest.mark.usefixtures("theirs")
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("misnamed", "registered as 'misnamed' calls itself 'quiet'"),
+        ("none", "made 7, which lacks methods of a transport"),
+        ("gone", "has no transport class 'Gone'"),
+        ("nobody", "known: eager, gone, misnamed, nixl, none, quiet, shm"),
+    ],
+)
+def test_transports_that_cannot_be_used(name: str, text: str) -> None:
+    with pytest.raises(ConfigError, match=text):
+        create_transports(name, [Region(4096, 100)], TransportSetup("test"), {})
+
+
+@pytest.mark.usefixtures("theirs")
+@pytest.mark.parametrize(
+    ("settings", "text"),
+    [
+        ({"transport": "quite"}, r"transport='quite' is unknown \(did you mean 'quiet'\? known: auto, eager,"),
+        ({"transport_config": {"quite": {}}}, "'quite' is unknown"),
+        ({"transport_config": {"nixl": {}}}, "kvferry's own; its settings are shm_dir .* and ucx"),
+        ({"transport_config": {"quiet": 7}}, r"transport_config\.quiet=7 must be an object"),
+        ({"transport": "shm", "transport_config": {"quiet": {}}}, "quiet is given, but transport is 'shm'"),
+    ],
+)
+def test_settings_of_transports_are_checked(settings: dict[str, Any], text: str) -> None:
+    with pytest.raises(ConfigError, match=text):
+        P2PConfig.parse(settings, {})
+
+
+@pytest.mark.usefixtures("theirs")
+def test_what_the_check_before_a_start_says_of_them() -> None:
+    def problems(**settings: Any) -> list[str]:
+        return P2PConfig.parse(settings, {}).problems()
+
+    assert problems(transport="quiet") == problems(transport_config={"eager": {}}) == []
+    assert problems(transport="quiet", transport_config={"quiet": {"wrong": 1}}) == [
+        "kv_connector_extra_config.transport_config.quiet.wrong"
+    ]
+    (problem,) = problems(transport_config={"quiet": {}})
+    assert "'auto' does not use 'quiet'" in problem
+    assert not P2PConfig(transport="quiet").uses_pool
+    assert P2PConfig(transport="eager").uses_pool
 
 
 def test_the_fake_is_a_transport() -> None:
