@@ -11,10 +11,17 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from kvferry.contract.kv_cache import make_kv_cache_config
     from kvferry.testing.stub_model import StubModel
+    from kvferry.testing.tier_checks import TierChecks
+    from kvferry.testing.transport_checks import TransportChecks
 
-__all__ = ["StubModel", "make_kv_cache_config"]
+__all__ = ["StubModel", "TierChecks", "TransportChecks", "make_kv_cache_config"]
 
-_HOMES = {"StubModel": "kvferry.testing.stub_model", "make_kv_cache_config": "kvferry.contract.kv_cache"}
+_HOMES = {
+    "StubModel": "kvferry.testing.stub_model",
+    "TierChecks": "kvferry.testing.tier_checks",
+    "TransportChecks": "kvferry.testing.transport_checks",
+    "make_kv_cache_config": "kvferry.contract.kv_cache",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -30,6 +30,7 @@ class MemoryTier:
         self._loads: list[TierJob] = []
         self._lost: list[TierResult] = []
         self._corrupt: list[StoreKey] = []
+        self._num_corrupt = 0
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any], namespace: Namespace, clock: Clock, where: str) -> MemoryTier:
@@ -45,7 +46,7 @@ class MemoryTier:
 
     def keys(self) -> list[StoreKey]:
         """The dict's."""
-        return list(self.chunks)
+        return [] if self.is_closed else list(self.chunks)
 
     def check_fits(self, payload_bytes: int) -> None:
         """Everything does."""
@@ -97,7 +98,8 @@ class MemoryTier:
     def stats(self) -> TierStats:
         """A snapshot."""
         used_bytes = sum(len(payload) for payload, _ in self.chunks.values())
-        return TierStats(len(self.chunks), used_bytes, None, len(self._stores) + len(self._loads))
+        num_queued = len(self._stores) + len(self._loads)
+        return TierStats(len(self.keys()), used_bytes, None, num_queued, num_corrupt=self._num_corrupt)
 
     def check_integrity(self) -> None:
         """No job twice."""
@@ -132,9 +134,13 @@ class MemoryTier:
         job.buffer[:] = payload
         if xxhash.xxh3_128_digest(job.buffer) != digest:
             del self.chunks[job.key]
-            self._corrupt.append(job.key)
+            self._note_corrupt(job.key)
             raise TierCorrupt(f"chunk {job.key.hex()}: the bytes do not match their digest")
         return digest
+
+    def _note_corrupt(self, key: StoreKey) -> None:
+        self._corrupt.append(key)
+        self._num_corrupt += 1
 
     def _lose(self, jobs: list[TierJob], why: str) -> None:
         for job in jobs:
@@ -211,6 +217,6 @@ class FailingTier(MemoryTier):
         if self.load_error is not None:
             if isinstance(self.load_error, TierCorrupt):
                 self.chunks.pop(job.key, None)
-                self._corrupt.append(job.key)
+                self._note_corrupt(job.key)
             raise self.load_error
         return super()._load(job)

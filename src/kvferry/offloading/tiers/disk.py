@@ -186,7 +186,7 @@ class DiskTier:
 
     def keys(self) -> list[StoreKey]:
         """The own namespace's."""
-        return [StoreKey(entry[len(OWN) :]) for entry in self._own_entries()]
+        return [] if self._is_closed else [StoreKey(entry[len(OWN) :]) for entry in self._own_entries()]
 
     @classmethod
     def room(cls, config: Mapping[str, Any], payload_bytes: int, where: str) -> TierRoom:

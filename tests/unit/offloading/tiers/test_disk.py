@@ -1,3 +1,5 @@
+"""What only the disk tier does; what every tier does is in test_tier_checks.py."""
+
 from __future__ import annotations
 
 import errno
@@ -39,31 +41,6 @@ def chunk_path(tier: DiskTier, kit, i: int) -> Path:
 # -- storing, loading ------------------------------------------------------------------------------------------------
 
 
-def test_what_is_stored_is_loaded_also_after_a_restart(make_disk, kit) -> None:
-    tier = make_disk()
-    for i in range(5):
-        result = kit.store(tier, i)
-        assert (result.ok, result.error, result.digest) == (True, None, kit.digest(kit.payload(kit.key(i))))
-    for _ in range(2):
-        assert tier.contains([kit.key(i) for i in range(6)]) == [True] * 5 + [False]
-        for i in range(5):
-            result, data = kit.load(tier, i)
-            assert result.ok
-            assert data == kit.payload(kit.key(i))
-            assert result.digest == kit.digest(data)
-            assert result.payload_bytes == len(data)
-        tier.check_integrity()
-        tier.close()
-        tier = make_disk()
-
-
-@pytest.mark.parametrize("num_bytes", [1, 4095, 4097, 3 << 20])
-def test_any_size(make_disk, kit, num_bytes: int) -> None:
-    tier = make_disk()
-    assert kit.store(tier, 1, num_bytes).ok
-    assert kit.load(tier, 1, num_bytes)[1] == kit.payload(kit.key(1), num_bytes)
-
-
 def test_files_and_folders_are_private(make_disk, kit, tmp_path: Path) -> None:
     umask = os.umask(0)
     try:
@@ -85,16 +62,6 @@ def test_the_header_says_what_the_file_is(make_disk, kit) -> None:
     for field in (kit.key(1), kit.namespace.digest.encode(), b"float32"):
         assert field in data[:4096]
     assert struct.unpack_from("<I", data, 4092)[0] == zlib.crc32(data[:4092])
-
-
-def test_a_store_anew_replaces(make_disk, kit) -> None:
-    tier = make_disk()
-    kit.store(tier, 1)
-    other = bytes(8192)
-    tier.submit_store(TierJob(2, kit.key(1), memoryview(other), kit.digest(other)))
-    assert kit.finish(tier)[0].ok
-    assert kit.load(tier, 1)[1] == other
-    tier.check_integrity()
 
 
 def test_bytes_that_do_not_match_their_digest_are_not_written(make_disk, kit, tmp_path: Path) -> None:
@@ -121,14 +88,6 @@ def test_a_file_that_vanished_is_a_miss(make_disk, kit) -> None:
     assert not tier.contains([kit.key(1)])[0]
     assert tier.stats().used_bytes == FOLDER_BYTES
     assert kit.store(tier, 1).ok
-
-
-def test_a_load_of_another_size_fails_but_loses_nothing(make_disk, kit) -> None:
-    tier = make_disk()
-    kit.store(tier, 1)
-    for num_bytes in (4096, 8191, 8193):
-        assert isinstance(kit.load(tier, 1, num_bytes)[0].error, TierUnavailable)
-    assert kit.load(tier, 1)[1] == kit.payload(kit.key(1))
 
 
 # -- damage ----------------------------------------------------------------------------------------------------------
@@ -488,34 +447,6 @@ def test_remove_and_clear(make_disk, kit, tmp_path: Path) -> None:
     assert not list((tmp_path / "disk").rglob("*.kv"))
 
 
-def test_removing_while_it_is_written_loaded_or_deleted(make_disk, kit) -> None:
-    gate = threading.Event()
-    tier = make_disk(num_threads=1, on_step=lambda s: s == "chunk-write" and gate.wait(20))
-    data = kit.payload(kit.key(1))
-    tier.submit_store(TierJob(1, kit.key(1), memoryview(data), kit.digest(data)))
-    tier.remove([kit.key(1)])
-    gate.set()
-    result = kit.finish(tier)[0]
-    assert not result.ok
-    assert "removed" in str(result.error)
-    assert not tier.contains([kit.key(1)])[0]
-    kit.wait_for(lambda: tier.drain(1) and not tier.poll())
-    assert kit.store(tier, 1).ok
-    tier.submit_load(TierJob(2, kit.key(1), memoryview(bytearray(8192))))
-    tier.remove([kit.key(1)])
-    kit.finish(tier)
-    tier.check_integrity()
-
-
-def test_clear_and_close_at_once_leaves_nothing_behind(make_disk, kit) -> None:
-    tier = make_disk()
-    for i in range(5):
-        kit.store(tier, i)
-    tier.clear()
-    tier.close()
-    assert make_disk().stats().num_chunks == 0
-
-
 def test_close_ends_every_job_exactly_once(make_disk, kit) -> None:
     gate = threading.Event()
     entered = threading.Event()
@@ -549,28 +480,6 @@ def test_close_ends_every_job_exactly_once(make_disk, kit) -> None:
         tier.submit_store(TierJob(9, kit.key(9), memoryview(data[0]), kit.digest(data[0])))
     assert tier.contains([kit.key(0)]) == [False]
     assert make_disk().contains([kit.key(i) for i in range(3)]) == [True, False, False]
-
-
-def test_calls_do_not_wait_for_the_disk_and_the_queue_is_bounded(make_disk, kit) -> None:
-    gate = threading.Event()
-    tier = make_disk(on_step=lambda step: step == "chunk-write" and gate.wait(30))
-    data = kit.payload(b"x")
-    num_submitted = 0
-
-    def submit_many() -> None:
-        nonlocal num_submitted
-        for i in range(1000):
-            tier.submit_store(TierJob(i, kit.key(i), memoryview(data), kit.digest(data)))
-            num_submitted += 1
-
-    with pytest.raises(TierBusy):
-        submit_many()
-    tier.touch([kit.key(i) for i in range(200)])
-    tier.remove([kit.key(0)])
-    assert tier.poll() == []
-    assert not any(tier.contains([kit.key(i) for i in range(num_submitted)]))
-    gate.set()
-    assert sum(result.ok for result in kit.finish(tier, num_submitted)) == num_submitted - 1
 
 
 def test_one_process_at_a_time_and_sigkill_frees_the_folder(make_disk, kit, tmp_path: Path) -> None:
