@@ -43,6 +43,8 @@ EXECUTED_BY = {
     "vllm serve MODEL --host 10.0.0.": ("tests/vllm/test_p2p_serve.py", "^vllm serve MODEL .*$"),
     "vllm serve MODEL --shutdown-timeout 30 --kv-transfer-config": ("tests/vllm/test_serve.py", "readme_command(model"),
     "vllm serve MODEL --kv-transfer-config": ("tests/vllm/test_serve.py", "readme_command(model"),
+    "pip install ./examples/": ("tests/flow/test_packages.py", "pip install ./examples/"),
+    "python -m pytest examples/": ("tests/flow/test_packages.py", '"-m", "pytest"'),
     "lmcache server": ("tests/lmcache_server.py", '"server", "--host"'),
 }
 """Command (or how it begins) -> the file that makes CI execute it, and the words there that do."""
@@ -106,7 +108,8 @@ def test_commands_and_options_that_documents_name_exist() -> None:
         assert named <= known | {"--help", "--version"} or command.name == "vllm", (page, span)
 
 
-NO_CONFIGURATIONS = ("docs/keys.md", "docs/guides/vllm.md")  # vectors; vLLM's, which tests/vllm/test_exports.py starts
+NO_CONFIGURATIONS = ("docs/keys.md", "docs/guides/vllm.md", "docs/guides/extending.md")
+"""Vectors; vLLM's, which tests/vllm/test_exports.py starts; packages', which tests/flow/test_packages.py does."""
 
 
 @pytest.mark.parametrize(("page", "text"), [b for b in blocks("json") if b[0] not in NO_CONFIGURATIONS])

@@ -32,6 +32,9 @@ Failure states
                     inspection where that is cheap. TierUnavailable: it may still be there, and may be asked for again.
     submit raised   nothing has happened; no result will come. TierBusy: the same job may be submitted again later.
                     TierUnavailable: not worth trying again soon.
+
+To write a tier: fill in `Tier` and a `from_config`, pass `kvferry.testing.TierChecks`, and name the class in an entry
+point of the group `kvferry.tiers` (docs/guides/extending.md).
 """
 
 from __future__ import annotations
