@@ -110,7 +110,7 @@ class P2PConfig:
             where = f"{EXTRA_CONFIG}.transport_config.{name}"
             if name in TRANSPORTS.built_ins:
                 raise ConfigError(f"{where}: {name!r} is kvferry's own; its settings are shm_dir (shm) and ucx (nixl)")
-            TRANSPORTS.check_name(name, f"{EXTRA_CONFIG}.transport_config, name")
+            TRANSPORTS.check_name(name, f"{EXTRA_CONFIG}.transport_config, key")
             if not isinstance(settings, Mapping):
                 raise ConfigError(f"{where}={shown(settings)} must be an object")
             if self.transport not in (AUTO, name):
