@@ -12,12 +12,14 @@ from typing import Any, ClassVar
 
 import pytest
 
+import kvferry.testing
 from kvferry.clock import Clock
 from kvferry.errors import ConfigError, TierBusy, TierCorrupt, TierUnavailable
 from kvferry.offloading.store.tier import ResetReceipt, Tier, TierJob, TierResult, TierRoom, TierStats
 from kvferry.offloading.tiers.disk import DiskTier
 from kvferry.testing.tier_checks import NAMESPACE, TierChecks, key_of
 from kvferry.testing.tiers import MemoryTier
+from kvferry.testing.transport_checks import TransportChecks
 from kvferry.types import Namespace, StoreKey
 
 
@@ -909,3 +911,8 @@ def test_every_check_can_fail() -> None:
     there = {name for name, _ in inspect.getmembers(TierChecks, inspect.isfunction) if name.startswith("test_")}
     assert len(there) >= 60
     assert found == there
+
+
+def test_the_checks_are_public_names() -> None:
+    assert kvferry.testing.TierChecks is TierChecks
+    assert kvferry.testing.TransportChecks is TransportChecks
