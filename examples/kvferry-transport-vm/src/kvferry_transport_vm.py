@@ -26,7 +26,14 @@ from kvferry.config import parse_settings
 from kvferry.errors import ConfigError, HostError, TransferError
 from kvferry.kv.segment import PAGE_BYTES, SHM_DIRECTORY, Segment, is_segment_path, process_ids
 from kvferry.p2p.transports.threaded import Step, ThreadedTransport, Transfer, decode_blob
-from kvferry.p2p.transports.transport import Capabilities, Ints, PeerHandle, Pieces, TransferOp, TransportSetup
+from kvferry.p2p.transports.transport import (
+    Ints,
+    PeerHandle,
+    Pieces,
+    TransferOp,
+    TransportCapabilities,
+    TransportSetup,
+)
 
 MAX_VECTORS = 1024  # of one system call (IOV_MAX)
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
@@ -79,7 +86,7 @@ class _VmPeer(PeerHandle):
 class VmTransport(ThreadedTransport):
     """Same machine, CPU memory of any kind."""
 
-    capabilities = Capabilities("vm", devices=("cpu",))
+    capabilities = TransportCapabilities("vm", devices=("cpu",))
 
     @classmethod
     def from_config(cls, setup: TransportSetup) -> VmTransport:
