@@ -24,7 +24,7 @@ from kvferry.errors import ConfigError
 from kvferry.p2p import scheduler_side as scheduler_module
 from kvferry.p2p.scheduler_side import P2PSchedulerSide
 from kvferry.p2p.step_messages import P2PHandshake
-from kvferry.p2p.transports import choice, shm
+from kvferry.p2p.transports import nixl, shm
 from kvferry.p2p.worker_side import P2PWorkerSide
 from kvferry.testing.transports import FakeNetwork, FakeTransport
 from kvferry.types import AttentionKind, GroupInfo
@@ -223,7 +223,7 @@ def test_an_engine_starts_without_room_in_shared_memory(
 ) -> None:
     (tmp_path / "file").touch()
     monkeypatch.setattr(shm, "SHM_DIRECTORY", tmp_path / "file" / "no folder")
-    monkeypatch.setattr(choice, "_nixl", lambda *_: FakeTransport(FakeNetwork(), "nixl"))
+    monkeypatch.setattr(nixl.NixlTransport, "from_config", lambda setup: FakeTransport(FakeNetwork(), "nixl"))
     assert list(engine(1, 4, transport="auto").workers[0].transports) == ["nixl"]
     with pytest.raises(ConfigError, match="no room for a shared KV pool"):
         engine(1, 4, transport="shm")
