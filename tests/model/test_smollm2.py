@@ -8,8 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from typer.testing import CliRunner
 
 from kvferry import LLM, SamplingParams
+from kvferry.cli.main import app
 
 pytestmark = pytest.mark.slow
 GREEDY = SamplingParams(max_tokens=16, temperature=0, ignore_eos=True)
@@ -57,3 +59,11 @@ def test_converted_folder_is_whole_and_plain(llm):
     assert [p.name for p in folder.parent.glob(".converting-*")] == []
     assert next(iter(llm.kv_caches.values())).shape[1:] == (3, 16, 128)
     assert next(iter(llm.kv_caches.values())).dtype == torch.float32
+
+
+def test_doctor_takes_the_model_that_it_is_shown_with() -> None:
+    """The command of the README. The engine's start makes a folder of this GGUF; the doctor starts none."""
+    done = CliRunner().invoke(app, ["doctor", "--model", "smollm2", "--kv-offloading-size", "1"])
+    assert done.exit_code == 0, done.output
+    assert "capacity of host" in done.output
+    assert "no problems found" in done.output

@@ -81,6 +81,8 @@ class HostInfo:
     The host knows it when the KV cache is registered."""
     draft_model: str | None = None
     """Folder or hub name of the draft model, or None: its KV lies in the cache too."""
+    is_converted_at_start: bool = False
+    """True where the model is a file of which the host's start makes a folder; known before that start alone."""
     weights_stamp: Any = None
     """What `kvferry.kv.fingerprint.stamp_folder` said of the model's folder before its weights were read, or None."""
     loaded_after_s: float | None = None
@@ -162,6 +164,7 @@ def host_info(vllm_config: Any, kv_cache_config: KVCacheConfig) -> HostInfo:
         hidden_state_layers=_hidden_state_layers(vllm_config),
         page_form=partial(_page_form, vllm_config),
         draft_model=_draft_model(vllm_config),
+        is_converted_at_start=bool(getattr(model, "is_converted_at_start", False)),
         weights_stamp=getattr(model, "weights_stamp", None),
         loaded_after_s=None if hasattr(model, "weights_stamp") else _process_started_s(),
         reads_failed_blocks=bool(getattr(vllm_config, "reads_failed_blocks", False)),

@@ -86,6 +86,8 @@ def check_identity(host: HostInfo, weights_version: str | None) -> None:
             f"with load_format {host.foreign_load_format} the files of the model's folder do not say what is loaded, "
             f"so weights cannot be fingerprinted: {_REMEDY}"
         )
+    if host.is_converted_at_start:
+        return  # the folder, with its fingerprint, is there when an engine has started
     if not Path(host.model).is_dir():
         raise ConfigError(f"model {host.model!r} is not a folder, so its weights cannot be fingerprinted: {_REMEDY}")
     if any(file.suffix in _OTHER_WEIGHTS for file in Path(host.model).iterdir()):

@@ -224,6 +224,8 @@ class ModelConfig:
     seed: int
     hf_config: Any
     use_mla: bool = False
+    is_converted_at_start: bool = False
+    """True while `model` is a GGUF, which the engine's start converts into a folder (`kvferry doctor` starts none)."""
     weights_stamp: Any = None
     """Of the weights' files before they were read (`kvferry.kv.fingerprint.stamp_folder`); None without files."""
 

@@ -24,6 +24,8 @@ class ModelFacts:
     max_model_len: int
     hf_config: Any
     load_format: str = "auto"
+    is_converted_at_start: bool = False
+    """The embedded engine makes a folder of `path`, a GGUF, before it loads weights."""
 
 
 def read_model_facts(source: str | Path, dtype: str = "auto", *, any_architecture: bool = False) -> ModelFacts:
@@ -38,7 +40,8 @@ def read_model_facts(source: str | Path, dtype: str = "auto", *, any_architectur
         layers, max_tokens = _layers(config.get_text_config()), max_tokens_of(config)
     except (ArithmeticError, AttributeError, TypeError, ValueError) as err:
         raise ConfigError(f"model={str(source)!r}: its config.json describes no model that can run: {err}") from err
-    return ModelFacts(str(path), chosen, layers, max_tokens, config)
+    is_converted = path.is_file() and not any_architecture
+    return ModelFacts(str(path), chosen, layers, max_tokens, config, is_converted_at_start=is_converted)
 
 
 def _layers(config: Any) -> list[LayerShape]:

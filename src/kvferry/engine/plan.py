@@ -88,6 +88,7 @@ def plan_engine(model: ModelShape, options: EngineOptions, transfer: KVTransferC
             max_model_len=budget.max_model_len,
             seed=options.seed,
             hf_config=model.hf_config,
+            is_converted_at_start=getattr(model, "is_converted_at_start", False),
             weights_stamp=getattr(model, "weights_stamp", None),
         ),
         scheduler_config=SchedulerConfig(options.max_num_seqs, options.max_num_batched_tokens, not hybrid.enabled),
