@@ -476,7 +476,7 @@ def test_many_streams_at_once_of_which_some_are_left() -> None:
     [
         (b"{", 400, "not valid JSON"),
         (b"[]", 400, "must be a JSON object"),
-        (json.dumps(ASK | {"kv_transfer_params": {"remote_host": "evil"}}).encode(), 400, "proxy's to set"),
+        (json.dumps(ASK | {"kv_transfer_params": {"remote_host": "evil"}}).encode(), 400, "only the proxy sets"),
         (b"x" * 3000, 413, "larger than 2000 bytes"),
     ],
 )

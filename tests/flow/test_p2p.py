@@ -1023,7 +1023,7 @@ def test_a_prompt_computed_whole_although_it_was_handed_over_is_told(
     cluster: Cluster, mode: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In vLLM a request for log-probabilities of the prompt: it was computed again, and nobody heard of that."""
-    prefill, decode = cluster.start(mode=mode), cluster.start(mode=mode)
+    prefill, decode = (cluster.start(mode=mode, lease_s=5.0) for _ in range(2))  # which nobody fetches
     params = cluster.prefill(prefill, "p")
     monkeypatch.setattr(Request, "get_skip_reading_prefix_cache", lambda self: True)
     cluster.add(decode, "d", params)
