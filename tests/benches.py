@@ -24,7 +24,7 @@ def run_tiny(command: str, results: Path, name: str | None = None, missed_goal_s
         env={**os.environ, "KVFERRY_BENCH_RESULTS": str(results), "PYTHONPATH": str(ROOT / "src")},
         capture_output=True,
         text=True,
-        timeout=600,
+        timeout=1200,  # a deadline against hanging: beside other engines one bench took more than 600 s
         check=False,
     )
     said = done.stdout + done.stderr
