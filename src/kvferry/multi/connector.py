@@ -1,4 +1,4 @@
-"""MultiConnector: several connectors as one. Each row of the hook table (`hooks.py`) says how answers merge.
+"""MultiConnector: several connectors as one. Each hook's method says how the children's answers become one.
 
     load    one child per request: the first, or the longest, claim (`load_policy`)
     save    every child saves what it wants; blocks stay until each child that promised to report has reported

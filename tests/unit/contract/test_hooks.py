@@ -21,7 +21,7 @@ from kvferry.contract import (
     make_kv_cache_config,
 )
 from kvferry.contract.facade import facade_mixin
-from kvferry.contract.hooks import HOOKS, HOOKS_BY_NAME, Hook, HookSide, Merge
+from kvferry.contract.hooks import HOOKS, HOOKS_BY_NAME, Hook, HookSide
 from kvferry.contract.sides import SchedulerSide, WorkerSide
 from kvferry.contract.views import RequestView, StepView
 from kvferry.errors import ContractError
@@ -55,10 +55,6 @@ def test_sides_implement_what_the_table_delegates() -> None:
             assert hasattr(SchedulerSide, hook.method), hook.name
         if hook.side in (HookSide.WORKER, HookSide.BOTH):
             assert hasattr(WorkerSide, hook.method), hook.name
-
-
-def test_merge_rules_are_all_used() -> None:
-    assert {hook.merge for hook in HOOKS} == set(Merge)
 
 
 class Meta(KVConnectorMetadata):
