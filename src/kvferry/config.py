@@ -136,8 +136,8 @@ class KVTransferConfig:
     enable_permute_local_kv: bool = False
     """Kept for compatibility with vLLM's field of that name; no kvferry connector reads it."""
     kv_load_failure_policy: Literal["recompute", "fail"] = "fail"
-    """Fate of a request whose KV failed to load: its tokens are computed ("recompute"), or the request ends with an
-    error ("fail")."""
+    """Handling of a request whose KV failed to load: the engine computes its tokens ("recompute"), or the request ends
+    with an error ("fail")."""
     on_shadow: Literal["warn", "error"] = "warn"
     """Reaction to another connector of the same name: one warning ("warn"), or a ConfigError ("error"). The key is
     kvferry's own: vLLM does not know it."""

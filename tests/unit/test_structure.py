@@ -49,7 +49,9 @@ def test_modules_named_in_the_table_of_folders_are_there() -> None:
 
 @pytest.mark.parametrize("row", rows(PLACES), ids=lambda row: row[0])
 def test_places_are_where_the_page_says(row: list[str]) -> None:
-    for path, names in PLACE.findall(row[1]):
+    places = PLACE.findall(row[1])
+    assert places, "no file is named"
+    for path, names in places:
         assert (SRC / path).is_file(), path
         missing = set(re.findall(r"`([\w.]+)`", names)) - names_in(SRC / path)
         assert not missing, f"{path}: {missing}"

@@ -72,7 +72,7 @@ _FailureThreshold = Annotated[
 ]
 _MinBackoff = Annotated[
     float,
-    typer.Option(help="First time, in seconds, for which such an engine stays out of use; doubled each further time."),
+    typer.Option(help="Time, in seconds, for which such an engine first stays out of use; each repetition doubles it."),
 ]
 _MaxBackoff = Annotated[
     float, typer.Option(help="Longest time, in seconds, for which such an engine stays out of use.")

@@ -39,9 +39,7 @@ _KVEvents = Annotated[
 ]
 _ExplainRequests = Annotated[
     bool,
-    typer.Option(
-        help="Record of the reasons why prefixes were hits or not, for `kvferry explain` and /debug/requests."
-    ),
+    typer.Option(help="Record why prefixes were hits or not, for `kvferry explain` and /debug/requests."),
 ]
 _MaxQueuedRequests = Annotated[
     int,

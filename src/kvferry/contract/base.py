@@ -15,8 +15,8 @@ completions and `build_connector_worker_meta` (worker -> scheduler, every step).
                    SCHEDULER: request_finished* per finished request, update_connector_output, take_events
     engine stop    WORKER.shutdown, SCHEDULER.shutdown
 
-Names, arguments and meanings are vLLM 0.32's, so that a connector written here reads the same there. `contract/hooks.py`
-says as data which hook runs when.
+Names, arguments and meanings are vLLM 0.32's, so that a connector written here reads the same there.
+`contract/hooks.py` says as data which hook runs when.
 
 A cache may lose, never lie: no hook may claim tokens it cannot deliver. Answers are checked by the host; a bad one is
 a `ContractError` for that request, which is then computed without the connector.

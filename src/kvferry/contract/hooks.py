@@ -1,8 +1,8 @@
 """Every hook of the contract as one row of data: name, side, when it runs, how its arguments become our types.
 
-`contract/facade.py` is made from this table. MultiConnector has a method for each hook, `kvferry/vllm/guarded.py` one for
-each hook of a step. Tests fail when MultiConnector, `KVConnectorBase_V1` or vLLM's class of that name has a hook without
-a row. Source of names and times: the measured contract of vLLM 0.32.
+`contract/facade.py` is made from this table. MultiConnector has a method for each hook, `kvferry/vllm/guarded.py` one
+for each hook of a step. Tests fail when MultiConnector, `KVConnectorBase_V1` or vLLM's class of that name has a hook
+without a row. Source of names and times: the measured contract of vLLM 0.32.
 """
 
 from __future__ import annotations

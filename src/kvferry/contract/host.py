@@ -232,11 +232,11 @@ def _no_hits_reason(vllm_config: Any) -> str | None:
     These are pooling models (MEAN, CLS, STEP), where a hit ends the engine ("partial prefill is not supported"), and
     MLA on CPUs (CPU_MLA), for which vLLM turns prefix caching and chunked prefill off: answers after a hit are others.
     In vLLM's Transformers backend some ropes make a token's KV depend on its batch; there vLLM's own cache errs too.
-    Where vLLM tells each token's routed experts, it keeps those of its own cache's blocks beside it, and its engine
+    Where vLLM returns each token's routed experts, it keeps those of its own cache's blocks beside it, and its engine
     ends at a block that came from elsewhere (`BlockObjectStoreError`).
     """
     if bool(getattr(getattr(vllm_config, "aux_output_config", None), "enabled", False)):
-        return "vLLM tells the routed experts of each prompt token, and KV that is loaded has none"
+        return "vLLM returns each prompt token's routed experts (--enable-return-routed-experts), which loaded KV lacks"
     model = vllm_config.model_config
     is_transformers: Callable[[], bool] = getattr(model, "using_transformers_backend", bool)
     if is_transformers() and (kind := rope_by_batch(getattr(model, "hf_config", None))) is not None:

@@ -15,11 +15,11 @@ import re
 import sys
 from collections.abc import Iterable, Iterator, Mapping
 from fnmatch import fnmatchcase
-from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
 
 from kvferry.config import environment_matching
+from kvferry.contract.plugins import read_offers
 
 _ROUNDING = "changes the order of additions only, as batching does"
 _MEMORY = "says how much memory is taken, not what stands in it"
@@ -104,8 +104,8 @@ HARMLESS: Mapping[str, Mapping[str, str]] = {
     },
     "VllmConfig": {
         "parallel_config": _LAYOUT, "scheduler_config": _SPEED, "device_config": _ROUNDING, "offload_config": _MEMORY,
-        "aux_output_config": "what is told of a step", "mamba_config": _STATE, "watermark_config": _SAMPLING,
-        "structured_outputs_config": _SAMPLING, "observability_config": "what is told of a step",
+        "aux_output_config": "content of a step's reports", "mamba_config": _STATE, "watermark_config": _SAMPLING,
+        "structured_outputs_config": _SAMPLING, "observability_config": "content of a step's reports",
         "logging_config": "what is logged", "quant_config": "made from the model's configuration and files",
         "compilation_config": _ROUNDING, "profiler_config": _SPEED, "kv_transfer_config": "how KV moves",
         "kv_events_config": "how KV moves", "ec_transfer_config": "media's part of a key says which media",
@@ -415,9 +415,8 @@ def _plugins(model: Any, group: str = "vllm.general_plugins") -> list[str]:
     """
     if not _is_vllms(model):
         return []
-    others = [each for each in entry_points(group=group) if not each.value.startswith(("vllm.", "kvferry."))]
-    versions = [f"{each.dist.name} {each.dist.version}" if each.dist else "nothing installed" for each in others]
-    return sorted({f"{each.name}={each.value} of {version}" for each, version in zip(others, versions, strict=True)})
+    others = [offer for offer in read_offers(group) if not offer.module.startswith(("vllm.", "kvferry."))]
+    return sorted({f"{offer.name}={offer.module}:{offer.attribute} of {offer.origin}" for offer in others})
 
 
 def _rope_kinds(value: Any) -> Iterator[str]:
@@ -431,7 +430,7 @@ def _rope_kinds(value: Any) -> Iterator[str]:
 
 
 def load_format(vllm_config: Any) -> str:
-    """As the host was told."""
+    """As configured in the host."""
     chosen = getattr(getattr(vllm_config, "load_config", None), "load_format", "auto")
     return str(chosen.name if isinstance(chosen, enum.Enum) else chosen).lower()
 

@@ -1,9 +1,11 @@
-"""What installed packages add to kvferry. Entry points are read here and nowhere else.
+"""What installed packages add to kvferry, and to vLLM. Entry points are read here and nowhere else.
 
     group                a name stands in the configuration as     found by
     kvferry.connectors   `kv_connector`                            `kvferry.contract.resolver`
     kvferry.tiers        `type` of a tier                          `kvferry.offloading.store.registry`
     kvferry.transports   `transport` of the P2P connectors         `kvferry.p2p.transports.choice`
+
+    vllm.*               `VLLM_PLUGINS`                            `kvferry.contract.numerics`, for the identity of KV
 
 Nothing is imported before it is asked for.
 """
@@ -31,6 +33,11 @@ class Offer:
     attribute: str
     package: str | None
     version: str | None
+
+    @property
+    def origin(self) -> str:
+        """Package and version."""
+        return f"{self.package} {self.version}" if self.package else "no installed package"
 
     def __str__(self) -> str:
         where = f"entry point {self.module}:{self.attribute}"
@@ -82,8 +89,8 @@ class KnownName:
 class Registry:
     """Names of one kind of factory: kvferry's own, and those that installed packages offer in `group`.
 
-    A name of kvferry's own always means kvferry's own; a package that offers it too is told of once, in the log. A
-    name that several packages offer is a ConfigError where it is used.
+    A name of kvferry's own always means kvferry's own; the log says once which packages offer it too.
+    A name that several packages offer is a ConfigError where it is used.
     """
 
     def __init__(self, group: str, kind: str, built_ins: Mapping[str, str]) -> None:

@@ -57,7 +57,7 @@ class SamplingParams:
     """Seed of this request's draws, which repeats them whatever else runs; None: the engine's seed and the request's
     number."""
     ignore_eos: bool = False
-    """Generate on after an end-of-sequence token."""
+    """Continue after an end-of-sequence token."""
     stop_token_ids: Sequence[int] = ()
     """Tokens that end the request; they stay in `token_ids`, their text is left out."""
     skip_special_tokens: bool = True

@@ -48,10 +48,10 @@ class LoadRecoveryConfig:
     fail_block_indexes: tuple[int, ...] = field(default=(), metadata={"minimum": 0})
     """Positions, in the request's block table, of the blocks to drop; positions that are not loaded do not count."""
     fail_every_nth_load: int = field(default=1, metadata={"minimum": 1})
-    """Number of loads of a request of which one drops blocks; 1 drops in every load."""
+    """Interval of drops: every n-th load of a request drops blocks; 1 drops in every load."""
     report_by: str = "block_ids"
-    """Report of a drop: `block_ids` (get_block_ids_with_load_errors), `positions` (failed_blocks: only the
-    blocks dropped and what follows are computed again; kvferry's engine alone reads it) or `request`
+    """Report of a drop, one of `block_ids` (get_block_ids_with_load_errors), `positions` (failed_blocks: only
+    the dropped blocks and what follows are computed again; kvferry's engine alone reads it) or `request`
     (failed_recving: nothing of the load is used; vLLM reads it with `load_async` only)."""
     load_async: bool = False
     """True: load while other requests run. False: load right before the forward."""

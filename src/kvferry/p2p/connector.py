@@ -13,14 +13,14 @@ from kvferry.p2p.worker_side import P2PWorkerSide
 def _facade(**variant: Any) -> Any:
     """The facade over both sides, with these settings by default; a `mode` cannot be set to another."""
 
-    class Scheduler(P2PSchedulerSide):
+    class SchedulerVariant(P2PSchedulerSide):
         pass
 
-    class Worker(P2PWorkerSide):
+    class WorkerVariant(P2PWorkerSide):
         pass
 
-    Scheduler.variant = Worker.variant = variant
-    return facade_mixin(Scheduler, Worker, KVConnectorRole.SCHEDULER)
+    SchedulerVariant.variant = WorkerVariant.variant = variant
+    return facade_mixin(SchedulerVariant, WorkerVariant, KVConnectorRole.SCHEDULER)
 
 
 class P2PConnector(_facade(), KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]

@@ -357,11 +357,8 @@ class Consumer(Role):
         if load.token_range[1] > load.granted.num_tokens:
             self._fail(load, f"tokens {load.token_range} wanted, the lease holds {load.granted.num_tokens}", now)
             return
-        load.state, load.job_id, load.ranks = (
-            LoadPhase.TRANSFERRING,
-            self._new_id(),
-            set(range(self._local.num_ranks)),
-        )
+        load.state, load.job_id = LoadPhase.TRANSFERRING, self._new_id()
+        load.ranks = set(range(self._local.num_ranks))
         self._by_job[load.job_id] = load
         peer, source = load.handover.peer, load.granted.blocks
         is_proved = load.granted.is_proved and self._local.makes_digests

@@ -48,7 +48,7 @@ class ProxyConfig:
     failure_threshold: int = _at_least(1, 3)
     """Number of failures in a row after which an engine, or a pair of engines, goes out of use."""
     min_backoff_s: float = _at_least(0.01, 0.5)
-    """First time, in seconds, for which such an engine or pair stays out of use; doubled each further time."""
+    """Time, in seconds, for which such an engine or pair first stays out of use; each repetition doubles it."""
     max_backoff_s: float = _at_least(0.01, 30.0)
     """Longest time, in seconds, for which such an engine or pair stays out of use."""
     prefix_memory_chunks: int = _at_least(1, 100_000)
